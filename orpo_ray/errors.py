@@ -1,0 +1,45 @@
+"""What went wrong: in which file, row or field, with the value and the fix. Every error survives pickling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class OrpoRayError(Exception):
+    """Anything that this project raises on purpose."""
+
+
+class UserError(OrpoRayError):
+    """The user's input is wrong. The command line prints it without a traceback and exits with code 2.
+
+    problem: what is wrong. field: where (a recipe key, a file, a row id). value: what stood there. fix: what to do.
+    """
+
+    def __init__(self, problem: str, *, field: str | None = None, value: Any = None, fix: str | None = None) -> None:
+        self.problem, self.field, self.value, self.fix = problem, field, value, fix
+        where = f"{field}: " if field else ""
+        found = f" (found {value!r})" if value is not None else ""
+        then = f"\n  fix: {fix}" if fix else ""
+        super().__init__(f"{where}{problem}{found}{then}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {"field": self.field, "value": self.value, "fix": self.fix}
+        return (_rebuild_user_error, (type(self), self.problem, state))
+
+
+class BadRow(OrpoRayError):
+    """One row that cannot be trained on. Caught where rows are encoded; never ends a run by itself.
+
+    reason: a short stable word for counting (`unreadable_image`). detail: what was found, for the user.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(reason, detail)
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def _rebuild_user_error(cls: type[UserError], problem: str, state: dict[str, Any]) -> UserError:
+    return cls(problem, **state)

@@ -1,0 +1,138 @@
+"""A recipe's model section -> processor and model: dtype, frozen parts, LoRA, gradient checkpointing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orpo_ray.errors import UserError
+from orpo_ray.model.families import Family, family_of
+from orpo_ray.model.tiny import is_tiny, tiny_model_path
+from orpo_ray.recipe import ModelSection
+
+
+@dataclass(frozen=True)
+class PixelNorm:
+    """What the image processor would have done to 0..255: (x * rescale - mean) / std, per channel."""
+
+    rescale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, processor: Any) -> PixelNorm:
+        """Read off a processor's own image processor."""
+        image = processor.image_processor
+        rescale = float(image.rescale_factor) if image.do_rescale else 1.0
+        if not image.do_normalize:
+            return cls(rescale, (0.0,), (1.0,))
+        return cls(rescale, tuple(image.image_mean), tuple(image.image_std))
+
+
+def resolve(model_id: str) -> str:
+    """What transformers can load: tiny models become their folder on this machine, all else stays."""
+    return str(tiny_model_path(model_id)) if is_tiny(model_id) else model_id
+
+
+def load_processor(model_id: str, revision: str | None) -> Any:
+    """The model's processor. Raises UserError where there is none."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(resolve(model_id), revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load("processor", model_id, error) from None
+    if not hasattr(processor, "image_processor"):
+        raise UserError("has no image processor: it is not a vision-language model", field="model.id", value=model_id)
+    return processor
+
+
+def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.nn.Module:
+    """The model on `device`, ready to train: parts frozen, adapters added. Raises UserError."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    dtype = pick_dtype(section.dtype, device)
+    source = resolve(section.id)
+    try:
+        family = family_of(AutoConfig.from_pretrained(source, revision=section.revision).model_type)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, revision=section.revision, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load("model", section.id, error) from None
+    model.config.use_cache = False
+    _freeze(model, section, family)
+    if section.lora is not None:
+        model = _add_lora(model, section, family, seed)
+    if section.gradient_checkpointing:
+        # Non-reentrant: the reentrant one drops gradients when no input of a block requires one (frozen embeddings).
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.to(device)
+    model.train()
+    return model
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto | float32 | bfloat16` -> torch's dtype for this device."""
+    if name == "auto":
+        good = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if good else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def without_adapters(model: torch.nn.Module) -> Any:
+    """The transformers model itself, whether or not peft is wrapped around it (adapted layers stay adapted)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Whether peft is wrapped around the model."""
+    return hasattr(model, "peft_config")
+
+
+def _freeze(model: torch.nn.Module, section: ModelSection, family: Family) -> None:
+    for part in section.freeze:
+        prefix = family.prefix(part)
+        found = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+        if not found:
+            raise UserError(f"no parameter starts with {prefix}", field="model.freeze", value=part)
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if "language" in section.freeze:
+        model.get_output_embeddings().requires_grad_(False)  # type: ignore[operator]
+
+
+def _add_lora(model: Any, section: ModelSection, family: Family, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = section.lora
+    assert lora is not None
+    wanted = set(lora.target_modules)
+    prefix = family.language
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and (name.rsplit(".", 1)[-1] in wanted if wanted else name.startswith(prefix))
+    ]
+    if not targets:
+        raise UserError("no linear layer has one of these names", field="model.lora.target_modules", value=wanted)
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Adapters stay in the model's dtype: ZeRO-3 gathers parameters of one dtype only.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _cannot_load(what: str, model_id: str, error: Exception) -> UserError:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"the {what} cannot be loaded: {first_line}",
+        field="model.id",
+        value=model_id,
+        fix="give a folder in Hugging Face layout, a name on the hub (and a network), or orpo-ray/tiny-smolvlm",
+    )

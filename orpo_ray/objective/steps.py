@@ -1,0 +1,79 @@
+"""A worker's share of a step -> the micro-batches that all workers run in lock-step, and the step's normaliser.
+
+Under ZeRO every forward and backward is a collective: workers must run equally many, and through the same parts of
+the model. Where a worker has too few pairs, or none with an image, fillers of weight 0 stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.packing import PairBatch, build_batch, nll_token_count, plan_microbatches, spread
+from orpo_ray.objective.orpo import SUM_NAMES, Normaliser
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What this worker runs in one step. pairs and bad are counts over all workers."""
+
+    batches: list[PairBatch]
+    normaliser: Normaliser
+    pairs: int
+    bad: int
+
+
+class StepPlanner:
+    """Agrees with the other workers on each step; a collective, to be called by all of them for every step."""
+
+    def __init__(
+        self,
+        nll: str,
+        token_budget: int,
+        text_filler: EncodedPair,
+        image_filler: EncodedPair,
+        device: torch.device,
+    ) -> None:
+        self.nll, self.token_budget, self.device = nll, token_budget, device
+        self.text_filler, self.image_filler = text_filler, image_filler
+
+    def plan(self, pairs: Sequence[EncodedPair], num_bad: int) -> StepPlan:
+        """Cut this worker's pairs of a step into as many micro-batches as the other workers run."""
+        microbatches = plan_microbatches(pairs, self.token_budget)
+        has_images = any(pair.images for pair in pairs)
+        tokens = sum(nll_token_count(pair, self.nll) for pair in pairs)
+        mine = [len(pairs), tokens, num_bad, len(microbatches), float(has_images)]
+        everyone = gather_rows(mine, self.device)
+        total_pairs, total_tokens, total_bad = (int(column) for column in everyone[:, :3].sum(0))
+        count, any_images = int(everyone[:, 3].max()), bool(everyone[:, 4].max())
+        batches = [self._build(batch, any_images) for batch in spread(microbatches, count)]
+        nll_tokens = float(total_tokens) if self.nll == "prompt+response" else None
+        return StepPlan(batches, Normaliser(float(total_pairs), nll_tokens), total_pairs, total_bad)
+
+    def _build(self, batch: list[EncodedPair], any_images: bool) -> PairBatch:
+        fillers: list[EncodedPair] = []
+        if any_images and not any(pair.images for pair in batch):
+            fillers = [self.image_filler]
+        elif not batch:
+            fillers = [self.text_filler]
+        return build_batch(batch, self.nll, fillers)
+
+
+def gather_rows(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """One row of numbers from every worker: float64 [num_workers, n] on the CPU."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine.cpu().unsqueeze(0)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return torch.stack(rows).cpu()
+
+
+def reduce_sums(sums: Mapping[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
+    """Add up the sums of `SUM_NAMES` over all workers."""
+    total = gather_rows([float(sums.get(name, 0.0)) for name in SUM_NAMES], device).sum(0)
+    return dict(zip(SUM_NAMES, total.tolist(), strict=True))

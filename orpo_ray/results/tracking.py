@@ -1,0 +1,101 @@
+"""Metrics and bad rows of a run to its folder, and to Weights & Biases when asked for. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.recipe import Recipe
+
+METRICS_FILE = "metrics.jsonl"
+BAD_ROWS_FILE = "bad_rows.jsonl"
+
+
+class Tracker:
+    """Appends to `metrics.jsonl` and `bad_rows.jsonl`, and mirrors metrics to W&B.
+
+    Opened at the step that a run starts or resumes from: lines of later steps, written by an attempt that died
+    before its next checkpoint, are taken back, so that every step stands there once.
+    """
+
+    def __init__(self, recipe: Recipe, step: int) -> None:
+        self.run_dir = recipe.run_dir
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        _keep(self.run_dir / METRICS_FILE, lambda line: line["step"] <= step)
+        self._metrics = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        # A bad row comes up once an epoch, and again after a resume: it is written once.
+        self._bad_sources = {line["source"] for line in read_jsonl(self.run_dir / BAD_ROWS_FILE)}
+        self._wandb = _start_wandb(recipe, self.run_dir)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line of metrics (`train/...`, `eval/...`) for a step."""
+        line = {"step": step} | {name: round(value, 10) for name, value in metrics.items()}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def log_bad_rows(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write the bad rows (`id, source, reason, detail`) that are not there yet."""
+        with (self.run_dir / BAD_ROWS_FILE).open("a", encoding="utf-8") as file:
+            for record in records:
+                if record["source"] not in self._bad_sources:
+                    self._bad_sources.add(record["source"])
+                    file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Flush everything; W&B uploads what is left."""
+        self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file of ours; none if there is no file. A last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in (*lines, last) if line]
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in lines if line]
+
+
+def last_metrics(run_dir: Path) -> dict[str, float]:
+    """The latest value of every metric of a run."""
+    latest: dict[str, float] = {}
+    for line in read_jsonl(run_dir / METRICS_FILE):
+        latest.update(line)
+    return latest
+
+
+def _keep(path: Path, wanted: Any) -> None:
+    lines = read_jsonl(path)
+    if lines:
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in lines if wanted(line)), encoding="utf-8")
+        scratch.replace(path)
+
+
+def _start_wandb(recipe: Recipe, run_dir: Path) -> Any:
+    section = recipe.tracking.wandb
+    enabled = bool(os.environ.get("WANDB_API_KEY")) if section.enabled == "auto" else section.enabled
+    if not enabled:
+        return None
+    import wandb
+
+    # The id makes a resumed run continue the same curves; the key stays in the environment.
+    return wandb.init(
+        project=section.project,
+        entity=section.entity,
+        name=recipe.name,
+        id=recipe.name.replace("/", "-"),
+        resume="allow",
+        mode=section.mode,
+        dir=run_dir,
+        config=recipe.model_dump(mode="json"),
+        settings=wandb.Settings(console="off", disable_code=True, disable_git=True),
+    )

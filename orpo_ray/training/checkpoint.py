@@ -1,0 +1,113 @@
+"""Save, find, load: the engine's state with the data position in it, and the model that a run ends with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from orpo_ray.errors import UserError
+from orpo_ray.model.loading import is_adapted, load_model, load_processor, without_adapters
+from orpo_ray.recipe import Recipe
+from orpo_ray.training.deepspeed import Engine
+
+POSITION_FILE = "position.json"
+FINAL = "final"
+_TAG = "engine"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: `step` steps are done, so all slots below step * pairs_per_step are consumed.
+
+    bad and seen count rows so far; num_workers and zero_stage say who can read the engine's state.
+    """
+
+    step: int = 0
+    bad: int = 0
+    seen: int = 0
+    num_workers: int = 1
+    zero_stage: int = 0
+
+
+def save_checkpoint(engine: Engine, position: Position, metrics: dict[str, float]) -> None:
+    """Write the engine's state and the position, and hand both to Ray Train. A collective."""
+    rank = ray.train.get_context().get_world_rank()
+    with tempfile.TemporaryDirectory() as scratch:
+        # Every worker writes its own part into its own folder; Ray Train merges them into one checkpoint.
+        (Path(scratch) / _TAG).mkdir()
+        engine.ds.save_checkpoint(scratch, tag=_TAG, exclude_frozen_parameters=True)
+        if rank == 0:
+            (Path(scratch) / POSITION_FILE).write_text(json.dumps(asdict(position)))
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(scratch))
+
+
+def load_latest(engine: Engine, recipe: Recipe) -> Position:
+    """Load the run's latest checkpoint, if it has one, into the engine. A collective. Raises UserError."""
+    checkpoint = ray.train.get_checkpoint()
+    num_workers = ray.train.get_context().get_world_size()
+    stage = recipe.deepspeed.zero_stage
+    if checkpoint is None:
+        return Position(num_workers=num_workers, zero_stage=stage)
+    with checkpoint.as_directory() as folder:
+        position = Position(**json.loads((Path(folder) / POSITION_FILE).read_text()))
+        if stage != position.zero_stage:
+            raise UserError(
+                f"the run's checkpoint was written with ZeRO stage {position.zero_stage}",
+                field="deepspeed.zero_stage",
+                value=stage,
+                fix="resume with that stage, or start another run under another name",
+            )
+        if stage > 0 and num_workers != position.num_workers:
+            raise UserError(
+                f"the run's checkpoint is sharded over {position.num_workers} worker(s)",
+                field="scaling.num_workers",
+                value=num_workers,
+                fix="resume with as many workers; only ZeRO stage 0 resumes with another number",
+            )
+        engine.ds.load_checkpoint(folder, tag=_TAG, load_module_strict=False)
+    return position
+
+
+def save_final(engine: Engine, recipe: Recipe) -> None:
+    """Write `final/`: model and processor as a Hugging Face folder, adapters merged. A collective.
+
+    The folder appears whole or not at all.
+    """
+    pair_model = engine.ds.module
+    if recipe.deepspeed.zero_stage == 3:
+        state = engine.ds._zero3_consolidated_16bit_state_dict()
+    else:
+        state = pair_model.state_dict()
+    if ray.train.get_context().get_world_rank() != 0:
+        return
+    state = {name.removeprefix("model."): value.cpu() for name, value in state.items()}
+    run_dir = recipe.run_dir
+    scratch = run_dir / f".{FINAL}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    if is_adapted(pair_model.model):
+        _merged(recipe, state).save_pretrained(scratch)
+    else:
+        model = without_adapters(pair_model.model)
+        model.save_pretrained(scratch, state_dict=state)
+    load_processor(recipe.model.id, recipe.model.revision).save_pretrained(scratch)
+    shutil.rmtree(run_dir / FINAL, ignore_errors=True)
+    scratch.rename(run_dir / FINAL)
+
+
+def _merged(recipe: Recipe, state: dict[str, torch.Tensor]) -> Any:
+    """A fresh base model with the trained adapters merged in; the engine's own, perhaps sharded, stays as it is."""
+    model: Any = load_model(recipe.model, torch.device("cpu"), recipe.optim.seed)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    adapters = [name for name in missing if "lora_" in name]
+    if adapters or unexpected:
+        raise RuntimeError(f"adapters do not fit the base model: missing {adapters}, unexpected {unexpected}")
+    merged = model.merge_and_unload()
+    merged.config.use_cache = True
+    return merged

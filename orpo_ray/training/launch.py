@@ -1,0 +1,240 @@
+"""A recipe -> a run on Ray: what to read, whether it fits the cluster, the trainer, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import yaml
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.formats import recognise
+from orpo_ray.data.order import Order, row_counts, total_slots
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.sources import list_segments, source_columns
+from orpo_ray.data.stream import ENCODE_CPUS
+from orpo_ray.errors import OrpoRayError, UserError
+from orpo_ray.model.loading import load_processor
+from orpo_ray.recipe import Recipe, parse_recipe
+from orpo_ray.results.tracking import last_metrics
+from orpo_ray.training.checkpoint import FINAL
+from orpo_ray.training.progress import Board, Watch
+from orpo_ray.training.worker import WorkerConfig, train_worker
+
+RECIPE_FILE = "recipe.yaml"
+DEFAULT_CHECKPOINTS = 10
+CPUS_FOR_DATA = ENCODE_CPUS
+# May differ between a run's first start and its resumption: they change how it runs, not what it computes.
+MAY_CHANGE = ("scaling", "checkpoint", "tracking", "eval", "tune")
+
+
+class TrainingFailed(OrpoRayError):
+    """The run ended with an error that is not the user's input."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run left: its folder, the latest value of every metric, whether it had been finished before."""
+
+    run_dir: Path
+    metrics: dict[str, float]
+    was_finished: bool = False
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each worker holds."""
+
+    cpus: float
+    gpus: int
+    cpu_threads: int
+
+
+def start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names (a submitted job has it), or start one on this machine."""
+    if ray.is_initialized():
+        return
+    # Worker output goes to Ray's logs; what a user should see comes through the board.
+    ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="warning")
+
+
+def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
+    """Run a recipe to its end, resuming what its run folder holds. Raises UserError and TrainingFailed."""
+    run_dir = recipe.run_dir
+    saved = _check_run_folder(recipe)
+    if saved and (run_dir / FINAL).is_dir():
+        return RunSummary(run_dir, last_metrics(run_dir), was_finished=True)
+    read = training_data(recipe)
+    held_out = held_out_data(recipe)
+    # Loaded here once, so that a wrong model id is one message and not a failed worker.
+    encoder = EncoderSpec(load_processor, recipe.model.id, recipe.model.revision, recipe.data.max_length)
+    encoder.build()
+    start_ray()
+    resources = worker_resources(recipe, ray.cluster_resources())
+    num_steps = -(-read.last_slot // recipe.optim.pairs_per_step)
+    recipe = _resolved(recipe, num_steps)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    console.print(_headline(recipe, read, held_out, num_steps), highlight=False, soft_wrap=True)
+    board = Board.remote()  # type: ignore[attr-defined]
+    config = WorkerConfig(
+        recipe.model_dump(mode="json"), read, held_out, encoder, num_steps, board, resources.cpu_threads
+    )
+    with Watch(board, console):
+        _fit(config, recipe, resources, callbacks or [])
+    return RunSummary(run_dir, last_metrics(run_dir))
+
+
+def training_data(recipe: Recipe) -> ReadSpec:
+    """What the run reads, all of it; a worker takes its share by `rank` and `num_workers`."""
+    optim = recipe.optim
+    spec = _read_spec(recipe, "train", recipe.data.shuffle_seed, optim.pairs_per_step)
+    slots = total_slots(spec.order.num_rows, optim.epochs, optim.pairs_per_step, optim.max_steps)
+    if not slots:
+        raise UserError("less than one row would be trained on", field="optim.epochs", value=optim.epochs)
+    return _until(spec, slots)
+
+
+def held_out_data(recipe: Recipe) -> ReadSpec | None:
+    """What evaluations read, or None where the recipe has no held-out pairs."""
+    if not recipe.data.eval:
+        return None
+    # Always shuffled: exchanged images should come from anywhere, and max_pairs take a fair sample.
+    spec = _read_spec(recipe, "eval", 0, recipe.optim.pairs_per_step)
+    return _until(spec, min(spec.order.num_rows, recipe.eval.max_pairs or spec.order.num_rows))
+
+
+def worker_resources(recipe: Recipe, cluster: dict[str, float]) -> Resources:
+    """What each worker gets of this cluster. Raises UserError if they cannot all run beside the data's tasks."""
+    scaling, workers = recipe.scaling, recipe.scaling.num_workers
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    per_worker = int(gpus > 0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
+    if per_worker * workers > gpus:
+        raise UserError(
+            f"{workers} worker(s) with a GPU each, and the cluster has {gpus:g}",
+            field="scaling.num_workers",
+            value=workers,
+            fix=f"ask for at most {int(gpus)}, or set scaling.gpus_per_worker to 0",
+        )
+    spare = cpus - CPUS_FOR_DATA
+    # Rounded down to Ray's resolution, so that the shares never add up to more than there is.
+    wanted = scaling.cpus_per_worker or min(1.0, math.floor(100 * spare / workers) / 100)
+    if wanted <= 0 or wanted * workers > spare:
+        raise UserError(
+            f"{workers} worker(s) of {max(wanted, 0):g} CPU(s) and {CPUS_FOR_DATA:g} for the data exceed the "
+            f"cluster's {cpus:g}",
+            field="scaling.cpus_per_worker",
+            value=scaling.cpus_per_worker,
+            fix="lower scaling.cpus_per_worker or scaling.num_workers, or add nodes",
+        )
+    return Resources(wanted, per_worker, cpu_threads=max(1, (os.cpu_count() or 1) // workers))
+
+
+def _fit(config: WorkerConfig, recipe: Recipe, resources: Resources, callbacks: list[Any]) -> None:
+    per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"worker": config},
+        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.scaling.num_workers, use_gpu=bool(resources.gpus), resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=recipe.run_dir.name,
+            storage_path=str(recipe.run_dir.parent),
+            failure_config=FailureConfig(max_failures=recipe.scaling.max_failures, controller_failure_limit=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoint.keep),
+            callbacks=callbacks,
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        fatal = ray.get(config.board.fatal.remote())
+        if fatal is not None:
+            raise fatal from None
+        raise TrainingFailed(_first_failure(error)) from error
+    fatal = ray.get(config.board.fatal.remote())
+    if fatal is not None:
+        raise fatal
+
+
+def _first_failure(error: Exception) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        return f"worker {rank} failed: {type(failure).__name__}: {failure}"
+    return str(error)
+
+
+def _read_spec(recipe: Recipe, split: Literal["train", "eval"], seed: int | None, pairs_per_step: int) -> ReadSpec:
+    data, field = recipe.data, f"data.{split}"
+    segments = list_segments(data.train if split == "train" else data.eval, field)
+    formats: dict[str, str] = {}
+    for segment in segments:
+        if segment.path not in formats:
+            formats[segment.path] = recognise(source_columns(segment), data.columns, data.format, segment.path)
+    order = Order(row_counts(segments), seed, data.shuffle_window)
+    return ReadSpec(
+        segments=tuple(segments),
+        format_names=tuple(formats[segment.path] for segment in segments),
+        order=order,
+        pairs_per_step=pairs_per_step,
+        first_slot=0,
+        last_slot=order.num_rows,
+        columns=data.columns,
+        image_root=data.image_root.expanduser().resolve() if data.image_root else None,
+    )
+
+
+def _until(spec: ReadSpec, last_slot: int) -> ReadSpec:
+    return replace(spec, last_slot=last_slot)
+
+
+def _resolved(recipe: Recipe, num_steps: int) -> Recipe:
+    """The recipe with what it left open: here, how often to save."""
+    raw = recipe.model_dump(mode="json")
+    raw["checkpoint"]["every_steps"] = recipe.checkpoint.every_steps or max(1, num_steps // DEFAULT_CHECKPOINTS)
+    raw["checkpoint"]["storage"] = str(Path(recipe.checkpoint.storage).expanduser().resolve())
+    return parse_recipe(raw)
+
+
+def _check_run_folder(recipe: Recipe) -> bool:
+    """Whether the run folder holds a run already; raises UserError if it is another recipe's."""
+    path = recipe.run_dir / RECIPE_FILE
+    if not path.exists():
+        return False
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    now = recipe.model_dump(mode="json")
+    differing = [
+        f"{section}.{key}"
+        for section, value in now.items()
+        if isinstance(value, dict) and section not in MAY_CHANGE
+        for key in value
+        if (saved.get(section) or {}).get(key) != value[key]
+    ]
+    if differing:
+        raise UserError(
+            f"this run folder holds a run of another recipe; they differ in {', '.join(differing)}",
+            field=str(recipe.run_dir),
+            fix="give the run another name (name=...), or delete the folder",
+        )
+    return True
+
+
+def _headline(recipe: Recipe, read: ReadSpec, held_out: ReadSpec | None, num_steps: int) -> str:
+    held = f", {held_out.last_slot:,} held out" if held_out else ""
+    tuning = f"LoRA r={recipe.model.lora.r}" if recipe.model.lora else "full fine-tuning"
+    return (
+        f"[bold]{recipe.name}[/bold]  {recipe.model.id}, {tuning}, ZeRO {recipe.deepspeed.zero_stage}, "
+        f"{recipe.scaling.num_workers} worker(s)\n"
+        f"{read.order.num_rows:,} pairs ({', '.join(sorted(set(read.format_names)))} format){held}; {num_steps:,} steps "
+        f"of {recipe.optim.pairs_per_step} -> {recipe.run_dir}"
+    )

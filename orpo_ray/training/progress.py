@@ -1,0 +1,98 @@
+"""What the driver sees of a run while it trains: a small actor that workers tell and the console reads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+POLL_SECONDS = 0.5
+PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw on
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Holds the latest state of a run and the error, if one, that no restart can cure."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] = {}
+        self._fatal: Exception | None = None
+
+    def update(self, **state: Any) -> None:
+        """Merge news into the state: `step, num_steps, phase`, metrics."""
+        self._state.update(state)
+
+    def state(self) -> dict[str, Any]:
+        """All that is known."""
+        return dict(self._state)
+
+    def fail(self, error: Exception) -> None:
+        """Keep the first error that a restart would only repeat."""
+        self._fatal = self._fatal or error
+
+    def fatal(self) -> Exception | None:
+        """That error."""
+        return self._fatal
+
+
+class Watch:
+    """Context manager on the driver: shows a board's state until it is left. A bar on a terminal, lines elsewhere."""
+
+    def __init__(self, board: Any, console: Console) -> None:
+        self._board, self._console = board, console
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        if self._console.is_terminal:
+            self._run_bar()
+        else:
+            self._run_lines()
+
+    def _run_bar(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, *times, console=self._console, transient=True) as progress:
+            task = progress.add_task("starting workers", total=1, note="")
+            while not self._stop.wait(POLL_SECONDS):
+                state = self._state()
+                progress.update(
+                    task,
+                    description=state.get("phase", "starting workers"),
+                    completed=state.get("step", 0),
+                    total=state.get("num_steps", 1),
+                    note=_note(state),
+                )
+
+    def _run_lines(self) -> None:
+        said, last = "", 0.0
+        while not self._stop.wait(POLL_SECONDS):
+            state = self._state()
+            line = f"{state.get('phase', 'starting workers')} {state.get('step', 0)}/{state.get('num_steps', '?')}"
+            if line != said and time.monotonic() - last >= PLAIN_SECONDS:
+                self._console.print(f"{line}  {_note(state)}", highlight=False, soft_wrap=True)
+                said, last = line, time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            return ray.get(self._board.state.remote(), timeout=5)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            return {}
+
+
+def _note(state: dict[str, Any]) -> str:
+    shown = (("loss", "loss", ".3f"), ("rewards/accuracies", "accuracy", ".2f"), ("pairs_per_second", "pairs/s", ".1f"))
+    return "  ".join(f"{label} {state[name]:{spec}}" for name, label, spec in shown if name in state)

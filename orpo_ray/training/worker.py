@@ -1,0 +1,233 @@
+"""The whole program of one worker, read top to bottom: set up, resume, loop, evaluate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.order import step_slots
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.stream import BadRecord, StepShare, iter_steps
+from orpo_ray.errors import OrpoRayError, UserError
+from orpo_ray.model.loading import PixelNorm, load_model
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.orpo import SUM_NAMES, metrics_from_sums, orpo_loss
+from orpo_ray.objective.steps import StepPlan, StepPlanner, reduce_sums
+from orpo_ray.recipe import Recipe, parse_recipe
+from orpo_ray.results.scoring import Scores, grounding, score, with_prefix
+from orpo_ray.results.tracking import Tracker
+from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
+from orpo_ray.training.deepspeed import Engine
+
+BAD_ROWS_BEFORE_JUDGING = 10
+
+
+class TooManyBadRows(UserError):
+    """The share of rows that cannot be used exceeds `data.max_bad_share`, or any is one too many."""
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What the driver decided once and every worker gets.
+
+    recipe: the resolved recipe as a mapping. train, held_out: what to read; each worker takes its own share of it.
+    board: the actor that the driver watches. cpu_threads: for a CPU run, threads of one worker.
+    """
+
+    recipe: dict[str, Any]
+    train: ReadSpec
+    held_out: ReadSpec | None
+    encoder: EncoderSpec
+    num_steps: int
+    board: Any
+    cpu_threads: int
+
+
+def train_worker(config: dict[str, WorkerConfig]) -> None:
+    """What Ray Train runs in every worker. Errors that a restart would only repeat are told to the board."""
+    worker_config = config["worker"]
+    if ray.get(worker_config.board.fatal.remote()) is not None:
+        return  # a restart after such an error: there is nothing to retry
+    try:
+        Worker(worker_config).run()
+    except OrpoRayError as error:
+        ray.get(worker_config.board.fail.remote(error))
+        raise
+
+
+class Worker:
+    """One training process."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        context = ray.train.get_context()
+        self.config, self.recipe = config, parse_recipe(config.recipe)
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.cpu_threads)
+        encoder = config.encoder.build()
+        self.planner = StepPlanner(
+            self.recipe.orpo.nll,
+            self.recipe.optim.tokens_per_microbatch,
+            encoder.filler(with_image=False),
+            encoder.filler(with_image=True),
+            self.device,
+        )
+        model = load_model(self.recipe.model, self.device, self.recipe.optim.seed)
+        self.model = PairModel(model, PixelNorm.of(encoder.processor))
+        self.engine = Engine(self.model, self.recipe, config.num_steps, self.num_workers)
+        self.position = load_latest(self.engine, self.recipe)
+        self.tracker = Tracker(self.recipe, self.position.step) if self.rank == 0 else None
+        self.images_checked = False
+
+    def run(self) -> None:
+        """Train from the position to the end, then evaluate and write `final/`."""
+        recipe, num_steps = self.recipe, self.config.num_steps
+        self.model.train()
+        for share, plan, waited, started in self._steps():
+            metrics = self._train_step(plan)
+            seconds = time.perf_counter() - started
+            metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_share": waited / seconds}
+            self._advance(share, plan, metrics)
+            step = self.position.step
+            if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
+                scores = self._evaluate(exchange=False)
+                self._log_eval(scores.metrics)
+                self._report(scores.metrics)
+            if recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0 and step < num_steps:
+                save_checkpoint(self.engine, self.position, with_prefix(metrics, "train"))
+        self._judge_bad_rows(at_end=True)
+        final = self._final_evaluation()
+        self._tell(phase="saving")
+        save_final(self.engine, recipe)
+        save_checkpoint(self.engine, self.position, with_prefix(final, "eval"))
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def _steps(self) -> Iterator[tuple[StepShare, StepPlan, float, float]]:
+        """Each step's share and plan, the seconds spent waiting for data, and when the step began."""
+        recipe, first = self.recipe, self.position.step
+        read = self._mine(self.config.train, first_slot=first * recipe.optim.pairs_per_step)
+        shares = iter_steps(read, self.config.encoder, first, self.config.num_steps)
+        while True:
+            started = time.perf_counter()
+            share = next(shares, None)
+            if share is None:
+                return
+            waited = time.perf_counter() - started
+            # Dropout depends on the step alone, so a resumed run draws what an uninterrupted one would have drawn.
+            torch.manual_seed((recipe.optim.seed << 32) + share.step * self.num_workers + self.rank)
+            yield share, self.planner.plan(share.pairs, len(share.bad)), waited, started
+
+    def _train_step(self, plan: StepPlan) -> dict[str, float]:
+        """Forward and backward of every micro-batch, one optimizer step; TRL's metrics of it."""
+        learning_rate = self.engine.learning_rate
+        sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUM_NAMES, 0.0)
+        if not plan.pairs:
+            return {"learning_rate": learning_rate, "grad_norm": 0.0}  # every row of the step was bad
+        for batch in plan.batches:
+            check = not self.images_checked and bool(batch.images) and bool(batch.weights.any())
+            self.model.watch_images = check
+            batch = batch.to(self.device)
+            logps = self.engine.forward(batch)
+            loss, part = orpo_loss(logps, batch.weights, self.recipe.orpo.beta, plan.normaliser)
+            self.engine.backward(loss)
+            sums = {name: sums[name] + part[name] for name in SUM_NAMES}
+            if check:
+                self.model.check_images_used()
+                self.images_checked = True
+        grad_norm = self.engine.step()
+        metrics = metrics_from_sums(reduce_sums(sums, self.device), self.recipe.orpo.beta)
+        return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def _advance(self, share: StepShare, plan: StepPlan, metrics: dict[str, float]) -> None:
+        """The step is done: move the position, log, tell the driver, and see to bad rows."""
+        _, last_slot = step_slots(share.step, self.recipe.optim.pairs_per_step, self.config.train.last_slot)
+        old = self.position
+        self.position = replace(
+            old, step=share.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs
+        )
+        metrics |= {"epoch": last_slot / self.config.train.order.num_rows}
+        if plan.bad:
+            self._log_bad_rows(share.bad)
+        if self.tracker is not None:
+            self.tracker.log(self.position.step, with_prefix(metrics, "train"))
+        self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
+        self._judge_bad_rows(at_end=False)
+
+    def _log_bad_rows(self, mine: list[BadRecord]) -> None:
+        """Bring all workers' bad rows of a step to rank 0. A collective, called where any worker had one."""
+        everyone: list[Any] = [None] * self.num_workers
+        if self.num_workers > 1:
+            torch.distributed.all_gather_object(everyone, [asdict(record) for record in mine])
+        else:
+            everyone[0] = [asdict(record) for record in mine]
+        records = sorted((record for part in everyone for record in part), key=lambda record: record["slot"])
+        if self.tracker is not None:
+            self.tracker.log_bad_rows({key: r[key] for key in ("id", "source", "reason", "detail")} for r in records)
+        if self.recipe.data.on_bad_row == "error":
+            first = records[0]
+            raise TooManyBadRows(
+                f"this row cannot be used: {first['reason']}: {first['detail']}",
+                field=first["source"],
+                value=first["id"],
+                fix="mend the row, or set data.on_bad_row to skip",
+            )
+
+    def _judge_bad_rows(self, at_end: bool) -> None:
+        bad, seen, allowed = self.position.bad, self.position.seen, self.recipe.data.max_bad_share
+        if bad > allowed * seen and (at_end or bad >= BAD_ROWS_BEFORE_JUDGING):
+            raise TooManyBadRows(
+                f"{bad} of {seen} rows cannot be used ({bad / seen:.0%}; at most {allowed:.0%} are allowed)",
+                field="data.max_bad_share",
+                fix=f"see {self.recipe.run_dir / 'bad_rows.jsonl'} for each row's reason",
+            )
+
+    def _final_evaluation(self) -> dict[str, float]:
+        if self.config.held_out is None:
+            return {}
+        seen = self._evaluate(exchange=False)
+        metrics = seen.metrics
+        if self.recipe.eval.grounding:
+            metrics = metrics | grounding(seen, self._evaluate(exchange=True), self.device)
+        self._log_eval(metrics)
+        return metrics
+
+    def _evaluate(self, exchange: bool) -> Scores:
+        """Score the held-out pairs on all workers; with `exchange`, every pair with another pair's images."""
+        held_out = self.config.held_out
+        assert held_out is not None
+        self._tell(phase="evaluating with exchanged images" if exchange else "evaluating")
+        read = replace(self._mine(held_out), exchange_images=exchange)
+        steps = -(-held_out.last_slot // held_out.pairs_per_step)
+        shares = ((share.pairs, len(share.bad)) for share in iter_steps(read, self.config.encoder, 0, steps))
+        self.model.eval()
+        # The engine's forward, since under ZeRO 3 it gathers the parameters.
+        scores = score(self.engine.forward, shares, self.planner, self.recipe.orpo.beta)
+        self.model.train()
+        return scores
+
+    def _mine(self, read: ReadSpec, first_slot: int = 0) -> ReadSpec:
+        return replace(read, rank=self.rank, num_workers=self.num_workers, first_slot=first_slot)
+
+    def _log_eval(self, metrics: dict[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log(self.position.step, with_prefix(metrics, "eval"))
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        """Evaluations in between go to Ray Train without a checkpoint: a scheduler of Ray Tune may be waiting."""
+        ray.train.report(with_prefix(metrics, "eval") | {"step": self.position.step})
+
+    def _tell(self, **state: Any) -> None:
+        if self.rank == 0:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # the driver is gone, and its board
+                self.config.board.update.remote(**state)
+
