@@ -309,9 +309,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"is not valid YAML: {error}", field=str(path)) from None
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of sections", field=str(path), value=type(raw).__name__)
+    apply_overrides(raw, overrides)
+    return parse_recipe(raw, source=str(path))
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put `section.key=value` overrides into a recipe's mapping. Raises UserError."""
     for override in overrides:
         _apply_override(raw, override)
-    return parse_recipe(raw, source=str(path))
 
 
 def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:

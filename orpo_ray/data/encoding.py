@@ -103,7 +103,9 @@ class PairEncoder:
         self.image_token: str = processor.image_token
         self.image_token_id = int(self.tokenizer.convert_tokens_to_ids(self.image_token))
         if getattr(processor, "chat_template", None) is None:
-            raise UserError("the processor has no chat template", field="model.id", fix="use an instruction-tuned model")
+            raise UserError(
+                "the processor has no chat template", field="model.id", fix="use an instruction-tuned model"
+            )
 
     def encode_many(self, pairs: Sequence[PreferencePair], roots: Sequence[Path | None]) -> list[EncodedPair | BadRow]:
         """Encode pairs, each with the folder of its image paths; one that can't be trained on comes out as BadRow."""

@@ -137,14 +137,12 @@ def _fingerprint(pair: PreferencePair) -> str:
     return digest.hexdigest()
 
 
-def _tables(
-    spec: ReadSpec, rows: list[tuple[int, Segment, PreferencePair | tuple[str, BadRow]]]
-) -> Iterator[pa.Table]:
+def _tables(spec: ReadSpec, rows: list[tuple[int, Segment, PreferencePair | tuple[str, BadRow]]]) -> Iterator[pa.Table]:
     block: list[dict[str, object]] = []
     size = 0
     for slot, segment, pair in rows:
         root = spec.image_root or segment.image_root
-        base = {"slot": slot, "image_root": str(root) if root else None}
+        base: dict[str, object] = {"slot": slot, "image_root": str(root) if root else None}
         if isinstance(pair, PreferencePair):
             block.append(
                 base

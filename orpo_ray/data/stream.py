@@ -7,9 +7,10 @@ anywhere in the cluster, blocks in order through the object store. Ray's iterato
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ _ENCODED_CHUNK = pa.schema(
 # of a small machine.
 READ_CPUS = 0.01
 ENCODE_CPUS = 0.5
+# Encoding yields to training where both run on the same cores: a thread of a CPU worker that loses its core to an
+# encoder holds up all the others. It catches up whenever training waits. The variables give encoders processes of
+# their own, so that no worker ever starts in one whose priority was lowered.
+ENCODE_NICENESS = 10
+ENCODE_ENV = {"env_vars": {"ORPO_RAY_ENCODER": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,15 @@ class StepShare:
     bad: list[BadRecord] = field(default_factory=list)
 
 
-def iter_steps(read: ReadSpec, encoder: EncoderSpec, first_step: int, num_steps: int) -> Iterator[StepShare]:
-    """This worker's shares of steps first_step .. num_steps - 1; blocks are prefetched while a step computes."""
+def iter_steps(
+    read: ReadSpec, encoder: EncoderSpec, first_step: int, num_steps: int, max_encoders: int
+) -> Iterator[StepShare]:
+    """This worker's shares of steps first_step .. num_steps - 1; blocks are prefetched while a step computes.
+
+    max_encoders: encoding tasks at a time, for this worker.
+    """
     waiting: dict[int, EncodedPair | BadRecord] = {}
-    arrivals = _iter_encoded(read, encoder)
+    arrivals = _iter_encoded(read, encoder, max_encoders)
     for step in range(first_step, num_steps):
         share = StepShare(step)
         slots = np.arange(*step_slots(step, read.pairs_per_step, read.last_slot))
@@ -77,7 +88,9 @@ def iter_steps(read: ReadSpec, encoder: EncoderSpec, first_step: int, num_steps:
         yield share
 
 
-def _iter_encoded(read: ReadSpec, encoder: EncoderSpec) -> Iterator[dict[int, EncodedPair | BadRecord]]:
+def _iter_encoded(
+    read: ReadSpec, encoder: EncoderSpec, max_encoders: int
+) -> Iterator[dict[int, EncodedPair | BadRecord]]:
     windows = read.order.windows(read.first_slot, read.last_slot)
     dataset = ray.data.read_datasource(
         _WindowSource(read, windows), override_num_blocks=len(windows), num_cpus=READ_CPUS
@@ -87,6 +100,8 @@ def _iter_encoded(read: ReadSpec, encoder: EncoderSpec) -> Iterator[dict[int, En
         batch_format="pyarrow",
         zero_copy_batch=True,
         num_cpus=ENCODE_CPUS,
+        runtime_env=ENCODE_ENV,
+        compute=ray.data.TaskPoolStrategy(max_encoders),
     )
     context = dataset.context
     context.target_max_block_size = 1  # one chunk a block
@@ -119,16 +134,14 @@ def _encode_chunk(chunk: pa.Table, encoder: EncoderSpec) -> pa.Table:
     table = pa.ipc.open_stream(chunk["pairs"][0].as_buffer()).read_all()
     rows = table.to_pylist()
     encoded = _encode_rows(rows, _encoder_of_this_process(encoder))
-    return pa.Table.from_pylist(
-        [
-            {
-                "slots": [row["slot"] for row in rows],
-                "pairs": [None if isinstance(item, BadRow) else item.to_bytes() for item in encoded],
-                "bad": [_record(row, item) if isinstance(item, BadRow) else None for row, item in zip(rows, encoded)],
-            }
+    columns = {
+        "slots": [row["slot"] for row in rows],
+        "pairs": [None if isinstance(item, BadRow) else item.to_bytes() for item in encoded],
+        "bad": [
+            _record(row, item) if isinstance(item, BadRow) else None for row, item in zip(rows, encoded, strict=True)
         ],
-        schema=_ENCODED_CHUNK,
-    )
+    }
+    return pa.Table.from_pylist([columns], schema=_ENCODED_CHUNK)
 
 
 def _encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[EncodedPair | BadRow]:
@@ -145,7 +158,14 @@ def _record(row: dict[str, Any], bad: BadRow) -> str:
 
 @lru_cache(maxsize=2)
 def _encoder_of_this_process(spec: EncoderSpec) -> PairEncoder:
+    lower_priority()
     return spec.build()
+
+
+@cache
+def lower_priority() -> None:
+    """Make this process yield to others, once."""
+    os.nice(ENCODE_NICENESS)
 
 
 class _WindowSource(Datasource):

@@ -7,7 +7,6 @@ tests run the real program: real transformers classes, a real tokenizer, a real 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.data.easy_vqa import COLORS, SHAPES
 from orpo_ray.errors import UserError
 
 PREFIX = "orpo-ray/tiny-"
@@ -30,7 +30,8 @@ is this statement true of the image? yes, the statement is true. no, the stateme
 describe the image. how many? which one? one two three four five six seven eight nine ten left right above below
 User: Assistant: System: User: Assistant: System: User: Assistant: System:
 """
-_ANSWERS = "circle rectangle triangle red green blue teal gray black yellow brown yes no true false".split()
+# transformers' 0.02 is made for models ten times as wide; at this width it costs the quickstart 0.03 of accuracy.
+_INIT = 0.06
 
 _SMOLVLM_TEMPLATE = (
     "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}:"
@@ -90,7 +91,7 @@ def tiny_tokenizer(special_tokens: dict[str, str], extra_tokens: tuple[str, ...]
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    words = [f" {word} {word}." for word in _ANSWERS] * 8
+    words = [f" {word} {word}." for word in (*SHAPES, *COLORS, "yes", "no", "true", "false")] * 8
     backend.train_from_iterator([*_CORPUS.strip().splitlines(), *words], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, additional_special_tokens=list(extra_tokens), padding_side="right", **special_tokens
@@ -98,7 +99,7 @@ def tiny_tokenizer(special_tokens: dict[str, str], extra_tokens: tuple[str, ...]
 
 
 def _smolvlm() -> tuple[Any, Any]:
-    """About 1.5 M parameters: 64 px, patches of 8, pixel shuffle by 2 to 16 image tokens, no tiles."""
+    """About 1.4 M parameters: 64 px, patches of 8, pixel shuffle by 2 to 16 image tokens, no tiles."""
     import torch
     from transformers import Idefics3Processor, SmolVLMConfig, SmolVLMForConditionalGeneration
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -131,16 +132,18 @@ def _smolvlm() -> tuple[Any, Any]:
             "num_attention_heads": 4,
             "image_size": 64,
             "patch_size": 8,
+            "initializer_range": _INIT,
         },
         text_config={
             "model_type": "llama",
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 2048,
+            "initializer_range": _INIT,
             "tie_word_embeddings": True,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,

@@ -61,7 +61,7 @@ class PairModel(nn.Module):
     def _encode_images(self, base: Any, images: dict[str, torch.Tensor]) -> Any:
         """Vision part and connector, once per image; the features are then given to both rows."""
         inputs = {name: images[name] for name in self.family.image_inputs if name in images}
-        inputs["pixel_values"] = self._normalise(inputs["pixel_values"], base.dtype)
+        inputs["pixel_values"] = normalise_pixels(inputs["pixel_values"], self.pixel_norm).to(base.dtype)
         if (mask := inputs.get("pixel_attention_mask")) is not None:
             # The processor pads after normalising, so padding is 0 there and not -mean / std.
             inputs["pixel_values"] = inputs["pixel_values"] * mask.unsqueeze(1)
@@ -77,13 +77,6 @@ class PairModel(nn.Module):
         output.pooler_output = torch.cat([features, features])
         return output
 
-    def _normalise(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """uint8 [tiles, 3, H, W] -> what the processor itself would have made of it."""
-        norm = self.pixel_norm
-        mean = torch.tensor(norm.mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(norm.std, device=pixels.device).view(-1, 1, 1)
-        return ((pixels.float() * norm.rescale - mean) / std).to(dtype)
-
     def _watched(self, features: torch.Tensor) -> torch.Tensor:
         if not features.requires_grad:  # vision part and connector are frozen
             features = features.detach().requires_grad_(True)
@@ -92,3 +85,10 @@ class PairModel(nn.Module):
 
     def _keep_gradient(self, gradient: torch.Tensor) -> None:
         self._image_gradient = gradient.detach()
+
+
+def normalise_pixels(pixels: torch.Tensor, norm: PixelNorm) -> torch.Tensor:
+    """uint8 [tiles, 3, H, W] -> float32, what the processor itself would have made of it."""
+    mean = torch.tensor(norm.mean, device=pixels.device).view(-1, 1, 1)
+    std = torch.tensor(norm.std, device=pixels.device).view(-1, 1, 1)
+    return (pixels.float() * norm.rescale - mean) / std

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Position:
     zero_stage: int = 0
 
 
-def save_checkpoint(engine: Engine, position: Position, metrics: dict[str, float]) -> None:
+def save_checkpoint(engine: Engine, position: Position, metrics: Mapping[str, float]) -> None:
     """Write the engine's state and the position, and hand both to Ray Train. A collective."""
     rank = ray.train.get_context().get_world_rank()
     with tempfile.TemporaryDirectory() as scratch:
@@ -45,7 +46,7 @@ def save_checkpoint(engine: Engine, position: Position, metrics: dict[str, float
         engine.ds.save_checkpoint(scratch, tag=_TAG, exclude_frozen_parameters=True)
         if rank == 0:
             (Path(scratch) / POSITION_FILE).write_text(json.dumps(asdict(position)))
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(scratch))
+        ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
 
 def load_latest(engine: Engine, recipe: Recipe) -> Position:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass, replace
@@ -50,19 +51,24 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Resources:
-    """What each worker holds."""
+    """What each worker holds, and how many encoding tasks work for it."""
 
     cpus: float
     gpus: int
     cpu_threads: int
+    max_encoders: int
 
 
 def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names (a submitted job has it), or start one on this machine."""
     if ray.is_initialized():
         return
+    # A new process takes seconds to import what encoding needs: keep idle ones between training and evaluation.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+    # Ray lowers the priority of all its workers; here only encoders should yield (see data/stream.py).
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Worker output goes to Ray's logs; what a user should see comes through the board.
-    ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="warning")
+    ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.WARNING)
 
 
 def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
@@ -85,7 +91,14 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     console.print(_headline(recipe, read, held_out, num_steps), highlight=False, soft_wrap=True)
     board = Board.remote()  # type: ignore[attr-defined]
     config = WorkerConfig(
-        recipe.model_dump(mode="json"), read, held_out, encoder, num_steps, board, resources.cpu_threads
+        recipe=recipe.model_dump(mode="json"),
+        train=read,
+        held_out=held_out,
+        encoder=encoder,
+        num_steps=num_steps,
+        board=board,
+        cpu_threads=resources.cpu_threads,
+        max_encoders=resources.max_encoders,
     )
     with Watch(board, console):
         _fit(config, recipe, resources, callbacks or [])
@@ -134,7 +147,12 @@ def worker_resources(recipe: Recipe, cluster: dict[str, float]) -> Resources:
             value=scaling.cpus_per_worker,
             fix="lower scaling.cpus_per_worker or scaling.num_workers, or add nodes",
         )
-    return Resources(wanted, per_worker, cpu_threads=max(1, (os.cpu_count() or 1) // workers))
+    return Resources(
+        cpus=wanted,
+        gpus=per_worker,
+        cpu_threads=max(1, (os.cpu_count() or 1) // workers),
+        max_encoders=max(1, int((cpus - wanted * workers) / workers)),
+    )
 
 
 def _fit(config: WorkerConfig, recipe: Recipe, resources: Resources, callbacks: list[Any]) -> None:
@@ -231,10 +249,11 @@ def _check_run_folder(recipe: Recipe) -> bool:
 
 def _headline(recipe: Recipe, read: ReadSpec, held_out: ReadSpec | None, num_steps: int) -> str:
     held = f", {held_out.last_slot:,} held out" if held_out else ""
+    formats = f"{', '.join(sorted(set(read.format_names)))} format"
     tuning = f"LoRA r={recipe.model.lora.r}" if recipe.model.lora else "full fine-tuning"
     return (
         f"[bold]{recipe.name}[/bold]  {recipe.model.id}, {tuning}, ZeRO {recipe.deepspeed.zero_stage}, "
         f"{recipe.scaling.num_workers} worker(s)\n"
-        f"{read.order.num_rows:,} pairs ({', '.join(sorted(set(read.format_names)))} format){held}; {num_steps:,} steps "
-        f"of {recipe.optim.pairs_per_step} -> {recipe.run_dir}"
+        f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
+        f"-> {recipe.run_dir}"
     )

@@ -21,7 +21,7 @@ from orpo_ray.model.loading import PixelNorm, load_model
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import SUM_NAMES, metrics_from_sums, orpo_loss
 from orpo_ray.objective.steps import StepPlan, StepPlanner, reduce_sums
-from orpo_ray.recipe import Recipe, parse_recipe
+from orpo_ray.recipe import parse_recipe
 from orpo_ray.results.scoring import Scores, grounding, score, with_prefix
 from orpo_ray.results.tracking import Tracker
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
@@ -39,7 +39,8 @@ class WorkerConfig:
     """What the driver decided once and every worker gets.
 
     recipe: the resolved recipe as a mapping. train, held_out: what to read; each worker takes its own share of it.
-    board: the actor that the driver watches. cpu_threads: for a CPU run, threads of one worker.
+    board: the actor that the driver watches. cpu_threads: for a CPU run, threads of one worker. max_encoders: encoding
+    tasks at a time for one worker.
     """
 
     recipe: dict[str, Any]
@@ -49,6 +50,7 @@ class WorkerConfig:
     num_steps: int
     board: Any
     cpu_threads: int
+    max_encoders: int
 
 
 def train_worker(config: dict[str, WorkerConfig]) -> None:
@@ -108,7 +110,9 @@ class Worker:
         final = self._final_evaluation()
         self._tell(phase="saving")
         save_final(self.engine, recipe)
-        save_checkpoint(self.engine, self.position, with_prefix(final, "eval"))
+        save_checkpoint(
+            self.engine, self.position, with_prefix(final, "eval") | {"step": self.position.step, "final": True}
+        )
         if self.tracker is not None:
             self.tracker.close()
 
@@ -116,7 +120,7 @@ class Worker:
         """Each step's share and plan, the seconds spent waiting for data, and when the step began."""
         recipe, first = self.recipe, self.position.step
         read = self._mine(self.config.train, first_slot=first * recipe.optim.pairs_per_step)
-        shares = iter_steps(read, self.config.encoder, first, self.config.num_steps)
+        shares = self._iter_steps(read, first, self.config.num_steps)
         while True:
             started = time.perf_counter()
             share = next(shares, None)
@@ -152,9 +156,7 @@ class Worker:
         """The step is done: move the position, log, tell the driver, and see to bad rows."""
         _, last_slot = step_slots(share.step, self.recipe.optim.pairs_per_step, self.config.train.last_slot)
         old = self.position
-        self.position = replace(
-            old, step=share.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs
-        )
+        self.position = replace(old, step=share.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs)
         metrics |= {"epoch": last_slot / self.config.train.order.num_rows}
         if plan.bad:
             self._log_bad_rows(share.bad)
@@ -208,12 +210,15 @@ class Worker:
         self._tell(phase="evaluating with exchanged images" if exchange else "evaluating")
         read = replace(self._mine(held_out), exchange_images=exchange)
         steps = -(-held_out.last_slot // held_out.pairs_per_step)
-        shares = ((share.pairs, len(share.bad)) for share in iter_steps(read, self.config.encoder, 0, steps))
+        shares = ((share.pairs, len(share.bad)) for share in self._iter_steps(read, 0, steps))
         self.model.eval()
         # The engine's forward, since under ZeRO 3 it gathers the parameters.
         scores = score(self.engine.forward, shares, self.planner, self.recipe.orpo.beta)
         self.model.train()
         return scores
+
+    def _iter_steps(self, read: ReadSpec, first: int, end: int) -> Iterator[StepShare]:
+        return iter_steps(read, self.config.encoder, first, end, self.config.max_encoders)
 
     def _mine(self, read: ReadSpec, first_slot: int = 0) -> ReadSpec:
         return replace(read, rank=self.rank, num_workers=self.num_workers, first_slot=first_slot)
@@ -230,4 +235,3 @@ class Worker:
         if self.rank == 0:
             with contextlib.suppress(ray.exceptions.RayActorError):  # the driver is gone, and its board
                 self.config.board.update.remote(**state)
-

@@ -1,0 +1,84 @@
+"""`orpo-ray evaluate`: score held-out pairs with a run's final model, or with any model and a recipe's data."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import yaml
+from rich.console import Console
+
+from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.stream import iter_steps
+from orpo_ray.errors import UserError
+from orpo_ray.model.loading import PixelNorm, load_model, load_processor
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.steps import StepPlanner
+from orpo_ray.recipe import Recipe, apply_overrides, parse_recipe
+from orpo_ray.results.scoring import Scores, grounding, score, with_prefix
+from orpo_ray.training.checkpoint import FINAL
+from orpo_ray.training.launch import RECIPE_FILE, held_out_data, start_ray
+
+
+def evaluate_run(folder: Path, overrides: list[str], console: Console) -> dict[str, float]:
+    """Metrics of the held-out pairs as `eval/...`, with `eval/grounding_gap`. Raises UserError.
+
+    folder: a run's (its recipe and `final/` are used) or a model's (then `data.eval=...` says what to score).
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        recipe, model = _recipe_of(folder, overrides)
+        held_out = held_out_data(recipe)
+        if held_out is None:
+            raise UserError("there are no held-out pairs", field="data.eval", fix="add data.eval=FILE to the command")
+        start_ray()
+        console.print(f"scoring {held_out.last_slot:,} pairs with {model}", highlight=False, soft_wrap=True)
+        return with_prefix(_evaluate(recipe, model, held_out), "eval")
+
+
+def _evaluate(recipe: Recipe, model_id: str, held_out: ReadSpec) -> dict[str, float]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = EncoderSpec(load_processor, model_id, None, recipe.data.max_length)
+    encoder = spec.build()
+    section = recipe.model.model_copy(update={"id": model_id, "revision": None, "lora": None, "freeze": []})
+    model = PairModel(load_model(section, device, recipe.optim.seed), PixelNorm.of(encoder.processor)).eval()
+    fillers = (encoder.filler(with_image=False), encoder.filler(with_image=True))
+    planner = StepPlanner(recipe.orpo.nll, recipe.optim.tokens_per_microbatch, *fillers, device)
+    steps = -(-held_out.last_slot // held_out.pairs_per_step)
+    max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+
+    def one_pass(exchange: bool) -> Scores:
+        read = replace(held_out, exchange_images=exchange)
+        shares = ((share.pairs, len(share.bad)) for share in iter_steps(read, spec, 0, steps, max_encoders))
+        return score(model, shares, planner, recipe.orpo.beta)
+
+    seen = one_pass(exchange=False)
+    if not seen.metrics["pairs"]:
+        raise UserError("none of the held-out rows can be used", field="data.eval")
+    if not recipe.eval.grounding:
+        return seen.metrics
+    return seen.metrics | grounding(seen, one_pass(exchange=True), device)
+
+
+def _recipe_of(folder: Path, overrides: list[str]) -> tuple[Recipe, str]:
+    """The recipe to evaluate by, and what to load the model from."""
+    raw: dict[str, Any]
+    if (folder / RECIPE_FILE).is_file():
+        raw = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+        model = folder / FINAL
+        if not model.is_dir():
+            raise UserError(
+                "the run has no final model yet", field=str(folder), fix="let it end: the same train command resumes it"
+            )
+    elif (folder / "config.json").is_file():
+        raw = {"name": folder.resolve().name, "model": {"id": str(folder)}, "data": {"train": "none"}}
+        model = folder
+    else:
+        raise UserError(f"is neither a run (no {RECIPE_FILE}) nor a model (no config.json)", field=str(folder))
+    apply_overrides(raw, overrides)
+    return parse_recipe(raw, source=str(folder)), str(model)

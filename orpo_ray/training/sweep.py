@@ -1,0 +1,156 @@
+"""Ray Tune around `launch_training`: random search over beta and learning rate, ASHA, one run folder a trial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from rich.console import Console
+
+from orpo_ray.errors import UserError
+from orpo_ray.recipe import Recipe, SearchRange, parse_recipe
+from orpo_ray.training.launch import (
+    TrainingFailed,
+    held_out_data,
+    launch_training,
+    start_ray,
+    training_data,
+    worker_resources,
+)
+
+TRIALS = "trials"
+BEST_RECIPE_FILE = "best_recipe.yaml"
+# A trial's driver only waits for its workers; it must leave them their CPUs.
+DRIVER_CPUS = 0.01
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as the table shows it. metric: None if it never got to an evaluation."""
+
+    name: str
+    params: dict[str, float]
+    metric: float | None
+    steps: int
+    status: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All trials, best first, and where the recipe of the best one is."""
+
+    trials: list[Trial]
+    best: str
+    best_recipe: Path
+
+
+def run_sweep(recipe: Recipe, console: Console) -> Sweep:
+    """Search as `tune` says; every trial is an ordinary run in `<run folder>/trials/`. Raises UserError."""
+    section = recipe.tune
+    if not recipe.data.eval:
+        raise UserError("a search ranks its trials on held-out pairs", field="data.eval", fix="give held-out pairs")
+    # Everything that would make all trials fail alike is asked first, once.
+    held_out_data(recipe)
+    num_steps = -(-training_data(recipe).last_slot // recipe.optim.pairs_per_step)
+    start_ray()
+    together = min(section.max_concurrent, section.num_trials)
+    crowd = recipe.scaling.model_copy(update={"num_workers": recipe.scaling.num_workers * together})
+    worker_resources(recipe.model_copy(update={"scaling": crowd}), ray.cluster_resources())
+    every = recipe.eval.every_steps or max(1, num_steps // 4)
+    base = recipe.model_copy(
+        update={
+            "eval": recipe.eval.model_copy(update={"every_steps": every}),
+            "scaling": recipe.scaling.model_copy(update={"cpus_per_worker": _cpus_per_worker(recipe, together)}),
+        }
+    )
+    results = _tuner(base, num_steps, every, together).fit()
+    trials = sorted((_trial(base, result) for result in results), key=lambda trial: _rank(trial, section.mode))
+    if not trials or trials[0].metric is None:
+        raise TrainingFailed(f"no trial got to an evaluation: {[trial.status for trial in trials]}")
+    best = trials[0]
+    path = recipe.run_dir / BEST_RECIPE_FILE
+    path.write_text(_with_params(recipe, best.params, f"{recipe.name}-best").to_yaml(), encoding="utf-8")
+    return Sweep(trials, best.name, path)
+
+
+def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tuner:
+    section = base.tune
+    scheduler: TrialScheduler = FIFOScheduler()
+    if section.scheduler == "asha":
+        scheduler = ASHAScheduler(
+            time_attr="step", max_t=num_steps, grace_period=min(section.grace_evals * every, num_steps)
+        )
+    return tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_run_trial, recipe=base.model_dump(mode="json")), {"cpu": DRIVER_CPUS}
+        ),
+        param_space={key: _domain(search) for key, search in section.search.items()},
+        tune_config=tune.TuneConfig(
+            metric=section.metric,
+            mode=section.mode,
+            scheduler=scheduler,
+            search_alg=tune.search.BasicVariantGenerator(random_state=section.seed),
+            num_samples=section.num_trials,
+            # Tune does not see the trainers' placement groups, so it must be told.
+            max_concurrent_trials=together,
+            trial_dirname_creator=lambda trial: f"tune-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=base.run_dir.name, storage_path=str(base.run_dir.parent), verbose=0, log_to_file=False
+        ),
+    )
+
+
+def _run_trial(params: dict[str, float], recipe: dict[str, Any]) -> None:
+    """One trial's driver: the same training under the trial's own name, reporting its evaluations to Tune."""
+    parsed = parse_recipe(recipe)
+    name = f"{parsed.name}/{TRIALS}/{tune.get_context().get_trial_id()}"
+    launch_training(_with_params(parsed, params, name), Console(quiet=True), callbacks=[TuneReportCallback()])
+
+
+def _with_params(recipe: Recipe, params: dict[str, float], name: str) -> Recipe:
+    raw = recipe.model_dump(mode="json") | {"name": name}
+    for key, value in params.items():
+        section, _, field = key.partition(".")
+        raw[section][field] = value
+    return parse_recipe(raw)
+
+
+def _domain(search: SearchRange) -> Any:
+    if search.choices:
+        return tune.choice(search.choices)
+    assert search.low is not None
+    assert search.high is not None
+    return (tune.loguniform if search.log else tune.uniform)(search.low, search.high)
+
+
+def _trial(base: Recipe, result: Any) -> Trial:
+    metrics = result.metrics or {}
+    if result.error is not None:
+        status = f"failed: {str(result.error).strip().splitlines()[-1]}"
+    else:
+        status = "finished" if metrics.get("done") and "final" in metrics else "stopped early"
+    config = result.config or {}
+    return Trial(
+        name=str(metrics.get("trial_id", Path(result.path).name)),
+        params={key: config[key] for key in base.tune.search},
+        metric=metrics.get(base.tune.metric),
+        steps=int(metrics.get("step", 0)),
+        status=status,
+    )
+
+
+def _rank(trial: Trial, mode: str) -> float:
+    if trial.metric is None:
+        return float("inf")
+    return -trial.metric if mode == "max" else trial.metric
+
+
+def _cpus_per_worker(recipe: Recipe, together: int) -> float:
+    crowd = recipe.scaling.model_copy(update={"num_workers": recipe.scaling.num_workers * together})
+    return worker_resources(recipe.model_copy(update={"scaling": crowd}), ray.cluster_resources()).cpus

@@ -1,0 +1,134 @@
+"""Encoding: exact to the token and the pixel against the model's own processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from PIL import Image
+
+from orpo_ray.data.encoding import EncodedPair, PairEncoder
+from orpo_ray.data.formats import PreferencePair, to_pair
+from orpo_ray.errors import BadRow
+from orpo_ray.model.loading import PixelNorm, load_processor
+from orpo_ray.objective.forward import normalise_pixels
+
+TINY = "orpo-ray/tiny-smolvlm"
+
+
+def png(folder: Path, name: str, size: tuple[int, int], seed: int = 0) -> str:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / name)
+    return name
+
+
+def pair(images: list[str], prompt: Any = "what is it?", chosen: str = "red", rejected: str = "teal") -> PreferencePair:
+    row = {"id": "1", "images": images, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return to_pair(row, "trl", {}, "1")
+
+
+def encode(encoder: PairEncoder, root: Path, *pairs: PreferencePair) -> list[EncodedPair | BadRow]:
+    return encoder.encode_many(pairs, [root] * len(pairs))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> PairEncoder:
+    return PairEncoder(load_processor(TINY, None), max_length=256)
+
+
+def idefics3_processor() -> Any:
+    folder = SHARED / "processors" / "idefics3"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: it has the real Idefics3 processor, with tiles")
+    return load_processor(str(folder), None)
+
+
+def check_against_processor(processor: Any, encoded: EncodedPair, source: PreferencePair, root: Path) -> None:
+    """Token ids and normalised pixels must be those of one plain processor call on prompt + answer."""
+    images = [Image.open(root / image["path"]).convert("RGB") for image in source.images]
+    for answer, ids in ((source.chosen, encoded.chosen_ids), (source.rejected, encoded.rejected_ids)):
+        messages = [*source.prompt, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        text = processor.apply_chat_template(messages, tokenize=False)
+        plain = processor(
+            text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"
+        )
+        assert plain["input_ids"][0].tolist() == [*encoded.prompt_ids, *ids]
+    if images:
+        pixels = normalise_pixels(torch.from_numpy(encoded.images["pixel_values"]), PixelNorm.of(processor))
+        reference = plain["pixel_values"].flatten(0, -4)
+        torch.testing.assert_close(pixels, reference, rtol=0, atol=1e-6)
+    is_image = encoded.prompt_ids == processor.image_token_id
+    assert (encoded.prompt_is_text == ~is_image).all()
+
+
+@pytest.mark.parametrize("sizes", [[], [(64, 64)], [(100, 40)], [(64, 64), (20, 90)]])
+def test_tiny_smolvlm_is_exact(tiny: PairEncoder, tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
+    source = pair([png(tmp_path, f"{i}.png", size, i) for i, size in enumerate(sizes)])
+    (encoded,) = encode(tiny, tmp_path, source)
+    assert isinstance(encoded, EncodedPair)
+    check_against_processor(tiny.processor, encoded, source, tmp_path)
+    assert (~encoded.prompt_is_text).sum() == 16 * len(sizes)
+
+
+@pytest.mark.parametrize("sizes", [[(300, 200)], [(700, 500), (400, 900)]])
+def test_real_idefics3_with_tiles_is_exact(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
+    encoder = PairEncoder(idefics3_processor(), max_length=8192)
+    source = pair([png(tmp_path, f"{i}.png", size, i) for i, size in enumerate(sizes)])
+    (encoded,) = encode(encoder, tmp_path, source)
+    assert isinstance(encoded, EncodedPair)
+    check_against_processor(encoder.processor, encoded, source, tmp_path)
+    assert encoded.images["pixel_values"].dtype == np.uint8
+
+
+def test_a_batch_encodes_as_its_pairs_alone(tiny: PairEncoder, tmp_path: Path) -> None:
+    files = [png(tmp_path, f"{i}.png", (64, 64) if i % 2 else (50, 80), i) for i in range(5)]
+    pairs = [pair([name], prompt=f"question {i}?", chosen="x" * (i + 1)) for i, name in enumerate(files)]
+    pairs.insert(2, pair([]))
+    pairs.insert(3, pair(["none.png"]))
+    together = encode(tiny, tmp_path, *pairs)
+    for got, source in zip(together, pairs, strict=True):
+        (alone,) = encode(tiny, tmp_path, source)
+        if isinstance(got, BadRow):
+            assert str(got) == str(alone)
+            continue
+        assert isinstance(alone, EncodedPair)
+        assert got.to_bytes() == alone.to_bytes()
+
+
+def test_bytes_round_trip(tiny: PairEncoder, tmp_path: Path) -> None:
+    (encoded,) = encode(tiny, tmp_path, pair([png(tmp_path, "a.png", (64, 64))]))
+    assert isinstance(encoded, EncodedPair)
+    copy = EncodedPair.from_bytes(encoded.to_bytes(), slot=7)
+    assert (copy.id, copy.slot, copy.row_length) == ("1", 7, encoded.row_length)
+    np.testing.assert_array_equal(copy.prompt_ids, encoded.prompt_ids)
+    np.testing.assert_array_equal(copy.images["pixel_values"], encoded.images["pixel_values"])
+
+
+def test_no_answer_changes_the_prompts_tokens(tiny: PairEncoder, tmp_path: Path) -> None:
+    name = png(tmp_path, "a.png", (64, 64))
+    results = encode(tiny, tmp_path, *(pair([name], chosen=text) for text in ("red", ":)", "  x", "é", "\nred")))
+    prompts = {tuple(result.prompt_ids) for result in results if isinstance(result, EncodedPair)}
+    assert len(prompts) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"chosen": "long " * 300}, "too_long"),
+        ({"chosen": "an <image> here"}, "placeholder_in_text"),
+        ({"prompt": "see <image>"}, "placeholder_in_text"),
+    ],
+)
+def test_bad_rows(tiny: PairEncoder, tmp_path: Path, change: dict[str, str], reason: str) -> None:
+    (result,) = encode(tiny, tmp_path, pair([png(tmp_path, "a.png", (64, 64))], **change))
+    assert isinstance(result, BadRow)
+    assert result.reason == reason
+
+
+def test_fillers(tiny: PairEncoder) -> None:
+    assert tiny.filler(with_image=True).images["pixel_values"].shape == (1, 3, 64, 64)
+    assert tiny.filler(with_image=False).images == {}

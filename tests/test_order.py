@@ -1,0 +1,68 @@
+"""Slots, order and shares: pure arithmetic, held to its properties."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orpo_ray.data.order import Order, owner, step_slots, total_slots
+
+segments = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
+seeds = st.none() | st.integers(0, 5)
+
+
+def epoch_rows(order: Order, epoch: int) -> list[tuple[int, int]]:
+    rows = []
+    for number in range(order.windows_per_epoch):
+        window = order.window(epoch, number)
+        assert window.first_slot == epoch * order.num_rows + len(rows)
+        rows += [(int(segment), int(row)) for segment, row in window.rows]
+    return rows
+
+
+@given(segments, seeds, st.integers(1, 40), st.integers(0, 3))
+def test_an_epoch_holds_every_row_once(sizes: list[int], seed: int | None, window: int, epoch: int) -> None:
+    order = Order(tuple(sizes), seed, window)
+    everything = [(segment, row) for segment, size in enumerate(sizes) for row in range(size)]
+    rows = epoch_rows(order, epoch)
+    assert sorted(rows) == everything
+    if seed is None:
+        assert rows == everything
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    order = Order((50, 50), 0, 40)
+    assert epoch_rows(order, 0) == epoch_rows(Order((50, 50), 0, 40), 0)
+    assert epoch_rows(order, 0) != epoch_rows(order, 1)
+    assert epoch_rows(order, 0) != epoch_rows(Order((50, 50), 1, 40), 0)
+
+
+@given(segments, st.integers(1, 20), st.data())
+def test_windows_cover_any_stretch_of_slots(sizes: list[int], window: int, data: st.DataObject) -> None:
+    order = Order(tuple(sizes), 0, window)
+    first = data.draw(st.integers(0, 3 * order.num_rows))
+    last = data.draw(st.integers(first, 4 * order.num_rows))
+    slots: list[int] = []
+    for epoch, number in order.windows(first, last):
+        found = order.window(epoch, number)
+        slots += range(found.first_slot, found.first_slot + len(found.rows))
+    assert slots == list(range(slots[0], slots[0] + len(slots))) if slots else first == last
+    assert set(range(first, last)) <= set(slots)
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(0, 1000))
+def test_shares_of_a_step_are_contiguous_and_even(pairs: int, workers: int, step: int) -> None:
+    owners = owner(np.arange(step * pairs, (step + 1) * pairs), pairs, workers)
+    assert (np.diff(owners) >= 0).all()
+    counts = np.bincount(owners, minlength=workers)
+    assert counts.sum() == pairs
+    assert len(counts) == workers
+    assert counts.max() - counts.min() <= 1
+
+
+def test_steps_straddle_epochs_and_the_last_may_be_smaller() -> None:
+    slots = total_slots(num_rows=10, epochs=2.5, pairs_per_step=8, max_steps=None)
+    assert slots == 25
+    assert [step_slots(step, 8, slots) for step in range(5)] == [(0, 8), (8, 16), (16, 24), (24, 25), (25, 25)]
+    assert total_slots(10, 2.5, 8, max_steps=2) == 16

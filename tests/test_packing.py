@@ -1,0 +1,69 @@
+"""Micro-batches: every pair once, within the budget, equally many on every worker."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.packing import build_batch, nll_token_count, plan_microbatches, spread
+
+IMAGE = 99
+
+
+def make(prompt: list[int], chosen: list[int], rejected: list[int], slot: int = 0) -> EncodedPair:
+    ids = [np.asarray(part, np.int32) for part in (prompt, chosen, rejected)]
+    images = {"pixel_values": np.full((1, 3, 2, 2), slot % 256, np.uint8)} if IMAGE in prompt else {}
+    return EncodedPair(str(slot), *ids, ids[0] != IMAGE, images, slot)
+
+
+def of_lengths(lengths: list[int]) -> list[EncodedPair]:
+    return [make([1] * length, [2], [3], slot) for slot, length in enumerate(lengths)]
+
+
+lengths = st.lists(st.integers(1, 50), max_size=20)
+
+
+@given(lengths, st.integers(1, 300))
+def test_every_pair_once_and_within_the_budget(sizes: list[int], budget: int) -> None:
+    batches = plan_microbatches(of_lengths(sizes), budget)
+    assert sorted(pair.slot for batch in batches for pair in batch) == list(range(len(sizes)))
+    for batch in batches:
+        tokens = 2 * len(batch) * max(pair.row_length for pair in batch)
+        assert len(batch) == 1 or tokens <= budget
+
+
+@given(lengths, st.integers(1, 300), st.integers(0, 10))
+def test_spread_keeps_the_pairs_and_gives_the_count(sizes: list[int], budget: int, more: int) -> None:
+    batches = plan_microbatches(of_lengths(sizes), budget)
+    wider = spread(batches, len(batches) + more)
+    assert len(wider) == len(batches) + more
+    assert sorted(pair.slot for batch in wider for pair in batch) == list(range(len(sizes)))
+
+
+def test_layout() -> None:
+    """Two pairs and a filler: every target is predicted by the hidden state just before it."""
+    pairs = [make([5, IMAGE, 6], [7, 8], [9], 0), make([1, 2], [3], [4, 5, 6], 1)]
+    batch = build_batch(pairs, "response", fillers=[make([5, IMAGE], [1], [2], -1)])
+    assert batch.input_ids.tolist() == [
+        [5, IMAGE, 6, 7, 8], [1, 2, 3, 0, 0], [5, IMAGE, 1, 0, 0],
+        [5, IMAGE, 6, 9, 0], [1, 2, 4, 5, 6], [5, IMAGE, 2, 0, 0],
+    ]  # fmt: skip
+    assert batch.target_ids.tolist() == [7, 8, 3, 1, 9, 4, 5, 6, 2]
+    assert batch.target_row.tolist() == [0, 0, 1, 2, 3, 4, 4, 4, 5]
+    assert batch.target_position.tolist() == [2, 3, 6, 11, 17, 21, 22, 23, 26]
+    assert batch.target_in_response.all()
+    assert batch.weights.tolist() == [1, 1, 0]
+    assert batch.images["pixel_values"][:, 0, 0, 0].tolist() == [0, 255]
+
+
+def test_prompt_tokens_as_targets_leave_out_placeholders_and_the_first() -> None:
+    pair = make([5, IMAGE, 6], [7, 8], [9])
+    batch = build_batch([pair], "prompt+response")
+    assert batch.target_ids.tolist() == [6, 7, 8, 9]
+    assert batch.target_in_response.tolist() == [False, True, True, True]
+    assert nll_token_count(pair, "prompt+response") == 3
+    assert nll_token_count(pair, "response") == 2
+    torch.testing.assert_close(batch.target_ids, batch.input_ids.flatten()[batch.target_position + 1])

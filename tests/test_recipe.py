@@ -1,0 +1,126 @@
+"""Recipes: what is accepted, and one clear message for what is not."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orpo_ray.errors import BadRow, UserError
+from orpo_ray.recipe import Recipe, load_recipe, parse_recipe
+
+ROOT = Path(__file__).parent.parent
+MINIMAL: dict[str, Any] = {"name": "a", "model": {"id": "m"}, "data": {"train": "t.jsonl"}}
+
+
+def message(raw: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as error:
+        parse_recipe(raw)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_say_what_they_need(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    comment = path.read_text().split("\nname:")[0].lower()
+    assert all(word in comment for word in ("hardware", "memory", "data")), "a recipe says hardware, memory and data"
+
+
+def test_defaults_are_trls() -> None:
+    recipe = parse_recipe(MINIMAL)
+    assert (recipe.orpo.beta, recipe.optim.learning_rate, recipe.data.max_length) == (0.1, 1e-6, 1024)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"orpo": {"betta": 0.1}}, "orpo.betta: unknown key; did you mean 'beta'?"),
+        ({"modle": {}}, "modle: unknown key; did you mean 'model'?"),
+        ({"model": {"id": "m", "lora": {"rank": 4}}}, "model.lora.rank: unknown key"),
+        ({"orpo": {"zzz": 1}}, "known keys here: beta, nll"),
+        ({"orpo": {"beta": -1}}, "orpo.beta: Input should be greater than or equal to 0 (found -1)"),
+        ({"orpo": {"nll": "all"}}, "'response' or 'prompt+response' (found 'all')"),
+        ({"optim": {"learning_rate": "fast"}}, "optim.learning_rate: Input should be a valid number"),
+        ({"optim": {"pairs_per_step": 1.5}}, "optim.pairs_per_step"),
+        ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage"),
+        ({"data": {}}, "data.train: is required"),
+        ({"scaling": {"num_workers": 64}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
+        ({"model": {"id": "m", "freeze": ["vision", "connector", "language"]}}, "nothing would be trained"),
+        ({"eval": {"every_steps": 5}}, "eval.every_steps is set but data.eval is empty"),
+        ({"name": "../up"}, "must be made of letters"),
+        ({"checkpoint": {"storage": "s3://bucket"}}, "must be a folder"),
+        ({"tune": {"search": {"orpo.beta": {"low": 2, "high": 1}}}}, "low (2.0) must be below high (1.0)"),
+        ({"tune": {"search": {"orpo.bet": {"low": 1, "high": 2}}}}, "'orpo.beta' or 'optim.learning_rate'"),
+        ({"optim": {"learning_rate": float("nan")}}, "finite number"),
+    ],
+)
+def test_errors_name_field_value_and_what_is_allowed(change: dict[str, Any], said: str) -> None:
+    assert said in message(MINIMAL | change)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    text = message(MINIMAL | {"orpo": {"beta": -1, "bta": 2}, "optim": {"epochs": 0}})
+    assert "3 problems" in text
+    assert all(field in text for field in ("orpo.beta", "orpo.bta", "optim.epochs"))
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_overrides_are_yaml_and_reach_any_depth(recipe_file: Path) -> None:
+    overrides = ["optim.learning_rate=5e-6", "model.lora.r=4", "data.train=[a.jsonl, b.jsonl]", "name=b"]
+    recipe = load_recipe(recipe_file, overrides)
+    assert recipe.optim.learning_rate == 5e-6
+    assert recipe.model.lora is not None
+    assert recipe.model.lora.r == 4
+    assert recipe.data.train == ["a.jsonl", "b.jsonl"]
+    assert recipe.name == "b"
+
+
+@pytest.mark.parametrize("override", ["optim.learning_rate", "=3", "name.sub=1", "orpo.beta=[1"])
+def test_malformed_overrides(recipe_file: Path, override: str) -> None:
+    with pytest.raises(UserError):
+        load_recipe(recipe_file, [override])
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00", ""])
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        load_recipe(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_every_field_is_documented() -> None:
+    def undocumented(schema: dict[str, Any]) -> list[str]:
+        sections = {"Recipe": schema, **schema["$defs"]}
+        own = [
+            f"{title}.{name}"
+            for title, section in sections.items()
+            for name, field in section.get("properties", {}).items()
+            if "description" not in field and "$ref" not in field
+        ]
+        return own
+
+    assert undocumented(Recipe.model_json_schema()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("bad", field="a.b", value=3, fix="do"), UserError("bad"), BadRow("reason", "detail")]
+)
+def test_errors_survive_pickling(error: Exception) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))

@@ -1,0 +1,88 @@
+"""What a run writes, and how held-out pairs are scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_recipe
+from test_packing import make
+
+from orpo_ray.data.packing import PairBatch
+from orpo_ray.objective.orpo import PairLogps
+from orpo_ray.objective.steps import StepPlanner
+from orpo_ray.results.scoring import Scores, grounding, score
+from orpo_ray.results.tracking import Tracker, last_metrics, read_jsonl
+
+CPU = torch.device("cpu")
+
+
+def test_metrics_after_the_resumed_step_are_taken_back(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run")
+    first = Tracker(recipe, step=0)
+    for step in range(1, 6):
+        first.log(step, {"train/loss": float(step)})
+    first.close()
+    with (recipe.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/l')  # cut off by a kill
+    second = Tracker(recipe, step=3)
+    second.log(4, {"train/loss": 40.0})
+    second.close()
+    assert [line["step"] for line in read_jsonl(recipe.run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert last_metrics(recipe.run_dir) == {"step": 4, "train/loss": 40.0}
+
+
+def test_a_bad_row_is_written_once(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run")
+    row = {"id": "é", "source": "a:1", "reason": "too_long", "detail": "x"}
+    for _ in range(2):
+        tracker = Tracker(recipe, step=0)
+        tracker.log_bad_rows([row, row])
+        tracker.close()
+    assert read_jsonl(recipe.run_dir / "bad_rows.jsonl") == [row]
+
+
+def test_wandb_offline_keeps_the_key_out_of_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    recipe = tiny_recipe(tmp_path, "run", tracking={"wandb": {"enabled": True, "mode": "offline"}})
+    tracker = Tracker(recipe, step=0)
+    tracker.log(1, {"train/loss": 1.0, "eval/rewards/margins": 0.5})
+    tracker.close()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
+    pairs = [make([1, 2], [3], [4], slot) for slot in range(5)]
+    planner = StepPlanner("response", 12, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+
+    def forward(batch: PairBatch) -> PairLogps:
+        """Slot s has log-probs -1 for the chosen answer and -(s + 0.5) / 2 for the rejected one."""
+        chosen = -torch.ones(len(batch.slots))
+        rejected = -(torch.tensor(batch.slots, dtype=torch.float) + 0.5) / 2
+        ones = torch.ones(len(batch.slots))
+        return PairLogps(chosen, rejected, -chosen, ones, ones, ones)
+
+    seen = score(forward, [(pairs[:3], 1), (pairs[3:], 0)], planner, beta=0.5)
+    assert seen.correct == {0: False, 1: False, 2: True, 3: True, 4: True}
+    assert seen.metrics["rewards/accuracies"] == pytest.approx(0.6)
+    assert seen.metrics["rewards/margins"] == pytest.approx(0.5 * (-1 + sum((s + 0.5) / 2 for s in range(5)) / 5))
+    assert seen.metrics["nll_loss"] == pytest.approx(1.0)
+    assert (seen.metrics["pairs"], seen.metrics["bad_rows"]) == (5, 1)
+    exchanged = Scores({}, {1: False, 2: False, 3: True, 4: False})
+    assert grounding(seen, exchanged, CPU) == pytest.approx(
+        {"rewards/accuracies_exchanged": 0.25, "grounding_gap": 0.5, "grounding_pairs": 4}
+    )
+    assert grounding(seen, Scores({}, {}), CPU) == {}
+
+
+def test_jsonl_lines_are_plain_json(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run")
+    tracker = Tracker(recipe, step=0)
+    tracker.log(1, {"train/loss": 0.1})
+    tracker.close()
+    assert json.loads((recipe.run_dir / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 0.1}
