@@ -83,7 +83,7 @@ def test_loss_metrics_and_gradient(model: PairModel, trainer: Any, chosen_rows: 
     for name, value in their_metrics.items():
         if not name.startswith("logits/"):
             assert metrics[name] == pytest.approx(value, abs=1e-5), name
-    assert len(their_gradients) > 30
+    assert len(their_gradients) > 20
     for name, parameter in model.named_parameters():
         if name in their_gradients:
             torch.testing.assert_close(parameter.grad, their_gradients[name], rtol=1e-5, atol=1e-5, msg=name)

@@ -67,6 +67,8 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     # Ray lowers the priority of all its workers; here only encoders should yield (see data/stream.py).
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # A run has some ten small actors; on two cores Ray warns about that many at once.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     # Worker output goes to Ray's logs; what a user should see comes through the board.
     ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.WARNING)
 

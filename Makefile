@@ -1,0 +1,42 @@
+# Two commands on a fresh machine:  make quickstart  and  make test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# A constraint, so that what was tested is what is installed where torch comes from more than one place.
+TORCH := torch==2.13.0
+
+.PHONY: quickstart test fast lint clean
+
+quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, in about 3 minutes
+	$(BIN)/orpo-ray train recipes/quickstart.yaml
+
+test: lint fast slow  ## everything
+
+fast: $(INSTALLED)  ## tests that take seconds
+	$(BIN)/pytest -q -m "not slow"
+
+.PHONY: slow
+slow: $(INSTALLED)  ## whole runs on a real Ray
+	$(BIN)/pytest -q -m slow
+
+lint: $(INSTALLED)  ## style, undefined names, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Without a GPU, torch comes from its CPU index (no CUDA packages); where that cannot be reached, from wherever pip
+# is told to look. With a GPU, the default build is the right one, and torchvision serves the processors that want it.
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi >/dev/null; then \
+	  $(BIN)/pip install -q $(TORCH) torchvision; \
+	elif ! $(BIN)/python -c "import torch" 2>/dev/null; then \
+	  $(BIN)/pip install -q --retries 0 --index-url https://download.pytorch.org/whl/cpu $(TORCH) 2>/dev/null \
+	    || $(BIN)/pip install -q $(TORCH); \
+	fi
+	$(BIN)/pip install -q -e ".[dev]"
+	touch $@
+
+clean:  ## remove the environment and the runs made here
+	rm -rf $(VENV) runs

@@ -1,0 +1,144 @@
+"""The commands as a user types them: exit codes, messages, JSON; a sweep; a submitted job."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, losses, tiny_recipe
+
+TINY_OVERRIDES = [
+    "optim.max_steps=8",
+    "optim.pairs_per_step=4",
+    "eval.max_pairs=24",
+    "data.shuffle_window=64",
+]
+
+
+def orpo_ray(
+    *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orpo_ray", *arguments],
+        capture_output=True, text=True, check=False, cwd=cwd, env=os.environ | (env or {}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "none.yaml"], "no such recipe"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "orpo.betta=1"], "did you mean 'beta'?"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "data.train=none.jsonl"], "no such file or folder"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "model.id=./none"], "model.id"),
+        (["evaluate", "nowhere"], "is neither a run"),
+        (["tune", str(ROOT / "recipes/quickstart.yaml"), "data.eval=[]"], "held-out pairs"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = orpo_ray(*arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_schema_is_json() -> None:
+    assert "optim" in json.loads(orpo_ray("schema").stdout)["properties"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_train_then_evaluate(tmp_path: Path) -> None:
+    quickstart = str(ROOT / "recipes/quickstart.yaml")
+    trained = orpo_ray("train", quickstart, *TINY_OVERRIDES, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    run_dir = tmp_path / "runs" / "quickstart"
+    assert str(run_dir) in trained.stderr
+    assert "eval/grounding_gap" in trained.stderr
+    keys = {
+        "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/grounding_gap",
+        "eval/rewards/accuracies_exchanged", "eval/samples_per_second", "eval/steps_per_second", "eval/pairs",
+    }  # fmt: skip
+    results = []
+    for target in (run_dir, run_dir / "final"):
+        data = ["data.eval=easy-vqa:test"] if target.name == "final" else []
+        evaluated = orpo_ray("evaluate", str(target), *data, "eval.max_pairs=24", "--json", cwd=tmp_path)
+        assert evaluated.returncode == 0, evaluated.stderr
+        results.append(json.loads(evaluated.stdout))
+        assert keys <= set(results[-1])
+        assert results[-1]["eval/pairs"] == 24
+    logged = [line for line in map(json.loads, (run_dir / "metrics.jsonl").open()) if "eval/loss" in line][-1]
+    for name in ("eval/rewards/accuracies", "eval/nll_loss", "eval/grounding_gap"):
+        assert results[0][name] == pytest.approx(logged[name], abs=1e-5)
+    assert results[1]["eval/nll_loss"] == pytest.approx(results[0]["eval/nll_loss"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_of_four_trials_leaves_nothing_behind(tmp_path: Path) -> None:
+    """In a process and a Ray of its own, so that all its processes can be counted afterwards."""
+    session = tmp_path / "session"
+    recipe = tiny_recipe(
+        tmp_path / "runs", "sweep", data={"eval": "easy-vqa:test"}, eval={"max_pairs": 16, "every_steps": 2},
+        optim={"max_steps": 8}, tune={"num_trials": 4, "max_concurrent": 2},
+    )  # fmt: skip
+    path = tmp_path / "sweep.yaml"
+    path.write_text(recipe.to_yaml())
+    marker = {"ORPO_RAY_TEST_MARKER": str(session)}
+    result = orpo_ray("tune", str(path), cwd=tmp_path, env=marker)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"(?:finished|stopped early)", result.stderr)
+    assert len(rows) == 4, result.stderr
+    best = yaml.safe_load((tmp_path / "runs" / "sweep" / "best_recipe.yaml").read_text())
+    assert best["name"] == "sweep-best"
+    assert best["orpo"]["beta"] != recipe.orpo.beta
+    trials = list((tmp_path / "runs" / "sweep" / "trials").iterdir())
+    assert len(trials) == 4
+    assert all(losses(trial) for trial in trials)
+    assert processes_with(str(session)) == []
+
+
+def processes_with(marker: str) -> list[str]:
+    """Command lines of living processes whose environment holds `marker`."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            try:
+                if marker.encode() in (process / "environ").read_bytes():
+                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:  # it ended, or is not ours
+                continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_submitted_job_succeeds(ray_cluster: None, tmp_path: Path) -> None:
+    """`ray job submit --working-dir . -- orpo-ray train recipes/quickstart.yaml`, against a head on this machine."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    dashboard = ray._private.worker.global_worker.node.webui_url  # type: ignore[attr-defined]
+    assert dashboard.startswith("127.0.0.1:")
+    working_dir = tmp_path / "project"
+    (working_dir / "recipes").mkdir(parents=True)
+    (working_dir / "recipes" / "quickstart.yaml").write_text((ROOT / "recipes/quickstart.yaml").read_text())
+    scripts = Path(sys.executable).parent
+    result = subprocess.run(
+        [
+            str(scripts / "ray"), "job", "submit", "--address", f"http://{dashboard}", "--working-dir", str(working_dir),
+            "--", str(scripts / "orpo-ray"), "train", "recipes/quickstart.yaml", *TINY_OVERRIDES,
+            f"checkpoint.storage={tmp_path / 'runs'}",
+        ],
+        capture_output=True, text=True, check=False, env=os.environ | {"RAY_ADDRESS": address},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "succeeded" in result.stdout + result.stderr
+    assert (tmp_path / "runs" / "quickstart" / "final" / "config.json").is_file()

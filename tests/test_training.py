@@ -1,0 +1,275 @@
+"""Whole runs on a real Ray: workers, ZeRO stages, kills and resumes give one and the same curve."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import losses, tiny_recipe, write_pairs
+from rich.console import Console
+
+from orpo_ray.errors import UserError
+from orpo_ray.recipe import Recipe
+from orpo_ray.results.tracking import read_jsonl
+from orpo_ray.training.launch import RunSummary, launch_training, worker_resources
+
+pytestmark = pytest.mark.slow
+
+MIXED = {"train": "easy-vqa:train", "max_length": 128, "shuffle_window": 64}
+
+
+def run(recipe: Recipe) -> RunSummary:
+    return launch_training(recipe, Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def reference(ray_cluster: None, storage: Path) -> dict[int, float]:
+    """Losses of the uninterrupted run of one worker without ZeRO."""
+    return losses(run(tiny_recipe(storage, "reference")).run_dir)
+
+
+def same_curve(run_dir: Path, reference: dict[int, float], tolerance: float = 1e-4) -> None:
+    assert losses(run_dir) == pytest.approx(reference, abs=tolerance)
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), (1, 3)])
+def test_workers_and_zero_stages_give_one_curve(
+    reference: dict[int, float], storage: Path, workers: int, stage: int
+) -> None:
+    recipe = tiny_recipe(
+        storage, f"w{workers}z{stage}", scaling={"num_workers": workers}, deepspeed={"zero_stage": stage}
+    )
+    summary = run(recipe)
+    same_curve(summary.run_dir, reference)
+    assert len(reference) == 10
+    norms = [line["train/grad_norm"] for line in read_jsonl(summary.run_dir / "metrics.jsonl")]
+    expected = [line["train/grad_norm"] for line in read_jsonl(storage / "reference" / "metrics.jsonl")]
+    assert norms == pytest.approx(expected, rel=1e-3)
+
+
+def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster: None, tmp_path: Path) -> None:
+    """Three workers, five pairs a step, most without an image: some micro-batches are fillers alone."""
+    path = write_pairs(tmp_path, 12)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[::2] + rows[1:8:2]:
+        row["images"] = []
+        row["prompt"] = row["prompt"][0]["content"][1]["text"]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    optim = {"pairs_per_step": 5, "max_steps": 5, "tokens_per_microbatch": 80}
+    one = run(tiny_recipe(tmp_path, "one", data={"train": str(path)}, optim=optim | {"tokens_per_microbatch": 4096}))
+    three = run(
+        tiny_recipe(
+            tmp_path, "three", data={"train": str(path)}, optim=optim,
+            scaling={"num_workers": 3, "cpus_per_worker": 1}, deepspeed={"zero_stage": 2},
+        )
+    )  # fmt: skip
+    same_curve(three.run_dir, losses(one.run_dir))
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def last_step(run_dir: Path) -> int:
+    return max((line["step"] for line in read_jsonl(run_dir / "metrics.jsonl")), default=0)
+
+
+LONGER = {"max_steps": 40}
+
+
+def test_a_killed_worker_is_replaced_and_the_curve_goes_on(ray_cluster: None, storage: Path) -> None:
+    from ray.util.state import list_actors
+
+    whole = losses(run(tiny_recipe(storage, "whole", optim=LONGER, scaling={"num_workers": 2})).run_dir)
+    recipe = tiny_recipe(
+        storage, "worker-killed", optim=LONGER, checkpoint={"every_steps": 3}, scaling={"num_workers": 2}
+    )
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        wait_until(lambda: last_step(recipe.run_dir) >= 8, "step 8")
+        workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")], detail=True)
+        killed.append(workers[-1].pid)
+        os.kill(workers[-1].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    summary = run(recipe)
+    thread.join()
+    assert killed
+    same_curve(summary.run_dir, whole, tolerance=1e-5)
+    assert sorted(losses(summary.run_dir)) == list(range(1, 41))
+
+
+def command(recipe: Recipe, folder: Path) -> list[str]:
+    path = folder / f"{recipe.name}.yaml"
+    path.write_text(recipe.to_yaml())
+    return [sys.executable, "-m", "orpo_ray", "train", str(path)]
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(tmp_path: Path) -> None:
+    """SIGKILL of the driver takes its Ray along; the same command on the same folder goes on from a checkpoint."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    whole = tiny_recipe(tmp_path, "whole", optim=LONGER)
+    subprocess.run(command(whole, tmp_path), check=True, env=environment, capture_output=True)
+    recipe = tiny_recipe(tmp_path, "driver-killed", optim=LONGER, checkpoint={"every_steps": 3})
+    first = subprocess.Popen(command(recipe, tmp_path), env=environment, stderr=subprocess.DEVNULL)
+    wait_until(lambda: last_step(recipe.run_dir) >= 8, "step 8")
+    first.kill()
+    first.wait()
+    reached = last_step(recipe.run_dir)
+    assert reached < 40
+    time.sleep(3)  # its workers notice that their Ray is gone
+    again = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert losses(recipe.run_dir) == pytest.approx(losses(whole.run_dir), abs=1e-5)
+    third = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
+    assert third.returncode == 0
+    assert "finished before" in third.stderr
+
+
+def test_final_loads_in_plain_transformers_and_differs_from_the_start(
+    reference: dict[int, float], storage: Path
+) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from orpo_ray.model.loading import resolve
+
+    final = storage / "reference" / "final"
+    model = AutoModelForImageTextToText.from_pretrained(final)
+    start = AutoModelForImageTextToText.from_pretrained(resolve("orpo-ray/tiny-smolvlm"))
+    assert type(AutoProcessor.from_pretrained(final)).__name__ == "Idefics3Processor"
+    before = dict(start.named_parameters())
+    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+    assert len(changed) > 50
+    assert model.dtype == torch.float32
+
+
+def test_lora_trains_resumes_and_merges(ray_cluster: None, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from orpo_ray.model.loading import resolve
+
+    section: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.1}, "gradient_checkpointing": True}
+    optim = {"learning_rate": 1e-2}
+    whole = run(tiny_recipe(tmp_path, "whole", model=section, optim=optim, deepspeed={"zero_stage": 3}))
+    plain = run(tiny_recipe(tmp_path, "plain", model=section, optim=optim))
+    same_curve(plain.run_dir, losses(whole.run_dir))
+    start = dict(AutoModelForImageTextToText.from_pretrained(resolve("orpo-ray/tiny-smolvlm")).named_parameters())
+    merged = dict(AutoModelForImageTextToText.from_pretrained(whole.run_dir / "final").named_parameters())
+    assert merged.keys() == start.keys()
+    changed = {name for name, value in merged.items() if not torch.equal(value, start[name])}
+    assert changed
+    assert all("text_model.layers" in name for name in changed)
+
+
+def test_bfloat16_trains_too(ray_cluster: None, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    summary = run(tiny_recipe(tmp_path, "bf16", model={"dtype": "bfloat16"}, scaling={"num_workers": 2}))
+    curve = losses(summary.run_dir)
+    assert curve[10] < curve[1]
+    assert AutoModelForImageTextToText.from_pretrained(summary.run_dir / "final").dtype == torch.bfloat16
+
+
+@pytest.fixture
+def with_bad_rows(tmp_path: Path) -> tuple[Path, set[str]]:
+    """40 rows, 6 of them broken in 6 ways; the file and where the broken ones stand."""
+    path = write_pairs(tmp_path, 40)
+    rows: list[Any] = [json.loads(line) for line in path.read_text().splitlines()]
+    (tmp_path / "images" / "torn.png").write_bytes((tmp_path / rows[0]["images"][0]).read_bytes()[:50])
+    rows[3] = "{broken"
+    rows[9] |= {"chosen": ""}
+    rows[15] |= {"rejected": rows[15]["chosen"]}
+    rows[21] |= {"images": ["images/torn.png"]}
+    rows[27] |= {"images": ["../../etc/passwd"]}
+    rows[39] |= {"chosen": "long " * 200}
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path, {f"{path}:line {number}" for number in (4, 10, 16, 22, 28, 40)}
+
+
+def test_bad_rows_are_skipped_and_written_down(
+    ray_cluster: None, tmp_path: Path, with_bad_rows: tuple[Path, set[str]]
+) -> None:
+    path, broken = with_bad_rows
+    data = {"train": str(path), "max_bad_share": 0.2}
+    optim = {"epochs": 2, "max_steps": None}
+    summary = run(tiny_recipe(tmp_path, "skip", data=data, optim=optim, scaling={"num_workers": 2}))
+    written = read_jsonl(summary.run_dir / "bad_rows.jsonl")
+    assert {row["source"] for row in written} == broken
+    assert len(written) == len(broken)
+    reasons = {"malformed_row", "empty_response", "identical_responses", "unreadable_image", "unsafe_path", "too_long"}
+    assert {row["reason"] for row in written} == reasons
+    assert len(losses(summary.run_dir)) == 20
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [({"max_bad_share": 0.1}, "6 of 40 rows cannot be used"), ({"on_bad_row": "error"}, "line")]
+)
+def test_too_many_bad_rows_stop_the_run_with_one_clear_error(
+    ray_cluster: None, tmp_path: Path, with_bad_rows: tuple[Path, set[str]], data: dict[str, Any], said: str
+) -> None:
+    path, _ = with_bad_rows
+    recipe = tiny_recipe(
+        tmp_path, "stop", data={"train": str(path)} | data, optim={"epochs": 1, "max_steps": None},
+        scaling={"num_workers": 2},
+    )  # fmt: skip
+    started = time.monotonic()
+    with pytest.raises(UserError, match=said):
+        run(recipe)
+    assert time.monotonic() - started < 90, "a user's error must not be retried"
+
+
+def test_a_run_folder_of_another_recipe_is_refused(reference: dict[int, float], storage: Path) -> None:
+    with pytest.raises(UserError, match=r"differ in orpo\.beta"):
+        run(tiny_recipe(storage, "reference", orpo={"beta": 0.7}))
+
+
+def test_resuming_sharded_state_on_other_workers_is_refused(ray_cluster: None, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"deepspeed": {"zero_stage": 2}, "checkpoint": {"every_steps": 5}}
+    recipe = tiny_recipe(tmp_path, "sharded", **sections)
+    summary = run(recipe)
+    (summary.run_dir / "final").rename(summary.run_dir / "was-final")
+    with pytest.raises(UserError, match=r"sharded over 1 worker"):
+        run(tiny_recipe(tmp_path, "sharded", scaling={"num_workers": 2}, **sections))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cluster", "said"),
+    [
+        ({"num_workers": 4, "gpus_per_worker": 1}, {"CPU": 8, "GPU": 2}, "the cluster has 2"),
+        ({"num_workers": 4, "cpus_per_worker": 2}, {"CPU": 8}, "exceed the cluster's 8"),
+        ({"num_workers": 1}, {"CPU": 0.5}, "exceed the cluster's 0.5"),
+    ],
+)
+def test_what_does_not_fit_the_cluster_is_said_before_it_starts(
+    tmp_path: Path, scaling: dict[str, Any], cluster: dict[str, float], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        worker_resources(tiny_recipe(tmp_path, "big", scaling=scaling), cluster)
+
+
+def test_the_resolved_recipe_is_saved(reference: dict[int, float], storage: Path) -> None:
+    saved = yaml.safe_load((storage / "reference" / "recipe.yaml").read_text())
+    assert saved["checkpoint"] == {"storage": str(storage), "every_steps": 100, "keep": 2}
