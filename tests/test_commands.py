@@ -133,7 +133,8 @@ def test_a_submitted_job_succeeds(ray_cluster: None, tmp_path: Path) -> None:
     scripts = Path(sys.executable).parent
     result = subprocess.run(
         [
-            str(scripts / "ray"), "job", "submit", "--address", f"http://{dashboard}", "--working-dir", str(working_dir),
+            str(scripts / "ray"), "job", "submit", "--address", f"http://{dashboard}",
+            "--working-dir", str(working_dir),
             "--", str(scripts / "orpo-ray"), "train", "recipes/quickstart.yaml", *TINY_OVERRIDES,
             f"checkpoint.storage={tmp_path / 'runs'}",
         ],

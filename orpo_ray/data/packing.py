@@ -24,6 +24,7 @@ class PairBatch:
     target_ids: int64 [M]. target_row: int64 [M], the row of each. target_in_response: bool [M].
     weights: float32 [B], 1 for a pair, 0 for a filler. slots: the pairs' slots, [B].
     images: the vision input of all pairs, each image once; empty if none has an image.
+    trains_on_images: whether any of it belongs to a pair, not just to a filler.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +35,7 @@ class PairBatch:
     weights: torch.Tensor
     images: dict[str, torch.Tensor]
     slots: tuple[int, ...]
+    trains_on_images: bool
 
     @property
     def num_pairs(self) -> int:
@@ -42,7 +44,8 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on a device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("images", "slots")}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved, images={name: value.to(device) for name, value in self.images.items()})
 
 
@@ -77,6 +80,7 @@ def build_batch(pairs: Sequence[EncodedPair], nll: str, fillers: Sequence[Encode
         weights=torch.tensor([1.0] * len(pairs) + [0.0] * len(fillers)),
         images=_collate_images(everything),
         slots=tuple(pair.slot for pair in everything),
+        trains_on_images=any(pair.images for pair in pairs),
     )
 
 

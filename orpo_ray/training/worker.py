@@ -138,7 +138,7 @@ class Worker:
         if not plan.pairs:
             return {"learning_rate": learning_rate, "grad_norm": 0.0}  # every row of the step was bad
         for batch in plan.batches:
-            check = not self.images_checked and bool(batch.images) and bool(batch.weights.any())
+            check = batch.trains_on_images and not self.images_checked
             self.model.watch_images = check
             batch = batch.to(self.device)
             logps = self.engine.forward(batch)
