@@ -56,7 +56,8 @@ def tune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     sweep = run_sweep(loaded, console)
     table = Table(title=f"{len(sweep.trials)} trials by {loaded.tune.metric}")
     for column in ("trial", *loaded.tune.search, loaded.tune.metric, "steps", "status"):
-        table.add_column(column, justify="left" if column in ("trial", "status") else "right")
+        left = column in ("trial", "status")
+        table.add_column(column.split(".")[-1].removeprefix("eval/"), justify="left" if left else "right")
     for trial in sweep.trials:
         best = "[green]" if trial.name == sweep.best else ""
         figures = [f"{value:.3g}" for value in trial.params.values()]

@@ -7,6 +7,7 @@ TRL's `ORPOConfig` and transformers' `TrainingArguments` where those have one.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -291,6 +292,18 @@ class Recipe(Section):
         """The run's folder, `<checkpoint.storage>/<name>`, absolute."""
         return Path(self.checkpoint.storage).expanduser().resolve() / self.name
 
+    def anchored(self) -> Recipe:
+        """The same recipe with every local path absolute: workers and trials run in folders of their own."""
+        raw = self.model_dump(mode="json")
+        raw["checkpoint"]["storage"] = str(Path(self.checkpoint.storage).expanduser().resolve())
+        if self.data.image_root is not None:
+            raw["data"]["image_root"] = str(self.data.image_root.expanduser().resolve())
+        for split in ("train", "eval"):
+            raw["data"][split] = [_absolute(source) for source in raw["data"][split]]
+        if Path(self.model.id).expanduser().is_dir():
+            raw["model"]["id"] = str(Path(self.model.id).expanduser().resolve())
+        return Recipe.model_validate(raw)
+
     def to_yaml(self) -> str:
         """The resolved recipe; reading it back gives an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -327,6 +340,13 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
         lines = [_explain(dict(item)) for item in error.errors()]
         body = lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines)
         raise UserError(body, field=source) from None
+
+
+def _absolute(source: str) -> str:
+    """A source that is a path made absolute; `scheme:...` stays."""
+    if re.match(r"[a-z0-9+-]{2,}:", source):
+        return source
+    return os.path.abspath(Path(source).expanduser())
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

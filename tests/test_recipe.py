@@ -124,3 +124,17 @@ def test_every_field_is_documented() -> None:
 def test_errors_survive_pickling(error: Exception) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+def test_anchored_paths_do_not_depend_on_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vlm").mkdir()
+    data = {"train": ["easy-vqa:train", "a/*.jsonl"], "eval": "b.parquet", "image_root": "images"}
+    anchored = parse_recipe({"name": "a", "model": {"id": "./vlm"}, "data": data}).anchored()
+    assert anchored.data.train == ["easy-vqa:train", f"{tmp_path}/a/*.jsonl"]
+    assert anchored.data.eval == [f"{tmp_path}/b.parquet"]
+    assert anchored.data.image_root == tmp_path / "images"
+    assert anchored.model.id == str(tmp_path / "vlm")
+    assert anchored.run_dir == tmp_path / "runs" / "a"
+    assert anchored.anchored() == anchored
+    assert parse_recipe(MINIMAL | {"model": {"id": "org/name"}}).anchored().model.id == "org/name"

@@ -28,6 +28,9 @@ from orpo_ray.training.launch import RunSummary, launch_training, worker_resourc
 pytestmark = pytest.mark.slow
 
 
+LONG = {"max_steps": 40}  # two seconds: time enough to kill something in between
+
+
 def run(recipe: Recipe) -> RunSummary:
     return launch_training(recipe, Console(file=io.StringIO()))
 
@@ -39,8 +42,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(ray_cluster: None, storage: Path) -> dict[int, float]:
-    """Losses of the uninterrupted run of one worker without ZeRO."""
-    return losses(run(tiny_recipe(storage, "reference")).run_dir)
+    """Losses of the uninterrupted run of one worker without ZeRO; every other run must give the same."""
+    return losses(run(tiny_recipe(storage, "reference", optim=LONG)).run_dir)
 
 
 def same_curve(run_dir: Path, reference: dict[int, float], tolerance: float = 1e-4) -> None:
@@ -52,18 +55,18 @@ def test_workers_and_zero_stages_give_one_curve(
     reference: dict[int, float], storage: Path, workers: int, stage: int
 ) -> None:
     recipe = tiny_recipe(
-        storage, f"w{workers}z{stage}", scaling={"num_workers": workers}, deepspeed={"zero_stage": stage}
+        storage, f"w{workers}z{stage}", optim=LONG, scaling={"num_workers": workers}, deepspeed={"zero_stage": stage}
     )
     summary = run(recipe)
     same_curve(summary.run_dir, reference)
-    assert len(reference) == 10
+    assert sorted(reference) == list(range(1, 41))
     norms = [line["train/grad_norm"] for line in read_jsonl(summary.run_dir / "metrics.jsonl")]
     expected = [line["train/grad_norm"] for line in read_jsonl(storage / "reference" / "metrics.jsonl")]
     assert norms == pytest.approx(expected, rel=1e-3)
 
 
 def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster: None, tmp_path: Path) -> None:
-    """Three workers, five pairs a step, most without an image: some micro-batches are fillers alone."""
+    """Two workers, five pairs a step, most without an image: some micro-batches are fillers alone."""
     path = write_pairs(tmp_path, 12)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows[::2] + rows[1:8:2]:
@@ -72,13 +75,13 @@ def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster
     path.write_text("\n".join(json.dumps(row) for row in rows))
     optim = {"pairs_per_step": 5, "max_steps": 5, "tokens_per_microbatch": 80}
     one = run(tiny_recipe(tmp_path, "one", data={"train": str(path)}, optim=optim | {"tokens_per_microbatch": 4096}))
-    three = run(
+    two = run(
         tiny_recipe(
-            tmp_path, "three", data={"train": str(path)}, optim=optim,
-            scaling={"num_workers": 3, "cpus_per_worker": 1}, deepspeed={"zero_stage": 2},
+            tmp_path, "two", data={"train": str(path)}, optim=optim,
+            scaling={"num_workers": 2}, deepspeed={"zero_stage": 2},
         )
     )  # fmt: skip
-    same_curve(three.run_dir, losses(one.run_dir))
+    same_curve(two.run_dir, losses(one.run_dir))
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
@@ -92,15 +95,11 @@ def last_step(run_dir: Path) -> int:
     return max((line["step"] for line in read_jsonl(run_dir / "metrics.jsonl")), default=0)
 
 
-LONGER = {"max_steps": 40}
-
-
-def test_a_killed_worker_is_replaced_and_the_curve_goes_on(ray_cluster: None, storage: Path) -> None:
+def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, float], storage: Path) -> None:
     from ray.util.state import list_actors
 
-    whole = losses(run(tiny_recipe(storage, "whole", optim=LONGER, scaling={"num_workers": 2})).run_dir)
     recipe = tiny_recipe(
-        storage, "worker-killed", optim=LONGER, checkpoint={"every_steps": 3}, scaling={"num_workers": 2}
+        storage, "worker-killed", optim=LONG, checkpoint={"every_steps": 3}, scaling={"num_workers": 2}
     )
     killed: list[int] = []
 
@@ -115,8 +114,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(ray_cluster: None, st
     summary = run(recipe)
     thread.join()
     assert killed
-    same_curve(summary.run_dir, whole, tolerance=1e-5)
-    assert sorted(losses(summary.run_dir)) == list(range(1, 41))
+    same_curve(summary.run_dir, reference)
 
 
 def command(recipe: Recipe, folder: Path) -> list[str]:
@@ -126,22 +124,20 @@ def command(recipe: Recipe, folder: Path) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(tmp_path: Path) -> None:
+def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
+    reference: dict[int, float], tmp_path: Path
+) -> None:
     """SIGKILL of the driver takes its Ray along; the same command on the same folder goes on from a checkpoint."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    whole = tiny_recipe(tmp_path, "whole", optim=LONGER)
-    subprocess.run(command(whole, tmp_path), check=True, env=environment, capture_output=True)
-    recipe = tiny_recipe(tmp_path, "driver-killed", optim=LONGER, checkpoint={"every_steps": 3})
+    recipe = tiny_recipe(tmp_path, "driver-killed", optim=LONG, checkpoint={"every_steps": 3})
     first = subprocess.Popen(command(recipe, tmp_path), env=environment, stderr=subprocess.DEVNULL)
     wait_until(lambda: last_step(recipe.run_dir) >= 8, "step 8")
     first.kill()
     first.wait()
-    reached = last_step(recipe.run_dir)
-    assert reached < 40
-    time.sleep(3)  # its workers notice that their Ray is gone
+    assert last_step(recipe.run_dir) < 40
     again = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert losses(recipe.run_dir) == pytest.approx(losses(whole.run_dir), abs=1e-5)
+    same_curve(recipe.run_dir, reference)
     third = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
     assert third.returncode == 0
     assert "finished before" in third.stderr
@@ -185,7 +181,7 @@ def test_lora_trains_resumes_and_merges(ray_cluster: None, tmp_path: Path) -> No
 def test_bfloat16_trains_too(ray_cluster: None, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
-    summary = run(tiny_recipe(tmp_path, "bf16", model={"dtype": "bfloat16"}, scaling={"num_workers": 2}))
+    summary = run(tiny_recipe(tmp_path, "bf16", model={"dtype": "bfloat16"}))
     curve = losses(summary.run_dir)
     assert curve[10] < curve[1]
     assert AutoModelForImageTextToText.from_pretrained(summary.run_dir / "final").dtype == torch.bfloat16
@@ -231,7 +227,6 @@ def test_too_many_bad_rows_stop_the_run_with_one_clear_error(
     path, _ = with_bad_rows
     recipe = tiny_recipe(
         tmp_path, "stop", data={"train": str(path)} | data, optim={"epochs": 1, "max_steps": None},
-        scaling={"num_workers": 2},
     )  # fmt: skip
     started = time.monotonic()
     with pytest.raises(UserError, match=said):

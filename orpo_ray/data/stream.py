@@ -38,6 +38,7 @@ _ENCODED_CHUNK = pa.schema(
 # of a small machine.
 READ_CPUS = 0.01
 ENCODE_CPUS = 0.5
+READERS = 2  # windows that one worker's pipeline reads at a time
 # Encoding yields to training where both run on the same cores: a thread of a CPU worker that loses its core to an
 # encoder holds up all the others. It catches up whenever training waits. The variables give encoders processes of
 # their own, so that no worker ever starts in one whose priority was lowered.
@@ -88,12 +89,17 @@ def iter_steps(
         yield share
 
 
+def least_cpus(num_pipelines: int) -> float:
+    """CPUs that must stay free for this many workers' pipelines to get on at all: one encoder, and all readers."""
+    return ENCODE_CPUS + READERS * READ_CPUS * num_pipelines
+
+
 def _iter_encoded(
     read: ReadSpec, encoder: EncoderSpec, max_encoders: int
 ) -> Iterator[dict[int, EncodedPair | BadRecord]]:
     windows = read.order.windows(read.first_slot, read.last_slot)
     dataset = ray.data.read_datasource(
-        _WindowSource(read, windows), override_num_blocks=len(windows), num_cpus=READ_CPUS
+        _WindowSource(read, windows), override_num_blocks=len(windows), num_cpus=READ_CPUS, concurrency=READERS
     ).map_batches(
         partial(_encode_chunk, encoder=encoder),
         batch_size=None,

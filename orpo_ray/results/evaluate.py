@@ -81,4 +81,4 @@ def _recipe_of(folder: Path, overrides: list[str]) -> tuple[Recipe, str]:
     else:
         raise UserError(f"is neither a run (no {RECIPE_FILE}) nor a model (no config.json)", field=str(folder))
     apply_overrides(raw, overrides)
-    return parse_recipe(raw, source=str(folder)), str(model)
+    return parse_recipe(raw, source=str(folder)).anchored(), str(model.resolve())

@@ -20,7 +20,7 @@ from orpo_ray.data.formats import recognise
 from orpo_ray.data.order import Order, row_counts, total_slots
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.sources import list_segments, source_columns
-from orpo_ray.data.stream import ENCODE_CPUS
+from orpo_ray.data.stream import least_cpus
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model.loading import load_processor
 from orpo_ray.recipe import Recipe, parse_recipe
@@ -31,7 +31,6 @@ from orpo_ray.training.worker import WorkerConfig, train_worker
 
 RECIPE_FILE = "recipe.yaml"
 DEFAULT_CHECKPOINTS = 10
-CPUS_FOR_DATA = ENCODE_CPUS
 # May differ between a run's first start and its resumption: they change how it runs, not what it computes.
 MAY_CHANGE = ("scaling", "checkpoint", "tracking", "eval", "tune")
 
@@ -75,6 +74,7 @@ def start_ray() -> None:
 
 def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
     """Run a recipe to its end, resuming what its run folder holds. Raises UserError and TrainingFailed."""
+    recipe = recipe.anchored()
     run_dir = recipe.run_dir
     saved = _check_run_folder(recipe)
     if saved and (run_dir / FINAL).is_dir():
@@ -126,28 +126,32 @@ def held_out_data(recipe: Recipe) -> ReadSpec | None:
     return _until(spec, min(spec.order.num_rows, recipe.eval.max_pairs or spec.order.num_rows))
 
 
-def worker_resources(recipe: Recipe, cluster: dict[str, float]) -> Resources:
-    """What each worker gets of this cluster. Raises UserError if they cannot all run beside the data's tasks."""
-    scaling, workers = recipe.scaling, recipe.scaling.num_workers
+def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, reserved: float = 0.0) -> Resources:
+    """What each worker gets of this cluster. Raises UserError if they cannot all run beside the data's tasks.
+
+    runs: how many runs like this are to fit at a time. reserved: CPUs that something else holds.
+    """
+    scaling = recipe.scaling
+    workers = scaling.num_workers * runs
     cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
     per_worker = int(gpus > 0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
     if per_worker * workers > gpus:
         raise UserError(
             f"{workers} worker(s) with a GPU each, and the cluster has {gpus:g}",
             field="scaling.num_workers",
-            value=workers,
-            fix=f"ask for at most {int(gpus)}, or set scaling.gpus_per_worker to 0",
+            value=scaling.num_workers,
+            fix=f"ask for at most {int(gpus)} in all, or set scaling.gpus_per_worker to 0",
         )
-    spare = cpus - CPUS_FOR_DATA
-    # Rounded down to Ray's resolution, so that the shares never add up to more than there is.
-    wanted = scaling.cpus_per_worker or min(1.0, math.floor(100 * spare / workers) / 100)
-    if wanted <= 0 or wanted * workers > spare:
+    for_data = least_cpus(workers) + reserved
+    # Rounded down, so that the shares never add up to more than there is.
+    wanted = scaling.cpus_per_worker or min(1.0, math.floor(100 * (cpus - for_data) / workers) / 100)
+    if wanted <= 0 or wanted * workers + for_data > cpus:
         raise UserError(
-            f"{workers} worker(s) of {max(wanted, 0):g} CPU(s) and {CPUS_FOR_DATA:g} for the data exceed the "
+            f"{workers} worker(s) of {max(wanted, 0.01):g} CPU(s) and {for_data:g} for the data exceed the "
             f"cluster's {cpus:g}",
             field="scaling.cpus_per_worker",
             value=scaling.cpus_per_worker,
-            fix="lower scaling.cpus_per_worker or scaling.num_workers, or add nodes",
+            fix="lower scaling.cpus_per_worker, scaling.num_workers or tune.max_concurrent, or add nodes",
         )
     return Resources(
         cpus=wanted,
@@ -210,7 +214,7 @@ def _read_spec(recipe: Recipe, split: Literal["train", "eval"], seed: int | None
         first_slot=0,
         last_slot=order.num_rows,
         columns=data.columns,
-        image_root=data.image_root.expanduser().resolve() if data.image_root else None,
+        image_root=data.image_root,
     )
 
 
@@ -222,7 +226,6 @@ def _resolved(recipe: Recipe, num_steps: int) -> Recipe:
     """The recipe with what it left open: here, how often to save."""
     raw = recipe.model_dump(mode="json")
     raw["checkpoint"]["every_steps"] = recipe.checkpoint.every_steps or max(1, num_steps // DEFAULT_CHECKPOINTS)
-    raw["checkpoint"]["storage"] = str(Path(recipe.checkpoint.storage).expanduser().resolve())
     return parse_recipe(raw)
 
 

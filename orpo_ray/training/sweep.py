@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import BasicVariantGenerator
 from rich.console import Console
 
 from orpo_ray.errors import UserError
@@ -51,22 +53,30 @@ class Sweep:
 
 def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     """Search as `tune` says; every trial is an ordinary run in `<run folder>/trials/`. Raises UserError."""
+    recipe = recipe.anchored()
     section = recipe.tune
     if not recipe.data.eval:
         raise UserError("a search ranks its trials on held-out pairs", field="data.eval", fix="give held-out pairs")
     # Everything that would make all trials fail alike is asked first, once.
     held_out_data(recipe)
     num_steps = -(-training_data(recipe).last_slot // recipe.optim.pairs_per_step)
+    # Tune's own report is a screenful for every few seconds; the lines of `_Say` and the table say what matters.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     start_ray()
     together = min(section.max_concurrent, section.num_trials)
-    crowd = recipe.scaling.model_copy(update={"num_workers": recipe.scaling.num_workers * together})
-    worker_resources(recipe.model_copy(update={"scaling": crowd}), ray.cluster_resources())
+    share = worker_resources(recipe, ray.cluster_resources(), runs=together, reserved=together * DRIVER_CPUS)
     every = recipe.eval.every_steps or max(1, num_steps // 4)
     base = recipe.model_copy(
         update={
             "eval": recipe.eval.model_copy(update={"every_steps": every}),
-            "scaling": recipe.scaling.model_copy(update={"cpus_per_worker": _cpus_per_worker(recipe, together)}),
+            "scaling": recipe.scaling.model_copy(update={"cpus_per_worker": share.cpus}),
         }
+    )
+    console.print(
+        f"[bold]{recipe.name}[/bold]  {section.num_trials} trials, {together} at a time, of {num_steps:,} steps each; "
+        f"{section.metric} every {every}",
+        highlight=False,
+        soft_wrap=True,
     )
     results = _tuner(base, num_steps, every, together).fit()
     trials = sorted((_trial(base, result) for result in results), key=lambda trial: _rank(trial, section.mode))
@@ -83,7 +93,10 @@ def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tune
     scheduler: TrialScheduler = FIFOScheduler()
     if section.scheduler == "asha":
         scheduler = ASHAScheduler(
-            time_attr="step", max_t=num_steps, grace_period=min(section.grace_evals * every, num_steps)
+            time_attr="step",
+            max_t=num_steps,
+            grace_period=min(section.grace_evals * every, num_steps),
+            reduction_factor=3,
         )
     return tune.Tuner(
         tune.with_resources(
@@ -94,16 +107,32 @@ def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tune
             metric=section.metric,
             mode=section.mode,
             scheduler=scheduler,
-            search_alg=tune.search.BasicVariantGenerator(random_state=section.seed),
+            # Tune does not see the trainers' placement groups, so it must be told how many fit.
+            search_alg=BasicVariantGenerator(max_concurrent=together, random_state=section.seed),
             num_samples=section.num_trials,
-            # Tune does not see the trainers' placement groups, so it must be told.
-            max_concurrent_trials=together,
             trial_dirname_creator=lambda trial: f"tune-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
-            name=base.run_dir.name, storage_path=str(base.run_dir.parent), verbose=0, log_to_file=False
+            name=base.run_dir.name,
+            storage_path=str(base.run_dir.parent),
+            verbose=0,
+            log_to_file=False,
+            callbacks=[_Say(section.metric)],
         ),
     )
+
+
+class _Say(tune.Callback):
+    """One line on the console for every evaluation of every trial."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if self.metric in result:
+            shown = f"{trial.trial_id}  step {result['step']}  {self.metric} {result[self.metric]:.4f}"
+            # Made here, since Tune pickles its callbacks and a console cannot be.
+            Console(stderr=True).print(shown, highlight=False, soft_wrap=True)
 
 
 def _run_trial(params: dict[str, float], recipe: dict[str, Any]) -> None:
@@ -149,8 +178,3 @@ def _rank(trial: Trial, mode: str) -> float:
     if trial.metric is None:
         return float("inf")
     return -trial.metric if mode == "max" else trial.metric
-
-
-def _cpus_per_worker(recipe: Recipe, together: int) -> float:
-    crowd = recipe.scaling.model_copy(update={"num_workers": recipe.scaling.num_workers * together})
-    return worker_resources(recipe.model_copy(update={"scaling": crowd}), ray.cluster_resources()).cpus
