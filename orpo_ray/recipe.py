@@ -290,12 +290,12 @@ class Recipe(Section):
     @property
     def run_dir(self) -> Path:
         """The run's folder, `<checkpoint.storage>/<name>`, absolute."""
-        return Path(self.checkpoint.storage).expanduser().resolve() / self.name
+        return (_lasting_folder() / Path(self.checkpoint.storage).expanduser()).resolve() / self.name
 
     def anchored(self) -> Recipe:
         """The same recipe with every local path absolute: workers and trials run in folders of their own."""
         raw = self.model_dump(mode="json")
-        raw["checkpoint"]["storage"] = str(Path(self.checkpoint.storage).expanduser().resolve())
+        raw["checkpoint"]["storage"] = str((_lasting_folder() / Path(self.checkpoint.storage).expanduser()).resolve())
         if self.data.image_root is not None:
             raw["data"]["image_root"] = str(self.data.image_root.expanduser().resolve())
         for split in ("train", "eval"):
@@ -340,6 +340,11 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
         lines = [_explain(dict(item)) for item in error.errors()]
         body = lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines)
         raise UserError(body, field=source) from None
+
+
+def _lasting_folder() -> Path:
+    """What a relative storage is relative to: this folder, but not a submitted job's, which Ray deletes."""
+    return Path.home() if "working_dir_files" in Path.cwd().parts else Path.cwd()
 
 
 def _absolute(source: str) -> str:

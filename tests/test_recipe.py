@@ -138,3 +138,11 @@ def test_anchored_paths_do_not_depend_on_the_folder(tmp_path: Path, monkeypatch:
     assert anchored.run_dir == tmp_path / "runs" / "a"
     assert anchored.anchored() == anchored
     assert parse_recipe(MINIMAL | {"model": {"id": "org/name"}}).anchored().model.id == "org/name"
+
+
+def test_a_jobs_runs_outlive_its_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert parse_recipe(MINIMAL).anchored().run_dir == Path.home() / "runs" / "a"
+    assert parse_recipe(MINIMAL | {"checkpoint": {"storage": "/shared"}}).run_dir == Path("/shared/a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,10 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.families import Family, family_of
 from orpo_ray.model.tiny import is_tiny, tiny_model_path
 from orpo_ray.recipe import ModelSection
+
+if not torch.cuda.is_available():
+    # transformers looks for DeepSpeed, which warns in every process that it has to guess this.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,9 @@ def load_processor(model_id: str, revision: str | None) -> Any:
 def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.nn.Module:
     """The model on `device`, ready to train: parts frozen, adapters added. Raises UserError."""
     from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     dtype = pick_dtype(section.dtype, device)
     source = resolve(section.id)
     try:

@@ -63,9 +63,12 @@ def tiny_model_path(model_id: str) -> Path:
     cache = Path(os.environ.get("ORPO_RAY_CACHE", Path.home() / ".cache" / "orpo-ray"))
     folder = cache / f"tiny-{name}-{source}"
     if not folder.is_dir():
+        from transformers.utils.logging import disable_progress_bar
+
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=cache, prefix=f".tiny-{name}-"))
         model, processor = builder()
+        disable_progress_bar()
         model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
         try:

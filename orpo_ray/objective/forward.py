@@ -74,7 +74,7 @@ class PairModel(nn.Module):
         features = features.flatten(0, -2)  # [image tokens, D]
         if self.watch_images:
             features = self._watched(features)
-        output.pooler_output = torch.cat([features, features])
+        output.pooler_output = (features, features)  # all chosen rows, then all rejected ones
         return output
 
     def _watched(self, features: torch.Tensor) -> torch.Tensor:
