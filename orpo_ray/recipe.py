@@ -230,7 +230,7 @@ class TuneSection(Section):
     """A search with Ray Tune around the very same training (`orpo-ray tune`)."""
 
     search: dict[Literal["orpo.beta", "optim.learning_rate"], SearchRange] = Field(
-        default_factory=lambda: {
+        default={
             "orpo.beta": SearchRange(low=0.05, high=0.5),
             "optim.learning_rate": SearchRange(low=1e-6, high=1e-4),
         },

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class PairBatch:
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {k: value.to(device) for k, value in values.items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved, images={name: value.to(device) for name, value in self.images.items()})
 
 
