@@ -20,7 +20,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from orpo_ray.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Names = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+_AsList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Names = Annotated[list[str], _AsList]
 
 
 class Section(BaseModel):
@@ -51,7 +52,7 @@ class ModelSection(Section):
     """Branch, tag or commit on the hub; pin a commit for a reproducible run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and compute; auto is bfloat16 on a GPU that has it and float32 elsewhere."""
-    freeze: list[Literal["vision", "connector", "language"]] = Field(default_factory=list)
+    freeze: Annotated[list[Literal["vision", "connector", "language"]], _AsList] = Field(default_factory=list)
     """Parts that are not trained."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
@@ -127,7 +128,7 @@ class OptimSection(Section):
     """Pairs per optimizer step over all workers, whatever their number."""
     tokens_per_microbatch: int = Field(8192, ge=1)
     """Most tokens (both answers' rows, padding included) that one forward holds on one worker; memory follows it."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the adapters' initialisation and of dropout."""
 
 
@@ -237,8 +238,10 @@ class TuneSection(Section):
         min_length=1,
     )
     """What is searched: a recipe key -> its range."""
-    metric: str = "eval/rewards/accuracies"
-    """The metric that ranks the trials."""
+    metric: Literal[
+        "eval/rewards/accuracies", "eval/rewards/margins", "eval/loss", "eval/nll_loss", "eval/log_odds_ratio"
+    ] = "eval/rewards/accuracies"
+    """The metric that ranks the trials; for the losses set `mode: min`."""
     mode: Literal["max", "min"] = "max"
     """Whether more of the metric is better."""
     num_trials: int = Field(8, ge=1)
@@ -311,7 +314,13 @@ class Recipe(Section):
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides (values are YAML). Raises UserError."""
-    path = Path(path)
+    raw = read_mapping(Path(path))
+    apply_overrides(raw, overrides)
+    return parse_recipe(raw, source=str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A recipe file's raw mapping. Raises UserError if it is not one."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -322,8 +331,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"is not valid YAML: {error}", field=str(path)) from None
     if not isinstance(raw, dict):
         raise UserError("a recipe is a mapping of sections", field=str(path), value=type(raw).__name__)
-    apply_overrides(raw, overrides)
-    return parse_recipe(raw, source=str(path))
+    return raw
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -38,11 +38,17 @@ def orpo_ray(
         (["train", str(ROOT / "recipes/quickstart.yaml"), "orpo.betta=1"], "did you mean 'beta'?"),
         (["train", str(ROOT / "recipes/quickstart.yaml"), "data.train=none.jsonl"], "no such file or folder"),
         (["train", str(ROOT / "recipes/quickstart.yaml"), "model.id=./none"], "model.id"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "data.image_root=/none"], "data.image_root: no such folder"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "checkpoint.storage=file"], "checkpoint.storage"),
         (["evaluate", "nowhere"], "is neither a run"),
+        (["evaluate", "broken-run"], "is not valid YAML"),
         (["tune", str(ROOT / "recipes/quickstart.yaml"), "data.eval=[]"], "held-out pairs"),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "broken-run").mkdir()
+    (tmp_path / "broken-run" / "recipe.yaml").write_text("a: [")
     result = orpo_ray(*arguments, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert said in result.stderr

@@ -88,6 +88,30 @@ def test_renamed_columns() -> None:
     assert (pair.chosen, pair.rejected) == ("x", "y")
 
 
+def test_a_rename_puts_the_column_of_that_name_out_of_place_whatever_their_order() -> None:
+    renames = {"chosen": "good"}
+    for row in ({"good": "x", "chosen": "other"}, {"chosen": "other", "good": "x"}):
+        assert to_pair({"prompt": "hi", "rejected": "y"} | row, "trl", renames, "f:1").chosen == "x"
+    both = to_pair({"q": "hi", "rejected": "y"}, "trl", {"prompt": "q", "chosen": "q"}, "f:1")
+    assert (both.prompt[0]["content"][0]["text"], both.chosen) == ("hi", "hi")
+
+
+@pytest.mark.parametrize(("renames", "said"), [({"images": "nope"}, "no column 'nope'"), ({"imgs": "a"}, "'imgs'")])
+def test_a_rename_that_matches_nothing_is_refused(renames: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        recognise(["prompt", "chosen", "rejected", "a"], renames, "auto", "f")
+
+
+@pytest.mark.parametrize("field", ["id", "prompt", "chosen", "image"])
+def test_half_a_character_is_a_bad_row(field: str) -> None:
+    row = {"id": "1", "prompt": "p", "chosen": "x", "rejected": "y", "image": "a.png"}
+    assert bad(row | {field: "\ud83d"}) == "malformed_row"
+
+
+def test_an_empty_list_of_images_beside_an_image() -> None:
+    assert len(pair_of({"images": [], "image": "a.png", "prompt": "p", "chosen": "x", "rejected": "y"}).images) == 1
+
+
 def test_an_unknown_layout_names_what_is_missing() -> None:
     with pytest.raises(UserError, match=r"lack the column\(s\) prompt, rejected; they have: answer, chosen"):
         recognise(["chosen", "answer"], {}, "auto", "file.jsonl")

@@ -11,6 +11,7 @@ from conftest import tiny_recipe
 from test_packing import make
 
 from orpo_ray.data.packing import PairBatch
+from orpo_ray.errors import UserError
 from orpo_ray.objective.orpo import PairLogps
 from orpo_ray.objective.steps import StepPlanner
 from orpo_ray.results.scoring import Scores, grounding, score
@@ -32,6 +33,26 @@ def test_metrics_after_the_resumed_step_are_taken_back(tmp_path: Path) -> None:
     second.close()
     assert [line["step"] for line in read_jsonl(recipe.run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
     assert last_metrics(recipe.run_dir) == {"step": 4, "train/loss": 40.0}
+
+
+def test_a_line_cut_off_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run")
+    recipe.run_dir.mkdir()
+    row = {"id": "1", "source": "a:1", "reason": "too_long", "detail": "x"}
+    (recipe.run_dir / "bad_rows.jsonl").write_text(json.dumps(row) + '\n{"id": "2", "sou')
+    (recipe.run_dir / "metrics.jsonl").write_text('{"step": 1, "tr')
+    for source in ("a:2", "a:3"):
+        tracker = Tracker(recipe, step=0)
+        tracker.log_bad_rows([row | {"source": source}])
+        tracker.close()
+    assert [line["source"] for line in read_jsonl(recipe.run_dir / "bad_rows.jsonl")] == ["a:1", "a:2", "a:3"]
+    assert read_jsonl(recipe.run_dir / "metrics.jsonl") == []
+
+
+def test_no_usable_pair_is_an_error_not_a_zero() -> None:
+    planner = StepPlanner("response", 12, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+    with pytest.raises(UserError, match="none of the 3 held-out rows"):
+        score(lambda batch: pytest.fail("nothing to score"), [([], 3)], planner, beta=0.5)
 
 
 def test_a_bad_row_is_written_once(tmp_path: Path) -> None:

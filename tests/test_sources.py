@@ -75,9 +75,37 @@ def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_no_objects_are_bad_rows() -> None:
-    table = pa.table({"json": pa.array([b"{", b"[1]", b'{"a": 1}', b"\xff"], pa.large_binary())})
+    lines = [b"{", b"[1]", b'{"a": 1}', b"\xff", b'{"a": ' + b"1" * 5000 + b"}", b"[" * 200_000]
+    table = pa.table({"json": pa.array(lines, pa.large_binary())})
     kinds = [type(row) for row in table_rows(table, "jsonl")]
-    assert kinds == [BadRow, BadRow, dict, BadRow]
+    assert kinds == [BadRow, BadRow, dict, BadRow, BadRow, BadRow]
+
+
+def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": 1,\r "a": 2}\r\n\r\n{"id": 2}\n{"id": 3}')
+    (segment,) = list_segments([str(path)], "data.train")
+    read = list(table_rows(read_segment(segment, range(segment.num_rows)), "jsonl"))
+    assert [row["id"] for row in read if isinstance(row, dict)] == [1, 2, 3]
+
+
+def test_globs_reach_every_depth_and_take_only_what_can_be_read(tmp_path: Path) -> None:
+    for folder in ("", "sub/", "sub/deep/"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write_jsonl(tmp_path / f"{folder}a.jsonl", rows(1))
+    (tmp_path / "x.jsonl").mkdir()
+    (tmp_path / "notes.txt").write_text("no rows")
+    assert len(list_segments([f"{tmp_path}/**/*.jsonl"], "data.train")) == 3
+    assert len(list_segments([str(tmp_path)], "data.train")) == 3
+    assert len(list_segments([f"{tmp_path}/*"], "data.train")) == 1
+    with pytest.raises(UserError, match=r"no \.parquet or \.jsonl"):
+        list_segments([f"{tmp_path}/*.txt"], "data.train")
+
+
+def test_columns_are_those_of_all_first_rows(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["{", {"prompt": "p"}, *rows(2)])
+    (segment,) = list_segments([str(path)], "data.train")
+    assert set(source_columns(segment)) == set(rows(1)[0])
 
 
 def test_easy_vqa_has_only_what_questions_and_like_against_like() -> None:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,26 +96,34 @@ def last_step(run_dir: Path) -> int:
     return max((line["step"] for line in read_jsonl(run_dir / "metrics.jsonl")), default=0)
 
 
-def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, float], storage: Path) -> None:
+@contextmanager
+def one_worker_killed(recipe: Recipe) -> Iterator[None]:
+    """SIGKILL for a worker of the run within, after step 8."""
     from ray.util.state import list_actors
 
-    recipe = tiny_recipe(
-        storage, "worker-killed", optim=LONG, checkpoint={"every_steps": 3}, scaling={"num_workers": 2}
-    )
     killed: list[int] = []
 
-    def kill_one() -> None:
+    def kill() -> None:
         wait_until(lambda: last_step(recipe.run_dir) >= 8, "step 8")
         workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")], detail=True)
         killed.append(workers[-1].pid)
         os.kill(workers[-1].pid, signal.SIGKILL)
 
-    thread = threading.Thread(target=kill_one)
+    thread = threading.Thread(target=kill)
     thread.start()
-    summary = run(recipe)
+    yield
     thread.join()
     assert killed
-    same_curve(summary.run_dir, reference)
+    assert (recipe.run_dir / "final").is_dir()
+
+
+def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, float], storage: Path) -> None:
+    recipe = tiny_recipe(
+        storage, "worker-killed", optim=LONG, checkpoint={"every_steps": 3}, scaling={"num_workers": 2}
+    )
+    with one_worker_killed(recipe):
+        run(recipe)
+    same_curve(recipe.run_dir, reference)
 
 
 def command(recipe: Recipe, folder: Path) -> list[str]:
@@ -166,10 +175,16 @@ def test_lora_trains_resumes_and_merges(ray_cluster: None, tmp_path: Path) -> No
     from orpo_ray.model.loading import resolve
 
     section: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.1}, "gradient_checkpointing": True}
-    optim = {"learning_rate": 1e-2}
-    whole = run(tiny_recipe(tmp_path, "whole", model=section, optim=optim, deepspeed={"zero_stage": 3}))
-    plain = run(tiny_recipe(tmp_path, "plain", model=section, optim=optim))
-    same_curve(plain.run_dir, losses(whole.run_dir))
+    optim = LONG | {"learning_rate": 1e-2}
+    held_out: dict[str, Any] = {
+        "data": {"eval": "easy-vqa:test"}, "eval": {"max_pairs": 8, "every_steps": 10, "grounding": True}
+    }  # fmt: skip
+    whole = run(tiny_recipe(tmp_path, "whole", model=section, optim=optim, deepspeed={"zero_stage": 3}, **held_out))
+    assert {"eval/grounding_gap", "eval/rewards/margins"} <= set(whole.metrics)
+    killed = tiny_recipe(tmp_path, "killed", model=section, optim=optim, checkpoint={"every_steps": 3})
+    with one_worker_killed(killed):
+        run(killed)
+    same_curve(killed.run_dir, losses(whole.run_dir))
     start = dict(AutoModelForImageTextToText.from_pretrained(resolve("orpo-ray/tiny-smolvlm")).named_parameters())
     merged = dict(AutoModelForImageTextToText.from_pretrained(whole.run_dir / "final").named_parameters())
     assert merged.keys() == start.keys()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from orpo_ray.errors import BadRow, UserError
 
+COLUMNS = ("id", "images", "image", "prompt", "chosen", "rejected")
 Image = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}
 Message = dict[str, Any]  # {"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}, ...]}
 
@@ -35,7 +37,16 @@ def recognise(columns: Iterable[str], renames: Mapping[str, str], requested: str
     requested: the recipe's `data.format`. source: its name, for the error.
     """
     columns = list(columns)
-    present = {_new_name(name, renames) for name in columns}
+    for ours, theirs in renames.items():
+        if theirs not in columns or ours not in COLUMNS:
+            problem = f"no column {theirs!r}" if theirs not in columns else f"the format has no column {ours!r}"
+            raise UserError(
+                f"{problem}; the rows have: {', '.join(sorted(columns))}",
+                field=f"data.columns.{ours}",
+                value=theirs,
+                fix=f"map one of {', '.join(COLUMNS)} to a column of {source}",
+            )
+    present = set(_renamed(dict.fromkeys(columns), renames))
     required = {"prompt", "chosen", "rejected"}
     if requested in ("auto", "trl") and required <= present:
         return "trl"
@@ -49,9 +60,11 @@ def recognise(columns: Iterable[str], renames: Mapping[str, str], requested: str
 
 def to_pair(row: Mapping[str, Any], format_name: str, renames: Mapping[str, str], fallback_id: str) -> PreferencePair:
     """Turn one raw row into a pair. Raises BadRow if the row cannot be one."""
-    row = {_new_name(name, renames): value for name, value in row.items()}
+    row = _renamed(row, renames)
     row_id = next((str(row[key]) for key in ("id", "idx") if row.get(key) is not None), fallback_id)
-    return _FORMATS[format_name](row, row_id, fallback_id)
+    pair = _FORMATS[format_name](row, row_id, fallback_id)
+    _refuse_half_characters(pair)
+    return pair
 
 
 def _from_trl(row: Mapping[str, Any], row_id: str, source: str) -> PreferencePair:
@@ -69,16 +82,24 @@ def _from_trl(row: Mapping[str, Any], row_id: str, source: str) -> PreferencePai
     return PreferencePair(row_id, images, prompt, chosen, rejected, source)
 
 
-def _new_name(name: str, renames: Mapping[str, str]) -> str:
-    """`renames` maps the format's name to the user's; this is the way back."""
-    return next((ours for ours, theirs in renames.items() if theirs == name), name)
+def _renamed(row: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the format's own names; a column that a rename puts out of place is left out."""
+    kept = {name: value for name, value in row.items() if name not in renames}
+    return kept | {ours: row[theirs] for ours, theirs in renames.items() if theirs in row}
+
+
+def _refuse_half_characters(pair: PreferencePair) -> None:
+    """JSON can spell half of a character (a lone surrogate); no tokenizer and no file takes it."""
+    try:
+        json.dumps(pair.prompt, ensure_ascii=False).encode()
+        "".join((pair.id, pair.chosen, pair.rejected, *(image["path"] or "" for image in pair.images))).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("malformed_row", f"the text holds half of a character: {error}") from None
 
 
 def _images_of(row: Mapping[str, Any]) -> list[Image]:
-    images = row.get("images")
-    if images is None:
-        images = row.get("image")
-    if images is None:
+    images = row.get("images") or row.get("image")
+    if images is None or images == []:
         return []
     return [_image(image) for image in (images if isinstance(images, list | tuple) else [images])]
 

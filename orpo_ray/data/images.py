@@ -20,6 +20,8 @@ def load_image(image: Mapping[str, Any], root: Path | None) -> Image.Image:
     root: the folder that paths are relative to and must not leave (None: paths are refused). Raises BadRow.
     """
     data, path = image["bytes"], image["path"]
+    if data is None and "://" in path:
+        raise BadRow("unsupported_url", f"{path}: images are read from files and bytes, not from addresses")
     try:
         opened = _open(io.BytesIO(data) if data is not None else _inside(path, root))
         return _to_rgb(ImageOps.exif_transpose(opened))

@@ -108,9 +108,9 @@ def _exchange(
 ) -> dict[int, tuple[Segment, PreferencePair | tuple[str, BadRow]]]:
     """Give every pair the images of the next pair with as many, but other, images; a BadRow where there is none."""
     groups: dict[int, list[tuple[int, str]]] = defaultdict(list)
-    for slot, (_, pair) in pairs.items():
+    for slot, (segment, pair) in pairs.items():
         if isinstance(pair, PreferencePair) and pair.images:
-            groups[len(pair.images)].append((slot, _fingerprint(pair)))
+            groups[len(pair.images)].append((slot, _fingerprint(segment, pair)))
     out = dict(pairs)
     for slot, (segment, pair) in pairs.items():
         if isinstance(pair, PreferencePair) and not pair.images:
@@ -130,8 +130,9 @@ def _exchange(
     return out
 
 
-def _fingerprint(pair: PreferencePair) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(segment: Segment, pair: PreferencePair) -> str:
+    """The same for the same images: their bytes, or their paths and what those are relative to."""
+    digest = hashlib.sha256(str(segment.image_root).encode() if pair.images[0]["path"] else b"")
     for image in pair.images:
         digest.update(image["bytes"] if image["bytes"] is not None else image["path"].encode())
     return digest.hexdigest()

@@ -62,7 +62,8 @@ def read_segment(segment: Segment, rows: Sequence[int]) -> pa.Table:
     if segment.kind == "jsonl":
         with open(segment.path, "rb") as file:
             file.seek(segment.offset)
-            lines = [line for line in file.read(segment.length).splitlines() if line.strip()]
+            # Split as `_jsonl_segments` counts: a lone carriage return is white space within a row.
+            lines = [line for line in file.read(segment.length).split(b"\n") if line.strip()]
         return pa.table({"json": pa.array([lines[row] for row in rows], pa.large_binary())})
     all_rows = easy_vqa_rows(segment.path.removeprefix(EASY_VQA))
     return pa.Table.from_pylist([all_rows[row] for row in rows])
@@ -76,19 +77,20 @@ def table_rows(table: pa.Table, kind: str) -> Iterator[dict[str, Any] | BadRow]:
     for line in table["json"].to_pylist():
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also numbers too long and nesting too deep to read
             yield BadRow("malformed_row", f"not valid JSON: {error}")
             continue
         yield row if isinstance(row, dict) else BadRow("malformed_row", f"a row must be a JSON object, found {row!r}")
 
 
 def source_columns(segment: Segment) -> list[str]:
-    """Column names of a segment's rows (for JSONL, those of its first row that is an object)."""
+    """Column names of a segment's rows (for JSONL, all that its first 64 rows have)."""
     if segment.kind == "parquet":
         return list(pq.read_schema(segment.path).names)
-    for row in table_rows(read_segment(segment, range(min(segment.num_rows, 64))), segment.kind):
-        if isinstance(row, dict):
-            return list(row)
+    rows = table_rows(read_segment(segment, range(min(segment.num_rows, 64))), segment.kind)
+    names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+    if names:
+        return names
     raise UserError("none of the first rows is a JSON object", field=segment.path, fix="one JSON object per line")
 
 
@@ -100,23 +102,18 @@ def _segments_of(uri: str, field: str) -> list[Segment]:
 
 
 def _files_of(uri: str, field: str) -> list[Path]:
-    if "://" in uri:
-        fix = "give a local file, folder or glob of .parquet or .jsonl, or easy-vqa:train"
+    fix = "give a file, folder or glob of .parquet or .jsonl, or easy-vqa:train"
+    if "://" in uri or not uri.strip():
         raise UserError("this kind of source is not supported", field=field, value=uri, fix=fix)
     path = Path(uri).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".jsonl"))
-        if not files:
-            raise UserError("the folder holds no .parquet or .jsonl file", field=field, value=uri)
-        return [file.resolve() for file in files]
-    if path.is_file():
-        if path.suffix not in (".parquet", ".jsonl"):
-            raise UserError("is neither .parquet nor .jsonl", field=field, value=uri)
-        return [path.resolve()]
-    matches = sorted(Path(match).resolve() for match in glob.glob(str(path)))
-    if not matches:
-        raise UserError("no such file or folder", field=field, value=uri)
-    return matches
+    found = path.rglob("*") if path.is_dir() else (Path(match) for match in glob.glob(str(path), recursive=True))
+    existing = sorted(file for file in found if file.is_file())
+    files = [file.resolve() for file in existing if file.suffix in (".parquet", ".jsonl")]
+    if not existing and not path.is_dir():
+        raise UserError("no such file or folder", field=field, value=uri, fix=fix)
+    if not files:
+        raise UserError("there is no .parquet or .jsonl file", field=field, value=uri, fix=fix)
+    return files
 
 
 def _file_segments(path: Path, field: str) -> list[Segment]:

@@ -54,21 +54,34 @@ def load_processor(model_id: str, revision: str | None) -> Any:
     return processor
 
 
+def check_family(section: ModelSection) -> None:
+    """Read the model's config alone. Raises UserError if it cannot be had, or its family is not supported."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(section.id), revision=section.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("model", section.id, error) from None
+    family_of(config.model_type)
+
+
 def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.nn.Module:
     """The model on `device`, ready to train: parts frozen, adapters added. Raises UserError."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    dtype = pick_dtype(section.dtype, device)
-    source = resolve(section.id)
+    check_family(section)
     try:
-        family = family_of(AutoConfig.from_pretrained(source, revision=section.revision).model_type)
         model = AutoModelForImageTextToText.from_pretrained(
-            source, revision=section.revision, dtype=dtype, attn_implementation="sdpa"
+            resolve(section.id),
+            revision=section.revision,
+            dtype=pick_dtype(section.dtype, device),
+            attn_implementation="sdpa",
         )
     except (OSError, ValueError) as error:
         raise _cannot_load("model", section.id, error) from None
+    family = family_of(model.config.model_type)
     model.config.use_cache = False
     _freeze(model, section, family)
     if section.lora is not None:

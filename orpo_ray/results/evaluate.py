@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 import torch
-import yaml
 from rich.console import Console
 
 from orpo_ray.data.encoding import EncoderSpec
@@ -20,7 +19,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.loading import PixelNorm, load_model, load_processor
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.steps import StepPlanner
-from orpo_ray.recipe import Recipe, apply_overrides, parse_recipe
+from orpo_ray.recipe import Recipe, apply_overrides, parse_recipe, read_mapping
 from orpo_ray.results.scoring import Scores, grounding, score, with_prefix
 from orpo_ray.training.checkpoint import FINAL
 from orpo_ray.training.launch import RECIPE_FILE, held_out_data, start_ray
@@ -58,8 +57,6 @@ def _evaluate(recipe: Recipe, model_id: str, held_out: ReadSpec) -> dict[str, fl
         return score(model, shares, planner, recipe.orpo.beta)
 
     seen = one_pass(exchange=False)
-    if not seen.metrics["pairs"]:
-        raise UserError("none of the held-out rows can be used", field="data.eval")
     if not recipe.eval.grounding:
         return seen.metrics
     return seen.metrics | grounding(seen, one_pass(exchange=True), device)
@@ -69,16 +66,18 @@ def _recipe_of(folder: Path, overrides: list[str]) -> tuple[Recipe, str]:
     """The recipe to evaluate by, and what to load the model from."""
     raw: dict[str, Any]
     if (folder / RECIPE_FILE).is_file():
-        raw = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+        raw = read_mapping(folder / RECIPE_FILE)
         model = folder / FINAL
         if not model.is_dir():
             raise UserError(
                 "the run has no final model yet", field=str(folder), fix="let it end: the same train command resumes it"
             )
     elif (folder / "config.json").is_file():
-        raw = {"name": folder.resolve().name, "model": {"id": str(folder)}, "data": {"train": "none"}}
+        raw = {"name": "evaluation", "model": {"id": str(folder)}, "data": {"train": "none"}}
         model = folder
     else:
         raise UserError(f"is neither a run (no {RECIPE_FILE}) nor a model (no config.json)", field=str(folder))
+    if any(override.startswith("model.id=") for override in overrides):
+        raise UserError("the model is the folder's", field="model.id", fix="give the folder of the model to evaluate")
     apply_overrides(raw, overrides)
     return parse_recipe(raw, source=str(folder)).anchored(), str(model.resolve())

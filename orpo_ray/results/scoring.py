@@ -10,6 +10,7 @@ import torch
 
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import PairBatch
+from orpo_ray.errors import UserError
 from orpo_ray.objective.orpo import SUM_NAMES, Normaliser, PairLogps, metrics_from_sums, orpo_loss
 from orpo_ray.objective.steps import StepPlanner, gather_rows, reduce_sums
 
@@ -48,6 +49,8 @@ def score(
             answers = zip(batch.slots, likelier.tolist(), strict=True)
             correct.update({slot: is_correct for slot, is_correct in answers if slot >= 0})
     totals = reduce_sums(sums, planner.device)
+    if not totals["pairs"]:
+        raise UserError(f"none of the {bad} held-out rows can be used", field="data.eval")
     runtime = time.perf_counter() - started
     metrics = metrics_from_sums(totals, beta) | {
         "runtime": runtime,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Tracker:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         _keep(self.run_dir / METRICS_FILE, lambda line: line["step"] <= step)
         self._metrics = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        _keep(self.run_dir / BAD_ROWS_FILE, lambda line: True)
         # A bad row comes up once an epoch, and again after a resume: it is written once.
         self._bad_sources = {line["source"] for line in read_jsonl(self.run_dir / BAD_ROWS_FILE)}
         self._wandb = _start_wandb(recipe, self.run_dir)
@@ -72,9 +73,10 @@ def last_metrics(run_dir: Path) -> dict[str, float]:
     return latest
 
 
-def _keep(path: Path, wanted: Any) -> None:
-    lines = read_jsonl(path)
-    if lines:
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a file of ours with the wanted lines only, and without a last line that a kill cut off."""
+    if path.exists():
+        lines = read_jsonl(path)
         scratch = path.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(line) + "\n" for line in lines if wanted(line)), encoding="utf-8")
         scratch.replace(path)

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ _TAG = "engine"
 class Position:
     """Where a run stands: `step` steps are done, so all slots below step * pairs_per_step are consumed.
 
-    bad and seen count rows so far; num_workers and zero_stage say who can read the engine's state.
+    bad and seen count rows so far. num_rows is the size of the set, which the order depends on. num_workers and
+    zero_stage say who can read the engine's state.
     """
 
     step: int = 0
     bad: int = 0
     seen: int = 0
+    num_rows: int = 0
     num_workers: int = 1
     zero_stage: int = 0
 
@@ -49,13 +51,13 @@ def save_checkpoint(engine: Engine, position: Position, metrics: Mapping[str, fl
         ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
 
-def load_latest(engine: Engine, recipe: Recipe) -> Position:
+def load_latest(engine: Engine, recipe: Recipe, num_rows: int) -> Position:
     """Load the run's latest checkpoint, if it has one, into the engine. A collective. Raises UserError."""
     checkpoint = ray.train.get_checkpoint()
     num_workers = ray.train.get_context().get_world_size()
     stage = recipe.deepspeed.zero_stage
     if checkpoint is None:
-        return Position(num_workers=num_workers, zero_stage=stage)
+        return Position(num_rows=num_rows, num_workers=num_workers, zero_stage=stage)
     with checkpoint.as_directory() as folder:
         position = Position(**json.loads((Path(folder) / POSITION_FILE).read_text()))
         if stage != position.zero_stage:
@@ -72,8 +74,14 @@ def load_latest(engine: Engine, recipe: Recipe) -> Position:
                 value=num_workers,
                 fix="resume with as many workers; only ZeRO stage 0 resumes with another number",
             )
+        if num_rows != position.num_rows:
+            raise UserError(
+                f"the training data has {num_rows} rows now, and had {position.num_rows} when the run began",
+                field="data.train",
+                fix="resume with the same files, or start another run under another name",
+            )
         engine.ds.load_checkpoint(folder, tag=_TAG, load_module_strict=False)
-    return position
+    return replace(position, num_workers=num_workers)
 
 
 def save_final(engine: Engine, recipe: Recipe) -> None:
@@ -96,6 +104,7 @@ def save_final(engine: Engine, recipe: Recipe) -> None:
         _merged(recipe, state).save_pretrained(scratch)
     else:
         model = without_adapters(pair_model.model)
+        model.config.use_cache = True  # off for training only
         model.save_pretrained(scratch, state_dict=state)
     load_processor(recipe.model.id, recipe.model.revision).save_pretrained(scratch)
     shutil.rmtree(run_dir / FINAL, ignore_errors=True)

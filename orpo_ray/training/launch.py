@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-import yaml
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
@@ -22,8 +21,8 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.sources import list_segments, source_columns
 from orpo_ray.data.stream import least_cpus
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.model.loading import load_processor
-from orpo_ray.recipe import Recipe, parse_recipe
+from orpo_ray.model.loading import check_family, load_processor
+from orpo_ray.recipe import Recipe, parse_recipe, read_mapping
 from orpo_ray.results.tracking import last_metrics
 from orpo_ray.training.checkpoint import FINAL
 from orpo_ray.training.progress import Board, Watch
@@ -82,13 +81,17 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     read = training_data(recipe)
     held_out = held_out_data(recipe)
     # Loaded here once, so that a wrong model id is one message and not a failed worker.
+    check_family(recipe.model)
     encoder = EncoderSpec(load_processor, recipe.model.id, recipe.model.revision, recipe.data.max_length)
     encoder.build()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run's folder cannot be made: {error}", field="checkpoint.storage") from None
     start_ray()
     resources = worker_resources(recipe, ray.cluster_resources())
     num_steps = -(-read.last_slot // recipe.optim.pairs_per_step)
     recipe = _resolved(recipe, num_steps)
-    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     console.print(_headline(recipe, read, held_out, num_steps), highlight=False, soft_wrap=True)
     board = Board.remote()  # type: ignore[attr-defined]
@@ -205,6 +208,8 @@ def _read_spec(recipe: Recipe, split: Literal["train", "eval"], seed: int | None
     for segment in segments:
         if segment.path not in formats:
             formats[segment.path] = recognise(source_columns(segment), data.columns, data.format, segment.path)
+    if data.image_root is not None and not data.image_root.is_dir():
+        raise UserError("no such folder", field="data.image_root", value=str(data.image_root))
     order = Order(row_counts(segments), seed, data.shuffle_window)
     return ReadSpec(
         segments=tuple(segments),
@@ -234,7 +239,7 @@ def _check_run_folder(recipe: Recipe) -> bool:
     path = recipe.run_dir / RECIPE_FILE
     if not path.exists():
         return False
-    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    saved = read_mapping(path)
     now = recipe.model_dump(mode="json")
     differing = [
         f"{section}.{key}"

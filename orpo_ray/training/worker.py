@@ -12,7 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.order import step_slots
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.stream import BadRecord, StepShare, iter_steps
@@ -86,7 +86,7 @@ class Worker:
         model = load_model(self.recipe.model, self.device, self.recipe.optim.seed)
         self.model = PairModel(model, PixelNorm.of(encoder.processor))
         self.engine = Engine(self.model, self.recipe, config.num_steps, self.num_workers)
-        self.position = load_latest(self.engine, self.recipe)
+        self.position = load_latest(self.engine, self.recipe, config.train.order.num_rows)
         self.tracker = Tracker(self.recipe, self.position.step) if self.rank == 0 else None
         self.images_checked = False
 
@@ -159,14 +159,14 @@ class Worker:
         self.position = replace(old, step=share.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs)
         metrics |= {"epoch": last_slot / self.config.train.order.num_rows}
         if plan.bad:
-            self._log_bad_rows(share.bad)
+            self._refuse_bad_rows(self._log_bad_rows(share.bad))
         if self.tracker is not None:
             self.tracker.log(self.position.step, with_prefix(metrics, "train"))
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
         self._judge_bad_rows(at_end=False)
 
-    def _log_bad_rows(self, mine: list[BadRecord]) -> None:
-        """Bring all workers' bad rows of a step to rank 0. A collective, called where any worker had one."""
+    def _log_bad_rows(self, mine: list[BadRecord]) -> list[dict[str, Any]]:
+        """Bring all workers' bad rows to rank 0, which writes them down; returns them all. A collective."""
         everyone: list[Any] = [None] * self.num_workers
         if self.num_workers > 1:
             torch.distributed.all_gather_object(everyone, [asdict(record) for record in mine])
@@ -175,6 +175,9 @@ class Worker:
         records = sorted((record for part in everyone for record in part), key=lambda record: record["slot"])
         if self.tracker is not None:
             self.tracker.log_bad_rows({key: r[key] for key in ("id", "source", "reason", "detail")} for r in records)
+        return records
+
+    def _refuse_bad_rows(self, records: list[dict[str, Any]]) -> None:
         if self.recipe.data.on_bad_row == "error":
             first = records[0]
             raise TooManyBadRows(
@@ -210,11 +213,19 @@ class Worker:
         self._tell(phase="evaluating with exchanged images" if exchange else "evaluating")
         read = replace(self._mine(held_out), exchange_images=exchange)
         steps = -(-held_out.last_slot // held_out.pairs_per_step)
-        shares = ((share.pairs, len(share.bad)) for share in self._iter_steps(read, 0, steps))
+        bad: list[BadRecord] = []
+
+        def shares() -> Iterator[tuple[list[EncodedPair], int]]:
+            for share in self._iter_steps(read, 0, steps):
+                bad.extend(share.bad)
+                yield share.pairs, len(share.bad)
+
         self.model.eval()
         # The engine's forward, since under ZeRO 3 it gathers the parameters.
-        scores = score(self.engine.forward, shares, self.planner, self.recipe.orpo.beta)
+        scores = score(self.engine.forward, shares(), self.planner, self.recipe.orpo.beta)
         self.model.train()
+        if not exchange:  # a pair without a partner to exchange images with is not a bad row
+            self._log_bad_rows(bad)
         return scores
 
     def _iter_steps(self, read: ReadSpec, first: int, end: int) -> Iterator[StepShare]:
