@@ -175,7 +175,7 @@ def test_lora_trains_resumes_and_merges(ray_cluster: None, tmp_path: Path) -> No
     from orpo_ray.model.loading import resolve
 
     section: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.1}, "gradient_checkpointing": True}
-    optim = LONG | {"learning_rate": 1e-2}
+    optim = LONG
     held_out: dict[str, Any] = {
         "data": {"eval": "easy-vqa:test"}, "eval": {"max_pairs": 8, "every_steps": 10, "grounding": True}
     }  # fmt: skip
