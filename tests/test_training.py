@@ -103,11 +103,17 @@ def one_worker_killed(recipe: Recipe) -> Iterator[None]:
 
     killed: list[int] = []
 
+    def workers() -> list[Any]:
+        return list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")], detail=True)
+
     def kill() -> None:
+        # Asked beforehand: the answer takes longer than a step.
+        wait_until((recipe.run_dir / "metrics.jsonl").exists, "the run's first file")
+        wait_until(lambda: len(workers()) == recipe.scaling.num_workers, "the workers")
+        pid = workers()[-1].pid
         wait_until(lambda: last_step(recipe.run_dir) >= 8, "step 8")
-        workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")], detail=True)
-        killed.append(workers[-1].pid)
-        os.kill(workers[-1].pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
 
     thread = threading.Thread(target=kill)
     thread.start()
