@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
-# A Ray head on this machine, reachable from this machine alone.
+# A Ray head on this machine, reachable from this machine alone, and only with the token in ~/.ray/auth_token.
 set -euo pipefail
+export RAY_AUTH_MODE=token
+ray get-auth-token --generate >/dev/null
 exec ray start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --disable-usage-stats "$@"
