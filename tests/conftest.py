@@ -28,7 +28,8 @@ def ray_cluster() -> Iterator[None]:
 
     os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"
     os.environ["RAY_worker_niceness"] = "0"
-    ray.init(num_cpus=4, log_to_driver=False, logging_level="warning", dashboard_host="127.0.0.1")
+    # "local": None would join a cluster that somebody started on this machine.
+    ray.init("local", num_cpus=4, log_to_driver=False, logging_level="warning", dashboard_host="127.0.0.1")
     yield
     ray.shutdown()
 

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,11 +62,29 @@ def test_schema_is_json() -> None:
     assert "optim" in json.loads(orpo_ray("schema").stdout)["properties"]
 
 
+def test_an_address_without_a_cluster_is_one_message(tmp_path: Path) -> None:
+    quickstart = str(ROOT / "recipes/quickstart.yaml")
+    result = orpo_ray("train", quickstart, cwd=tmp_path, env={"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)})
+    assert result.returncode == 2, result.stderr
+    assert "RAY_ADDRESS" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def dead_cluster() -> Iterator[dict[str, str]]:
+    """An environment in which Ray believes that a cluster, long dead, is running on this machine."""
+    # Not tmp_path: the paths of Ray's sockets would be longer than the system's 107 bytes.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        yield {"RAY_TMPDIR": folder}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_train_then_evaluate(tmp_path: Path) -> None:
+def test_train_then_evaluate(tmp_path: Path, dead_cluster: dict[str, str]) -> None:
     quickstart = str(ROOT / "recipes/quickstart.yaml")
-    trained = orpo_ray("train", quickstart, *TINY_OVERRIDES, cwd=tmp_path)
+    trained = orpo_ray("train", quickstart, *TINY_OVERRIDES, cwd=tmp_path, env=dead_cluster)
     assert trained.returncode == 0, trained.stderr
     run_dir = tmp_path / "runs" / "quickstart"
     assert str(run_dir) in trained.stderr

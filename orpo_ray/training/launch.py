@@ -58,7 +58,10 @@ class Resources:
 
 
 def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names (a submitted job has it), or start one on this machine."""
+    """Join the cluster that RAY_ADDRESS names (a submitted job has it), or start one on this machine.
+
+    Raises UserError where RAY_ADDRESS names no cluster that answers.
+    """
     if ray.is_initialized():
         return
     # A new process takes seconds to import what encoding needs: keep idle ones between training and evaluation.
@@ -67,8 +70,14 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # A run has some ten small actors; on two cores Ray warns about that many at once.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
-    # Worker output goes to Ray's logs; what a user should see comes through the board.
-    ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.WARNING)
+    # "local" and not None: None joins whatever cluster was last started here, and waits minutes for one that has died.
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        # Worker output goes to Ray's logs; what a user should see comes through the board.
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        fix = "unset it to run on this machine alone, or start a cluster: ray start --head"
+        raise UserError(str(error).split("\n")[0], field="RAY_ADDRESS", value=address, fix=fix) from None
 
 
 def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
