@@ -52,6 +52,9 @@ class ModelSection(Section):
     """Branch, tag or commit on the hub; pin a commit for a reproducible run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and compute; auto is bfloat16 on a GPU that has it and float32 elsewhere."""
+    attention: Literal["auto", "shared_prefix", "concatenated"] = "auto"
+    """shared_prefix computes prompt and image once for both answers; concatenated runs prompt + answer twice, as other
+    trainers do. auto shares wherever that is proven equal for the model's family."""
     freeze: Annotated[list[Literal["vision", "connector", "language"]], _AsList] = Field(default_factory=list)
     """Parts that are not trained."""
     gradient_checkpointing: bool = False
@@ -127,7 +130,8 @@ class OptimSection(Section):
     pairs_per_step: int = Field(32, ge=1)
     """Pairs per optimizer step over all workers, whatever their number."""
     tokens_per_microbatch: int = Field(8192, ge=1)
-    """Most tokens (both answers' rows, padding included) that one forward holds on one worker; memory follows it."""
+    """Most tokens (prompt, both answers, image tokens) that one forward holds on one worker; memory follows it. Where
+    attention is concatenated, a prompt counts twice, and padding counts."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the adapters' initialisation and of dropout."""
 

@@ -48,6 +48,7 @@ def model_of(encoder: PairEncoder, **section: object) -> PairModel:
 def plain_logps(model: PairModel, pair: EncodedPair, answer: str) -> torch.Tensor:
     """Log-probs of an answer's tokens, by the transformers model as anyone would call it."""
     base = without_adapters(model.model)
+    base.set_attn_implementation("sdpa")  # and stays: gradient checkpointing calls it again in backward
     ids = torch.tensor([[*pair.prompt_ids, *getattr(pair, f"{answer}_ids")]], dtype=torch.long)
     pixels = {}
     if pair.images:
@@ -59,7 +60,7 @@ def plain_logps(model: PairModel, pair: EncodedPair, answer: str) -> torch.Tenso
 
 def test_equals_each_answer_alone(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
     model = model_of(encoder)
-    got = model(build_batch(pairs, "response"))
+    got = model(build_batch(pairs, "response", model.layout))
     for index, pair in enumerate(pairs):
         torch.testing.assert_close(got.chosen[index], plain_logps(model, pair, "chosen").sum(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
@@ -74,7 +75,8 @@ def test_gradients_equal_the_plain_ones(
     encoder: PairEncoder, pairs: list[EncodedPair], checkpointing: bool, lora: dict[str, int] | None
 ) -> None:
     model = model_of(encoder, gradient_checkpointing=checkpointing, lora=lora)
-    loss, _ = orpo_loss(model(build_batch(pairs, "response")), torch.ones(len(pairs)), 0.5, Normaliser(len(pairs)))
+    logps = model(build_batch(pairs, "response", model.layout))
+    loss, _ = orpo_loss(logps, torch.ones(len(pairs)), 0.5, Normaliser(len(pairs)))
     loss.backward()
     got = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert got
@@ -95,9 +97,10 @@ def test_gradients_equal_the_plain_ones(
 def test_micro_batches_and_fillers_give_the_same_gradient(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
     def gradients(budget: int, fillers: list[EncodedPair]) -> dict[str, torch.Tensor]:
         model = model_of(encoder)
-        planner = StepPlanner("prompt+response", budget, *(encoder.filler(image) for image in (False, True)), CPU)
+        fillers_of = (encoder.filler(image) for image in (False, True))
+        planner = StepPlanner("prompt+response", budget, model.layout, 600, *fillers_of, CPU)
         plan = planner.plan(pairs, 0)
-        batches = [*plan.batches, *(build_batch([], "prompt+response", [filler]) for filler in fillers)]
+        batches = [*plan.batches, *(build_batch([], "prompt+response", model.layout, [filler]) for filler in fillers)]
         for batch in batches:
             orpo_loss(model(batch), batch.weights, 0.5, plan.normaliser)[0].backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[misc]
@@ -113,7 +116,7 @@ def test_an_image_is_encoded_once_per_pair(encoder: PairEncoder, pairs: list[Enc
     seen: list[int] = []
     vision = without_adapters(model.model).model.vision_model
     vision.register_forward_hook(lambda *args: seen.append(args[2].last_hidden_state.shape[0]))
-    model(build_batch(pairs, "response"))
+    model(build_batch(pairs, "response", model.layout))
     assert seen == [len(pairs)]
 
 
@@ -121,14 +124,14 @@ def test_only_target_positions_reach_the_head(encoder: PairEncoder, pairs: list[
     model = model_of(encoder)
     shapes: list[tuple[int, ...]] = []
     without_adapters(model.model).lm_head.register_forward_hook(lambda *args: shapes.append(tuple(args[2].shape)))
-    batch = build_batch(pairs, "response")
+    batch = build_batch(pairs, "response", model.layout)
     model(batch)
     assert [shape[0] for shape in shapes] == [sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)]
 
 
 def test_the_image_matters(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
     model = model_of(encoder)
-    batch = build_batch(pairs, "response")
+    batch = build_batch(pairs, "response", model.layout)
     before = model(batch).chosen
     batch.images["pixel_values"] = batch.images["pixel_values"].flip(0)
     assert not torch.allclose(before, model(batch).chosen)
@@ -140,7 +143,7 @@ def test_the_image_gradient_is_checked_frozen_or_not(
 ) -> None:
     model = model_of(encoder, freeze=freeze)
     model.watch_images = True
-    model(build_batch(pairs, "response")).chosen.sum().backward()
+    model(build_batch(pairs, "response", model.layout)).chosen.sum().backward()
     model.check_images_used()
     for part, prefix in (("vision", "model.model.vision_model."), ("connector", "model.model.connector.")):
         trained = [p.grad is not None for name, p in model.named_parameters() if name.startswith(prefix)]
@@ -151,7 +154,7 @@ def test_the_image_gradient_is_checked_frozen_or_not(
 def test_a_loss_without_the_image_is_an_error(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
     model = model_of(encoder)
     model.watch_images = True
-    (model(build_batch(pairs, "response")).chosen.sum() * 0).backward()
+    (model(build_batch(pairs, "response", model.layout)).chosen.sum() * 0).backward()
     with pytest.raises(ImageNotUsed):
         model.check_images_used()
 

@@ -28,7 +28,7 @@ lengths = st.lists(st.integers(1, 50), max_size=20)
 
 @given(lengths, st.integers(1, 300))
 def test_every_pair_once_and_within_the_budget(sizes: list[int], budget: int) -> None:
-    batches = plan_microbatches(of_lengths(sizes), budget)
+    batches = plan_microbatches(of_lengths(sizes), budget, "concatenated")
     assert sorted(pair.slot for batch in batches for pair in batch) == list(range(len(sizes)))
     for batch in batches:
         tokens = 2 * len(batch) * max(pair.row_length for pair in batch)
@@ -37,8 +37,8 @@ def test_every_pair_once_and_within_the_budget(sizes: list[int], budget: int) ->
 
 @given(lengths, st.integers(1, 300), st.integers(0, 10))
 def test_spread_keeps_the_pairs_and_gives_the_count(sizes: list[int], budget: int, more: int) -> None:
-    batches = plan_microbatches(of_lengths(sizes), budget)
-    wider = spread(batches, len(batches) + more)
+    batches = plan_microbatches(of_lengths(sizes), budget, "concatenated")
+    wider = spread(batches, len(batches) + more, "concatenated")
     assert len(wider) == len(batches) + more
     assert sorted(pair.slot for batch in wider for pair in batch) == list(range(len(sizes)))
 
@@ -46,13 +46,13 @@ def test_spread_keeps_the_pairs_and_gives_the_count(sizes: list[int], budget: in
 def test_layout() -> None:
     """Two pairs and a filler: every target is predicted by the hidden state just before it."""
     pairs = [make([5, IMAGE, 6], [7, 8], [9], 0), make([1, 2], [3], [4, 5, 6], 1)]
-    batch = build_batch(pairs, "response", fillers=[make([5, IMAGE], [1], [2], -1)])
+    batch = build_batch(pairs, "response", "concatenated", fillers=[make([5, IMAGE], [1], [2], -1)])
     assert batch.input_ids.tolist() == [
         [5, IMAGE, 6, 7, 8], [1, 2, 3, 0, 0], [5, IMAGE, 1, 0, 0],
         [5, IMAGE, 6, 9, 0], [1, 2, 4, 5, 6], [5, IMAGE, 2, 0, 0],
     ]  # fmt: skip
     assert batch.target_ids.tolist() == [7, 8, 3, 1, 9, 4, 5, 6, 2]
-    assert batch.target_row.tolist() == [0, 0, 1, 2, 3, 4, 4, 4, 5]
+    assert batch.target_answer.tolist() == [0, 0, 1, 2, 3, 4, 4, 4, 5]
     assert batch.target_position.tolist() == [2, 3, 6, 11, 17, 21, 22, 23, 26]
     assert batch.target_in_response.all()
     assert batch.weights.tolist() == [1, 1, 0]
@@ -61,7 +61,7 @@ def test_layout() -> None:
 
 def test_prompt_tokens_as_targets_leave_out_placeholders_and_the_first() -> None:
     pair = make([5, IMAGE, 6], [7, 8], [9])
-    batch = build_batch([pair], "prompt+response")
+    batch = build_batch([pair], "prompt+response", "concatenated")
     assert batch.target_ids.tolist() == [6, 7, 8, 9]
     assert batch.target_in_response.tolist() == [False, True, True, True]
     assert nll_token_count(pair, "prompt+response") == 3

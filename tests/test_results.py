@@ -50,7 +50,7 @@ def test_a_line_cut_off_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> Non
 
 
 def test_no_usable_pair_is_an_error_not_a_zero() -> None:
-    planner = StepPlanner("response", 12, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+    planner = StepPlanner("response", 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
     with pytest.raises(UserError, match="none of the 3 held-out rows"):
         score(lambda batch: pytest.fail("nothing to score"), [([], 3)], planner, beta=0.5)
 
@@ -79,7 +79,7 @@ def test_wandb_offline_keeps_the_key_out_of_every_file(tmp_path: Path, monkeypat
 
 def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
     pairs = [make([1, 2], [3], [4], slot) for slot in range(5)]
-    planner = StepPlanner("response", 12, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+    planner = StepPlanner("response", 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
 
     def forward(batch: PairBatch) -> PairLogps:
         """Slot s has log-probs -1 for the chosen answer and -(s + 0.5) / 2 for the rejected one."""

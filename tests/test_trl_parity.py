@@ -26,7 +26,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def model() -> PairModel:
-    section = ModelSection(id="orpo-ray/tiny-smolvlm")
+    section = ModelSection(id="orpo-ray/tiny-smolvlm", attention="concatenated")
     return PairModel(load_model(section, torch.device("cpu"), seed=0), PixelNorm(1.0, (0.0,), (1.0,)))
 
 
@@ -60,15 +60,23 @@ def encoded(row: dict[str, Any]) -> EncodedPair:
     return EncodedPair("x", prompt, chosen, rejected, np.ones(len(prompt), bool), {})
 
 
+@pytest.fixture
+def packed(model: PairModel) -> PairModel:
+    """The very same weights, run in the shared-prefix layout."""
+    packed = load_model(ModelSection(id="orpo-ray/tiny-smolvlm"), torch.device("cpu"), seed=0)
+    packed.load_state_dict(model.model.state_dict())
+    return PairModel(packed, PixelNorm(1.0, (0.0,), (1.0,)))
+
+
 def ours(model: PairModel, pairs: list[EncodedPair]) -> tuple[torch.Tensor, dict[str, float]]:
     tokens = sum(nll_token_count(pair, "prompt+response") for pair in pairs)
-    batch = build_batch(pairs, "prompt+response")
+    batch = build_batch(pairs, "prompt+response", model.layout)
     loss, sums = orpo_loss(model(batch), batch.weights, BETA, Normaliser(len(pairs), tokens))
     return loss, metrics_from_sums({name: float(value) for name, value in sums.items()}, BETA)
 
 
 @pytest.mark.parametrize("chosen_rows", [[0], [1], [2], [0, 1, 2]], ids=str)
-def test_loss_metrics_and_gradient(model: PairModel, trainer: Any, chosen_rows: list[int]) -> None:
+def test_loss_metrics_and_gradient(model: PairModel, packed: PairModel, trainer: Any, chosen_rows: list[int]) -> None:
     rows = [trainer.train_dataset[index] for index in chosen_rows]
     model.zero_grad()
     theirs, their_metrics = trainer.get_batch_loss_metrics(trainer.model, trainer.data_collator(rows))
@@ -76,16 +84,19 @@ def test_loss_metrics_and_gradient(model: PairModel, trainer: Any, chosen_rows: 
     their_gradients = {
         name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
     }
-    model.zero_grad()
-    loss, metrics = ours(model, [encoded(row) for row in rows])
-    loss.backward()
-    torch.testing.assert_close(loss, theirs, rtol=0, atol=1e-5)
-    for name, value in their_metrics.items():
-        if not name.startswith("logits/"):
-            assert metrics[name] == pytest.approx(value, abs=1e-5), name
     assert len(their_gradients) > 20
-    for name, parameter in model.named_parameters():
-        if name in their_gradients:
-            torch.testing.assert_close(parameter.grad, their_gradients[name], rtol=1e-5, atol=1e-5, msg=name)
-        else:
-            assert parameter.grad is None, name
+    for own in (model, packed):
+        own.zero_grad()
+        loss, metrics = ours(own, [encoded(row) for row in rows])
+        loss.backward()
+        torch.testing.assert_close(loss, theirs, rtol=0, atol=1e-5)
+        for name, value in their_metrics.items():
+            if not name.startswith("logits/"):
+                assert metrics[name] == pytest.approx(value, abs=1e-5), (own.layout, name)
+        for name, parameter in own.named_parameters():
+            if name in their_gradients:
+                torch.testing.assert_close(
+                    parameter.grad, their_gradients[name], rtol=1e-5, atol=1e-5, msg=f"{own.layout} {name}"
+                )
+            else:
+                assert parameter.grad is None, name

@@ -1,42 +1,69 @@
 """EncodedPairs -> `PairBatch`: micro-batches under a token budget, and the tensors of one forward.
 
-Legend: B pairs in a micro-batch, T tokens of its longest row, M target tokens (those whose log-prob is wanted).
+Legend: B pairs in a micro-batch, T tokens of a row, M target tokens (those whose log-prob is wanted).
+
+Two layouts. `shared_prefix`: one row that holds all pairs, [prompt | chosen | rejected] [prompt | chosen | rejected]
+..., without padding. `concatenated`: two rows a pair, padded to the longest; the reference, and what a family gets
+whose layers cannot share a prefix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from orpo_ray.data.encoding import EncodedPair
 
+Layout = Literal["shared_prefix", "concatenated"]
+
+# PairBatch.token_kind
+TEXT, IMAGE, RESPONSE, PADDING = range(4)
+
+
+@dataclass(frozen=True)
+class PairSpan:
+    """Where one pair lies in a packed row: [start, chosen) prompt, [chosen, rejected) and [rejected, end) answers."""
+
+    start: int
+    chosen: int
+    rejected: int
+    end: int
+
 
 @dataclass(frozen=True)
 class PairBatch:
-    """One forward in the concatenated layout: row i is the chosen answer of pair i, row B + i the rejected one.
+    """One forward. Answer i < B is the chosen one of pair i, answer B + i the rejected one.
 
-    input_ids: int64 [2B, T], padded on the right. Under a causal mask no real token sees the padding behind it, so
-    there is no attention mask.
-    target_position: int64 [M], into the flattened [2B * T] hidden states: the token before each target.
-    target_ids: int64 [M]. target_row: int64 [M], the row of each. target_in_response: bool [M].
+    input_ids: int64 [1, T] in the shared-prefix layout; [2B, T] in the concatenated one, answer i in row i, padded on
+    the right: under a causal mask no real token sees the padding behind it, so there is no attention mask.
+    token_kind: int64, like input_ids: TEXT or IMAGE (a placeholder) of a prompt, RESPONSE, PADDING.
+    position_ids: int64, like input_ids: a token's index in its own sequence, prompt + answer.
+    spans: where each pair lies in the row, [B]; empty in the concatenated layout.
+    target_position: int64 [M], into the flattened hidden states: the token before each target.
+    target_ids: int64 [M]. target_answer: int64 [M], the answer of each. target_in_response: bool [M].
     weights: float32 [B], 1 for a pair, 0 for a filler. slots: the pairs' slots, [B].
     images: the vision input of all pairs, each image once; empty if none has an image.
     trains_on_images: whether any of it belongs to a pair, not just to a filler.
+    head_chunks: into how many parts the targets are cut for the output head; the same on every worker.
     """
 
     input_ids: torch.Tensor
+    token_kind: torch.Tensor
+    position_ids: torch.Tensor
+    spans: tuple[PairSpan, ...]
     target_position: torch.Tensor
     target_ids: torch.Tensor
-    target_row: torch.Tensor
+    target_answer: torch.Tensor
     target_in_response: torch.Tensor
     weights: torch.Tensor
     images: dict[str, torch.Tensor]
     slots: tuple[int, ...]
     trains_on_images: bool
+    head_chunks: int = 1
 
     @property
     def num_pairs(self) -> int:
@@ -50,34 +77,25 @@ class PairBatch:
         return replace(self, **moved, images={name: value.to(device) for name, value in self.images.items()})
 
 
-def build_batch(pairs: Sequence[EncodedPair], nll: str, fillers: Sequence[EncodedPair] = ()) -> PairBatch:
+def build_batch(
+    pairs: Sequence[EncodedPair], nll: str, layout: Layout, fillers: Sequence[EncodedPair] = ()
+) -> PairBatch:
     """The tensors of one forward over `pairs` and, with weight 0, `fillers`. nll: `response | prompt+response`."""
     everything = [*pairs, *fillers]
-    rows = [np.concatenate([p.prompt_ids, p.chosen_ids]) for p in everything]
-    rows += [np.concatenate([p.prompt_ids, p.rejected_ids]) for p in everything]
-    width = max(len(row) for row in rows)
-    input_ids = np.zeros((len(rows), width), np.int64)
-    positions, target_rows, in_response = [], [], []
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = row
-        pair = everything[index % len(everything)]
-        start = len(pair.prompt_ids)
-        columns = np.arange(start, len(row))
-        if nll == "prompt+response" and index < len(everything):
-            # The very first token has nothing before it that could predict it.
-            prompt = 1 + np.flatnonzero(pair.prompt_is_text[1:])
-            columns = np.concatenate([prompt, columns])
-        positions.append(index * width + columns - 1)
-        target_rows.append(np.full(len(columns), index))
-        in_response.append(columns >= start)
-    position = torch.from_numpy(np.concatenate(positions))
-    ids = torch.from_numpy(input_ids)
+    rows = _Rows(everything, nll)
+    if layout == "shared_prefix":
+        rows.pack()
+    else:
+        rows.pad()
     return PairBatch(
-        input_ids=ids,
-        target_position=position,
-        target_ids=ids.flatten()[position + 1],
-        target_row=torch.from_numpy(np.concatenate(target_rows)),
-        target_in_response=torch.from_numpy(np.concatenate(in_response)),
+        input_ids=torch.from_numpy(rows.input_ids),
+        token_kind=torch.from_numpy(rows.token_kind),
+        position_ids=torch.from_numpy(rows.position_ids),
+        spans=tuple(rows.spans),
+        target_position=torch.from_numpy(np.concatenate(rows.target_position)),
+        target_ids=torch.from_numpy(np.concatenate(rows.target_ids)),
+        target_answer=torch.from_numpy(np.concatenate(rows.target_answer)),
+        target_in_response=torch.from_numpy(np.concatenate(rows.target_in_response)),
         weights=torch.tensor([1.0] * len(pairs) + [0.0] * len(fillers)),
         images=_collate_images(everything),
         slots=tuple(pair.slot for pair in everything),
@@ -85,8 +103,89 @@ def build_batch(pairs: Sequence[EncodedPair], nll: str, fillers: Sequence[Encode
     )
 
 
-def plan_microbatches(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[EncodedPair]]:
-    """Cut a worker's share of a step: rows of like length together, 2 * B * T within the budget where B > 1."""
+class _Rows:
+    """The rows of a batch while they are filled."""
+
+    def __init__(self, pairs: Sequence[EncodedPair], nll: str) -> None:
+        self.pairs = pairs
+        self.prompt_targets = nll == "prompt+response"
+        self.spans: list[PairSpan] = []
+        self.target_position: list[np.ndarray] = []
+        self.target_ids: list[np.ndarray] = []
+        self.target_answer: list[np.ndarray] = []
+        self.target_in_response: list[np.ndarray] = []
+
+    def pack(self) -> None:
+        """All pairs behind one another in one row."""
+        self._blank(1, sum(packed_length(pair) for pair in self.pairs))
+        start = 0
+        for index, pair in enumerate(self.pairs):
+            chosen = start + len(pair.prompt_ids)
+            rejected = chosen + len(pair.chosen_ids)
+            span = PairSpan(start, chosen, rejected, rejected + len(pair.rejected_ids))
+            self.spans.append(span)
+            self._place_prompt(pair, index, 0, start)
+            self._place_answer(pair.chosen_ids, index, len(pair.prompt_ids), 0, chosen, before=chosen - 1)
+            # Its first token, too, is predicted by the last one of the prompt.
+            second = index + len(self.pairs)
+            self._place_answer(pair.rejected_ids, second, len(pair.prompt_ids), 0, rejected, before=chosen - 1)
+            start = span.end
+
+    def pad(self) -> None:
+        """A row for each answer: the chosen ones, then the rejected ones."""
+        self._blank(2 * len(self.pairs), max(pair.row_length for pair in self.pairs))
+        for row in range(2 * len(self.pairs)):
+            pair = self.pairs[row % len(self.pairs)]
+            answer = pair.chosen_ids if row < len(self.pairs) else pair.rejected_ids
+            start = len(pair.prompt_ids)
+            self._place_prompt(pair, row, row, 0)
+            self._place_answer(answer, row, start, row, start, before=start - 1)
+
+    def _blank(self, count: int, width: int) -> None:
+        self.width = width
+        self.input_ids = np.zeros((count, width), np.int64)
+        self.token_kind = np.full((count, width), PADDING, np.int64)
+        self.position_ids = np.tile(np.arange(width), (count, 1))
+
+    def _place_prompt(self, pair: EncodedPair, answer: int, row: int, column: int) -> None:
+        end = column + len(pair.prompt_ids)
+        self.input_ids[row, column:end] = pair.prompt_ids
+        self.token_kind[row, column:end] = np.where(pair.prompt_is_text, TEXT, IMAGE)
+        self.position_ids[row, column:end] = np.arange(end - column)
+        if self.prompt_targets and answer < len(self.pairs):
+            # The very first token has nothing before it that could predict it.
+            columns = column + 1 + np.flatnonzero(pair.prompt_is_text[1:])
+            self._target(row * self.width + columns - 1, self.input_ids[row, columns], answer, in_response=False)
+
+    def _place_answer(self, ids: np.ndarray, answer: int, position: int, row: int, column: int, before: int) -> None:
+        """before: the column whose hidden state predicts the answer's first token."""
+        end = column + len(ids)
+        self.input_ids[row, column:end] = ids
+        self.token_kind[row, column:end] = RESPONSE
+        self.position_ids[row, column:end] = position + np.arange(len(ids))
+        columns = np.concatenate([[before], np.arange(column, end - 1)])
+        self._target(row * self.width + columns, ids.astype(np.int64), answer, in_response=True)
+
+    def _target(self, position: np.ndarray, ids: np.ndarray, answer: int, in_response: bool) -> None:
+        self.target_position.append(position)
+        self.target_ids.append(ids)
+        self.target_answer.append(np.full(len(ids), answer))
+        self.target_in_response.append(np.full(len(ids), in_response))
+
+
+def packed_length(pair: EncodedPair) -> int:
+    """Tokens of [prompt | chosen | rejected]."""
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+def plan_microbatches(pairs: Sequence[EncodedPair], token_budget: int, layout: Layout) -> list[list[EncodedPair]]:
+    """Cut a worker's share of a step into as few micro-batches as fit the budget, the largest first.
+
+    A pair that is larger than the budget stands alone. shared_prefix: the tokens of a micro-batch are its pairs', and
+    the micro-batches are levelled. concatenated: 2 * B * T, rows of like length together.
+    """
+    if layout == "shared_prefix":
+        return _pack(pairs, token_budget)
     batches: list[list[EncodedPair]] = []
     for pair in sorted(pairs, key=lambda pair: -pair.row_length):
         # Sorted, so the first pair of a batch is its longest.
@@ -97,8 +196,14 @@ def plan_microbatches(pairs: Sequence[EncodedPair], token_budget: int) -> list[l
     return batches
 
 
-def spread(batches: list[list[EncodedPair]], count: int) -> list[list[EncodedPair]]:
-    """The same pairs in exactly `count` micro-batches, halving the largest; some stay empty if pairs run out."""
+def spread(batches: list[list[EncodedPair]], count: int, layout: Layout) -> list[list[EncodedPair]]:
+    """The same pairs in exactly `count` micro-batches, at least as many as there were, the largest first.
+
+    Some stay empty if pairs run out. Under ZeRO all workers run their k-th micro-batch at the same time and wait for
+    the slowest: with the largest first everywhere, like runs beside like.
+    """
+    if layout == "shared_prefix" and count > len(batches):
+        return _level([pair for batch in batches for pair in batch], count)
     batches = [list(batch) for batch in batches]
     while len(batches) < count:
         largest = max(range(len(batches)), key=lambda i: len(batches[i]), default=-1)
@@ -109,6 +214,45 @@ def spread(batches: list[list[EncodedPair]], count: int) -> list[list[EncodedPai
         middle = (len(batch) + 1) // 2
         batches[largest : largest + 1] = [batch[:middle], batch[middle:]]
     return batches
+
+
+def _pack(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[EncodedPair]]:
+    """First fit, longest first, for the number; then levelled, unless that breaks the budget."""
+    batches: list[list[EncodedPair]] = []
+    room: list[int] = []
+    for pair in sorted(pairs, key=lambda pair: -packed_length(pair)):
+        place = next((i for i, left in enumerate(room) if packed_length(pair) <= left), None)
+        if place is None:
+            place = len(batches)
+            batches.append([])
+            room.append(token_budget)
+        batches[place].append(pair)
+        room[place] -= packed_length(pair)
+    levelled = _level(pairs, len(batches))
+    return levelled if _largest(levelled) <= max(token_budget, _largest(batches)) else _largest_first(batches)
+
+
+def _level(pairs: Sequence[EncodedPair], count: int) -> list[list[EncodedPair]]:
+    """`count` micro-batches of nearly equal size: the longest pair first, always to the smallest so far."""
+    batches: list[list[EncodedPair]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for pair in sorted(pairs, key=lambda pair: -packed_length(pair)):
+        smallest = sizes.index(min(sizes))
+        batches[smallest].append(pair)
+        sizes[smallest] += packed_length(pair)
+    return _largest_first(batches)
+
+
+def _largest_first(batches: list[list[EncodedPair]]) -> list[list[EncodedPair]]:
+    return sorted(batches, key=_size, reverse=True)
+
+
+def _size(batch: list[EncodedPair]) -> int:
+    return sum(map(packed_length, batch))
+
+
+def _largest(batches: list[list[EncodedPair]]) -> int:
+    return max(map(_size, batches), default=0)
 
 
 def nll_token_count(pair: EncodedPair, nll: str) -> int:

@@ -6,17 +6,36 @@ asked there and does not stand here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from orpo_ray.errors import UserError
+
+# Layers that attend from token to token, and to nothing else: the ones that can share a prefix.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Bidirectional:
+    """Which tokens of a prompt see those behind them: the ones of the same image, or the whole prompt's.
+
+    within_window: whether a sliding window limits that too.
+    """
+
+    what: Literal["images", "prompt"]
+    within_window: bool
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts are, as names below the `...ForConditionalGeneration` model.
+    """Where the parts are, as names below the `...ForConditionalGeneration` model, and what is not plainly causal.
 
     vision, connector, language: prefixes of parameter names. nested_images: the vision input has a leading batch
     dimension, [1, tiles, 3, H, W]. image_inputs: which tensors of the processor the vision part takes.
+    shared_prefix: whether the shared-prefix path is proven equal to the concatenated one, by a tiny model in the tests.
+    bidirectional: what is exempt from the causal mask. token_types: how the model's own forward calls the tensor that
+    tells it so. first_position: position of a sequence's first token. multi_axis_positions: positions have three axes,
+    which the model's `get_rope_index` gives. softcaps_logits: the head caps by `final_logit_softcapping`.
     """
 
     vision: str
@@ -24,12 +43,21 @@ class Family:
     language: str
     nested_images: bool = False
     image_inputs: tuple[str, ...] = ("pixel_values",)
+    shared_prefix: bool = True
+    bidirectional: Bidirectional | None = None
+    token_types: str | None = None
+    first_position: int = 0
+    multi_axis_positions: bool = False
+    softcaps_logits: bool = False
 
     def prefix(self, part: str) -> str:
         """Parameter prefix of `vision`, `connector` or `language`."""
         return {"vision": self.vision, "connector": self.connector, "language": self.language}[part]
 
 
+_LLAVA = Family(
+    vision="model.vision_tower.", connector="model.multi_modal_projector.", language="model.language_model."
+)
 _IDEFICS3 = Family(
     vision="model.vision_model.",
     connector="model.connector.",
@@ -41,8 +69,22 @@ _IDEFICS3 = Family(
 FAMILIES: dict[str, Family] = {
     "smolvlm": _IDEFICS3,
     "idefics3": _IDEFICS3,
-    "llava": Family(
-        vision="model.vision_tower.", connector="model.multi_modal_projector.", language="model.language_model."
+    "llava": _LLAVA,
+    "gemma3": replace(_LLAVA, bidirectional=Bidirectional("images", within_window=True), token_types="token_type_ids"),
+    "paligemma": replace(
+        _LLAVA,
+        bidirectional=Bidirectional("prompt", within_window=False),
+        token_types="token_type_ids",
+        first_position=1,
+        softcaps_logits=True,
+    ),
+    "qwen2_5_vl": Family(
+        vision="model.visual.",
+        connector="model.visual.merger.",
+        language="model.language_model.",
+        image_inputs=("pixel_values", "image_grid_thw"),
+        token_types="mm_token_type_ids",
+        multi_axis_positions=True,
     ),
 }
 
@@ -54,3 +96,11 @@ def family_of(model_type: str) -> Family:
             "this model family is not supported", field="model.id", value=model_type, fix=f"use one of {list(FAMILIES)}"
         )
     return FAMILIES[model_type]
+
+
+def why_not_shared_prefix(config: Any) -> str | None:
+    """Why a model with this transformers config must take the concatenated path; None if it need not."""
+    if not family_of(config.model_type).shared_prefix:
+        return f"it is not proven for the family {config.model_type}"
+    others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
+    return f"the language model has layers of type {', '.join(sorted(others))}" if others else None

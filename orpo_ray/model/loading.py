@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
-from orpo_ray.model.families import Family, family_of
+from orpo_ray.model.families import Family, family_of, why_not_shared_prefix
+from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
+from orpo_ray.model.shared_prefix import register
 from orpo_ray.model.tiny import is_tiny, tiny_model_path
 from orpo_ray.recipe import ModelSection
 
@@ -54,15 +57,36 @@ def load_processor(model_id: str, revision: str | None) -> Any:
     return processor
 
 
-def check_family(section: ModelSection) -> None:
-    """Read the model's config alone. Raises UserError if it cannot be had, or its family is not supported."""
-    from transformers import AutoConfig
+def layout_of(model: torch.nn.Module) -> Layout:
+    """The layout of the batches that this model's attention takes."""
+    text = without_adapters(model).config.get_text_config()
+    return "shared_prefix" if text._attn_implementation == SHARED_PREFIX else "concatenated"
 
-    try:
-        config = AutoConfig.from_pretrained(resolve(section.id), revision=section.revision)
-    except (OSError, ValueError) as error:
-        raise _cannot_load("model", section.id, error) from None
-    family_of(config.model_type)
+
+def vocabulary_size(model: torch.nn.Module) -> int:
+    """Rows of the output head."""
+    return int(without_adapters(model).config.get_text_config().vocab_size)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How a model runs a pair, and why, where the recipe's `auto` could not take the shared-prefix path."""
+
+    layout: Layout
+    why: str | None = None
+
+
+def pick_attention(section: ModelSection) -> Attention:
+    """What `model.attention` means for this model. Raises UserError if it cannot be had, or the model can't."""
+    why = why_not_shared_prefix(_config(section))
+    if section.attention == "concatenated":
+        return Attention("concatenated")
+    if section.attention == "shared_prefix" and why:
+        fix = "set it to auto or concatenated"
+        raise UserError(
+            f"this model cannot share a prefix: {why}", field="model.attention", value="shared_prefix", fix=fix
+        )
+    return Attention("concatenated", why) if why else Attention("shared_prefix")
 
 
 def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.nn.Module:
@@ -71,13 +95,17 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    check_family(section)
+    attention = pick_attention(section)
+    language = _own_attention(_config(section))
+    if attention.layout == "shared_prefix":
+        register()
+        language = SHARED_PREFIX
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             resolve(section.id),
             revision=section.revision,
             dtype=pick_dtype(section.dtype, device),
-            attn_implementation="sdpa",
+            attn_implementation={"text_config": language, "vision_config": "sdpa"},
         )
     except (OSError, ValueError) as error:
         raise _cannot_load("model", section.id, error) from None
@@ -110,6 +138,21 @@ def without_adapters(model: torch.nn.Module) -> Any:
 def is_adapted(model: torch.nn.Module) -> bool:
     """Whether peft is wrapped around the model."""
     return hasattr(model, "peft_config")
+
+
+def _config(section: ModelSection) -> Any:
+    """The model's config alone."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(section.id), revision=section.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("model", section.id, error) from None
+
+
+def _own_attention(config: Any) -> str:
+    """What runs the language model's attention on the concatenated path: no fused kernel caps scores."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def _freeze(model: torch.nn.Module, section: ModelSection, family: Family) -> None:

@@ -1,4 +1,4 @@
-"""PairBatch + model -> log-probs. The concatenated path, which every family has: two rows a pair, one image pass.
+"""PairBatch + model -> log-probs, in either layout: one packed row of pairs, or two padded rows a pair.
 
 Legend: B pairs, T tokens a row, D hidden size, M target tokens, V vocabulary.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from orpo_ray.data.packing import PairBatch
+from orpo_ray.data.packing import IMAGE, RESPONSE, Layout, PairBatch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.families import family_of
-from orpo_ray.model.loading import PixelNorm, without_adapters
+from orpo_ray.model.loading import PixelNorm, layout_of, without_adapters
+from orpo_ray.model.shared_prefix import PrefixLayout
+from orpo_ray.objective.logps import target_logps
 from orpo_ray.objective.orpo import PairLogps, sum_by_pair
 
 
@@ -25,14 +26,16 @@ class ImageNotUsed(OrpoRayError):
 class PairModel(nn.Module):
     """A vision-language model that takes a `PairBatch` and returns `PairLogps`; this is what the engine trains.
 
-    The wrapped model is called through its parts: the vision part once per pair, the language model on both rows,
-    the output head only where there is a target token.
+    layout: which batches it takes, as the model's attention was loaded.
+    The wrapped model is called through its parts: the vision part once per pair, the language model on the row or
+    rows, the output head only where there is a target token.
     """
 
     def __init__(self, model: nn.Module, pixel_norm: PixelNorm) -> None:
         super().__init__()
         self.model = model
         self.family = family_of(without_adapters(model).config.model_type)
+        self.layout: Layout = layout_of(model)
         self.pixel_norm = pixel_norm
         self.watch_images = False
         self._image_gradient: torch.Tensor | None = None
@@ -42,12 +45,12 @@ class PairModel(nn.Module):
         base = without_adapters(self.model)
         encoded: dict[str, Any] = {}
         if batch.images:
-            encoded["mm_encoder_outputs"] = {"image": self._encode_images(base, batch.images)}
-        hidden = base.model(input_ids=batch.input_ids, use_cache=False, **encoded).last_hidden_state  # [2B, T, D]
-        selected = hidden.flatten(0, 1)[batch.target_position]  # [M, D]
-        logits = base.get_output_embeddings()(selected).float()  # [M, V]
-        logps = -F.cross_entropy(logits, batch.target_ids, reduction="none")
-        return sum_by_pair(logps, batch.target_row, batch.target_in_response, batch.num_pairs)
+            encoded["mm_encoder_outputs"] = {"image": self._encode_images(base, batch)}
+        inputs = self._packed_inputs(base, batch) if batch.spans else self._concatenated_inputs(batch)
+        hidden = base.model(input_ids=batch.input_ids, use_cache=False, **encoded, **inputs).last_hidden_state
+        selected = hidden.flatten(0, 1).index_select(0, batch.target_position)  # [M, D]
+        logps = target_logps(self._logits, selected, batch.target_ids, batch.head_chunks)
+        return sum_by_pair(logps, batch.target_answer, batch.target_in_response, batch.num_pairs)
 
     def check_images_used(self) -> None:
         """After a backward with `watch_images`: raises ImageNotUsed if no gradient came back to the image features."""
@@ -58,9 +61,54 @@ class PairModel(nn.Module):
                 "features; the model's image placeholders do not take them"
             )
 
-    def _encode_images(self, base: Any, images: dict[str, torch.Tensor]) -> Any:
-        """Vision part and connector, once per image; the features are then given to both rows."""
-        inputs = {name: images[name] for name in self.family.image_inputs if name in images}
+    def _packed_inputs(self, base: Any, batch: PairBatch) -> dict[str, Any]:
+        """What makes one row of many pairs what it is: the layout for attention, and positions."""
+        return {
+            "shared_prefix": PrefixLayout.of(batch, self.family.bidirectional),
+            "position_ids": self._positions(base, batch),
+        }
+
+    def _positions(self, base: Any, batch: PairBatch) -> torch.Tensor:
+        """The positions that the model itself would give each sequence: [1, T], or [3, 1, T] with several axes."""
+        if not self.family.multi_axis_positions:
+            return batch.position_ids + self.family.first_position
+        # One call for the whole row. Text goes on by 1 on all axes, so that each part is right but for its offset.
+        positions, _ = base.model.get_rope_index(
+            batch.input_ids,
+            mm_token_type_ids=(batch.token_kind == IMAGE).int(),
+            image_grid_thw=batch.images.get("image_grid_thw"),
+        )
+        parts = []
+        for span in batch.spans:
+            prompt, rejected = positions[..., span.start : span.rejected], positions[..., span.rejected : span.end]
+            own = prompt - prompt[0, 0, 0]
+            after_prompt = own[..., span.chosen - span.start].unsqueeze(-1)
+            parts += [own, rejected - positions[..., span.rejected].unsqueeze(-1) + after_prompt]
+        return torch.cat(parts, dim=-1)
+
+    def _concatenated_inputs(self, batch: PairBatch) -> dict[str, Any]:
+        """What the model's own forward asks for besides the tokens of [2B, T]; positions and mask it makes itself."""
+        if self.family.token_types is None:
+            return {}
+        if self.family.multi_axis_positions:
+            grid = batch.images.get("image_grid_thw")
+            kinds = {self.family.token_types: (batch.token_kind == IMAGE).int()}
+            return kinds | ({"image_grid_thw": grid.repeat(2, 1)} if grid is not None else {})
+        assert self.family.bidirectional is not None
+        if self.family.bidirectional.what == "prompt":
+            return {self.family.token_types: (batch.token_kind >= RESPONSE).long()}
+        return {self.family.token_types: (batch.token_kind == IMAGE).long()}
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output head, [m, D] -> [m, V]."""
+        base = without_adapters(self.model)
+        logits: torch.Tensor = base.get_output_embeddings()(hidden)
+        softcap = base.config.get_text_config().final_logit_softcapping if self.family.softcaps_logits else None
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def _encode_images(self, base: Any, batch: PairBatch) -> Any:
+        """Vision part and connector, once per image; in the concatenated layout both rows are given the features."""
+        inputs = {name: batch.images[name] for name in self.family.image_inputs if name in batch.images}
         inputs["pixel_values"] = normalise_pixels(inputs["pixel_values"], self.pixel_norm).to(base.dtype)
         if (mask := inputs.get("pixel_attention_mask")) is not None:
             # The processor pads after normalising, so padding is 0 there and not -mean / std.
@@ -68,13 +116,13 @@ class PairModel(nn.Module):
         if self.family.nested_images:
             inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}
         output = base.get_image_features(**inputs, return_dict=True)
-        features = output.pooler_output
-        if isinstance(features, list | tuple):
-            features = torch.cat(list(features))
-        features = features.flatten(0, -2)  # [image tokens, D]
+        features = output.pooler_output  # a tensor with a row per image, or a list with an entry per image
+        is_list = isinstance(features, list | tuple)
+        together = torch.cat(list(features)) if is_list else features
         if self.watch_images:
-            features = self._watched(features)
-        output.pooler_output = (features, features)  # all chosen rows, then all rejected ones
+            together = self._watched(together)
+        copies = (together,) if batch.spans else (together, together)  # all chosen rows, then all rejected ones
+        output.pooler_output = copies if is_list else torch.cat(copies)
         return output
 
     def _watched(self, features: torch.Tensor) -> torch.Tensor:
@@ -88,7 +136,8 @@ class PairModel(nn.Module):
 
 
 def normalise_pixels(pixels: torch.Tensor, norm: PixelNorm) -> torch.Tensor:
-    """uint8 [tiles, 3, H, W] -> float32, what the processor itself would have made of it."""
-    mean = torch.tensor(norm.mean, device=pixels.device).view(-1, 1, 1)
-    std = torch.tensor(norm.std, device=pixels.device).view(-1, 1, 1)
-    return (pixels.float() * norm.rescale - mean) / std
+    """uint8 [tiles, 3, H, W], or [patches, 3 * pixels] -> float32, what the processor itself would have made of it."""
+    mean = torch.tensor(norm.mean, device=pixels.device).view(-1, 1)
+    std = torch.tensor(norm.std, device=pixels.device).view(-1, 1)
+    by_channel = pixels.reshape(len(pixels), 3, -1)
+    return ((by_channel.float() * norm.rescale - mean) / std).view_as(pixels)

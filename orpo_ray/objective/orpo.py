@@ -80,18 +80,18 @@ def log_odds(mean_logps: torch.Tensor) -> torch.Tensor:
 
 
 def sum_by_pair(
-    logps: torch.Tensor, target_row: torch.Tensor, target_in_response: torch.Tensor, num_pairs: int
+    logps: torch.Tensor, target_answer: torch.Tensor, target_in_response: torch.Tensor, num_pairs: int
 ) -> PairLogps:
-    """Per-token log-probs [M] -> sums per pair. Rows 0..B-1 are chosen, B..2B-1 rejected."""
+    """Per-token log-probs [M] -> sums per pair. Answers 0..B-1 are chosen, B..2B-1 rejected."""
     logps, response = logps.float(), target_in_response.float()
 
-    def by_row(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(2 * num_pairs).index_add(0, target_row, values)
+    def by_answer(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(2 * num_pairs).index_add(0, target_answer, values)
 
-    chosen, rejected = by_row(logps * response).chunk(2)
-    chosen_tokens, rejected_tokens = by_row(response).chunk(2)
-    nll, _ = by_row(logps).chunk(2)
-    nll_tokens, _ = by_row(torch.ones_like(logps)).chunk(2)
+    chosen, rejected = by_answer(logps * response).chunk(2)
+    chosen_tokens, rejected_tokens = by_answer(response).chunk(2)
+    nll, _ = by_answer(logps).chunk(2)
+    nll_tokens, _ = by_answer(torch.ones_like(logps)).chunk(2)
     return PairLogps(chosen, rejected, -nll, chosen_tokens, rejected_tokens, nll_tokens)
 
 

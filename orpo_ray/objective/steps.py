@@ -7,14 +7,18 @@ the model. Where a worker has too few pairs, or none with an image, fillers of w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.data.packing import PairBatch, build_batch, nll_token_count, plan_microbatches, spread
+from orpo_ray.data.encoding import EncodedPair, PairEncoder
+from orpo_ray.data.packing import Layout, PairBatch, build_batch, nll_token_count, plan_microbatches, spread
+from orpo_ray.model.loading import vocabulary_size
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.logps import count_chunks
 from orpo_ray.objective.orpo import SUM_NAMES, Normaliser
+from orpo_ray.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,34 @@ class StepPlanner:
         self,
         nll: str,
         token_budget: int,
+        layout: Layout,
+        vocab_size: int,
         text_filler: EncodedPair,
         image_filler: EncodedPair,
         device: torch.device,
     ) -> None:
-        self.nll, self.token_budget, self.device = nll, token_budget, device
+        self.nll, self.token_budget, self.layout, self.device = nll, token_budget, layout, device
+        self.vocab_size = vocab_size
         self.text_filler, self.image_filler = text_filler, image_filler
+
+    @classmethod
+    def of(cls, recipe: Recipe, encoder: PairEncoder, model: PairModel, device: torch.device) -> StepPlanner:
+        """The planner of a recipe's steps for a model."""
+        fillers = (encoder.filler(with_image=False), encoder.filler(with_image=True))
+        budget, vocab_size = recipe.optim.tokens_per_microbatch, vocabulary_size(model.model)
+        return cls(recipe.orpo.nll, budget, model.layout, vocab_size, *fillers, device)
 
     def plan(self, pairs: Sequence[EncodedPair], num_bad: int) -> StepPlan:
         """Cut this worker's pairs of a step into as many micro-batches as the other workers run."""
-        microbatches = plan_microbatches(pairs, self.token_budget)
+        microbatches = plan_microbatches(pairs, self.token_budget, self.layout)
         has_images = any(pair.images for pair in pairs)
         tokens = sum(nll_token_count(pair, self.nll) for pair in pairs)
         mine = [len(pairs), tokens, num_bad, len(microbatches), float(has_images)]
         everyone = gather_rows(mine, self.device)
         total_pairs, total_tokens, total_bad = (int(column) for column in everyone[:, :3].sum(0))
         count, any_images = int(everyone[:, 3].max()), bool(everyone[:, 4].max())
-        batches = [self._build(batch, any_images) for batch in spread(microbatches, count)]
+        batches = [self._build(batch, any_images) for batch in spread(microbatches, count, self.layout)]
+        batches = self._agree_on_chunks(batches)
         nll_tokens = float(total_tokens) if self.nll == "prompt+response" else None
         return StepPlan(batches, Normaliser(float(total_pairs), nll_tokens), total_pairs, total_bad)
 
@@ -60,7 +75,13 @@ class StepPlanner:
             fillers = [self.image_filler]
         elif not batch:
             fillers = [self.text_filler]
-        return build_batch(batch, self.nll, fillers)
+        return build_batch(batch, self.nll, self.layout, fillers)
+
+    def _agree_on_chunks(self, batches: list[PairBatch]) -> list[PairBatch]:
+        """Every part of a micro-batch's targets is a collective: equally many of them on every worker."""
+        mine = [float(count_chunks(len(batch.target_ids), self.vocab_size)) for batch in batches]
+        most = gather_rows(mine, self.device).amax(0).tolist() if mine else []
+        return [replace(batch, head_chunks=int(chunks)) for batch, chunks in zip(batches, most, strict=True)]
 
 
 def gather_rows(values: Sequence[float], device: torch.device) -> torch.Tensor:

@@ -46,8 +46,7 @@ def _evaluate(recipe: Recipe, model_id: str, held_out: ReadSpec) -> dict[str, fl
     encoder = spec.build()
     section = recipe.model.model_copy(update={"id": model_id, "revision": None, "lora": None, "freeze": []})
     model = PairModel(load_model(section, device, recipe.optim.seed), PixelNorm.of(encoder.processor)).eval()
-    fillers = (encoder.filler(with_image=False), encoder.filler(with_image=True))
-    planner = StepPlanner(recipe.orpo.nll, recipe.optim.tokens_per_microbatch, *fillers, device)
+    planner = StepPlanner.of(recipe, encoder, model, device)
     steps = -(-held_out.last_slot // held_out.pairs_per_step)
     max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
 

@@ -76,15 +76,9 @@ class Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
         encoder = config.encoder.build()
-        self.planner = StepPlanner(
-            self.recipe.orpo.nll,
-            self.recipe.optim.tokens_per_microbatch,
-            encoder.filler(with_image=False),
-            encoder.filler(with_image=True),
-            self.device,
-        )
         model = load_model(self.recipe.model, self.device, self.recipe.optim.seed)
         self.model = PairModel(model, PixelNorm.of(encoder.processor))
+        self.planner = StepPlanner.of(self.recipe, encoder, self.model, self.device)
         self.engine = Engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.position = load_latest(self.engine, self.recipe, config.train.order.num_rows)
         self.tracker = Tracker(self.recipe, self.position.step) if self.rank == 0 else None
