@@ -9,10 +9,7 @@ bare Python on the same machine in the same minutes, since seconds differ from m
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from machine import ROOT, provenance
 
 
 def seconds(command: list[str], **options: object) -> float:
@@ -28,13 +25,6 @@ def seconds(command: list[str], **options: object) -> float:
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
     return time.perf_counter() - started
-
-
-def processor() -> str:
-    """The CPU's name, where Linux tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def quickstart() -> dict[str, float]:
@@ -58,14 +48,8 @@ def main() -> None:
     for _ in range(7):  # in turn, so that a drift of the machine's speed meets both
         bare.append(seconds([sys.executable, "-c", "pass"]))
         helps.append(seconds([sys.executable, "-m", "orpo_ray", "--help"]))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     row: dict[str, object] = {
-        "commit": commit.stdout.strip(),
-        "command": "python benchmarks/first_run.py" + (" --quickstart" if arguments.quickstart else ""),
-        "hardware": f"{os.cpu_count()} x {processor()}",
-        "date": datetime.date.today().isoformat(),
+        **provenance(),
         "help_s": round(statistics.median(helps), 3),
         "help_to_python_ratio": round(statistics.median(h / b for h, b in zip(helps, bare, strict=True)), 2),
     }

@@ -24,6 +24,7 @@ FLOORS = [
     "data.reading",
     "data.stream",
     "model.families",
+    "model.tiny_families",
     "model.tiny",
     "model.shared_prefix",
     "model.loading",

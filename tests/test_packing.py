@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.data.packing import build_batch, nll_token_count, plan_microbatches, spread
+from orpo_ray.data.packing import (
+    PairSpan,
+    build_batch,
+    nll_token_count,
+    packed_length,
+    plan_microbatches,
+    spread,
+)
 
 IMAGE = 99
 
@@ -33,6 +40,26 @@ def test_every_pair_once_and_within_the_budget(sizes: list[int], budget: int) ->
     for batch in batches:
         tokens = 2 * len(batch) * max(pair.row_length for pair in batch)
         assert len(batch) == 1 or tokens <= budget
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 50)] * 3), max_size=20), st.integers(1, 400), st.integers(0, 5))
+def test_packed_micro_batches_are_within_the_budget_and_level(
+    sizes: list[tuple[int, int, int]], budget: int, more: int
+) -> None:
+    pairs = [make([1] * p, [2] * c, [3] * r, slot) for slot, (p, c, r) in enumerate(sizes)]
+    batches = plan_microbatches(pairs, budget, "shared_prefix")
+    longest = max(map(packed_length, pairs), default=0)
+    for count in (len(batches), len(batches) + more):
+        spread_out = spread(batches, count, "shared_prefix")
+        assert len(spread_out) == count
+        assert sorted(pair.slot for batch in spread_out for pair in batch) == list(range(len(sizes)))
+        tokens = [sum(map(packed_length, batch)) for batch in spread_out]
+        assert tokens == sorted(tokens, reverse=True)
+        assert all(len(batch) == 1 or size <= budget for batch, size in zip(spread_out, tokens, strict=True))
+    # Level: no micro-batch could hand its shortest pair to the smallest one and both still be below it.
+    levelled = spread(batches, len(batches) + more + 1, "shared_prefix")
+    tokens = [sum(map(packed_length, batch)) for batch in levelled]
+    assert max(tokens, default=0) - min(tokens, default=0) <= longest
 
 
 @given(lengths, st.integers(1, 300), st.integers(0, 10))
@@ -67,3 +94,26 @@ def test_prompt_tokens_as_targets_leave_out_placeholders_and_the_first() -> None
     assert nll_token_count(pair, "prompt+response") == 3
     assert nll_token_count(pair, "response") == 2
     torch.testing.assert_close(batch.target_ids, batch.input_ids.flatten()[batch.target_position + 1])
+
+
+def test_packed_layout() -> None:
+    """A pair, a text-only pair and a filler behind one another; both first answer tokens come after the prompt."""
+    pairs = [make([5, IMAGE, 6], [7, 8], [9], 0), make([1, 2], [3], [4, 5, 6], 1)]
+    batch = build_batch(pairs, "response", "shared_prefix", fillers=[make([5, IMAGE], [1], [2], -1)])
+    assert batch.input_ids.tolist() == [[5, IMAGE, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 5, IMAGE, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 2, 3, 4, 0, 1, 2, 2]]
+    assert batch.token_kind.tolist() == [[0, 1, 0, 2, 2, 2, 0, 0, 2, 2, 2, 2, 0, 1, 2, 2]]
+    assert batch.spans == (PairSpan(0, 3, 5, 6), PairSpan(6, 8, 9, 12), PairSpan(12, 14, 15, 16))
+    assert batch.target_ids.tolist() == [7, 8, 9, 3, 4, 5, 6, 1, 2]
+    assert batch.target_answer.tolist() == [0, 0, 3, 1, 4, 4, 4, 2, 5]
+    assert batch.target_position.tolist() == [2, 3, 2, 7, 7, 9, 10, 13, 13]
+    assert batch.weights.tolist() == [1, 1, 0]
+    assert batch.images["pixel_values"][:, 0, 0, 0].tolist() == [0, 255]
+
+
+def test_packed_prompt_targets_belong_to_the_chosen_answer() -> None:
+    batch = build_batch([make([5, IMAGE, 6, 4], [7], [9])], "prompt+response", "shared_prefix")
+    assert batch.target_ids.tolist() == [6, 4, 7, 9]
+    assert batch.target_position.tolist() == [1, 2, 3, 3]
+    assert batch.target_answer.tolist() == [0, 0, 0, 1]
+    assert batch.target_in_response.tolist() == [False, False, True, True]

@@ -1,0 +1,247 @@
+"""The shared-prefix path against the concatenated one, and what may see what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pairs_by_hand import gradients, make_pair, relative_distance, run_as, tiny_pair_model
+
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, PairSpan, build_batch
+from orpo_ray.errors import OrpoRayError
+from orpo_ray.model import shared_prefix
+from orpo_ray.model.families import FAMILIES, Bidirectional
+from orpo_ray.model.shared_prefix import PrefixLayout, VarlenIndex
+from orpo_ray.model.tiny_families import TINY_FAMILIES
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.orpo import Normaliser, orpo_loss
+
+# (images, prompt, chosen, rejected) of each pair of a row
+ROWS = {
+    "one pair": [(1, 5, 7, 3)],
+    "four images": [(4, 9, 2, 11), (2, 3, 6, 6)],
+    "long answers": [(1, 20, 40, 25), (3, 2, 1, 30), (1, 30, 12, 1)],
+    "eight pairs, some without images": [(i % 5, 2 + 3 * i, 1 + 2 * i, 17 - 2 * i) for i in range(8)],
+    "no image at all": [(0, 12, 9, 14), (0, 1, 1, 1)],
+}
+
+
+def make_row(family: str, row: list[tuple[int, int, int, int]]) -> list[EncodedPair]:
+    rng = np.random.default_rng(len(row))
+    return [make_pair(family, rng, *lengths, slot) for slot, lengths in enumerate(row)]
+
+
+def run(model: PairModel, pairs: list[EncodedPair], layout: Any, nll: str = "response", chunks: int = 1) -> Any:
+    """Log-probs, loss and gradients in a layout."""
+    run_as(model, layout)
+    batch = build_batch(pairs, nll, layout)
+    object.__setattr__(batch, "head_chunks", chunks)
+    torch.manual_seed(0)
+    logps = model(batch)
+    loss, _ = orpo_loss(logps, batch.weights, 0.5, Normaliser(len(pairs)))
+    loss.backward()
+    return logps, loss.detach(), gradients(model)
+
+
+def assert_equal(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    for name in ("chosen", "rejected", "nll", "chosen_tokens", "rejected_tokens", "nll_tokens"):
+        torch.testing.assert_close(
+            getattr(got[0], name), getattr(expected[0], name), rtol=tolerance, atol=tolerance, msg=name
+        )
+    torch.testing.assert_close(got[1], expected[1], rtol=tolerance, atol=tolerance)
+    assert got[2].keys() == expected[2].keys()
+    assert got[2]
+    worst = max((relative_distance(got[2][name], gradient), name) for name, gradient in expected[2].items()
+                if gradient.norm() > 1e-6)  # fmt: skip
+    assert worst[0] < tolerance, worst
+
+
+def test_every_proven_family_has_a_tiny_model() -> None:
+    assert {name for name, family in FAMILIES.items() if family.shared_prefix} == set(TINY_FAMILIES)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_equals_the_concatenated_path(family: str, row: list[tuple[int, int, int, int]]) -> None:
+    model = tiny_pair_model(family)
+    pairs = make_row(family, row)
+    assert_equal(run(model, pairs, "shared_prefix"), run(model, pairs, "concatenated"))
+
+
+@pytest.mark.parametrize(("lora", "checkpointing"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_equals_it_with_lora_and_gradient_checkpointing(family: str, lora: bool, checkpointing: bool) -> None:
+    model = tiny_pair_model(family, lora, checkpointing)
+    pairs = make_row(family, ROWS["four images"])
+    packed = run(model, pairs, "shared_prefix", "prompt+response", chunks=3)
+    assert_equal(packed, run(model, pairs, "concatenated", "prompt+response"))
+
+
+# What may see what, said once more in plain words: the masks must equal it.
+spans_of = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8)
+kinds = st.sampled_from([None, Bidirectional("images", True), Bidirectional("images", False),
+                         Bidirectional("prompt", True), Bidirectional("prompt", False)])  # fmt: skip
+
+
+def layout_of(lengths: list[tuple[int, int, int]], bidirectional: Bidirectional | None, seed: int) -> PrefixLayout:
+    rng = np.random.default_rng(seed)
+    spans, row = [], []
+    for prompt, chosen, rejected in lengths:
+        start = len(row)
+        row += rng.choice([TEXT, IMAGE], prompt).tolist() + [RESPONSE] * (chosen + rejected)
+        spans.append(PairSpan(start, start + prompt, start + prompt + chosen, len(row)))
+    return PrefixLayout(spans, torch.tensor([row]), bidirectional)
+
+
+def may_see(layout: PrefixLayout, span: PairSpan, query: int, key: int, window: int | None) -> bool:
+    """Whether a token of the row sees another one of its pair."""
+
+    def place(index: int) -> int:  # in its own sequence, prompt + answer
+        return index - span.start if index < span.rejected else index - span.rejected + span.chosen - span.start
+
+    key_in_prompt = key < span.chosen
+    if not key_in_prompt and (query < span.chosen or (query < span.rejected) != (key < span.rejected)):
+        return False
+    causal = place(key) <= place(query)
+    near = window is None or place(key) > place(query) - window
+    block = False
+    if layout.bidirectional is not None and query < span.chosen and key_in_prompt:
+        between = layout.token_kind[0, min(query, key) : max(query, key) + 1]
+        block = layout.bidirectional.what == "prompt" or bool((between == IMAGE).all())
+    if layout.bidirectional is not None and layout.bidirectional.within_window:
+        return (causal or block) and near
+    return (causal and near) or block
+
+
+@given(spans_of, kinds, st.sampled_from([None, 1, 3, 8]), st.integers(0, 99))
+@settings(deadline=None)
+def test_masks_say_who_sees_whom(
+    lengths: list[tuple[int, int, int]], bidirectional: Bidirectional | None, window: int | None, seed: int
+) -> None:
+    layout = layout_of(lengths, bidirectional, seed)
+    for index, span in enumerate(layout.spans):
+        first, second = range(span.start, span.rejected), range(span.rejected, span.end)
+        mask = layout.chosen_mask(index, window)
+        if mask is None:
+            mask = torch.ones(len(first), len(first), dtype=torch.bool).tril()
+        assert mask.tolist() == [[may_see(layout, span, q, k, window) for k in first] for q in first]
+        keys = [*range(span.start, span.chosen), *second]
+        mask = layout.rejected_mask(index, window)
+        assert mask.tolist() == [[may_see(layout, span, q, k, window) for k in keys] for q in second]
+
+
+def reference_varlen(query: Any, key: Any, value: Any, index: VarlenIndex, window: int | None) -> torch.Tensor:
+    """What `varlen_attn` documents, sequence by sequence: causal from the end, a window that counts itself."""
+    out = []
+    for number in range(len(index.cu_queries) - 1):
+        queries = query[index.cu_queries[number] : index.cu_queries[number + 1]]
+        rows = index.keys[index.cu_keys[number] : index.cu_keys[number + 1]]
+        at = torch.arange(len(rows) - len(queries), len(rows)).unsqueeze(1)
+        mask = (torch.arange(len(rows)) <= at) & (torch.arange(len(rows)) > at - (window or 10**9))
+        parts = (states.transpose(0, 1).unsqueeze(0) for states in (queries, key[rows], value[rows]))
+        out.append(F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@given(spans_of, st.sampled_from([None, 3]))
+@settings(deadline=None, max_examples=25)
+def test_the_index_of_variable_length_kernels_means_the_same(
+    lengths: list[tuple[int, int, int]], window: int | None
+) -> None:
+    """The kernel itself needs a GPU; which token is where in its input does not."""
+    layout = layout_of(lengths, None, 0)
+    total = layout.spans[-1].end
+    query, key, value = (torch.randn(total, heads, 8) for heads in (4, 2, 2))
+    index = layout.sequences
+    assert index.longest_query == max(layout.lengths)
+    assert index.longest_key == int((index.cu_keys[1:] - index.cu_keys[:-1]).max())
+    expected = reference_varlen(query, key, value, index, window)
+    states = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    got, _ = shared_prefix.shared_prefix_attention(
+        torch.nn.Module(), *states, None, sliding_window=window, shared_prefix=layout
+    )
+    torch.testing.assert_close(got[0], expected)
+
+
+@pytest.fixture(scope="module")
+def llava() -> PairModel:
+    model = tiny_pair_model("llava")
+    run_as(model, "shared_prefix")
+    return model.eval()
+
+
+@given(spans_of, st.data())
+@settings(deadline=None, max_examples=25)
+def test_no_answer_hears_of_another(llava: PairModel, lengths: list[tuple[int, int, int]], data: Any) -> None:
+    rng = np.random.default_rng(len(lengths))
+    pairs = [make_pair("llava", rng, i % 2, *each, i) for i, each in enumerate(lengths)]
+    victim = data.draw(st.integers(0, len(pairs) - 1))
+    part = data.draw(st.sampled_from(["prompt_ids", "chosen_ids", "rejected_ids"]))
+    with torch.no_grad():
+        before = llava(build_batch(pairs, "response", "shared_prefix"))
+        ids = getattr(pairs[victim], part)
+        ids[0] = 251 if ids[0] != 251 else 252  # the first, which all of its own sequence sees
+        after = llava(build_batch(pairs, "response", "shared_prefix"))
+    for answer in ("chosen", "rejected"):
+        old, new = getattr(before, answer), getattr(after, answer)
+        for index in range(len(pairs)):
+            hears = index == victim and part in ("prompt_ids", f"{answer}_ids")
+            assert bool(old[index] != new[index]) == hears, (answer, index)
+
+
+def test_an_image_is_encoded_once_per_pair_in_a_row_of_many(llava: PairModel) -> None:
+    seen: list[int] = []
+    vision = llava.model.model.vision_tower
+    handle = vision.register_forward_hook(lambda *args: seen.append(args[2].last_hidden_state.shape[0]))
+    llava(build_batch(make_row("llava", ROWS["four images"]), "response", "shared_prefix"))
+    handle.remove()
+    assert seen == [6]
+
+
+def test_a_model_called_without_a_layout_says_so(llava: PairModel) -> None:
+    with pytest.raises(OrpoRayError, match="set_attn_implementation"):
+        llava.model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def test_bfloat16_is_as_near_as_the_concatenated_path() -> None:
+    """Rounding to 8 bits in both: neither is nearer to float32 than the other by much."""
+    pairs = make_row("llava", ROWS["long answers"])
+    exact = run(tiny_pair_model("llava"), pairs, "concatenated")[0]
+    model = tiny_pair_model("llava")
+    model.model.to(torch.bfloat16)
+    packed, padded = (run(model, pairs, layout)[0] for layout in ("shared_prefix", "concatenated"))
+    for name in ("chosen", "rejected"):
+        values = [getattr(logps, name).detach() for logps in (packed, padded, exact)]
+        ours, theirs = (relative_distance(value, values[2]) for value in values[:2])
+        assert ours < 0.01
+        assert theirs < 0.01
+
+
+def test_four_bit_weights_with_lora() -> None:
+    """NF4 on the language model, adapters trained: both layouts alike, and the weights are really packed."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from pairs_by_hand import NORM
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    from orpo_ray.model.loading import resolve
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"],
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(resolve("orpo-ray/tiny-llava"), quantization_config=config)
+    shared_prefix.register()
+    quantised = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert quantised
+    assert all(module.weight.dtype == torch.uint8 for module in quantised)
+    adapted = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)
+    pair_model = PairModel(get_peft_model(model, adapted).train(), NORM)
+    pairs = make_row("llava", ROWS["four images"])
+    assert_equal(run(pair_model, pairs, "shared_prefix"), run(pair_model, pairs, "concatenated"))
