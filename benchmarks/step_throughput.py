@@ -34,10 +34,11 @@ from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import RESPONSE, PairBatch, build_batch
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.loading import PixelNorm, without_adapters
-from orpo_ray.objective.forward import PairModel, normalise_pixels
+from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel, normalise_pixels
 from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
 
 BETA = 0.1
+M_MMAP_THRESHOLD = -3  # malloc.h
 NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 ANSWERS = ROOT.parent / "shared" / "data" / "mathv_model_responses" / "pairs.jsonl"
 # Characters a token, of English prose in tokenizers of 50,000 words and more.
@@ -136,7 +137,7 @@ def load(shape: Shape, device: torch.device, dtype: torch.dtype) -> PairModel:
     if shape.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    return PairModel(model, NORM)
+    return PairModel(model, NORM, PIXELS_AT_ONCE[device.type] if shape.gradient_checkpointing else None)
 
 
 def real_lengths() -> Iterator[tuple[int, int]]:
@@ -209,7 +210,6 @@ def measured(run: Callable[[], torch.Tensor], model: PairModel, device: torch.de
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what the run before freed and the C library kept is not this run's
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     started = time.perf_counter()
     loss = run().item()
@@ -310,6 +310,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if (c_library := ctypes.CDLL(None)) and hasattr(c_library, "mallopt"):
+        # glibc would keep what is freed for later, so that a peak were not what lived at a time but what ever had.
+        c_library.mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = arguments.shapes or [shape.name for shape in SHAPES if device.type == "cuda" or not shape.cuda_only]

@@ -120,6 +120,22 @@ def test_an_image_is_encoded_once_per_pair(encoder: PairEncoder, pairs: list[Enc
     assert seen == [len(pairs)]
 
 
+def test_images_in_parts_are_the_same(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
+    """Two tiles of 64 x 64 at a time of six: three calls, the same log-probs and gradients."""
+    found = []
+    for at_once in (None, 2 * 64 * 64):
+        model = model_of(encoder, gradient_checkpointing=True)
+        model.pixels_at_once = at_once
+        seen: list[int] = []
+        vision = without_adapters(model.model).model.vision_model
+        vision.register_forward_hook(lambda *args, seen=seen: seen.append(args[2].last_hidden_state.shape[0]))
+        logps = model(build_batch(pairs, "response", model.layout))
+        logps.chosen.sum().backward()
+        found.append((seen, logps.chosen.detach(), vision.embeddings.patch_embedding.weight.grad))
+    assert [seen for seen, _, _ in found] == [[6], [2, 2, 2]]
+    torch.testing.assert_close(found[1][1:], found[0][1:])
+
+
 def test_only_target_positions_reach_the_head(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
     model = model_of(encoder)
     shapes: list[tuple[int, ...]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs_by_hand import gradients, make_pair, relative_distance, run_as, tiny_pair_model
+from PIL import Image
 
-from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.encoding import EncodedPair, PairEncoder
+from orpo_ray.data.formats import PreferencePair
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, PairSpan, build_batch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.families import FAMILIES, Bidirectional
+from orpo_ray.model.loading import PixelNorm, load_processor
 from orpo_ray.model.shared_prefix import PrefixLayout, VarlenIndex
 from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
@@ -71,6 +75,27 @@ def test_every_proven_family_has_a_tiny_model() -> None:
 def test_equals_the_concatenated_path(family: str, row: list[tuple[int, int, int, int]]) -> None:
     model = tiny_pair_model(family)
     pairs = make_row(family, row)
+    assert_equal(run(model, pairs, "shared_prefix"), run(model, pairs, "concatenated"))
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_equals_it_on_what_the_family_s_own_processor_makes(family: str) -> None:
+    if family == "qwen2_5_vl":
+        pytest.importorskip("torchvision", reason="Qwen2.5-VL's processor needs torchvision")
+    processor = load_processor(f"orpo-ray/tiny-{family}", None)
+    encoder = PairEncoder(processor, max_length=512)
+    content = [{"type": "image"}, {"type": "text", "text": "what color is the shape?"}]
+    image = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(image, "png")  # of one colour, the gradient of attention would be but rounding
+    with_image = PreferencePair(
+        "1", [{"bytes": image.getvalue(), "path": None}], [{"role": "user", "content": content}], "teal", "a red shape"
+    )
+    without = PreferencePair("2", [], [{"role": "user", "content": content[1:]}], "brown", "gray")
+    pairs = encoder.encode_many([with_image, without], [None, None])
+    assert (~pairs[0].prompt_is_text).sum() > 0
+    model = PairModel(TINY_FAMILIES[family]().model().train(), PixelNorm.of(processor))
+    shared_prefix.register()
     assert_equal(run(model, pairs, "shared_prefix"), run(model, pairs, "concatenated"))
 
 

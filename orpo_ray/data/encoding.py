@@ -21,7 +21,7 @@ from orpo_ray.data.formats import Message, PreferencePair
 from orpo_ray.data.images import load_image
 from orpo_ray.errors import BadRow, UserError
 
-_TEXT_OUTPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_TEXT_OUTPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class PairEncoder:
         self.processor, self.max_length = processor, max_length
         self.tokenizer = processor.tokenizer
         self.image_token: str = processor.image_token
-        self.image_token_id = int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+        # Not always that token's own id: Gemma-3 writes one token where an image goes, and expands it into others.
+        self.image_token_ids = [int(token) for token in processor.image_token_ids]
         if getattr(processor, "chat_template", None) is None:
             raise UserError(
                 "the processor has no chat template", field="model.id", fix="use an instruction-tuned model"
@@ -178,7 +179,7 @@ class PairEncoder:
         chosen_ids, rejected_ids = self._tokenize([draft.chosen, draft.rejected])
         if not len(chosen_ids) or not len(rejected_ids):
             return BadRow("empty_response", f"{'rejected' if len(chosen_ids) else 'chosen'} has no tokens")
-        is_text = prompt_ids != self.image_token_id
+        is_text = ~np.isin(prompt_ids, self.image_token_ids)
         encoded = EncodedPair(draft.pair.id, prompt_ids, chosen_ids, rejected_ids, is_text, tensors)
         if encoded.row_length > self.max_length:
             return BadRow(
@@ -200,11 +201,12 @@ class PairEncoder:
             raise BadRow("refused_by_chat_template", str(error)) from None
 
     def _refuse_placeholders(self, pair: PreferencePair) -> None:
-        """The image token in plain text would be taken for an image."""
+        """An image token in plain text would be taken for an image."""
+        tokens = {self.image_token, *self.tokenizer.convert_ids_to_tokens(self.image_token_ids)}
         texts = [part["text"] for message in pair.prompt for part in message["content"] if part["type"] == "text"]
         for text in (*texts, pair.chosen, pair.rejected):
-            if self.image_token in text:
-                raise BadRow("placeholder_in_text", f"the text holds {self.image_token!r}: {json.dumps(text[:80])}")
+            if found := sorted(token for token in tokens if token in text):
+                raise BadRow("placeholder_in_text", f"the text holds {found[0]!r}: {json.dumps(text[:80])}")
 
 
 def _part(tensors: dict[str, np.ndarray], place: int, count: int) -> dict[str, np.ndarray]:

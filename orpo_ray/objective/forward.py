@@ -18,6 +18,9 @@ from orpo_ray.model.shared_prefix import PrefixLayout
 from orpo_ray.objective.logps import target_logps
 from orpo_ray.objective.orpo import PairLogps, sum_by_pair
 
+# For PairModel's `pixels_at_once`: enough to keep the device busy, by its type.
+PIXELS_AT_ONCE = {"cpu": 2**19, "cuda": 2**22}
+
 
 class ImageNotUsed(OrpoRayError):
     """A step had images and the loss did not depend on them."""
@@ -26,17 +29,20 @@ class ImageNotUsed(OrpoRayError):
 class PairModel(nn.Module):
     """A vision-language model that takes a `PairBatch` and returns `PairLogps`; this is what the engine trains.
 
-    layout: which batches it takes, as the model's attention was loaded.
+    layout: which batches it takes, as the model's attention was loaded. pixels_at_once: the vision part takes so many
+    at a time, by default all. With gradient checkpointing that bounds what backward computes anew at once. Not for
+    ZeRO-3: every call is a collective, and workers have unlike numbers of images.
     The wrapped model is called through its parts: the vision part once per pair, the language model on the row or
     rows, the output head only where there is a target token.
     """
 
-    def __init__(self, model: nn.Module, pixel_norm: PixelNorm) -> None:
+    def __init__(self, model: nn.Module, pixel_norm: PixelNorm, pixels_at_once: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.family = family_of(without_adapters(model).config.model_type)
         self.layout: Layout = layout_of(model)
         self.pixel_norm = pixel_norm
+        self.pixels_at_once = pixels_at_once
         self.watch_images = False
         self._image_gradient: torch.Tensor | None = None
 
@@ -113,17 +119,30 @@ class PairModel(nn.Module):
         if (mask := inputs.get("pixel_attention_mask")) is not None:
             # The processor pads after normalising, so padding is 0 there and not -mean / std.
             inputs["pixel_values"] = inputs["pixel_values"] * mask.unsqueeze(1)
-        if self.family.nested_images:
-            inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}
-        output = base.get_image_features(**inputs, return_dict=True)
-        features = output.pooler_output  # a tensor with a row per image, or a list with an entry per image
-        is_list = isinstance(features, list | tuple)
-        together = torch.cat(list(features)) if is_list else features
+        outputs = [self._vision(base, part) for part in self._parts(inputs)]
+        output = outputs[0]
+        is_list = isinstance(output.pooler_output, list | tuple)
+        # A tensor with a row per image, or a list with an entry per image.
+        together = torch.cat([f for each in outputs for f in (each.pooler_output if is_list else [each.pooler_output])])
         if self.watch_images:
             together = self._watched(together)
         copies = (together,) if batch.spans else (together, together)  # all chosen rows, then all rejected ones
         output.pooler_output = copies if is_list else torch.cat(copies)
         return output
+
+    def _parts(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The vision input in parts of at most `pixels_at_once`, but whole tiles."""
+        pixels = inputs["pixel_values"]
+        if self.pixels_at_once is None or pixels.ndim != 4:
+            return [inputs]
+        tiles = max(1, self.pixels_at_once // (pixels.shape[-2] * pixels.shape[-1]))
+        split = {name: value.split(tiles) for name, value in inputs.items()}
+        return [{name: parts[i] for name, parts in split.items()} for i in range(len(split["pixel_values"]))]
+
+    def _vision(self, base: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        if self.family.nested_images:
+            inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}
+        return base.get_image_features(**inputs, return_dict=True)
 
     def _watched(self, features: torch.Tensor) -> torch.Tensor:
         if not features.requires_grad:  # vision part and connector are frozen

@@ -18,7 +18,7 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.stream import BadRecord, StepShare, iter_steps
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model.loading import PixelNorm, load_model
-from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.orpo import SUM_NAMES, metrics_from_sums, orpo_loss
 from orpo_ray.objective.steps import StepPlan, StepPlanner, reduce_sums
 from orpo_ray.recipe import parse_recipe
@@ -77,7 +77,9 @@ class Worker:
             torch.set_num_threads(config.cpu_threads)
         encoder = config.encoder.build()
         model = load_model(self.recipe.model, self.device, self.recipe.optim.seed)
-        self.model = PairModel(model, PixelNorm.of(encoder.processor))
+        bounded = self.recipe.model.gradient_checkpointing and self.recipe.deepspeed.zero_stage < 3
+        pixels_at_once = PIXELS_AT_ONCE.get(self.device.type) if bounded else None
+        self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once)
         self.planner = StepPlanner.of(self.recipe, encoder, self.model, self.device)
         self.engine = Engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.position = load_latest(self.engine, self.recipe, config.train.order.num_rows)
