@@ -103,7 +103,7 @@ def main() -> None:
         engine.step()
         probe.step_end(total)
         print(step, probe.R["steps"][-1], flush=True)
-    probe.finish(model)
+    probe.finish(model.model)
     dist.destroy_process_group()
 
 

@@ -67,7 +67,7 @@ class Shape:
 SHAPES = [
     Shape("smolvlm-256m-1-tile", "smolvlm-256m", pairs=4, tiles=1),
     Shape("smolvlm-256m-5-tiles", "smolvlm-256m", pairs=1, tiles=5),
-    Shape("smolvlm-256m-13-tiles", "smolvlm-256m", pairs=1, tiles=13, gradient_checkpointing=True),
+    Shape("smolvlm-256m-13-tiles", "smolvlm-256m", pairs=2, tiles=13, gradient_checkpointing=True),
     Shape("smolvlm-256m-text", "smolvlm-256m", pairs=4, tiles=0, prompt=300, responses=150),
     Shape("llava-1.6-7b-lora", "llava-7b", pairs=4, tiles=5, lora=True, gradient_checkpointing=True, cuda_only=True),
 ]

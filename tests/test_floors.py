@@ -26,6 +26,7 @@ FLOORS = [
     "model.families",
     "model.tiny_families",
     "model.tiny",
+    "model.packed_flash",
     "model.shared_prefix",
     "model.loading",
     "objective.orpo",

@@ -23,8 +23,10 @@ from torch.nn.attention import varlen
 from orpo_ray.data.packing import IMAGE, PairBatch, PairSpan
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.families import Bidirectional
+from orpo_ray.model.packed_flash import PackedFlash, Part
 
 NAME = "orpo_ray_shared_prefix"
+_VARLEN_DTYPES = (torch.float16, torch.bfloat16)  # what flash kernels take
 
 
 def register() -> None:
@@ -46,6 +48,7 @@ class PrefixLayout:
     token_kind: torch.Tensor
     bidirectional: Bidirectional | None = None
     _masks: dict[Any, torch.Tensor | None] = field(default_factory=dict)
+    _parts: dict[Any, list[Part]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: PairBatch, bidirectional: Bidirectional | None) -> PrefixLayout:
@@ -77,6 +80,20 @@ class PrefixLayout:
         mask = self._cached(("rejected", index, window), lambda: self._rejected_mask(prompt, length, window))
         assert mask is not None
         return mask
+
+    def parts(self, window: int | None, dtype: torch.dtype) -> list[Part]:
+        """The same sequences as places in the row, with additive masks."""
+        key = ("parts", window, dtype)
+        if key not in self._parts:
+            self._parts[key] = [part for index in range(len(self.spans)) for part in self._pair(index, window, dtype)]
+        return self._parts[key]
+
+    def _pair(self, index: int, window: int | None, dtype: torch.dtype) -> tuple[Part, Part]:
+        span = self.spans[index]
+        chosen, rejected = slice(span.start, span.rejected), slice(span.rejected, span.end)
+        first = Part(chosen, (chosen,), _additive(self.chosen_mask(index, window), dtype))
+        keys = (slice(span.start, span.chosen), rejected)
+        return first, Part(rejected, keys, _additive(self.rejected_mask(index, window), dtype))
 
     def _cached(self, key: Any, make: Any) -> torch.Tensor | None:
         if key not in self._masks:
@@ -169,9 +186,13 @@ def shared_prefix_attention(
             f"a model with attention '{NAME}' was called without the layout of its row; "
             "to call it directly: model.set_attn_implementation('sdpa')"
         )
-    plain = shared_prefix.bidirectional is None and softcap is None and dropout == 0.0
-    if plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _by_varlen(query, key, value, scaling, sliding_window, shared_prefix.sequences), None
+    if softcap is None and dropout == 0.0:
+        if query.device.type == "cpu":
+            states = (each.transpose(1, 2) for each in (query, key, value))
+            parts = shared_prefix.parts(sliding_window, query.dtype)
+            return PackedFlash.apply(*states, parts, scaling), None
+        if query.is_cuda and query.dtype in _VARLEN_DTYPES and shared_prefix.bidirectional is None:
+            return _by_varlen(query, key, value, scaling, sliding_window, shared_prefix.sequences), None
     return _by_segment(query, key, value, dropout, scaling, sliding_window, softcap, shared_prefix), None
 
 
@@ -212,17 +233,18 @@ def _by_segment(
     layout: PrefixLayout,
 ) -> torch.Tensor:
     """Two calls of torch's scaled_dot_product_attention per pair."""
-    # split, not slices: the gradient of a slice is as large as the row, so that time would grow with pairs squared.
-    queries, keys, values = (states.split(layout.lengths, dim=2) for states in (query, key, value))
+    # As [1, T, heads, D], which is how it lies in memory: parts are whole blocks, and joining them is one copy. split,
+    # not slices: the gradient of a slice is as large as the row, so that time would grow with the pairs squared.
+    queries, keys, values = (states.transpose(1, 2).split(layout.lengths, dim=1) for states in (query, key, value))
     out = []
     for index, span in enumerate(layout.spans):
         first, second, prompt = 2 * index, 2 * index + 1, span.chosen - span.start
         mask = layout.chosen_mask(index, window)
         out.append(_attend(queries[first], keys[first], values[first], mask, dropout, scaling, softcap))
-        key_, value_ = (torch.cat([s[first][:, :, :prompt], s[second]], dim=2) for s in (keys, values))
+        key_, value_ = (torch.cat([s[first][:, :prompt], s[second]], dim=1) for s in (keys, values))
         mask = layout.rejected_mask(index, window)
         out.append(_attend(queries[second], key_, value_, mask, dropout, scaling, softcap))
-    return torch.cat(out, dim=2).transpose(1, 2)
+    return torch.cat(out, dim=1)
 
 
 def _attend(
@@ -234,12 +256,13 @@ def _attend(
     scaling: float | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """One sequence; mask None means causal. [1, H, q, D]."""
+    """One sequence; mask None means causal. query [1, q, H, D], key and value [1, k, K, D] -> [1, q, H, D]."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if softcap is None:
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
-        )
+        ).transpose(1, 2)
     # No fused kernel caps scores.
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
@@ -247,7 +270,14 @@ def _attend(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
-    return weights @ value
+    return (weights @ value).transpose(1, 2)
+
+
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """bool [q, k], true where seen -> [1, 1, q, k] to be added to scores."""
+    if mask is None:
+        return None
+    return torch.zeros(1, 1, *mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

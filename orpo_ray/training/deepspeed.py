@@ -55,6 +55,9 @@ class Engine:
             config=deepspeed_config(recipe, dtype, config.get_text_config().hidden_size),
             dist_init_required=False,
         )
+        if num_workers == 1 and recipe.deepspeed.zero_stage == 0:
+            # Nobody to add gradients up with; DeepSpeed would copy all of them into one buffer and back.
+            self.ds.enable_backward_allreduce = False
         # The engine casts buffers too; rotary frequencies in bfloat16 misplace every token after the first hundreds.
         for name, buffer in buffers.items():
             owner, _, leaf = name.rpartition(".")
