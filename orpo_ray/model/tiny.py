@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 from orpo_ray.errors import UserError
-from orpo_ray.model import tiny_families
 from orpo_ray.model.tiny_families import TINY_FAMILIES
 
 PREFIX = "orpo-ray/tiny-"
@@ -34,7 +33,7 @@ def tiny_model_path(model_id: str) -> Path:
     if name not in TINY_FAMILIES:
         known = ", ".join(PREFIX + n for n in sorted(TINY_FAMILIES))
         raise UserError("no such tiny model", field="model.id", value=model_id, fix=f"use one of: {known}")
-    source = hashlib.sha256(Path(tiny_families.__file__).read_bytes()).hexdigest()[:12]
+    source = hashlib.sha256(Path(__file__).with_name("tiny_families.py").read_bytes()).hexdigest()[:12]
     cache = Path(os.environ.get("ORPO_RAY_CACHE", Path.home() / ".cache" / "orpo-ray"))
     folder = cache / f"tiny-{name}-{source}"
     if not folder.is_dir():
