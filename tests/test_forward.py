@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_pairs
+from PIL import Image
 
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.order import Order, row_counts
@@ -199,3 +201,15 @@ def test_a_text_only_model_is_no_vlm(tmp_path: Path) -> None:
                                  num_attention_heads=1)).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(UserError, match="not supported"):
         load_model(ModelSection(id=str(tmp_path)), CPU, seed=0)
+
+
+def test_qwen_s_flattened_patches_are_normalised_by_channel() -> None:
+    """Its image processor lays an image out as [patches, channel x frame x height x width]."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3)).astype(np.uint8))
+    own = processor([image], return_tensors="pt")["pixel_values"]
+    raw = processor([image], do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    norm = PixelNorm(processor.rescale_factor, tuple(processor.image_mean), tuple(processor.image_std))
+    torch.testing.assert_close(normalise_pixels(raw.to(torch.uint8), norm), own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs_by_hand import gradients, make_pair, relative_distance, run_as, tiny_pair_model
+from pairs_by_hand import NORM, gradients, make_pair, relative_distance, run_as, tiny_pair_model
 from PIL import Image
 
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import PreferencePair
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, PairSpan, build_batch
-from orpo_ray.errors import OrpoRayError
+from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.families import FAMILIES, Bidirectional
-from orpo_ray.model.loading import PixelNorm, load_processor
+from orpo_ray.model.loading import Attention, PixelNorm, load_model, load_processor, pick_attention, resolve
 from orpo_ray.model.shared_prefix import PrefixLayout, VarlenIndex
 from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.recipe import ModelSection
 
 # (images, prompt, chosen, rejected) of each pair of a row
 ROWS = {
@@ -251,11 +253,8 @@ def test_bfloat16_is_as_near_as_the_concatenated_path() -> None:
 def test_four_bit_weights_with_lora() -> None:
     """NF4 on the language model, adapters trained: both layouts alike, and the weights are really packed."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    from pairs_by_hand import NORM
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-
-    from orpo_ray.model.loading import resolve
 
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
@@ -270,3 +269,37 @@ def test_four_bit_weights_with_lora() -> None:
     pair_model = PairModel(get_peft_model(model, adapted).train(), NORM)
     pairs = make_row("llava", ROWS["four images"])
     assert_equal(run(pair_model, pairs, "shared_prefix"), run(pair_model, pairs, "concatenated"))
+
+
+@pytest.fixture
+def recurrent(tmp_path: Path) -> Path:
+    """The config of a LLaVA whose language model has recurrent layers."""
+    from transformers import LlavaConfig
+
+    text = {"model_type": "qwen3_next", "num_hidden_layers": 4}
+    LlavaConfig(vision_config={"model_type": "clip_vision_model"}, text_config=text).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_auto_shares_where_that_is_proven_and_says_where_not(recurrent: Path) -> None:
+    assert pick_attention(ModelSection(id="orpo-ray/tiny-gemma3")) == Attention("shared_prefix")
+    assert pick_attention(ModelSection(id="orpo-ray/tiny-gemma3", attention="concatenated")) == Attention(
+        "concatenated"
+    )
+    fallback = pick_attention(ModelSection(id=str(recurrent)))
+    assert fallback.layout == "concatenated"
+    assert "linear_attention" in (fallback.why or "")
+
+
+def test_what_cannot_share_a_prefix_is_refused_when_asked_to(recurrent: Path) -> None:
+    with pytest.raises(UserError, match=r"model.attention.*linear_attention"):
+        pick_attention(ModelSection(id=str(recurrent), attention="shared_prefix"))
+
+
+@pytest.mark.parametrize("attention", ["shared_prefix", "concatenated"])
+def test_load_model_gives_the_attention_asked_for(attention: Any) -> None:
+    model = load_model(ModelSection(id="orpo-ray/tiny-paligemma", attention=attention), torch.device("cpu"), seed=0)
+    pair_model = PairModel(model, NORM)
+    assert pair_model.layout == attention
+    pairs = make_row("paligemma", ROWS["one pair"])
+    assert torch.isfinite(pair_model(build_batch(pairs, "response", attention)).chosen).all()
