@@ -109,8 +109,11 @@ def test_train_then_evaluate(tmp_path: Path, dead_cluster: dict[str, str]) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_sweep_of_four_trials_leaves_nothing_behind(tmp_path: Path) -> None:
-    """In a process and a Ray of its own, so that all its processes can be counted afterwards."""
+def test_a_sweep_of_four_trials_leaves_nothing_behind(tmp_path: Path, dead_cluster: dict[str, str]) -> None:
+    """In a process and a Ray of its own, so that all its processes can be counted afterwards.
+
+    Trials that are stopped early must hand back their CPUs, whatever clusters there are or were on the machine.
+    """
     session = tmp_path / "session"
     recipe = tiny_recipe(
         tmp_path / "runs", "sweep", data={"eval": "easy-vqa:test"}, eval={"max_pairs": 16, "every_steps": 2},
@@ -120,7 +123,7 @@ def test_a_sweep_of_four_trials_leaves_nothing_behind(tmp_path: Path) -> None:
     path.write_text(recipe.to_yaml())
     relative = f"checkpoint.storage={Path(recipe.checkpoint.storage).name}"
     marker = {"ORPO_RAY_TEST_MARKER": str(session)}
-    result = orpo_ray("tune", str(path), relative, cwd=tmp_path, env=marker)
+    result = orpo_ray("tune", str(path), relative, cwd=tmp_path, env=marker | dead_cluster)
     assert result.returncode == 0, result.stderr
     rows = re.findall(r"(?:finished|stopped early)", result.stderr)
     assert len(rows) == 4, result.stderr

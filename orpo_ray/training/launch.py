@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,14 +73,38 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # A run has some ten small actors; on two cores Ray warns about that many at once.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
-    # "local" and not None: None joins whatever cluster was last started here, and waits minutes for one that has died.
-    address = os.environ.get("RAY_ADDRESS") or "local"
+    address = os.environ.get("RAY_ADDRESS")
+    # Worker output goes to Ray's logs; what a user should see comes through the board.
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if not address:
+        # Not address=None: that joins whatever cluster was last started here, and waits minutes for one that has died.
+        with _own_address():
+            ray.init(address="local", **quiet)
+        return
     try:
-        # Worker output goes to Ray's logs; what a user should see comes through the board.
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address=address, **quiet)
     except ConnectionError as error:
         fix = "unset it to run on this machine alone, or start a cluster: ray start --head"
         raise UserError(str(error).split("\n")[0], field="RAY_ADDRESS", value=address, fix=fix) from None
+
+
+@contextlib.contextmanager
+def _own_address() -> Iterator[None]:
+    """Tell the processes of a Ray that is about to start here where it is.
+
+    Those that ask Ray for the state of an actor (Train's cleaner after a stopped trial) look for a cluster on the
+    machine otherwise; with an old or a second one there they fail, a stopped trial keeps its CPUs, and a sweep hangs.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    own = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    os.environ |= own
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name)
 
 
 def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
