@@ -26,10 +26,13 @@ def ray_cluster() -> Iterator[None]:
     """A Ray of four logical CPUs on loopback, ended with the session."""
     import ray
 
+    from orpo_ray.training.launch import own_address
+
     os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"
     os.environ["RAY_worker_niceness"] = "0"
     # "local": None would join a cluster that somebody started on this machine.
-    ray.init("local", num_cpus=4, log_to_driver=False, logging_level="warning", dashboard_host="127.0.0.1")
+    with own_address():
+        ray.init("local", num_cpus=4, log_to_driver=False, logging_level="warning", dashboard_host="127.0.0.1")
     yield
     ray.shutdown()
 

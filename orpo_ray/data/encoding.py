@@ -177,6 +177,8 @@ class PairEncoder:
     def _finish(self, draft: _Draft, prompt_ids: np.ndarray, tensors: dict[str, np.ndarray]) -> EncodedPair | BadRow:
         # Tokenised apart from the prompt, so that no answer changes the prompt's tokens.
         chosen_ids, rejected_ids = self._tokenize([draft.chosen, draft.rejected])
+        if not len(prompt_ids):
+            return BadRow("empty_prompt", "the prompt has no tokens: nothing predicts the answers' first ones")
         if not len(chosen_ids) or not len(rejected_ids):
             return BadRow("empty_response", f"{'rejected' if len(chosen_ids) else 'chosen'} has no tokens")
         is_text = ~np.isin(prompt_ids, self.image_token_ids)

@@ -125,7 +125,7 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto | float32 | bfloat16` -> torch's dtype for this device."""
     if name == "auto":
-        good = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if good else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
@@ -158,7 +158,13 @@ def _own_attention(config: Any) -> str:
 def _freeze(model: torch.nn.Module, section: ModelSection, family: Family) -> None:
     for part in section.freeze:
         prefix = family.prefix(part)
-        found = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+        # Qwen2.5-VL's connector lies inside its vision part.
+        inner = family.connector if part == "vision" else None
+        found = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if name.startswith(prefix) and not (inner and name.startswith(inner))
+        ]
         if not found:
             raise UserError(f"no parameter starts with {prefix}", field="model.freeze", value=part)
         for parameter in found:

@@ -26,7 +26,8 @@ from orpo_ray.model.families import Bidirectional
 from orpo_ray.model.packed_flash import PackedFlash, Part
 
 NAME = "orpo_ray_shared_prefix"
-_VARLEN_DTYPES = (torch.float16, torch.bfloat16)  # what flash kernels take
+# What models hand down to attention that changes nothing in it.
+_HARMLESS = {"is_causal", "output_attentions", "output_hidden_states", "position_ids", "return_dict", "use_cache"}
 
 
 def register() -> None:
@@ -93,7 +94,9 @@ class PrefixLayout:
         chosen, rejected = slice(span.start, span.rejected), slice(span.rejected, span.end)
         first = Part(chosen, (chosen,), _additive(self.chosen_mask(index, window), dtype))
         keys = (slice(span.start, span.chosen), rejected)
-        return first, Part(rejected, keys, _additive(self.rejected_mask(index, window), dtype))
+        second = Part(rejected, keys, _additive(self.rejected_mask(index, window), dtype))
+        self._masks.clear()  # the additive ones are enough
+        return first, second
 
     def _cached(self, key: Any, make: Any) -> torch.Tensor | None:
         if key not in self._masks:
@@ -174,7 +177,7 @@ def shared_prefix_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     shared_prefix: PrefixLayout | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function. query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D].
 
@@ -186,14 +189,30 @@ def shared_prefix_attention(
             f"a model with attention '{NAME}' was called without the layout of its row; "
             "to call it directly: model.set_attn_implementation('sdpa')"
         )
+    if unknown := sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS):
+        raise OrpoRayError(
+            f"attention '{NAME}' does not know what {type(module).__name__} wants with {', '.join(unknown)}; "
+            "set model.attention to concatenated"
+        )
     if softcap is None and dropout == 0.0:
         if query.device.type == "cpu":
             states = (each.transpose(1, 2) for each in (query, key, value))
             parts = shared_prefix.parts(sliding_window, query.dtype)
             return PackedFlash.apply(*states, parts, scaling), None
-        if query.is_cuda and query.dtype in _VARLEN_DTYPES and shared_prefix.bidirectional is None:
+        if shared_prefix.bidirectional is None and _varlen_takes(query):
             return _by_varlen(query, key, value, scaling, sliding_window, shared_prefix.sequences), None
     return _by_segment(query, key, value, dropout, scaling, sliding_window, softcap, shared_prefix), None
+
+
+def _varlen_takes(query: torch.Tensor) -> bool:
+    """Whether the variable-length flash kernel can: compute capability 8.0, 16 bits, heads of a multiple of 8."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def _by_varlen(
@@ -259,14 +278,17 @@ def _attend(
     """One sequence; mask None means causal. query [1, q, H, D], key and value [1, k, K, D] -> [1, q, H, D]."""
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     groups = query.shape[1] // key.shape[1]
-    if softcap is None:
+    if softcap is None and mask is None:
         return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
+            query, key, value, None, dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1
         ).transpose(1, 2)
+    # With a mask, CUDA's fused kernels take no grouped heads.
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling).transpose(1, 2)
     # No fused kernel caps scores.
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)

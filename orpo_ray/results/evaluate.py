@@ -16,13 +16,13 @@ from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.stream import iter_steps
 from orpo_ray.errors import UserError
-from orpo_ray.model.loading import PixelNorm, load_model, load_processor
+from orpo_ray.model.loading import PixelNorm, load_model, load_processor, pick_attention
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.steps import StepPlanner
 from orpo_ray.recipe import Recipe, apply_overrides, parse_recipe, read_mapping
 from orpo_ray.results.scoring import Scores, grounding, score, with_prefix
 from orpo_ray.training.checkpoint import FINAL
-from orpo_ray.training.launch import RECIPE_FILE, held_out_data, start_ray
+from orpo_ray.training.launch import RECIPE_FILE, concatenated_because, held_out_data, start_ray
 
 
 def evaluate_run(folder: Path, overrides: list[str], console: Console) -> dict[str, float]:
@@ -36,6 +36,8 @@ def evaluate_run(folder: Path, overrides: list[str], console: Console) -> dict[s
         if held_out is None:
             raise UserError("there are no held-out pairs", field="data.eval", fix="add data.eval=FILE to the command")
         start_ray()
+        if why := pick_attention(recipe.model.model_copy(update={"id": model, "revision": None})).why:
+            console.print(concatenated_because(why), highlight=False, soft_wrap=True)
         console.print(f"scoring {held_out.last_slot:,} pairs with {model}", highlight=False, soft_wrap=True)
         return with_prefix(_evaluate(recipe, model, held_out), "eval")
 

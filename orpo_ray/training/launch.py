@@ -78,7 +78,7 @@ def start_ray() -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if not address:
         # Not address=None: that joins whatever cluster was last started here, and waits minutes for one that has died.
-        with _own_address():
+        with own_address():
             ray.init(address="local", **quiet)
         return
     try:
@@ -89,7 +89,7 @@ def start_ray() -> None:
 
 
 @contextlib.contextmanager
-def _own_address() -> Iterator[None]:
+def own_address() -> Iterator[None]:
     """Tell the processes of a Ray that is about to start here where it is.
 
     Those that ask Ray for the state of an actor (Train's cleaner after a stopped trial) look for a cluster on the
@@ -294,6 +294,11 @@ def _check_run_folder(recipe: Recipe) -> bool:
     return True
 
 
+def concatenated_because(why: str) -> str:
+    """The one line that says why a run does not share prefixes."""
+    return f"attention is concatenated, about twice the work of a shared prefix: {why}"
+
+
 def _headline(recipe: Recipe, attention: Attention, read: ReadSpec, held_out: ReadSpec | None, num_steps: int) -> str:
     held = f", {held_out.last_slot:,} held out" if held_out else ""
     formats = f"{', '.join(sorted(set(read.format_names)))} format"
@@ -302,6 +307,5 @@ def _headline(recipe: Recipe, attention: Attention, read: ReadSpec, held_out: Re
         f"[bold]{recipe.name}[/bold]  {recipe.model.id}, {tuning}, ZeRO {recipe.deepspeed.zero_stage}, "
         f"{recipe.scaling.num_workers} worker(s)\n"
         f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
-        f"-> {recipe.run_dir}"
-        + (f"\nattention concatenated, at half the speed: {attention.why}" if attention.why else "")
+        f"-> {recipe.run_dir}" + (f"\n{concatenated_because(attention.why)}" if attention.why else "")
     )
