@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import RESPONSE, PairBatch, build_batch
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.loading import PixelNorm, without_adapters
+from orpo_ray.model.loading import PixelNorm, is_adapted, without_adapters
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel, normalise_pixels
 from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
 
@@ -224,6 +224,20 @@ def measured(run: Callable[[], torch.Tensor], model: PairModel, device: torch.de
     return {"seconds": seconds, "peak_mib": peak, "loss": loss}
 
 
+def model_flops(model: PairModel, batch: PairBatch) -> float:
+    """Floating-point operations of (a) without what gradient checkpointing computes twice."""
+    set_attention(model, shared_prefix.NAME)
+    base = without_adapters(model.model)
+    checkpointing = base.is_gradient_checkpointing
+    base.gradient_checkpointing_disable()
+    # Counted on the forward, which fits without checkpoints; backward is twice that, or once where weights are frozen.
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(batch)
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return counter.get_total_flops() * (2 if is_adapted(model.model) else 3)
+
+
 def compare(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """(a) and (b) in turn over `rounds` batches, each batch by both."""
     model = load(shape, device, dtype)
@@ -232,7 +246,6 @@ def compare(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype)
     lengths = None if shape.responses else real_lengths()
     results: dict[str, list[dict[str, float]]] = {"a": [], "b": []}
     tokens: dict[str, int] = {"a": 0, "b": 0, "needed": 0}
-    flops = 0.0
     warm_up = make_pairs(replace(shape, tiles=min(shape.tiles, 1)), 1, iter([(20, 20)]), seed=10**6)
     for number in range(rounds + 1):
         pairs = warm_up if number == 0 else make_pairs(shape, shape.pairs, lengths, seed=number)
@@ -248,11 +261,6 @@ def compare(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype)
             tokens["a"] += packed.input_ids.numel()
             tokens["b"] += padded.input_ids.numel()
             tokens["needed"] += sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
-        if number == rounds and device.type == "cuda":
-            set_attention(model, shared_prefix.NAME)
-            with FlopCounterMode(display=False) as counter:
-                ours(model, packed)
-            flops = counter.get_total_flops()
     seconds = {which: sum(r["seconds"] for r in results[which]) for which in "ab"}
     peak = {which: max(r["peak_mib"] for r in results[which]) for which in "ab"}
     row = {
@@ -280,7 +288,7 @@ def compare(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype)
         value for name, value in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()
     ]
     if peaks:
-        row["ours_mfu"] = flops / results["a"][-1]["seconds"] / peaks[0]
+        row["ours_mfu"] = model_flops(model, packed) / results["a"][-1]["seconds"] / peaks[0]
     return row
 
 

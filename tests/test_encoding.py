@@ -132,3 +132,15 @@ def test_bad_rows(tiny: PairEncoder, tmp_path: Path, change: dict[str, str], rea
 def test_fillers(tiny: PairEncoder) -> None:
     assert tiny.filler(with_image=True).images["pixel_values"].shape == (1, 3, 64, 64)
     assert tiny.filler(with_image=False).images == {}
+
+
+def test_an_empty_prompt_is_a_bad_row() -> None:
+    """Of a template that writes nothing around the text: in a row of many, another pair would predict this one."""
+    processor = load_processor("orpo-ray/tiny-smolvlm", None)
+    processor.chat_template = (
+        "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+    )
+    pair = PreferencePair("1", [], [{"role": "user", "content": [{"type": "text", "text": ""}]}], "a", "b")
+    (bad,) = PairEncoder(processor, max_length=64).encode_many([pair], [None])
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "empty_prompt"

@@ -14,7 +14,7 @@ def test_by_hand() -> None:
     """Two words; logits 0 and ln 3: probabilities 1/4 and 3/4. d logp(second) / d logits = (-1/4, 1/4)."""
     logits = torch.tensor([[1.0, 3.0]]).log()
     logits.requires_grad_(True)
-    got = target_logps(lambda hidden: hidden, logits, torch.tensor([1]), 1)
+    got = target_logps(lambda hidden: 1.0 * hidden, logits, torch.tensor([1]), 1)
     torch.testing.assert_close(got.exp(), torch.tensor([0.75]))
     got.backward(torch.ones(1))
     torch.testing.assert_close(logits.grad, torch.tensor([[-0.25, 0.25]]))

@@ -62,6 +62,13 @@ def test_packed_micro_batches_are_within_the_budget_and_level(
     assert max(tokens, default=0) - min(tokens, default=0) <= longest
 
 
+def test_levelling_never_breaks_the_budget() -> None:
+    """Pairs of 9, 9, 6, 6, 6 tokens fit two rows of 18; always filling the smaller one would make one of 21."""
+    pairs = [make([1] * (size // 3), [2] * (size // 3), [3] * (size // 3), i) for i, size in enumerate([9, 9, 6, 6, 6])]
+    batches = plan_microbatches(pairs, 18, "shared_prefix")
+    assert [sum(map(packed_length, batch)) for batch in batches] == [18, 18]
+
+
 @given(lengths, st.integers(1, 300), st.integers(0, 10))
 def test_spread_keeps_the_pairs_and_gives_the_count(sizes: list[int], budget: int, more: int) -> None:
     batches = plan_microbatches(of_lengths(sizes), budget, "concatenated")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs_by_hand import NORM, gradients, make_pair, relative_distance, run_as, tiny_pair_model
 from PIL import Image
+from transformers import LlavaConfig
 
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import PreferencePair
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, PairSpan, build_batch
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.families import FAMILIES, Bidirectional
-from orpo_ray.model.loading import Attention, PixelNorm, load_model, load_processor, pick_attention, resolve
+from orpo_ray.model.families import FAMILIES, PROVEN_LANGUAGE_MODELS, Bidirectional, why_not_shared_prefix
+from orpo_ray.model.loading import (
+    Attention,
+    PixelNorm,
+    _freeze,
+    load_model,
+    load_processor,
+    pick_attention,
+    resolve,
+)
 from orpo_ray.model.shared_prefix import PrefixLayout, VarlenIndex
 from orpo_ray.model.tiny_families import TINY_FAMILIES
-from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.forward import PairModel, normalise_pixels
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
 from orpo_ray.recipe import ModelSection
 
@@ -66,6 +76,8 @@ def assert_equal(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
     worst = max((relative_distance(got[2][name], gradient), name) for name, gradient in expected[2].items()
                 if gradient.norm() > 1e-6)  # fmt: skip
     assert worst[0] < tolerance, worst
+    # Where there is next to no gradient, there is none in the other layout either.
+    assert all(got[2][name].norm() < 1e-5 for name, gradient in expected[2].items() if gradient.norm() <= 1e-6)
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -274,8 +286,6 @@ def test_four_bit_weights_with_lora() -> None:
 @pytest.fixture
 def recurrent(tmp_path: Path) -> Path:
     """The config of a LLaVA whose language model has recurrent layers."""
-    from transformers import LlavaConfig
-
     text = {"model_type": "qwen3_next", "num_hidden_layers": 4}
     LlavaConfig(vision_config={"model_type": "clip_vision_model"}, text_config=text).save_pretrained(tmp_path)
     return tmp_path
@@ -303,3 +313,145 @@ def test_load_model_gives_the_attention_asked_for(attention: Any) -> None:
     assert pair_model.layout == attention
     pairs = make_row("paligemma", ROWS["one pair"])
     assert torch.isfinite(pair_model(build_batch(pairs, "response", attention)).chosen).all()
+
+
+def states_of(layout: PrefixLayout) -> list[torch.Tensor]:
+    total = layout.spans[-1].end
+    return [torch.randn(1, heads, total, 8, requires_grad=True) for heads in (4, 2, 2)]
+
+
+@given(spans_of, kinds, st.sampled_from([None, 3]), st.sampled_from([None, 1e6]))
+@settings(deadline=None, max_examples=40)
+def test_all_ways_to_attend_are_one(
+    lengths: list[tuple[int, int, int]], bidirectional: Bidirectional | None, window: int | None, softcap: float | None
+) -> None:
+    """What runs where there is no CPU flash kernel (masks on CUDA, capped scores) against what runs on a CPU."""
+    layout = layout_of(lengths, bidirectional, 1)
+    states = states_of(layout)
+    expected, _ = shared_prefix.shared_prefix_attention(
+        torch.nn.Module(), *states, None, sliding_window=window, scaling=0.3, shared_prefix=layout
+    )
+    got = shared_prefix._by_segment(*states, 0.0, 0.3, window, softcap, layout)
+    torch.testing.assert_close(got, expected)
+    weights = torch.randn_like(got)
+    theirs = torch.autograd.grad((expected * weights).sum(), states)
+    for mine, their in zip(torch.autograd.grad((got * weights).sum(), states), theirs, strict=True):
+        torch.testing.assert_close(mine, their)
+
+
+def documented_varlen(
+    query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, scale: float | None,
+    window_size: tuple[int, int], enable_gqa: bool,
+) -> torch.Tensor:  # fmt: skip
+    """`torch.nn.attention.varlen.varlen_attn` as its documentation has it, for a machine without its kernel."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q == int(cu_q.diff().max())
+    assert max_k == int(cu_k.diff().max())
+    assert query.is_contiguous()
+    assert key.is_contiguous()
+    out = []
+    left, right = (reach if reach >= 0 else 10**9 for reach in window_size)
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        distance = torch.arange(k1 - k0) - torch.arange(k1 - k0 - (q1 - q0), k1 - k0).unsqueeze(1)
+        mask = (distance <= right) & (distance >= -left)
+        parts = (states.transpose(0, 1).unsqueeze(0) for states in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        attended = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        out.append(attended[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_call_of_the_variable_length_kernel(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is torch's and needs a GPU; that it is given the right things does not."""
+    monkeypatch.setattr(shared_prefix.varlen, "varlen_attn", documented_varlen)
+    layout = layout_of([(5, 4, 3), (1, 1, 1), (7, 2, 9)], None, 0)
+    states = states_of(layout)
+    got = shared_prefix._by_varlen(*states, 0.3, window, layout.sequences)
+    expected, _ = shared_prefix.shared_prefix_attention(
+        torch.nn.Module(), *states, None, sliding_window=window, scaling=0.3, shared_prefix=layout
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_attention_s_dropout_is_not_forgotten() -> None:
+    layout = layout_of([(30, 10, 10)], None, 0)
+    states = [*states_of(layout)[:2], torch.ones(1, 2, 50, 8)]
+    torch.manual_seed(0)
+    out, _ = shared_prefix.shared_prefix_attention(torch.nn.Module(), *states, None, dropout=0.5, shared_prefix=layout)
+    assert out.std() > 0.05  # without dropout, a mean of ones is one
+    assert out.mean() == pytest.approx(1.0, abs=0.1)
+
+
+def test_what_a_model_adds_to_attention_is_refused_and_not_dropped() -> None:
+    layout = layout_of([(3, 2, 2)], None, 0)
+    with pytest.raises(OrpoRayError, match="s_aux"):
+        shared_prefix.shared_prefix_attention(
+            torch.nn.Module(), *states_of(layout), None, shared_prefix=layout, s_aux=torch.zeros(4)
+        )
+
+
+@pytest.mark.parametrize("language_model", sorted(PROVEN_LANGUAGE_MODELS - {"gemma3_text", "qwen2_5_vl_text"}))
+def test_language_models_that_llava_may_have(language_model: str) -> None:
+    """The two left out are what their own families have."""
+    from transformers import LlavaForConditionalGeneration
+
+    config = TINY_FAMILIES["llava"]().config().to_dict()
+    config["text_config"] = TINY_FAMILIES["llava"]()._text(model_type=language_model, sliding_window=8, head_dim=8)
+    shared_prefix.register()
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(**config)).train()
+    assert why_not_shared_prefix(model.config) is None
+    pairs = make_row("llava", ROWS["long answers"])
+    pair_model = PairModel(model, NORM)
+    assert_equal(run(pair_model, pairs, "shared_prefix"), run(pair_model, pairs, "concatenated"))
+
+
+def test_an_unproven_language_model_takes_the_concatenated_path() -> None:
+    config = LlavaConfig(vision_config={"model_type": "clip_vision_model"}, text_config={"model_type": "bloom"})
+    assert "bloom" in (why_not_shared_prefix(config) or "")
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_the_reference_is_the_model_s_own_forward(family: str) -> None:
+    """Both layouts go through our head and image encoding; this goes through neither."""
+    model = tiny_pair_model(family).eval()
+    (pair,) = make_row(family, [(2, 6, 5, 4)])
+    with torch.no_grad():
+        got = run_in(model, [pair], "shared_prefix")
+        run_as(model, "concatenated")
+        for answer in ("chosen", "rejected"):
+            ids = torch.tensor([[*pair.prompt_ids, *getattr(pair, f"{answer}_ids")]], dtype=torch.long)
+            prompt = len(pair.prompt_ids)
+            pixels = normalise_pixels(torch.from_numpy(pair.images["pixel_values"]), NORM)
+            inputs: dict[str, Any] = {"pixel_values": pixels.unsqueeze(0) if model.family.nested_images else pixels}
+            is_image = ids == model.model.config.image_token_id
+            if family == "qwen2_5_vl":
+                inputs |= {"image_grid_thw": torch.from_numpy(pair.images["image_grid_thw"])}
+                inputs |= {"mm_token_type_ids": is_image.int()}
+            elif family == "gemma3":
+                inputs["token_type_ids"] = is_image.long()
+            elif family == "paligemma":
+                inputs["token_type_ids"] = (torch.arange(ids.shape[1]) >= prompt).long().unsqueeze(0)
+            logps = model.model(input_ids=ids, **inputs).logits[0, :-1].float().log_softmax(-1)
+            expected = logps.gather(1, ids[0, 1:, None])[prompt - 1 :, 0].sum()
+            torch.testing.assert_close(getattr(got, answer)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def run_in(model: PairModel, pairs: list[EncodedPair], layout: Any) -> Any:
+    """Log-probs alone."""
+    run_as(model, layout)
+    return model(build_batch(pairs, "response", layout))
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("part", ["vision", "connector", "language"])
+def test_freezing_a_part_leaves_the_others(family: str, part: Any) -> None:
+    model = TINY_FAMILIES[family]().model()
+    facts = FAMILIES[family]
+    _freeze(model, ModelSection(id="x", freeze=[part]), facts)
+
+    def part_of(name: str) -> str:  # the connector first: it may lie inside the vision part
+        return next((p for p in ("connector", "vision") if name.startswith(facts.prefix(p))), "language")
+
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (part_of(name) != part), name

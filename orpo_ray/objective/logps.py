@@ -25,8 +25,9 @@ def target_logps(
 ) -> torch.Tensor:
     """Log-probs of `target_ids` [M] given `hidden` [M, D]: float32 [M].
 
-    head: hidden states [m, D] -> logits [m, V]; called `chunks` times, and all but once again in backward. Under
-    ZeRO-3 each call gathers its weight from all workers, so `chunks` must be the same on each of them.
+    head: hidden states [m, D] -> logits [m, V], a new tensor, which backward writes over; called `chunks` times, and
+    all but once again in backward. Under ZeRO-3 each call gathers its weight from all workers, so `chunks` must be the
+    same on each of them.
     """
     hidden_parts, id_parts = hidden.tensor_split(chunks), target_ids.tensor_split(chunks)
     parts = [
@@ -46,19 +47,30 @@ def _chunk_logps(
 
 
 class _SelectiveLogSoftmax(torch.autograd.Function):
-    """log_softmax in float32, then one entry of each row. torch's own hold three [m, V] in backward; this holds one."""
+    """log_softmax in float32, then one entry of each row.
+
+    torch's own holds three [m, V] in backward. This holds the logits alone and writes their gradient over them: the
+    head, which made them, needs them no more. On a CPU it goes by few rows at a time, which stay in its caches.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        logps = torch.log_softmax(logits, -1, dtype=torch.float32)
-        ctx.save_for_backward(logps, ids)
-        ctx.dtype = logits.dtype
-        return logps.gather(1, ids.unsqueeze(1)).squeeze(1)
+        rows = _rows_at_once(logits)
+        sums = torch.cat([part.logsumexp(-1) for part in logits.float().split(rows)])
+        ctx.save_for_backward(logits, ids, sums)
+        return logits.gather(1, ids.unsqueeze(1)).squeeze(1).float() - sums
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """d logp[id] / d logits = onehot(id) - softmax, written over the saved log-probs, which nothing reads again."""
-        logps, ids = ctx.saved_tensors
-        out = logps.exp_().mul_(-gradient.unsqueeze(1))
+        """d logp[id] / d logits = onehot(id) - softmax."""
+        logits, ids, sums = ctx.saved_tensors
+        rows = _rows_at_once(logits)
+        out = logits if logits.dtype == torch.float32 else logits.float()
+        for part, total, weight in zip(out.split(rows), sums.split(rows), gradient.split(rows), strict=True):
+            part.sub_(total.unsqueeze(1)).exp_().mul_(-weight.unsqueeze(1))
         out.scatter_add_(1, ids.unsqueeze(1), gradient.unsqueeze(1))
-        return out.to(ctx.dtype), None
+        return out.to(logits.dtype), None
+
+
+def _rows_at_once(logits: torch.Tensor) -> int:
+    return 16 if logits.device.type == "cpu" else max(1, len(logits))
