@@ -375,7 +375,7 @@ def test_the_call_of_the_variable_length_kernel(window: int | None, monkeypatch:
 
 def test_attention_s_dropout_is_not_forgotten() -> None:
     layout = layout_of([(30, 10, 10)], None, 0)
-    states = [*states_of(layout)[:2], torch.ones(1, 2, 50, 8)]
+    states = [*(each.detach() for each in states_of(layout)[:2]), torch.ones(1, 2, 50, 8)]
     torch.manual_seed(0)
     out, _ = shared_prefix.shared_prefix_attention(torch.nn.Module(), *states, None, dropout=0.5, shared_prefix=layout)
     assert out.std() > 0.05  # without dropout, a mean of ones is one

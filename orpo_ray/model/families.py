@@ -102,12 +102,16 @@ def family_of(model_type: str) -> Family:
 
 
 def why_not_shared_prefix(config: Any) -> str | None:
-    """Why a model with this transformers config must take the concatenated path; None if it need not."""
+    """Why a model with this transformers config must take the concatenated path; None if it need not.
+
+    Raises UserError if its family is not supported at all.
+    """
+    family = family_of(config.model_type)
     text = config.get_text_config()
     if others := set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS:
         return f"the language model has layers of type {', '.join(sorted(others))}"
     if text.model_type not in PROVEN_LANGUAGE_MODELS:
         return f"it is not proven for the language model {text.model_type}"
-    if getattr(text, "use_bidirectional_attention", False) and family_of(config.model_type).bidirectional is None:
+    if getattr(text, "use_bidirectional_attention", False) and family.bidirectional is None:
         return "the language model is bidirectional"
     return None
