@@ -74,6 +74,12 @@ class Engine:
 
     def step(self) -> float:
         """Reduce, clip, update; returns the global gradient norm before clipping."""
+        if not self.ds.enable_backward_allreduce:
+            # As its reduction does: what had no gradient in this step (the vision part, without images) has zeros, and
+            # AdamW's momentum moves it on, whatever the number of workers.
+            for parameter in self.ds.module.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         self.ds.step()
         norm = self.ds.get_global_grad_norm()
         return float(self._grad_norm.last if norm is None else norm)
