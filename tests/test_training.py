@@ -99,12 +99,15 @@ def last_step(run_dir: Path) -> int:
 @contextmanager
 def one_worker_killed(recipe: Recipe) -> Iterator[None]:
     """SIGKILL for a worker of the run within, after step 8."""
+    import ray
     from ray.util.state import list_actors
 
     killed: list[int] = []
+    address = ray.get_runtime_context().gcs_address  # else it asks for whatever cluster was last started here
 
     def workers() -> list[Any]:
-        return list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")], detail=True)
+        alive = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
+        return list_actors(address, filters=alive, detail=True)
 
     def kill() -> None:
         # Asked beforehand: the answer takes longer than a step.
