@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
-from orpo_ray.data.formats import PreferencePair
+from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.model.loading import PixelNorm, load_model, load_processor
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import orpo_loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -43,8 +44,8 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
         console.print("this run was finished before; nothing to do (delete its folder or give another name)")
     _print_figures(summary.metrics, "train", ("train/loss", "train/rewards/accuracies", "train/rewards/margins"))
     _print_figures(summary.metrics, "held out", _EVAL_FIGURES)
-    console.print(f"run folder  {summary.run_dir}", highlight=False, soft_wrap=True)
-    console.print(f"model       {summary.run_dir / 'final'}", highlight=False, soft_wrap=True)
+    console.print(f"run folder  {summary.run_uri}", highlight=False, soft_wrap=True)
+    console.print(f"model       {summary.run_uri}/final", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -69,7 +70,7 @@ def tune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(
-    run_or_model: Annotated[Path, typer.Argument(help="A run folder, or a model folder.", show_default=False)],
+    run_or_model: Annotated[str, typer.Argument(help="A run folder, or a model folder.", show_default=False)],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -81,6 +82,42 @@ def evaluate(
         print(json.dumps(metrics))
     else:
         _print_figures(metrics, "held out", _EVAL_FIGURES)
+
+
+data_app = typer.Typer(help="Look at a recipe's data, or write it down cleaned.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("check")
+def data_check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check every row before any GPU is rented: bad rows, lengths, duplicates, biases, and a page to look at."""
+    loaded = load_recipe(recipe, overrides or [])
+    from orpo_ray.results.data_check import check_data
+
+    with contextlib.redirect_stdout(sys.stderr):
+        report, page = check_data(loaded, console)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_check(report)
+    console.print(f"page  {page}", highlight=False, soft_wrap=True)
+
+
+@data_app.command("prepare")
+def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Write the pairs that can be trained on once, as sharded parquet that training and sweeps stream from."""
+    loaded = load_recipe(recipe, overrides or [])
+    from orpo_ray.results.data_prepare import prepare_data
+
+    with contextlib.redirect_stdout(sys.stderr):
+        written = prepare_data(loaded, console)
+    if as_json:
+        print(json.dumps({name: {"uri": split.uri, "rows": split.rows} for name, split in written.items()}))
+    for name, split in written.items():
+        shards = f"{split.rows:,} pairs in {len(split.shards)} shard(s), {len(split.bad):,} bad row(s) left out"
+        console.print(f"{name}: {shards}", highlight=False, soft_wrap=True)
+    options = " ".join(f"data.{name}={split.uri}" for name, split in written.items())
+    console.print(f"train from it:  orpo-ray train {recipe} {options}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -108,6 +145,42 @@ def _print_figures(metrics: dict[str, Any], title: str, names: tuple[str, ...]) 
     for name in present:
         table.add_row(name, f"{metrics[name]:.4f}")
     console.print(table)
+
+
+def _print_check(report: dict[str, Any]) -> None:
+    """A report of `data check` in a few lines."""
+    table = Table(title="data check", title_justify="left", box=None, padding=(0, 2))
+    splits = [name for name in ("train", "eval") if report[name]]
+    table.add_column()
+    for name in splits:
+        table.add_column(name, justify="right")
+
+    def row(label: str, value: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(label, *(value(report[name]) for name in splits))
+
+    row("rows", lambda split: f"{split['rows']:,}")
+    row("can be trained on", lambda split: f"{split['pairs']:,}")
+    row("format", lambda split: ", ".join(split["formats"]))
+    reasons = {reason: None for name in splits for reason in report[name]["bad"]["by_reason"]}
+    for reason in reasons:
+        row(f"bad: {reason}", lambda split, reason=reason: f"{split['bad']['by_reason'].get(reason, 0):,}")  # type: ignore[misc]
+    row(f"longer than {report['max_length']:,}", lambda split: f"{split['too_long']['count']:,}")
+    for name in ("prompt", "image", "chosen", "rejected"):
+        row(f"{name} tokens p50 / p95 / max", lambda split, name=name: _spread(split["tokens"], name))  # type: ignore[misc]
+    row("repeated rows", lambda split: f"{split['duplicates']['pairs']:,}")
+    row("chosen is longer", lambda split: _share(split["length_bias"], "chosen_longer"))
+    row("told without the image", lambda split: _share(split["blind"], "accuracy"))
+    console.print(table)
+    if report["images_on_both_sides"]:
+        console.print(f"[yellow]{report['images_on_both_sides']:,} image(s) stand on both sides of the split[/yellow]")
+
+
+def _spread(tokens: dict[str, Any] | None, name: str) -> str:
+    return " / ".join(f"{tokens[name][point]:,.0f}" for point in ("p50", "p95", "max")) if tokens else "-"
+
+
+def _share(figures: dict[str, float] | None, name: str) -> str:
+    return f"{figures[name]:.0%}" if figures else "-"
 
 
 def _guarded(command: Callable[[], Any]) -> int:

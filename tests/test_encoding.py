@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from conftest import SHARED
 from PIL import Image
 
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
-from orpo_ray.data.formats import PreferencePair, to_pair
+from orpo_ray.data.formats import to_pair
+from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.errors import BadRow
 from orpo_ray.model.loading import PixelNorm, load_processor
 from orpo_ray.objective.forward import normalise_pixels
@@ -144,3 +146,39 @@ def test_an_empty_prompt_is_a_bad_row() -> None:
     (bad,) = PairEncoder(processor, max_length=64).encode_many([pair], [None])
     assert isinstance(bad, BadRow)
     assert bad.reason == "empty_prompt"
+
+
+def test_too_long_pairs_lose_only_ends_of_answers(tmp_path: Path) -> None:
+    name = png(tmp_path, "a.png", (64, 64))
+    long = pair([name], chosen="red blue green brown teal", rejected="red gray black yellow blue")
+    processor = load_processor(TINY, None)
+    (whole,) = encode(PairEncoder(processor, 256), tmp_path, long)
+    prompt = len(whole.prompt_ids)
+    cutting = PairEncoder(processor, prompt + 3, truncate=True)
+    (cut,) = encode(cutting, tmp_path, long)
+    assert isinstance(cut, EncodedPair)
+    assert cut.prompt_ids.tolist() == whole.prompt_ids.tolist()
+    assert cut.chosen_ids.tolist() == whole.chosen_ids[:3].tolist()
+    assert cut.rejected_ids.tolist() == whole.rejected_ids[:3].tolist()
+    assert cut.truncated == len(whole.chosen_ids) + len(whole.rejected_ids) - 6
+    assert EncodedPair.from_bytes(cut.to_bytes(), 5).truncated == cut.truncated
+    assert encode(PairEncoder(processor, prompt + 3), tmp_path, long)[0].reason == "too_long"
+    # Nothing is left to tell the answers apart, or of the answers at all.
+    assert encode(PairEncoder(processor, prompt + 1, truncate=True), tmp_path, long)[0].reason == "identical_responses"
+    assert encode(PairEncoder(processor, prompt, truncate=True), tmp_path, long)[0].reason == "too_long"
+
+
+def test_answers_to_different_images_have_prompts_of_their_own(tiny: PairEncoder, tmp_path: Path) -> None:
+    names = [png(tmp_path, f"{i}.png", (64, 64 + i), i) for i in range(3)]
+    plain, other = pair(names[:1]), pair(names[1:2])
+    both = replace(plain, rejected_images=other.images)
+    alone = encode(tiny, tmp_path, plain, other)
+    together = encode(tiny, tmp_path, pair(names[2:]), both, plain)[1]
+    assert isinstance(together, EncodedPair)
+    np.testing.assert_array_equal(together.images["pixel_values"], alone[0].images["pixel_values"])
+    assert together.rejected_prompt is not None
+    np.testing.assert_array_equal(together.rejected_prompt.images["pixel_values"], alone[1].images["pixel_values"])
+    assert together.rejected_prompt.ids.tolist() == alone[1].prompt_ids.tolist()
+    again = EncodedPair.from_bytes(together.to_bytes(), 3)
+    assert again.rejected_prompt is not None
+    np.testing.assert_array_equal(again.rejected_prompt.is_text, together.rejected_prompt.is_text)

@@ -13,16 +13,28 @@ PACKAGE = Path(__file__).parent.parent / "orpo_ray"
 
 FLOORS = [
     "errors",
+    "storage",
+    "sections",
     "recipe",
+    "run_folder",
     "data.easy_vqa",
+    "data.pairs",
     "data.formats",
+    "data.fetch",
     "data.images",
+    "data.containers",
     "data.sources",
     "data.order",
     "data.encoding",
     "data.packing",
     "data.reading",
+    "data.split",
+    "data.blind",
+    "data.check",
+    "data.check_page",
+    "data.pipeline",
     "data.stream",
+    "data.survey",
     "model.families",
     "model.tiny_families",
     "model.tiny",
@@ -37,18 +49,23 @@ FLOORS = [
     "results.scoring",
     "training.deepspeed",
     "training.checkpoint",
+    "training.data",
     "training.progress",
     "training.worker",
     "training.launch",
     "training.sweep",
     "results.evaluate",
+    "results.data_check",
+    "results.data_prepare",
     "cli",
     "__main__",
 ]
 
 WITHOUT_RAY_AND_DEEPSPEED = [
-    *(name for name in FLOORS if name.startswith(("model.", "objective."))),
-    *("data." + name for name in ("formats", "images", "sources", "order", "encoding", "packing", "reading")),
+    name
+    for name in FLOORS
+    if name.startswith(("model.", "objective.", "data."))
+    and name not in ("data.pipeline", "data.stream", "data.survey")
 ]
 
 

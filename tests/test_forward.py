@@ -10,17 +10,17 @@ import torch
 from conftest import write_pairs
 from PIL import Image
 
+from orpo_ray.data.containers import file_segments
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
-from orpo_ray.data.order import Order, row_counts
+from orpo_ray.data.order import Order
 from orpo_ray.data.packing import build_batch
 from orpo_ray.data.reading import ReadSpec, pair_of, read_window
-from orpo_ray.data.sources import list_segments
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import PixelNorm, is_adapted, load_model, load_processor, without_adapters
 from orpo_ray.objective.forward import ImageNotUsed, PairModel, normalise_pixels
 from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
 from orpo_ray.objective.steps import StepPlanner
-from orpo_ray.recipe import ModelSection
+from orpo_ray.sections import ModelSection
 
 TINY = "orpo-ray/tiny-smolvlm"
 CPU = torch.device("cpu")
@@ -34,8 +34,8 @@ def encoder() -> PairEncoder:
 @pytest.fixture(scope="module")
 def pairs(encoder: PairEncoder, tmp_path_factory: pytest.TempPathFactory) -> list[EncodedPair]:
     folder = tmp_path_factory.mktemp("pairs")
-    segments = tuple(list_segments([str(write_pairs(folder, 6))], "data.train"))
-    spec = ReadSpec(segments, ("trl",), Order(row_counts(segments), None, 10), 6, 0, 6)
+    segments = file_segments(str(write_pairs(folder, 6)), "data.train")
+    spec = ReadSpec(tuple(segments), ("trl",), Order((6,), None, 10), 6, 0, 6)
     rows = [pair_of(row) for table in read_window(spec, 0, 0) for row in table.to_pylist()]
     encoded = encoder.encode_many(rows, [folder] * len(rows))  # type: ignore[arg-type]
     assert all(isinstance(pair, EncodedPair) for pair in encoded)

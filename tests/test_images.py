@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import io
+import os
+import pickle
+import socket
 import struct
+import threading
+import time
+import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageFile, features
 
-from orpo_ray.data.images import load_image
+from orpo_ray.data import images
+from orpo_ray.data.images import FORMATS, ImageRoot, load_image
 from orpo_ray.errors import BadRow
+
+WHITE = (255, 255, 255)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -25,64 +35,421 @@ def load(data: bytes) -> Image.Image:
     return load_image({"bytes": data, "path": None}, None)
 
 
-def reason(image: dict[str, object], root: Path | None = None) -> str:
+def load_path(path: str, root: Path | ImageRoot | None) -> Image.Image:
+    return load_image({"bytes": None, "path": path}, root)
+
+
+def failure(image: dict[str, object], root: Path | ImageRoot | None = None, allow_http: bool = False) -> BadRow:
     with pytest.raises(BadRow) as error:
-        load_image(image, root)
-    return error.value.reason
+        load_image(image, root, allow_http)
+    assert error.value.detail.isprintable()
+    assert len(error.value.detail) <= 200
+    error.value.detail.encode()
+    return error.value
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
+def reason(image: dict[str, object], root: Path | ImageRoot | None = None) -> str:
+    return failure(image, root).reason
+
+
+def png(width: int, height: int, depth: int = 8, color: int = 2, pixels: bytes = b"") -> bytes:
+    """A PNG that says it is so large, whatever it holds."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "I", "I;16", "I;16B", "F"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    image = Image.new("RGB", (8, 6), (200, 30, 30)).convert(mode)
+    if mode == "I;16B":
+        image = Image.frombytes(mode, (8, 6), bytes(96))
+    else:
+        image = Image.new("RGB", (8, 6), (200, 30, 30)).convert("L" if mode == "I;16" else "RGB").convert(mode)
     loaded = load(encode(image, "TIFF"))
     assert (loaded.mode, loaded.size) == ("RGB", (8, 6))
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_read(kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    loaded = load(encode(Image.new("RGB", (8, 6), "red"), kind))
+    assert (loaded.mode, loaded.size) == ("RGB", (8, 6))
+    assert np.abs(np.asarray(loaded, int) - (255, 0, 0)).max() <= 3
+
+
+def test_photos_of_several_pictures_give_the_first() -> None:
+    data = encode(Image.new("RGB", (8, 6), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 6))])
+    assert load(data).getpixel((0, 0)) == (254, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "PDF", "ICNS", "JPEG2000", "SGI", "DDS", "ICO", "MSP"])
+def test_other_formats_stay_closed(kind: str) -> None:
+    image = Image.new("1" if kind == "MSP" else "RGB", (64, 64))
+    assert reason({"bytes": encode(image, kind), "path": None}) == "unreadable_image"
+
+
+def test_pillow_is_not_told_to_accept_truncated_files() -> None:
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
 def test_transparency_lies_on_white() -> None:
-    assert load(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    assert load(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))).getpixel((0, 0)) == WHITE
+    assert load(encode(Image.new("LA", (2, 2), (7, 0)))).getpixel((0, 0)) == WHITE
+    assert load(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 128)))).getpixel((0, 0)) == (255, 127, 127)
+    assert load(encode(Image.new("RGB", (2, 2), "red"), transparency=(255, 0, 0))).getpixel((0, 0)) == WHITE
+    assert load(encode(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), "WEBP", lossless=True)).getpixel((0, 0)) == WHITE
+
+
+def test_transparent_palettes_lie_on_white() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putdata([0, 1])
+    for options in ({"transparency": b"\x00\xff"}, {"transparency": 0}):
+        loaded = load(encode(palette, **options))
+        assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [WHITE, (0, 0, 255)]
+    assert load(encode(palette, "GIF", transparency=0)).getpixel((0, 0)) == WHITE
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     values = np.array([[0, 128 * 256], [64 * 256, 255 * 256]], np.uint16)
-    assert np.asarray(load(encode(Image.fromarray(values))))[..., 0].tolist() == [[0, 128], [64, 255]]
+    expected = [[0, 128], [64, 255]]
+    swapped = Image.frombytes("I;16B", (2, 2), values.astype(">u2").tobytes())
+    plain = b"P5 2 2 65535\n" + values.astype(">u2").tobytes()
+    wide = Image.fromarray(values.astype(np.int32))
+    for data in (encode(Image.fromarray(values)), encode(swapped, "TIFF"), plain, encode(wide, "TIFF")):
+        assert np.asarray(load(data))[..., 0].tolist() == expected
 
 
-def test_exif_orientation_is_applied() -> None:
+def test_a_transparent_gray_of_sixteen_bits_lies_on_white() -> None:
+    values = Image.fromarray(np.array([[1000, 40_000]], np.uint16))
+    assert np.asarray(load(encode(values, transparency=1000)))[0, :, 0].tolist() == [255, 156]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 0.5, 1], [0, 128, 255]),
+        ([-5, 100, 255], [0, 100, 255]),
+        ([0, 32768, 65535], [0, 128, 255]),
+        ([0, 1e6, 4e6], [0, 64, 255]),
+        ([np.nan, np.inf, 200], [0, 0, 200]),
+        ([-3, -2, -1], [0, 0, 0]),
+    ],
+)
+def test_floats_are_scaled_by_their_range(values: list[float], expected: list[int]) -> None:
+    image = Image.fromarray(np.array([values], np.float32))
+    assert np.asarray(load(encode(image, "TIFF")))[0, :, 0].tolist() == expected
+
+
+def test_large_integers_are_scaled_by_their_range() -> None:
+    image = Image.fromarray(np.array([[-7, 0, 2**29, 2**31 - 1]], np.int32))
+    assert np.asarray(load(encode(image, "TIFF")))[0, :, 0].tolist() == [0, 0, 64, 255]
+
+
+def test_colors_of_print() -> None:
+    """Adobe's CMYK JPEGs are stored inverted."""
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    for data in (encode(cyan, "JPEG", quality=95), encode(cyan, "TIFF")):
+        assert np.abs(np.asarray(load(data), int) - (0, 255, 255)).max() <= 3
+
+
+def test_one_bit_is_black_or_white() -> None:
+    image = Image.new("1", (9, 1))
+    image.putpixel((3, 0), 1)
+    for kind in ("PNG", "TIFF", "BMP", "PPM", "GIF"):
+        assert np.asarray(load(encode(image, kind)))[0, :, 0].tolist() == [0, 0, 0, 255, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    upright = np.zeros((48, 32), np.uint8)
+    upright[:16, :16] = 250  # top left
+    upright[:16, 16:] = 120  # top right
+    # How a camera stores it that was held so.
+    stored = {
+        2: np.fliplr(upright),
+        3: np.rot90(upright, 2),
+        4: np.flipud(upright),
+        5: upright.T,
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).T,
+        8: np.rot90(upright, -1),
+    }.get(orientation, upright)
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert load(encode(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+    exif[0x0112] = orientation
+    options = {} if kind in ("PNG", "TIFF") else {"quality": 95}
+    data = encode(Image.fromarray(np.ascontiguousarray(stored)).convert("RGB"), kind, exif=exif, **options)
+    loaded = np.asarray(load(data), int)[..., 0]
+    assert loaded.shape == upright.shape
+    assert np.abs(loaded - upright).mean() < 6
 
 
-def test_only_the_first_frame_of_an_animation() -> None:
-    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    assert load(encode(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (255, 0, 0)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_broken_exif_block_leaves_the_image() -> None:
+    for exif in (
+        b"Exif\x00\x00nonsense",
+        b"Exif\x00\x00II*\x00\xff\xff\xff\xff",
+        b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00",
+    ):
+        assert load(encode(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (8, 4)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_only_the_first_frame_of_an_animation(kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
+    loaded = load(encode(frames[0], kind, save_all=True, append_images=frames[1:]))
+    assert np.abs(np.asarray(loaded, int) - (255, 0, 0)).max() <= 3
 
 
 def test_broken_files() -> None:
-    whole = encode(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG")
-    assert reason({"bytes": whole[: len(whole) // 2], "path": None}) == "unreadable_image"
-    assert reason({"bytes": b"not an image", "path": None}) == "unreadable_image"
-    assert reason({"bytes": b"", "path": None}) == "unreadable_image"
+    for data in (b"not an image", b"", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF89a", b"II*\x00", b"\xff\xd8\xff", b"P6 9"):
+        assert reason({"bytes": data, "path": None}) == "unreadable_image"
 
 
-def test_a_bomb_is_refused_before_it_is_decoded() -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_truncated_files(kind: str, part: float) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    whole = encode(Image.effect_noise((64, 64), 50).convert("RGB"), kind)
+    assert load(whole)
+    assert reason({"bytes": whole[: int(len(whole) * part)], "path": None}) == "unreadable_image"
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    assert reason({"bytes": bomb, "path": None}) in ("image_too_large", "unreadable_image")
+
+@pytest.mark.parametrize("error", [struct.error, MemoryError, RecursionError, zlib.error, AssertionError, KeyError])
+def test_whatever_pillow_raises_is_a_bad_row(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_badly(self: object) -> None:
+        raise error("half of a character: \ud800, a bell: \x07, " + 1000 * "long")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load_badly)
+    bad = failure({"bytes": encode(Image.new("RGB", (2, 2)), "BMP"), "path": None})
+    assert (bad.reason, bad.detail.startswith(error.__name__)) == ("unreadable_image", True)
 
 
-def test_paths_stay_inside_their_root(tmp_path: Path) -> None:
-    root, outside = tmp_path / "root", tmp_path / "outside.png"
-    root.mkdir()
+def test_colors_of_perception() -> None:
+    lab = ImageCms.profileToProfile(
+        Image.new("RGB", (4, 4), "red"),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.createProfile("LAB"),
+        outputMode="LAB",
+    )
+    assert lab is not None
+    assert np.abs(np.asarray(load(encode(lab, "TIFF")), int) - (255, 0, 0)).max() <= 8
+
+
+@pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (8001, 8000), (10_000, 9000), (2**31 - 1, 2**31 - 1)])
+def test_a_bomb_is_refused_before_it_is_decoded(width: int, height: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start = time.monotonic()
+        assert reason({"bytes": png(width, height), "path": None}) == "image_too_large"
+        assert time.monotonic() - start < 1
+
+
+def test_pillow_does_not_warn_of_bombs() -> None:
+    from importlib import reload
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        reload(images)
+        with pytest.raises(BadRow):
+            images.load_image({"bytes": png(10_000, 9000), "path": None}, None)
+    assert not seen
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
+    data = encode(Image.new("L", (2000, 2000)), "JPEG", progressive=True)
+    assert load(data)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    bomb = data[:-2] + last * 10_000 + data[-2:]
+    start = time.monotonic()
+    assert reason({"bytes": bomb, "path": None}) == "unreadable_image"
+    assert time.monotonic() - start < 1
+
+
+def test_extreme_ratios_are_refused() -> None:
+    """Qwen's processors raise above 200 : 1."""
+    assert load(encode(Image.new("RGB", (400, 2)))).size == (400, 2)
+    assert reason({"bytes": encode(Image.new("RGB", (402, 2))), "path": None}) == "extreme_aspect_ratio"
+    assert reason({"bytes": encode(Image.new("L", (1, 60_000))), "path": None}) == "extreme_aspect_ratio"
+
+
+def test_rows_of_other_types() -> None:
+    for image in ({"bytes": None, "path": None}, {}, {"bytes": "text", "path": None}, {"bytes": None, "path": 7}):
+        assert reason(image) == "malformed_row"
+
+
+def test_bytes_come_before_the_path() -> None:
     data = encode(Image.new("RGB", (3, 3)))
-    outside.write_bytes(data)
-    (root / "inside.png").write_bytes(data)
+    assert load_image({"bytes": data, "path": "../../none.png"}, None).size == (3, 3)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with an image in it, and one beside it."""
+    folder = tmp_path / "root"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "outside.png").write_bytes(encode(Image.new("RGB", (9, 9))))
+    (folder / "inside.png").write_bytes(encode(Image.new("RGB", (3, 3))))
+    return folder
+
+
+def test_paths_stay_inside_their_root(root: Path) -> None:
+    outside = root.parent / "outside.png"
     (root / "link.png").symlink_to(outside)
-    assert load_image({"bytes": None, "path": "inside.png"}, root).size == (3, 3)
-    for path in ("../outside.png", str(outside), "link.png", "sub/../../outside.png"):
+    (root / "up").symlink_to(root.parent)
+    (root / "round").symlink_to(root / "round")
+    (root / "sub" / "fine.png").symlink_to(root / "inside.png")
+    for path in ("inside.png", "sub/../inside.png", "./inside.png", str(root / "inside.png"), "sub/fine.png"):
+        assert load_path(path, root).size == (3, 3)
+    links = ("link.png", "up/outside.png", "sub/../link.png")
+    for path in ("../outside.png", str(outside), "sub/../../outside.png", "/etc/passwd", "../root2/a", *links):
         assert reason({"bytes": None, "path": path}, root) == "unsafe_path"
+    for path in ("a\x00b", "inside.png\x00", "\ud800.png"):
+        assert reason({"bytes": None, "path": path}, root) == "unsafe_path"
+    assert reason({"bytes": None, "path": "round"}, root) in ("unsafe_path", "unreadable_image")
     assert reason({"bytes": None, "path": "inside.png"}, None) == "unsafe_path"
-    assert reason({"bytes": None, "path": "none.png"}, root) == "missing_image"
+    for path in ("none.png", "inside.png/none.png", "x" * 300, "x/" * 5000, "none/../none.png"):
+        assert reason({"bytes": None, "path": path}, root) == "missing_image"
+
+
+def test_a_root_that_is_a_link(root: Path) -> None:
+    (root.parent / "link").symlink_to(root)
+    assert load_path("inside.png", root.parent / "link").size == (3, 3)
+    assert reason({"bytes": None, "path": "../outside.png"}, root.parent / "link") == "unsafe_path"
+
+
+def test_a_file_that_becomes_a_link_is_not_followed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "link.png").symlink_to(root.parent / "outside.png")
+    monkeypatch.setattr(images, "_inside", lambda path, root: root / path)
+    assert reason({"bytes": None, "path": "link.png"}, root) == "unreadable_image"
+
+
+def test_only_regular_files_are_read(root: Path) -> None:
+    os.mkfifo(root / "pipe")
+    for path in ("pipe", "sub", "", "."):
+        assert reason({"bytes": None, "path": path}, root) == "unreadable_image"
+    with socket.socket(socket.AF_UNIX) as listening:
+        short = os.path.relpath(root / "socket")  # sockets' paths may have a hundred bytes
+        if len(short) < 100:
+            listening.bind(short)
+            assert reason({"bytes": None, "path": "socket"}, root) == "unreadable_image"
+
+
+def test_a_pipe_with_a_writer_does_not_block(root: Path) -> None:
+    os.mkfifo(root / "pipe")
+    writer = os.open(root / "pipe", os.O_RDWR)
+    done = threading.Event()
+
+    def read() -> None:
+        assert reason({"bytes": None, "path": "pipe"}, root) == "unreadable_image"
+        done.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    assert done.wait(10)
+    os.close(writer)
+
+
+def test_unreadable_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert failure({"bytes": None, "path": "inside.png"}, root).detail == "inside.png: Permission denied"
+
+
+def test_large_files_are_not_read(root: Path) -> None:
+    with open(root / "large.png", "wb") as file:
+        file.truncate(images.MAX_BYTES + 1)
+    assert reason({"bytes": None, "path": "large.png"}, root) == "image_too_large"
+
+
+def test_large_bytes_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_BYTES", 10)
+    assert reason({"bytes": encode(Image.new("RGB", (3, 3))), "path": None}) == "image_too_large"
+
+
+class Store:
+    """A folder of an object store, which says what it was asked for."""
+
+    def __init__(self, answer: bytes | Exception) -> None:
+        self.answer, self.asked = answer, list[str]()
+
+    def read(self, path: str) -> bytes:
+        self.asked.append(path)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def test_remote_roots() -> None:
+    store = Store(encode(Image.new("RGB", (3, 3))))
+    for path in ("a.png", "sub/folder/b c.png", "\u00e9..\u3000.png", "..a/b..", "12:30.png"):
+        assert load_path(path, store).size == (3, 3)
+        assert store.asked[-1] == path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/a.png", "..", "../a.png", "a/../../b.png", "a/..", "a\\..\\b", "\\a", "", "a\x00b", "a\nb", "\ud800"),
+        *("a/s3://other/b", "zip::a", "./..", "a//../b"),
+    ],
+)
+def test_remote_paths_that_are_not_plain(path: str) -> None:
+    store = Store(b"")
+    assert reason({"bytes": None, "path": path}, store) == "unsafe_path"
+    assert not store.asked
+
+
+def test_remote_failures() -> None:
+    errors = {
+        FileNotFoundError("a"): "missing_image",
+        PermissionError("a"): "download_failed",
+        KeyError("a"): "download_failed",
+    }
+    for error, expected in errors.items():
+        assert reason({"bytes": None, "path": "a.png"}, Store(error)) == expected
+    assert reason({"bytes": None, "path": "a.png"}, Store(BadRow("own", "reason"))) == "own"
+
+
+@pytest.mark.parametrize("path", ["file:///etc/passwd", "s3://bucket/a", "ftp://a/b", "data:image/png;base64,AAAA"])
+def test_addresses_of_other_kinds(path: str, root: Path) -> None:
+    for allow_http in (False, True):
+        assert failure({"bytes": None, "path": path}, root, allow_http).reason == "unsupported_url"
+
+
+@pytest.mark.parametrize("path", ["http://a.example/b?token=s3cret", "HTTPS://user:s3cret@a.example/b"])
+def test_downloads_are_asked_for_in_the_recipe(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloaded = []
+
+    def fetch(url: str) -> bytes:
+        downloaded.append(url)
+        return encode(Image.new("RGB", (3, 3)))
+
+    monkeypatch.setattr(images, "fetch", fetch)
+    bad = failure({"bytes": None, "path": path})
+    assert (bad.reason, "data.allow_http" in bad.detail, "s3cret" in str(bad)) == ("unsupported_url", True, False)
+    assert not downloaded
+    assert load_image({"bytes": None, "path": path}, None, allow_http=True).size == (3, 3)
+    assert downloaded == [path]
+
+
+def test_downloads_are_checked() -> None:
+    assert failure({"bytes": None, "path": "http://127.0.0.1/a"}, allow_http=True).reason == "unsafe_url"
+
+
+def test_a_kept_bad_row_does_not_keep_the_image() -> None:
+    data = encode(Image.new("RGB", (300, 1)))
+    bad: Any = failure({"bytes": data, "path": None})
+    assert bad.__context__ is None
+    assert str(pickle.loads(pickle.dumps(bad))) == str(bad)

@@ -31,6 +31,41 @@ def test_an_epoch_holds_every_row_once(sizes: list[int], seed: int | None, windo
         assert rows == everything
 
 
+mixes = st.lists(
+    st.tuples(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.sampled_from([0.2, 0.5, 1.0, 1.3, 2.0, 3.0])),
+    min_size=1,
+    max_size=3,
+).filter(lambda mix: all(sum(sizes) for sizes, _ in mix))
+
+
+@given(mixes, seeds, st.integers(1, 20))
+def test_a_mix_takes_rows_by_weight_and_none_twice_before_all_came(
+    mix: list[tuple[list[int], float]], seed: int | None, window: int
+) -> None:
+    sizes = [size for sizes, _ in mix for size in sizes]
+    source_of = [source for source, (sizes, _) in enumerate(mix) for _ in sizes]
+    order = Order(tuple(sizes), seed, window, tuple(source_of), tuple(weight for _, weight in mix))
+    seen: dict[tuple[int, int], int] = {(segment, row): 0 for segment, size in enumerate(sizes) for row in range(size)}
+    for epoch in range(4):
+        rows = epoch_rows(order, epoch)
+        assert len(rows) == order.num_rows
+        for row in rows:
+            seen[row] += 1
+        for source, (own, weight) in enumerate(mix):
+            counts = [count for (segment, _), count in seen.items() if source_of[segment] == source]
+            assert sum(counts) == (epoch + 1) * max(1, round(sum(own) * weight))
+            assert max(counts) - min(counts) <= 1
+
+
+def test_a_part_of_a_segment_is_a_random_part() -> None:
+    order = Order((1000,), 0, 1000, (0,), (0.1,))
+    rows = [row for _, row in epoch_rows(order, 0)]
+    assert max(rows) > 900
+    assert min(rows) < 100
+    ordered = Order((1000,), None, 1000, (0,), (0.1,))
+    assert [row for _, row in epoch_rows(ordered, 1)] == list(range(100, 200))
+
+
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     order = Order((50, 50), 0, 40)
     assert epoch_rows(order, 0) == epoch_rows(Order((50, 50), 0, 40), 0)

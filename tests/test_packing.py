@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -124,3 +126,25 @@ def test_packed_prompt_targets_belong_to_the_chosen_answer() -> None:
     assert batch.target_position.tolist() == [1, 2, 3, 3]
     assert batch.target_answer.tolist() == [0, 0, 0, 1]
     assert batch.target_in_response.tolist() == [False, False, True, True]
+
+
+def test_a_pair_with_two_prompts_has_two_spans() -> None:
+    pairs = [
+        replace(make([5, IMAGE, 6], [7, 8], [9, 4], 1), rejected_prompt=make([5, IMAGE, IMAGE], [1], [1], 2).prompt)
+    ]
+    pairs.append(make([1, 2], [3], [4], 3))
+    batch = build_batch(pairs, "prompt+response", "shared_prefix")
+    assert batch.input_ids.tolist() == [[5, IMAGE, 6, 7, 8, 5, IMAGE, IMAGE, 9, 4, 1, 2, 3, 4]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 2]]
+    assert batch.spans == (PairSpan(0, 3, 5, 5), PairSpan(5, 8, 10, 10), PairSpan(10, 12, 13, 14))
+    assert [span.is_single for span in batch.spans] == [True, True, False]
+    assert batch.target_ids.tolist() == [6, 7, 8, 9, 4, 2, 3, 4]
+    assert batch.target_answer.tolist() == [0, 0, 0, 2, 2, 1, 1, 3]
+    assert batch.target_position.tolist() == [1, 2, 3, 7, 8, 10, 11, 11]
+    assert batch.images["pixel_values"][:, 0, 0, 0].tolist() == [1, 2]
+    assert packed_length(pairs[0]) == 10
+    # Padded, every row takes its own images, also those of pairs that share them.
+    padded = build_batch([*pairs, make([IMAGE], [3], [4], 9)], "response", "concatenated")
+    assert padded.images["pixel_values"][:, 0, 0, 0].tolist() == [1, 9, 2, 9]
+    assert not padded.images_shared
+    assert padded.input_ids[3].tolist() == [5, IMAGE, IMAGE, 9, 4]

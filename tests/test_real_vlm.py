@@ -34,7 +34,7 @@ def test_a_pretrained_vlm_learns_on_nlvr(ray_cluster: None, tmp_path: Path) -> N
             "checkpoint": {"storage": str(tmp_path / "runs"), "every_steps": 100},
         }
     )
-    curve = losses(launch_training(recipe, Console(file=io.StringIO())).run_dir)
+    curve = losses(Path(launch_training(recipe, Console(file=io.StringIO())).run_uri))
     assert len(curve) == 6
     assert all(math.isfinite(loss) for loss in curve.values())
     assert curve[6] < curve[1] - 0.1

@@ -52,7 +52,9 @@ def test_defaults_are_trls() -> None:
         ({"model": {"id": "m", "freeze": ["vision", "connector", "language"]}}, "nothing would be trained"),
         ({"eval": {"every_steps": 5}}, "eval.every_steps is set but data.eval is empty"),
         ({"name": "../up"}, "must be made of letters"),
-        ({"checkpoint": {"storage": "s3://bucket"}}, "must be a folder"),
+        ({"data": {"train": "a", "format": "sharegtp"}}, "unknown format; did you mean 'sharegpt'?"),
+        ({"data": {"train": "a", "eval": "b", "eval_share": 0.1}}, "data.eval and data.eval_share are both given"),
+        ({"checkpoint": {"storage": "ftp://bucket"}}, "must be a folder"),
         ({"tune": {"search": {"orpo.beta": {"low": 2, "high": 1}}}}, "low (2.0) must be below high (1.0)"),
         ({"tune": {"search": {"orpo.bet": {"low": 1, "high": 2}}}}, "'orpo.beta' or 'optim.learning_rate'"),
         ({"optim": {"learning_rate": float("nan")}}, "finite number"),
@@ -81,7 +83,7 @@ def test_overrides_are_yaml_and_reach_any_depth(recipe_file: Path) -> None:
     assert recipe.optim.learning_rate == 5e-6
     assert recipe.model.lora is not None
     assert recipe.model.lora.r == 4
-    assert recipe.data.train == ["a.jsonl", "b.jsonl"]
+    assert recipe.data.train == {"a.jsonl": 1.0, "b.jsonl": 1.0}
     assert recipe.name == "b"
 
 
@@ -97,6 +99,17 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(UserError, match=r"recipe\.yaml"):
         load_recipe(path)
+
+
+def test_sources_are_one_a_list_or_a_weighted_mix() -> None:
+    def train(value: object) -> dict[str, float]:
+        return parse_recipe(MINIMAL | {"data": {"train": value}}).data.train
+
+    assert train("a.jsonl") == {"a.jsonl": 1.0}
+    assert train(["a.jsonl", "b.jsonl", "a.jsonl"]) == {"a.jsonl": 2.0, "b.jsonl": 1.0}
+    assert train({"s3://bucket/a": 2, "b.jsonl": 0.5}) == {"s3://bucket/a": 2.0, "b.jsonl": 0.5}
+    with pytest.raises(UserError, match="greater than 0"):
+        train({"a.jsonl": 0})
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -131,11 +144,11 @@ def test_anchored_paths_do_not_depend_on_the_folder(tmp_path: Path, monkeypatch:
     (tmp_path / "vlm").mkdir()
     data = {"train": ["easy-vqa:train", "a/*.jsonl"], "eval": "b.parquet", "image_root": "images"}
     anchored = parse_recipe({"name": "a", "model": {"id": "./vlm"}, "data": data}).anchored()
-    assert anchored.data.train == ["easy-vqa:train", f"{tmp_path}/a/*.jsonl"]
-    assert anchored.data.eval == [f"{tmp_path}/b.parquet"]
-    assert anchored.data.image_root == tmp_path / "images"
+    assert anchored.data.train == {"easy-vqa:train": 1.0, f"{tmp_path}/a/*.jsonl": 1.0}
+    assert anchored.data.eval == {f"{tmp_path}/b.parquet": 1.0}
+    assert anchored.data.image_root == str(tmp_path / "images")
     assert anchored.model.id == str(tmp_path / "vlm")
-    assert anchored.run_dir == tmp_path / "runs" / "a"
+    assert anchored.run_uri == str(tmp_path / "runs" / "a")
     assert anchored.anchored() == anchored
     assert parse_recipe(MINIMAL | {"model": {"id": "org/name"}}).anchored().model.id == "org/name"
 
@@ -144,5 +157,5 @@ def test_a_jobs_runs_outlive_its_working_dir(tmp_path: Path, monkeypatch: pytest
     copy = tmp_path / "working_dir_files" / "_ray_pkg_0"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    assert parse_recipe(MINIMAL).anchored().run_dir == Path.home() / "runs" / "a"
-    assert parse_recipe(MINIMAL | {"checkpoint": {"storage": "/shared"}}).run_dir == Path("/shared/a")
+    assert parse_recipe(MINIMAL).anchored().run_uri == str(Path.home() / "runs" / "a")
+    assert parse_recipe(MINIMAL | {"checkpoint": {"storage": "/shared"}}).run_uri == "/shared/a"

@@ -16,6 +16,7 @@ from orpo_ray.objective.orpo import PairLogps
 from orpo_ray.objective.steps import StepPlanner
 from orpo_ray.results.scoring import Scores, grounding, score
 from orpo_ray.results.tracking import Tracker, last_metrics, read_jsonl
+from orpo_ray.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -26,27 +27,27 @@ def test_metrics_after_the_resumed_step_are_taken_back(tmp_path: Path) -> None:
     for step in range(1, 6):
         first.log(step, {"train/loss": float(step)})
     first.close()
-    with (recipe.run_dir / "metrics.jsonl").open("a") as file:
+    with (Path(recipe.run_uri) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/l')  # cut off by a kill
     second = Tracker(recipe, step=3)
     second.log(4, {"train/loss": 40.0})
     second.close()
-    assert [line["step"] for line in read_jsonl(recipe.run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert last_metrics(recipe.run_dir) == {"step": 4, "train/loss": 40.0}
+    assert [line["step"] for line in read_jsonl(Path(recipe.run_uri) / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert last_metrics(RunFolder(recipe.run_uri)) == {"step": 4, "train/loss": 40.0}
 
 
 def test_a_line_cut_off_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
-    recipe.run_dir.mkdir()
+    Path(recipe.run_uri).mkdir()
     row = {"id": "1", "source": "a:1", "reason": "too_long", "detail": "x"}
-    (recipe.run_dir / "bad_rows.jsonl").write_text(json.dumps(row) + '\n{"id": "2", "sou')
-    (recipe.run_dir / "metrics.jsonl").write_text('{"step": 1, "tr')
+    (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(row) + '\n{"id": "2", "sou')
+    (Path(recipe.run_uri) / "metrics.jsonl").write_text('{"step": 1, "tr')
     for source in ("a:2", "a:3"):
-        tracker = Tracker(recipe, step=0)
+        tracker = Tracker(recipe, step=1)
         tracker.log_bad_rows([row | {"source": source}])
         tracker.close()
-    assert [line["source"] for line in read_jsonl(recipe.run_dir / "bad_rows.jsonl")] == ["a:1", "a:2", "a:3"]
-    assert read_jsonl(recipe.run_dir / "metrics.jsonl") == []
+    assert [line["source"] for line in read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl")] == ["a:1", "a:2", "a:3"]
+    assert read_jsonl(Path(recipe.run_uri) / "metrics.jsonl") == []
 
 
 def test_no_usable_pair_is_an_error_not_a_zero() -> None:
@@ -58,11 +59,22 @@ def test_no_usable_pair_is_an_error_not_a_zero() -> None:
 def test_a_bad_row_is_written_once(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
     row = {"id": "é", "source": "a:1", "reason": "too_long", "detail": "x"}
-    for _ in range(2):
-        tracker = Tracker(recipe, step=0)
+    for step in (0, 1):
+        tracker = Tracker(recipe, step)
         tracker.log_bad_rows([row, row])
         tracker.close()
-    assert read_jsonl(recipe.run_dir / "bad_rows.jsonl") == [row]
+    assert read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl") == [row]
+
+
+def test_a_new_run_forgets_what_a_check_wrote(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run")
+    Path(recipe.run_uri).mkdir()
+    mended = {"id": "1", "source": "a:1", "reason": "too_long", "detail": "x"}
+    (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(mended) + "\n")
+    tracker = Tracker(recipe, step=0)
+    tracker.log_bad_rows([mended | {"source": "a:2"}])
+    tracker.close()
+    assert [line["source"] for line in read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl")] == ["a:2"]
 
 
 def test_wandb_offline_keeps_the_key_out_of_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,4 +118,4 @@ def test_jsonl_lines_are_plain_json(tmp_path: Path) -> None:
     tracker = Tracker(recipe, step=0)
     tracker.log(1, {"train/loss": 0.1})
     tracker.close()
-    assert json.loads((recipe.run_dir / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 0.1}
+    assert json.loads((Path(recipe.run_uri) / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 0.1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from PIL import Image
 from transformers import LlavaConfig
 
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
-from orpo_ray.data.formats import PreferencePair
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, PairSpan, build_batch
+from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.families import FAMILIES, PROVEN_LANGUAGE_MODELS, Bidirectional, why_not_shared_prefix
@@ -36,7 +37,7 @@ from orpo_ray.model.shared_prefix import PrefixLayout, VarlenIndex
 from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel, normalise_pixels
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
-from orpo_ray.recipe import ModelSection
+from orpo_ray.sections import ModelSection
 
 # (images, prompt, chosen, rejected) of each pair of a row
 ROWS = {
@@ -120,6 +121,24 @@ def test_equals_it_with_lora_and_gradient_checkpointing(family: str, lora: bool,
     pairs = make_row(family, ROWS["four images"])
     packed = run(model, pairs, "shared_prefix", "prompt+response", chunks=3)
     assert_equal(packed, run(model, pairs, "concatenated", "prompt+response"))
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_answers_that_were_given_to_different_images(family: str) -> None:
+    """A pair with a prompt for each answer, between ordinary ones: both layouts, and each answer by itself."""
+    rng = np.random.default_rng(0)
+    plain = [make_pair(family, rng, *lengths, slot) for slot, lengths in enumerate([(1, 4, 3, 5), (0, 6, 2, 2)])]
+    one, other = make_pair(family, rng, 2, 5, 6, 4, slot=2), make_pair(family, rng, 2, 8, 6, 4, slot=3)
+    double = replace(one, rejected_prompt=other.prompt)
+    pairs = [plain[0], double, plain[1]]
+    model = tiny_pair_model(family)
+    packed, padded = run(model, pairs, "shared_prefix"), run(model, pairs, "concatenated")
+    assert_equal(packed, padded)
+    alone = run(model, [one, replace(other, rejected_ids=one.rejected_ids)], "concatenated")
+    torch.testing.assert_close(packed[0].chosen[1], alone[0].chosen[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[0].rejected[1], alone[0].rejected[1], rtol=1e-5, atol=1e-5)
+    (again,) = [EncodedPair.from_bytes(pair.to_bytes(), pair.slot) for pair in pairs[1:2]]
+    torch.testing.assert_close(run(model, [plain[0], again, plain[1]], "shared_prefix")[1], packed[1])
 
 
 # What may see what, said once more in plain words: the masks must equal it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orpo_ray.data import sources
+from orpo_ray.data import containers
+from orpo_ray.data.containers import Segment, read_rows
 from orpo_ray.data.easy_vqa import COLORS, SHAPES, easy_vqa_rows
-from orpo_ray.data.formats import PreferencePair
-from orpo_ray.data.order import Order, row_counts
-from orpo_ray.data.reading import ReadSpec, pair_of, read_window
-from orpo_ray.data.sources import list_segments, read_segment, source_columns, table_rows
+from orpo_ray.data.order import Order
+from orpo_ray.data.pairs import PreferencePair
+from orpo_ray.data.reading import ReadSpec, pair_at, pair_of, read_window
+from orpo_ray.data.sources import first_rows, list_sources
 from orpo_ray.errors import BadRow, UserError
 
 
@@ -36,57 +39,144 @@ def read_all(spec: ReadSpec, epoch: int = 0) -> list[dict[str, Any]]:
     return [row for table in tables for row in table.to_pylist()]
 
 
+def list_segments(*uris: str) -> list[Segment]:
+    return [segment for source in list_sources(dict.fromkeys(uris, 1.0), "data.train") for segment in source.segments]
+
+
+def ids_of(*uris: str) -> list[str]:
+    """The ids of all rows, segment by segment."""
+    segments = list_segments(*uris)
+    return [row["id"] for each in segments for row in read_rows(each, range(each.num_rows)) if isinstance(row, dict)]
+
+
 def spec_of(uris: list[str], **changes: Any) -> ReadSpec:
-    segments = tuple(list_segments(uris, "data.train"))
-    order = Order(row_counts(segments), changes.pop("seed", 0), changes.pop("window", 7))
+    segments = tuple(list_segments(*uris))
+    counts = tuple(segment.num_rows for segment in segments)
+    order = Order(counts, changes.pop("seed", 0), changes.pop("window", 7))
     base = ReadSpec(segments, ("trl",) * len(segments), order, 4, 0, order.num_rows)
     return replace(base, **changes)
 
 
 def test_parquet_row_groups_and_jsonl_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LINES_PER_SEGMENT", 4)
+    monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 4)
     pq.write_table(pa.Table.from_pylist(rows(10)), tmp_path / "a.parquet", row_group_size=4)
     write_jsonl(tmp_path / "b.jsonl", ["", *rows(3), "", *rows(6)[3:]])
-    segments = list_segments([str(tmp_path)], "data.train")
+    segments = list_segments(str(tmp_path))
     assert [(s.kind, s.first_row, s.num_rows) for s in segments] == [
         ("parquet", 0, 4), ("parquet", 4, 4), ("parquet", 8, 2), ("jsonl", 0, 4), ("jsonl", 4, 2),
     ]  # fmt: skip
-    found = [row["id"] for s in segments for row in table_rows(read_segment(s, range(s.num_rows)), s.kind)]
-    assert found == [f"r{i}" for i in range(10)] + [f"r{i}" for i in range(6)]
-    picked = table_rows(read_segment(segments[3], [2, 0]), "jsonl")
-    assert [row["id"] for row in picked] == ["r2", "r0"]
-    assert set(source_columns(segments[0])) == set(source_columns(segments[3])) == set(rows(1)[0])
+    assert ids_of(str(tmp_path)) == [f"r{i}" for i in range(10)] + [f"r{i}" for i in range(6)]
+    picked = read_rows(segments[3], [2, 0])
+    assert [row["id"] for row in picked if isinstance(row, dict)] == ["r2", "r0"]
+    for segment in (segments[0], segments[3]):
+        columns, first = first_rows(segment)
+        assert set(columns) == set(rows(1)[0])
+        assert first[0]["id"] == "r0"
 
 
-@pytest.mark.parametrize("uri", ["none.jsonl", "s3://bucket/a", "a.txt", "easy-vqa:validation", "empty.jsonl", "empty"])
+def test_a_json_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 4)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([*rows(5), 3, rows(7)[6]]))
+    segments = list_segments(str(path))
+    assert [(s.first_row, s.num_rows) for s in segments] == [(0, 4), (4, 3)]
+    found = read_rows(segments[1], [2, 1, 0])
+    assert [row["id"] if isinstance(row, dict) else row.reason for row in found] == ["r6", "malformed_row", "r4"]
+    (tmp_path / "b.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="must hold a list of rows, found dict"):
+        list_segments(str(tmp_path / "b.json"))
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_webdataset_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images in their order, columns from JSON or texts, names longer than a tar header holds."""
+    monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 2)
+    long = "x" * 200
+    row = json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"}).encode()
+    members = [
+        ("a/1.0.jpg", b"one"), ("a/1.1.png", b"two"), ("a/1.json", row),
+        ("a/2.json", row[:-1]),
+        (f"a/{long}.prompt.txt", b"q"), (f"a/{long}.chosen.txt", b"x"), (f"a/{long}.rejected.txt", "ü".encode()),
+        ("a/4.txt", b"\xff"), ("a/4.seg.cls", b"0"),
+        ("b/1.json", json.dumps({"id": "own"}).encode()),
+    ]  # fmt: skip
+    segments = list_segments(str(write_tar(tmp_path / "a.tar", members)))
+    assert [(s.first_row, s.num_rows) for s in segments] == [(0, 2), (2, 2), (4, 1)]
+    first, broken = read_rows(segments[0], [0, 1])
+    assert first == {"id": "a/1", "images": [b"one", b"two"], "prompt": "q", "chosen": "x", "rejected": "y"}
+    assert isinstance(broken, BadRow)
+    binary, texts = read_rows(segments[1], [1, 0])
+    assert isinstance(binary, BadRow)
+    assert texts == {"id": f"a/{long}", "prompt": "q", "chosen": "x", "rejected": "ü"}
+    assert read_rows(segments[2], [0]) == [{"id": "own"}]
+    assert first_rows(segments[0])[0] == ["id", "prompt", "chosen", "rejected", "images"]
+
+
+def test_what_save_to_disk_writes(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list(rows(25))
+    data.save_to_disk(tmp_path / "one", num_shards=2)
+    assert ids_of(str(tmp_path / "one")) == [f"r{i}" for i in range(25)]
+    data.select([3, 1, 2]).save_to_disk(tmp_path / "picked")
+    assert ids_of(str(tmp_path / "picked")) == ["r3", "r1", "r2"]
+    DatasetDict(train=data, test=data).save_to_disk(tmp_path / "dict")
+    assert len(ids_of(str(tmp_path / "dict" / "test"))) == 25
+    with pytest.raises(UserError, match=r"(?s)several splits.*dict/train.*dict/test"):
+        list_segments(str(tmp_path / "dict"))
+
+
+def test_record_batches_are_read_by_their_place(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(rows(10))
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    segments = list_segments(str(tmp_path))
+    assert [(s.first_row, s.num_rows) for s in segments] == [(0, 4), (4, 4), (8, 2)]
+    assert [row["id"] for row in read_rows(segments[1], [3, 0]) if isinstance(row, dict)] == ["r7", "r4"]
+    assert segments[1].describe(3) == f"{tmp_path}/a.arrow:row 7"
+
+
+@pytest.mark.parametrize(
+    "uri", ["none.jsonl", "ftp://host/a", "a.txt", "easy-vqa:validation", "empty.jsonl", "empty", "", "none/*.jsonl"]
+)
 def test_sources_that_are_not_there(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError):
-        list_segments([uri], "data.train")
+        list_segments(uri)
 
 
-def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_text("no")
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "tar", "json"])
+def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("no")
     with pytest.raises(UserError, match="cannot be read"):
-        list_segments([str(tmp_path / "a.parquet")], "data.train")
+        list_segments(str(path))
 
 
-def test_rows_that_are_no_objects_are_bad_rows() -> None:
+def test_rows_that_are_no_objects_are_bad_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
     lines = [b"{", b"[1]", b'{"a": 1}', b"\xff", b'{"a": ' + b"1" * 5000 + b"}", b"[" * 200_000]
-    table = pa.table({"json": pa.array(lines, pa.large_binary())})
-    kinds = [type(row) for row in table_rows(table, "jsonl")]
+    path.write_bytes(b"\n".join(lines))
+    (segment,) = list_segments(str(path))
+    kinds = [type(row) for row in read_rows(segment, range(6))]
     assert kinds == [BadRow, BadRow, dict, BadRow, BadRow, BadRow]
 
 
 def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"id": 1,\r "a": 2}\r\n\r\n{"id": 2}\n{"id": 3}')
-    (segment,) = list_segments([str(path)], "data.train")
-    read = list(table_rows(read_segment(segment, range(segment.num_rows)), "jsonl"))
-    assert [row["id"] for row in read if isinstance(row, dict)] == [1, 2, 3]
+    assert ids_of(str(path)) == [1, 2, 3]
 
 
 def test_globs_reach_every_depth_and_take_only_what_can_be_read(tmp_path: Path) -> None:
@@ -95,17 +185,27 @@ def test_globs_reach_every_depth_and_take_only_what_can_be_read(tmp_path: Path) 
         write_jsonl(tmp_path / f"{folder}a.jsonl", rows(1))
     (tmp_path / "x.jsonl").mkdir()
     (tmp_path / "notes.txt").write_text("no rows")
-    assert len(list_segments([f"{tmp_path}/**/*.jsonl"], "data.train")) == 3
-    assert len(list_segments([str(tmp_path)], "data.train")) == 3
-    assert len(list_segments([f"{tmp_path}/*"], "data.train")) == 1
-    with pytest.raises(UserError, match=r"no \.parquet or \.jsonl"):
-        list_segments([f"{tmp_path}/*.txt"], "data.train")
+    assert len(list_segments(f"{tmp_path}/**/*.jsonl")) == 3
+    assert len(list_segments(str(tmp_path))) == 3
+    assert len(list_segments(f"{tmp_path}/*")) == 1
+    assert len(list_segments(f"{tmp_path}/s?b/[ad].jsonl")) == 1
+    with pytest.raises(UserError, match="no file of rows"):
+        list_segments(f"{tmp_path}/*.txt")
+
+
+def test_a_file_named_like_a_glob(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a[1].jsonl", rows(1))
+    assert ids_of(f"{tmp_path}/a[1].jsonl") == ["r0"]
 
 
 def test_columns_are_those_of_all_first_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["{", {"prompt": "p"}, *rows(2)])
-    (segment,) = list_segments([str(path)], "data.train")
-    assert set(source_columns(segment)) == set(rows(1)[0])
+    (segment,) = list_segments(str(path))
+    assert set(first_rows(segment)[0]) == set(rows(1)[0])
+    write_jsonl(path, ["{", "[1]"])
+    (segment,) = list_segments(str(path))
+    with pytest.raises(UserError, match="none of the first rows"):
+        first_rows(segment)
 
 
 def test_easy_vqa_has_only_what_questions_and_like_against_like() -> None:
@@ -165,3 +265,10 @@ def test_exchanged_images_are_other_images_for_any_number_of_workers(tmp_path: P
     ]
     key = lambda row: row["slot"]  # noqa: E731
     assert sorted(shares[0] + shares[1], key=key) == sorted(whole, key=key)
+
+
+def test_a_pair_can_be_looked_up_by_its_slot(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "b.jsonl", rows(20))
+    spec = spec_of([str(path)])
+    for row in read_all(spec, epoch=1)[::7]:
+        assert pair_at(spec, row["slot"])[1].id == row["id"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import write_pairs
 
+from orpo_ray.data.containers import file_segments
 from orpo_ray.data.encoding import EncoderSpec
-from orpo_ray.data.order import Order, row_counts
+from orpo_ray.data.order import Order
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.data.sources import list_segments
 from orpo_ray.data.stream import StepShare, iter_steps
 from orpo_ray.model.loading import load_processor
 
@@ -32,8 +32,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
     lines[20] = json.dumps(json.loads(lines[20]) | {"images": ["images/none.png"]})
     lines[33] = json.dumps(json.loads(lines[33]) | {"rejected": ""})
     path.write_text("\n".join(lines))
-    segments = tuple(list_segments([str(path)], "data.train"))
-    return ReadSpec(segments, ("trl",), Order(row_counts(segments), 3, 16), PER_STEP, 0, 100)
+    (segment,) = file_segments(str(path), "data.train")
+    return ReadSpec((segment,), ("trl",), Order((50,), 3, 16), PER_STEP, 0, 100)
 
 
 def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShare]:

@@ -44,7 +44,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(ray_cluster: None, storage: Path) -> dict[int, float]:
     """Losses of the uninterrupted run of one worker without ZeRO; every other run must give the same."""
-    return losses(run(tiny_recipe(storage, "reference", optim=LONG)).run_dir)
+    return losses(Path(run(tiny_recipe(storage, "reference", optim=LONG)).run_uri))
 
 
 def same_curve(run_dir: Path, reference: dict[int, float], tolerance: float = 1e-4) -> None:
@@ -59,9 +59,9 @@ def test_workers_and_zero_stages_give_one_curve(
         storage, f"w{workers}z{stage}", optim=LONG, scaling={"num_workers": workers}, deepspeed={"zero_stage": stage}
     )
     summary = run(recipe)
-    same_curve(summary.run_dir, reference)
+    same_curve(Path(summary.run_uri), reference)
     assert sorted(reference) == list(range(1, 41))
-    norms = [line["train/grad_norm"] for line in read_jsonl(summary.run_dir / "metrics.jsonl")]
+    norms = [line["train/grad_norm"] for line in read_jsonl(Path(summary.run_uri) / "metrics.jsonl")]
     expected = [line["train/grad_norm"] for line in read_jsonl(storage / "reference" / "metrics.jsonl")]
     assert norms == pytest.approx(expected, rel=1e-3)
 
@@ -82,7 +82,7 @@ def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster
             scaling={"num_workers": 2}, deepspeed={"zero_stage": 2},
         )
     )  # fmt: skip
-    same_curve(two.run_dir, losses(one.run_dir))
+    same_curve(Path(two.run_uri), losses(Path(one.run_uri)))
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
@@ -111,10 +111,10 @@ def one_worker_killed(recipe: Recipe) -> Iterator[None]:
 
     def kill() -> None:
         # Asked beforehand: the answer takes longer than a step.
-        wait_until((recipe.run_dir / "metrics.jsonl").exists, "the run's first file")
+        wait_until((Path(recipe.run_uri) / "metrics.jsonl").exists, "the run's first file")
         wait_until(lambda: len(workers()) == recipe.scaling.num_workers, "the workers")
         pid = workers()[-1].pid
-        wait_until(lambda: last_step(recipe.run_dir) >= 8, "step 8")
+        wait_until(lambda: last_step(Path(recipe.run_uri)) >= 8, "step 8")
         os.kill(pid, signal.SIGKILL)
         killed.append(pid)
 
@@ -123,7 +123,7 @@ def one_worker_killed(recipe: Recipe) -> Iterator[None]:
     yield
     thread.join()
     assert killed
-    assert (recipe.run_dir / "final").is_dir()
+    assert (Path(recipe.run_uri) / "final").is_dir()
 
 
 def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, float], storage: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, 
     )
     with one_worker_killed(recipe):
         run(recipe)
-    same_curve(recipe.run_dir, reference)
+    same_curve(Path(recipe.run_uri), reference)
 
 
 def command(recipe: Recipe, folder: Path) -> list[str]:
@@ -149,13 +149,13 @@ def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     recipe = tiny_recipe(tmp_path, "driver-killed", optim=LONG, checkpoint={"every_steps": 3})
     first = subprocess.Popen(command(recipe, tmp_path), env=environment, stderr=subprocess.DEVNULL)
-    wait_until(lambda: last_step(recipe.run_dir) >= 8, "step 8")
+    wait_until(lambda: last_step(Path(recipe.run_uri)) >= 8, "step 8")
     first.kill()
     first.wait()
-    assert last_step(recipe.run_dir) < 40
+    assert last_step(Path(recipe.run_uri)) < 40
     again = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    same_curve(recipe.run_dir, reference)
+    same_curve(Path(recipe.run_uri), reference)
     third = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
     assert third.returncode == 0
     assert "finished before" in third.stderr
@@ -193,9 +193,9 @@ def test_lora_trains_resumes_and_merges(ray_cluster: None, tmp_path: Path) -> No
     killed = tiny_recipe(tmp_path, "killed", model=section, optim=optim, checkpoint={"every_steps": 3})
     with one_worker_killed(killed):
         run(killed)
-    same_curve(killed.run_dir, losses(whole.run_dir))
+    same_curve(Path(killed.run_uri), losses(Path(whole.run_uri)))
     start = dict(AutoModelForImageTextToText.from_pretrained(resolve("orpo-ray/tiny-smolvlm")).named_parameters())
-    merged = dict(AutoModelForImageTextToText.from_pretrained(whole.run_dir / "final").named_parameters())
+    merged = dict(AutoModelForImageTextToText.from_pretrained(Path(whole.run_uri) / "final").named_parameters())
     assert merged.keys() == start.keys()
     changed = {name for name, value in merged.items() if not torch.equal(value, start[name])}
     assert changed
@@ -206,9 +206,9 @@ def test_bfloat16_trains_too(ray_cluster: None, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
     summary = run(tiny_recipe(tmp_path, "bf16", model={"dtype": "bfloat16"}))
-    curve = losses(summary.run_dir)
+    curve = losses(Path(summary.run_uri))
     assert curve[10] < curve[1]
-    assert AutoModelForImageTextToText.from_pretrained(summary.run_dir / "final").dtype == torch.bfloat16
+    assert AutoModelForImageTextToText.from_pretrained(Path(summary.run_uri) / "final").dtype == torch.bfloat16
 
 
 @pytest.fixture
@@ -234,12 +234,12 @@ def test_bad_rows_are_skipped_and_written_down(
     data = {"train": str(path), "max_bad_share": 0.2}
     optim = {"epochs": 2, "max_steps": None}
     summary = run(tiny_recipe(tmp_path, "skip", data=data, optim=optim, scaling={"num_workers": 2}))
-    written = read_jsonl(summary.run_dir / "bad_rows.jsonl")
+    written = read_jsonl(Path(summary.run_uri) / "bad_rows.jsonl")
     assert {row["source"] for row in written} == broken
     assert len(written) == len(broken)
     reasons = {"malformed_row", "empty_response", "identical_responses", "unreadable_image", "unsafe_path", "too_long"}
     assert {row["reason"] for row in written} == reasons
-    assert len(losses(summary.run_dir)) == 20
+    assert len(losses(Path(summary.run_uri))) == 20
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_resuming_sharded_state_on_other_workers_is_refused(ray_cluster: None, t
     sections: dict[str, Any] = {"deepspeed": {"zero_stage": 2}, "checkpoint": {"every_steps": 5}}
     recipe = tiny_recipe(tmp_path, "sharded", **sections)
     summary = run(recipe)
-    (summary.run_dir / "final").rename(summary.run_dir / "was-final")
+    (Path(summary.run_uri) / "final").rename(Path(summary.run_uri) / "was-final")
     with pytest.raises(UserError, match=r"sharded over 1 worker"):
         run(tiny_recipe(tmp_path, "sharded", scaling={"num_workers": 2}, **sections))
 

@@ -14,7 +14,7 @@ from orpo_ray.data.packing import build_batch, nll_token_count
 from orpo_ray.model.loading import PixelNorm, load_model
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, metrics_from_sums, orpo_loss
-from orpo_ray.recipe import ModelSection
+from orpo_ray.sections import ModelSection
 
 BETA = 0.3
 ROWS = [

@@ -20,7 +20,8 @@ from orpo_ray.objective import logps
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import orpo_loss
 from orpo_ray.objective.steps import StepPlanner, reduce_sums
-from orpo_ray.recipe import ModelSection, parse_recipe
+from orpo_ray.recipe import parse_recipe
+from orpo_ray.sections import ModelSection
 from orpo_ray.training.deepspeed import Engine
 
 STEPS = 3

@@ -7,6 +7,7 @@ left out, since a model can tell the better answer of most of them without looki
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SPLITS = ("train", "test")
 
 
+@lru_cache(maxsize=2)
 def easy_vqa_rows(split: str) -> list[dict[str, Any]]:
     """TRL vision rows (`id, images, prompt, chosen, rejected`), always the same ones; images are PNG bytes."""
     import easy_vqa

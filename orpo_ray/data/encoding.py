@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,21 @@ import safetensors.numpy
 from jinja2 import TemplateError
 from PIL import Image
 
-from orpo_ray.data.formats import Message, PreferencePair
-from orpo_ray.data.images import load_image
+from orpo_ray.data.images import ImageRoot, load_image
+from orpo_ray.data.pairs import Message, PreferencePair
 from orpo_ray.errors import BadRow, UserError
 
+Root = Path | ImageRoot | None  # what image paths are relative to
 _TEXT_OUTPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """What an answer is given to. ids [P]: int32; is_text [P]: bool, False at image placeholders; images: as below."""
+
+    ids: np.ndarray
+    is_text: np.ndarray
+    images: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,8 @@ class EncodedPair:
     prompt_ids [P], chosen_ids [C], rejected_ids [R]: int32, no padding; the answers end as the chat template ends them.
     prompt_is_text [P]: bool, False at image placeholders, which are never NLL targets.
     images: what the model's vision input takes (`pixel_values` as uint8 [tiles, 3, H, W], ...); empty without images.
-    slot: its place in the order of the run (`data/order.py`); -1 for a filler.
+    slot: its place in the order of the run (`data/order.py`); -1 for a filler. rejected_prompt: what the rejected
+    answer was given to, where that has images of its own. truncated: tokens that were cut from the answers.
     """
 
     id: str
@@ -41,11 +52,19 @@ class EncodedPair:
     prompt_is_text: np.ndarray
     images: dict[str, np.ndarray]
     slot: int = -1
+    rejected_prompt: EncodedPrompt | None = None
+    truncated: int = 0
+
+    @property
+    def prompt(self) -> EncodedPrompt:
+        """What the chosen answer was given to, and the rejected one unless that has its own."""
+        return EncodedPrompt(self.prompt_ids, self.prompt_is_text, self.images)
 
     @property
     def row_length(self) -> int:
         """Tokens of the longer of prompt + chosen and prompt + rejected."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        second = self.rejected_prompt.ids if self.rejected_prompt else self.prompt_ids
+        return max(len(self.prompt_ids) + len(self.chosen_ids), len(second) + len(self.rejected_ids))
 
     def to_bytes(self) -> bytes:
         """For the object store: a plain safetensors buffer, nothing that executes when read."""
@@ -55,15 +74,30 @@ class EncodedPair:
             "chosen_ids": self.chosen_ids,
             "rejected_ids": self.rejected_ids,
             "prompt_is_text": self.prompt_is_text,
+            "truncated": np.array([self.truncated]),
         }
-        return safetensors.numpy.save(tensors | {f"images.{name}": value for name, value in self.images.items()})
+        tensors |= {f"images.{name}": value for name, value in self.images.items()}
+        if (second := self.rejected_prompt) is not None:
+            tensors |= {"rejected_prompt.ids": second.ids, "rejected_prompt.is_text": second.is_text}
+            tensors |= {f"rejected_images.{name}": value for name, value in second.images.items()}
+        return safetensors.numpy.save(tensors)
 
     @classmethod
     def from_bytes(cls, data: bytes, slot: int) -> EncodedPair:
         """The inverse of `to_bytes`; the slot travels beside it."""
         tensors = safetensors.numpy.load(data)
-        images = {name.removeprefix("images."): tensors.pop(name) for name in list(tensors) if name[:7] == "images."}
-        return cls(id=tensors.pop("id").tobytes().decode(), images=images, slot=slot, **tensors)
+        second = None
+        if "rejected_prompt.ids" in tensors:
+            ids, is_text = tensors.pop("rejected_prompt.ids"), tensors.pop("rejected_prompt.is_text")
+            second = EncodedPrompt(ids, is_text, _taken(tensors, "rejected_images."))
+        return cls(
+            id=tensors.pop("id").tobytes().decode(),
+            images=_taken(tensors, "images."),
+            truncated=int(tensors.pop("truncated")[0]),
+            slot=slot,
+            rejected_prompt=second,
+            **tensors,
+        )
 
 
 @dataclass(frozen=True)
@@ -77,28 +111,41 @@ class EncoderSpec:
     model_id: str
     revision: str | None
     max_length: int
+    truncate: bool = False
+    allow_http: bool = False
 
     def build(self) -> PairEncoder:
         """Load the processor (seconds) and make the encoder."""
-        return PairEncoder(self.load_processor(self.model_id, self.revision), self.max_length)
+        processor = self.load_processor(self.model_id, self.revision)
+        return PairEncoder(processor, self.max_length, self.truncate, self.allow_http)
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A pair with its images decoded and its texts rendered, before tokens."""
+    """A pair with its images decoded and its texts rendered, before tokens. rejected_images: if it has its own."""
 
     pair: PreferencePair
     images: list[Image.Image]
+    rejected_images: list[Image.Image] | None
     prompt: str
     chosen: str
     rejected: str
 
+    @property
+    def image_lists(self) -> list[list[Image.Image]]:
+        """The images of each prompt that is to be encoded."""
+        return [self.images] if self.rejected_images is None else [self.images, self.rejected_images]
+
 
 class PairEncoder:
-    """Encodes pairs with a model's own processor."""
+    """Encodes pairs with a model's own processor.
 
-    def __init__(self, processor: Any, max_length: int) -> None:
-        self.processor, self.max_length = processor, max_length
+    truncate: cut the answers of a pair that is longer than max_length, instead of refusing it. allow_http: fetch images
+    that are named by address.
+    """
+
+    def __init__(self, processor: Any, max_length: int, truncate: bool = False, allow_http: bool = False) -> None:
+        self.processor, self.max_length, self.truncate, self.allow_http = processor, max_length, truncate, allow_http
         self.tokenizer = processor.tokenizer
         self.image_token: str = processor.image_token
         # Not always that token's own id: Gemma-3 writes one token where an image goes, and expands it into others.
@@ -108,38 +155,46 @@ class PairEncoder:
                 "the processor has no chat template", field="model.id", fix="use an instruction-tuned model"
             )
 
-    def encode_many(self, pairs: Sequence[PreferencePair], roots: Sequence[Path | None]) -> list[EncodedPair | BadRow]:
+    def encode_many(self, pairs: Sequence[PreferencePair], roots: Sequence[Root]) -> list[EncodedPair | BadRow]:
         """Encode pairs, each with the folder of its image paths; one that can't be trained on comes out as BadRow."""
-        results: list[EncodedPair | BadRow | None] = [None] * len(pairs)
-        groups: dict[tuple[tuple[int, int], ...], list[tuple[int, _Draft]]] = defaultdict(list)
+        drafts: list[_Draft | BadRow] = []
+        groups: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = defaultdict(list)
         for index, (pair, root) in enumerate(zip(pairs, roots, strict=True)):
             try:
                 draft = self._draft(pair, root)
             except BadRow as bad:
-                results[index] = bad
+                drafts.append(bad)
                 continue
-            groups[tuple(image.size for image in draft.images)].append((index, draft))
-        for group in groups.values():
+            drafts.append(draft)
+            for side, images in enumerate(draft.image_lists):
+                groups[tuple(image.size for image in images)].append((index, side))
+        prompts: dict[tuple[int, int], EncodedPrompt] = {}
+        for places in groups.values():
             # Images of one size come out of the processor in one shape, so a batch can be taken apart again.
-            drafts = [draft for _, draft in group]
-            for (index, draft), (ids, tensors) in zip(group, self._prompts(drafts), strict=True):
-                results[index] = self._finish(draft, ids, tensors)
-        return [result for result in results if result is not None]
+            asked = [(drafts[index].prompt, drafts[index].image_lists[side]) for index, side in places]  # type: ignore[union-attr]
+            prompts |= dict(zip(places, self._prompts(asked), strict=True))
+        return [
+            draft if isinstance(draft, BadRow) else self._finish(draft, prompts[index, 0], prompts.get((index, 1)))
+            for index, draft in enumerate(drafts)
+        ]
 
     def filler(self, with_image: bool) -> EncodedPair:
         """A pair that stands in with weight 0 where a worker must run a forward and has nothing of its own."""
         images = [Image.new("RGB", (64, 64), "gray")] if with_image else []
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
         pair = PreferencePair("filler", [], [{"role": "user", "content": content}], "a", "b")
-        draft = _Draft(pair, images, *self._texts(pair))
-        encoded = self._finish(draft, *self._prompts([draft])[0])
+        draft = _Draft(pair, images, None, *self._texts(pair))
+        encoded = self._finish(draft, self._prompts([(draft.prompt, images)])[0], None)
         if isinstance(encoded, BadRow):
             raise UserError(f"even the shortest pair is a bad row: {encoded}", field="data.max_length")
         return encoded
 
-    def _draft(self, pair: PreferencePair, root: Path | None) -> _Draft:
+    def _draft(self, pair: PreferencePair, root: Root) -> _Draft:
         self._refuse_placeholders(pair)
-        return _Draft(pair, [load_image(image, root) for image in pair.images], *self._texts(pair))
+        images = [load_image(image, root, self.allow_http) for image in pair.images]
+        others = pair.rejected_images
+        rejected_images = None if others is None else [load_image(image, root, self.allow_http) for image in others]
+        return _Draft(pair, images, rejected_images, *self._texts(pair))
 
     def _texts(self, pair: PreferencePair) -> tuple[str, str, str]:
         """The prompt as the chat template writes it, and what it writes after it for either answer."""
@@ -154,42 +209,60 @@ class PairEncoder:
         # A template that renders a finished turn otherwise than an open one.
         return answer + (self.tokenizer.eos_token or "")
 
-    def _prompts(self, drafts: list[_Draft]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Of each: token ids [P] with expanded image tokens, and the vision input with pixels still in 0..255.
+    def _prompts(self, asked: list[tuple[str, list[Image.Image]]]) -> list[EncodedPrompt]:
+        """Prompts, as rendered, with expanded image tokens; pixels still in 0..255.
 
-        The images of all drafts have the same number and sizes.
+        The images of all of them have the same number and sizes.
         """
-        texts = [draft.prompt for draft in drafts]
-        if not drafts[0].images:
-            return [(ids, {}) for ids in self._tokenize(texts)]
+        texts = [text for text, _ in asked]
+        if not asked[0][1]:
+            return [self._prompt(ids, {}) for ids in self._tokenize(texts)]
         # Rescaling and normalising wait for the device: uint8 is a quarter of float32 on the way there.
         out = self.processor(
             text=texts,
-            images=[draft.images for draft in drafts],
+            images=[images for _, images in asked],
             add_special_tokens=False,
             do_rescale=False,
             do_normalize=False,
         )
         tensors = {name: np.asarray(value) for name, value in out.items() if name not in _TEXT_OUTPUTS}
-        parts = [_part(tensors, place, len(drafts)) for place in range(len(drafts))]
-        return [(np.asarray(ids, np.int32), part) for ids, part in zip(out["input_ids"], parts, strict=True)]
+        parts = [_part(tensors, place, len(asked)) for place in range(len(asked))]
+        return [
+            self._prompt(np.asarray(ids, np.int32), part) for ids, part in zip(out["input_ids"], parts, strict=True)
+        ]
 
-    def _finish(self, draft: _Draft, prompt_ids: np.ndarray, tensors: dict[str, np.ndarray]) -> EncodedPair | BadRow:
+    def _prompt(self, ids: np.ndarray, images: dict[str, np.ndarray]) -> EncodedPrompt:
+        return EncodedPrompt(ids, ~np.isin(ids, self.image_token_ids), images)
+
+    def _finish(self, draft: _Draft, prompt: EncodedPrompt, other: EncodedPrompt | None) -> EncodedPair | BadRow:
         # Tokenised apart from the prompt, so that no answer changes the prompt's tokens.
         chosen_ids, rejected_ids = self._tokenize([draft.chosen, draft.rejected])
-        if not len(prompt_ids):
+        if not len(prompt.ids):
             return BadRow("empty_prompt", "the prompt has no tokens: nothing predicts the answers' first ones")
         if not len(chosen_ids) or not len(rejected_ids):
             return BadRow("empty_response", f"{'rejected' if len(chosen_ids) else 'chosen'} has no tokens")
-        is_text = ~np.isin(prompt_ids, self.image_token_ids)
-        encoded = EncodedPair(draft.pair.id, prompt_ids, chosen_ids, rejected_ids, is_text, tensors)
-        if encoded.row_length > self.max_length:
-            return BadRow(
-                "too_long",
-                f"prompt of {len(prompt_ids)} tokens ({int((~is_text).sum())} for images), answers of "
-                f"{len(chosen_ids)} and {len(rejected_ids)}; data.max_length is {self.max_length}",
-            )
-        return encoded
+        encoded = EncodedPair(
+            draft.pair.id, prompt.ids, chosen_ids, rejected_ids, prompt.is_text, prompt.images, rejected_prompt=other
+        )
+        return encoded if encoded.row_length <= self.max_length else self._too_long(encoded)
+
+    def _too_long(self, pair: EncodedPair) -> EncodedPair | BadRow:
+        """The pair with shorter answers, if that is wanted and can be; prompts, with their images, are never cut."""
+        prompt, second = pair.prompt, pair.rejected_prompt or pair.prompt
+        room = self.max_length - max(len(prompt.ids), len(second.ids))
+        if self.truncate and room > 0:
+            chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
+            if pair.rejected_prompt is None and np.array_equal(chosen, rejected):
+                return BadRow(
+                    "identical_responses", f"within data.max_length ({self.max_length}) the answers are the same"
+                )
+            cut = len(pair.chosen_ids) + len(pair.rejected_ids) - len(chosen) - len(rejected)
+            return replace(pair, chosen_ids=chosen, rejected_ids=rejected, truncated=cut)
+        return BadRow(
+            "too_long",
+            f"prompt of {len(prompt.ids)} tokens ({int((~prompt.is_text).sum())} for images), answers of "
+            f"{len(pair.chosen_ids)} and {len(pair.rejected_ids)}; data.max_length is {self.max_length}",
+        )
 
     def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
         return [np.asarray(ids, np.int32) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -209,6 +282,11 @@ class PairEncoder:
         for text in (*texts, pair.chosen, pair.rejected):
             if found := sorted(token for token in tokens if token in text):
                 raise BadRow("placeholder_in_text", f"the text holds {found[0]!r}: {json.dumps(text[:80])}")
+
+
+def _taken(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Take the tensors with this prefix out, under names without it."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 def _part(tensors: dict[str, np.ndarray], place: int, count: int) -> dict[str, np.ndarray]:

@@ -7,9 +7,9 @@ dropped. A bad row leaves its slot empty; nothing moves up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -23,21 +23,37 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Order:
-    """The order of a set as a function of (seed, epoch), the same for any number of workers.
+class Piece:
+    """Rows [first_row, first_row + num_rows) of a segment, in the `cycle`-th time that its source is gone through."""
 
-    Segments are shuffled among each other, then rows within windows, so that a reader holds one window at a time.
-    seed None keeps the order of the files.
+    segment: int
+    first_row: int
+    num_rows: int
+    cycle: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a mix of sources as a function of (seed, epoch), the same for any number of workers.
+
+    An epoch takes `weight * rows` rows of every source: a source goes on where the last epoch left it, so that no row
+    comes up a second time before all of that source did. Segments are shuffled among each other, then rows within
+    windows, so that a reader holds one window at a time. seed None keeps the order of the files.
+
+    segment_rows: the rows of every segment. segment_source: the source of every segment; by default all are of one.
+    weights: of every source.
     """
 
     segment_rows: tuple[int, ...]
     seed: int | None
     window_rows: int
+    segment_source: tuple[int, ...] = ()
+    weights: tuple[float, ...] = (1.0,)
 
     @cached_property
     def num_rows(self) -> int:
         """N, the rows of one epoch."""
-        return sum(self.segment_rows)
+        return sum(self._source_rows(source)[1] for source in range(len(self.weights)))
 
     @property
     def windows_per_epoch(self) -> int:
@@ -55,18 +71,70 @@ class Order:
         """The rows of one window, in the order of their slots."""
         first = number * self.window_rows
         places = np.arange(first, min(first + self.window_rows, self.num_rows))
-        sequence = np.arange(len(self.segment_rows))
         if self.seed is not None:
-            sequence = np.random.default_rng([self.seed, epoch]).permutation(sequence)
             places = np.random.default_rng([self.seed, epoch, number]).permutation(places)
-        ends = np.cumsum(np.asarray(self.segment_rows)[sequence])
+        pieces = _pieces(self, epoch)
+        ends = np.cumsum([piece.num_rows for piece in pieces])
         which = np.searchsorted(ends, places, side="right")
-        rows = places - (ends[which] - np.asarray(self.segment_rows)[sequence[which]])
-        return Window(epoch * self.num_rows + first, np.stack([sequence[which], rows], axis=1))
+        rows = np.empty((len(places), 2), np.int64)
+        for index in np.unique(which):
+            piece, here = pieces[index], which == index
+            offsets = places[here] - (ends[index] - piece.num_rows)
+            rows[here] = np.stack([np.full(len(offsets), piece.segment), self._rows_of(piece, offsets)], axis=1)
+        return Window(epoch * self.num_rows + first, rows)
+
+    def pieces(self, epoch: int) -> list[Piece]:
+        """The runs of rows that an epoch is made of, in the order that windows take them."""
+        found = [piece for source in range(len(self.weights)) for piece in self._source_pieces(source, epoch)]
+        if self.seed is None:
+            return found
+        return [found[index] for index in np.random.default_rng([self.seed, epoch]).permutation(len(found))]
+
+    def _source_rows(self, source: int) -> tuple[int, int]:
+        """Rows that a source has, and how many of them an epoch takes."""
+        rows = sum(self.segment_rows[segment] for segment in self._segments(source))
+        return rows, max(min(1, rows), round(rows * self.weights[source]))
+
+    def _segments(self, source: int) -> list[int]:
+        if not self.segment_source:
+            return list(range(len(self.segment_rows)))
+        return [segment for segment, owner in enumerate(self.segment_source) if owner == source]
+
+    def _source_pieces(self, source: int, epoch: int) -> Iterator[Piece]:
+        """A source is an endless sequence of cycles through all its rows; an epoch takes the next run of it."""
+        rows, taken = self._source_rows(source)
+        segments = self._segments(source)
+        if not rows:
+            return
+        cycle, skip = divmod(epoch * taken, rows)
+        while taken > 0:
+            sequence = np.arange(len(segments))
+            if self.seed is not None:
+                sequence = np.random.default_rng([self.seed, source, cycle]).permutation(sequence)
+            for segment in (segments[place] for place in sequence):
+                count = min(self.segment_rows[segment] - skip, taken)
+                if count > 0:
+                    yield Piece(segment, skip, count, cycle)
+                    taken -= count
+                skip = max(0, skip - self.segment_rows[segment])
+            cycle += 1
+
+    def _rows_of(self, piece: Piece, offsets: np.ndarray) -> np.ndarray:
+        """The rows of a piece at these offsets. A part of a segment is a random part, not its beginning."""
+        size = self.segment_rows[piece.segment]
+        if self.seed is None or piece.num_rows == size:
+            return piece.first_row + offsets
+        shuffled = np.random.default_rng([self.seed, piece.segment, piece.cycle, size]).permutation(size)
+        return shuffled[piece.first_row + offsets]
 
     def _window_of(self, slot: int) -> int:
         epoch, place = divmod(slot, self.num_rows)
         return epoch * self.windows_per_epoch + place // self.window_rows
+
+
+@lru_cache(maxsize=4)
+def _pieces(order: Order, epoch: int) -> list[Piece]:
+    return order.pieces(epoch)
 
 
 def owner(slots: np.ndarray, pairs_per_step: int, num_workers: int) -> np.ndarray:
@@ -84,8 +152,3 @@ def total_slots(num_rows: int, epochs: float, pairs_per_step: int, max_steps: in
     """Slots of a whole run."""
     slots = round(num_rows * epochs)
     return slots if max_steps is None else min(slots, max_steps * pairs_per_step)
-
-
-def row_counts(segments: Sequence[object]) -> tuple[int, ...]:
-    """`num_rows` of every segment, for `Order`."""
-    return tuple(segment.num_rows for segment in segments)  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.encoding import EncodedPair, EncodedPrompt
 
 Layout = Literal["shared_prefix", "concatenated"]
 
@@ -26,12 +26,20 @@ TEXT, IMAGE, RESPONSE, PADDING = range(4)
 
 @dataclass(frozen=True)
 class PairSpan:
-    """Where one pair lies in a packed row: [start, chosen) prompt, [chosen, rejected) and [rejected, end) answers."""
+    """Where one pair lies in a packed row: [start, chosen) prompt, [chosen, rejected) and [rejected, end) answers.
+
+    A pair whose answers were given to different images has two prompts, and two spans of one answer each.
+    """
 
     start: int
     chosen: int
     rejected: int
     end: int
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is only one answer to the prompt."""
+        return self.rejected == self.end
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,12 @@ class PairBatch:
     the right: under a causal mask no real token sees the padding behind it, so there is no attention mask.
     token_kind: int64, like input_ids: TEXT or IMAGE (a placeholder) of a prompt, RESPONSE, PADDING.
     position_ids: int64, like input_ids: a token's index in its own sequence, prompt + answer.
-    spans: where each pair lies in the row, [B]; empty in the concatenated layout.
+    spans: where the pairs lie in the row, in their order; empty in the concatenated layout.
     target_position: int64 [M], into the flattened hidden states: the token before each target.
     target_ids: int64 [M]. target_answer: int64 [M], the answer of each. target_in_response: bool [M].
     weights: float32 [B], 1 for a pair, 0 for a filler. slots: the pairs' slots, [B].
-    images: the vision input of all pairs, each image once; empty if none has an image.
+    images: the vision input of all pairs, in the order of the row; empty if none has an image. images_shared: both rows
+    of a pair take the same images, which stand there once; False where some pair of the concatenated layout does not.
     trains_on_images: whether any of it belongs to a pair, not just to a filler.
     head_chunks: into how many parts the targets are cut for the output head; the same on every worker.
     """
@@ -63,6 +72,7 @@ class PairBatch:
     images: dict[str, torch.Tensor]
     slots: tuple[int, ...]
     trains_on_images: bool
+    images_shared: bool = True
     head_chunks: int = 1
 
     @property
@@ -83,6 +93,7 @@ def build_batch(
     """The tensors of one forward over `pairs` and, with weight 0, `fillers`. nll: `response | prompt+response`."""
     everything = [*pairs, *fillers]
     rows = _Rows(everything, nll)
+    shared = layout == "shared_prefix" or not any(pair.rejected_prompt for pair in everything)
     if layout == "shared_prefix":
         rows.pack()
     else:
@@ -97,9 +108,10 @@ def build_batch(
         target_answer=torch.from_numpy(np.concatenate(rows.target_answer)),
         target_in_response=torch.from_numpy(np.concatenate(rows.target_in_response)),
         weights=torch.tensor([1.0] * len(pairs) + [0.0] * len(fillers)),
-        images=_collate_images(everything),
+        images=_collate_images(_images_in_order(everything, layout, shared)),
         slots=tuple(pair.slot for pair in everything),
         trains_on_images=any(pair.images for pair in pairs),
+        images_shared=shared,
     )
 
 
@@ -122,23 +134,33 @@ class _Rows:
         for index, pair in enumerate(self.pairs):
             chosen = start + len(pair.prompt_ids)
             rejected = chosen + len(pair.chosen_ids)
-            span = PairSpan(start, chosen, rejected, rejected + len(pair.rejected_ids))
-            self.spans.append(span)
-            self._place_prompt(pair, index, 0, start)
+            self._place_prompt(pair.prompt, index, 0, start)
             self._place_answer(pair.chosen_ids, index, len(pair.prompt_ids), 0, chosen, before=chosen - 1)
-            # Its first token, too, is predicted by the last one of the prompt.
             second = index + len(self.pairs)
-            self._place_answer(pair.rejected_ids, second, len(pair.prompt_ids), 0, rejected, before=chosen - 1)
-            start = span.end
+            if pair.rejected_prompt is None:
+                end = rejected + len(pair.rejected_ids)
+                self.spans.append(PairSpan(start, chosen, rejected, end))
+                # Its first token, too, is predicted by the last one of the prompt.
+                self._place_answer(pair.rejected_ids, second, len(pair.prompt_ids), 0, rejected, before=chosen - 1)
+            else:
+                length = len(pair.rejected_prompt.ids)
+                answer = rejected + length
+                end = answer + len(pair.rejected_ids)
+                self.spans += [PairSpan(start, chosen, rejected, rejected), PairSpan(rejected, answer, end, end)]
+                self._place_prompt(pair.rejected_prompt, second, 0, rejected)
+                self._place_answer(pair.rejected_ids, second, length, 0, answer, before=answer - 1)
+            start = end
 
     def pad(self) -> None:
         """A row for each answer: the chosen ones, then the rejected ones."""
         self._blank(2 * len(self.pairs), max(pair.row_length for pair in self.pairs))
         for row in range(2 * len(self.pairs)):
             pair = self.pairs[row % len(self.pairs)]
-            answer = pair.chosen_ids if row < len(self.pairs) else pair.rejected_ids
-            start = len(pair.prompt_ids)
-            self._place_prompt(pair, row, row, 0)
+            is_chosen = row < len(self.pairs)
+            answer = pair.chosen_ids if is_chosen else pair.rejected_ids
+            prompt = pair.prompt if is_chosen else pair.rejected_prompt or pair.prompt
+            start = len(prompt.ids)
+            self._place_prompt(prompt, row, row, 0)
             self._place_answer(answer, row, start, row, start, before=start - 1)
 
     def _blank(self, count: int, width: int) -> None:
@@ -147,14 +169,14 @@ class _Rows:
         self.token_kind = np.full((count, width), PADDING, np.int64)
         self.position_ids = np.tile(np.arange(width), (count, 1))
 
-    def _place_prompt(self, pair: EncodedPair, answer: int, row: int, column: int) -> None:
-        end = column + len(pair.prompt_ids)
-        self.input_ids[row, column:end] = pair.prompt_ids
-        self.token_kind[row, column:end] = np.where(pair.prompt_is_text, TEXT, IMAGE)
+    def _place_prompt(self, prompt: EncodedPrompt, answer: int, row: int, column: int) -> None:
+        end = column + len(prompt.ids)
+        self.input_ids[row, column:end] = prompt.ids
+        self.token_kind[row, column:end] = np.where(prompt.is_text, TEXT, IMAGE)
         self.position_ids[row, column:end] = np.arange(end - column)
         if self.prompt_targets and answer < len(self.pairs):
             # The very first token has nothing before it that could predict it.
-            columns = column + 1 + np.flatnonzero(pair.prompt_is_text[1:])
+            columns = column + 1 + np.flatnonzero(prompt.is_text[1:])
             self._target(row * self.width + columns - 1, self.input_ids[row, columns], answer, in_response=False)
 
     def _place_answer(self, ids: np.ndarray, answer: int, position: int, row: int, column: int, before: int) -> None:
@@ -174,8 +196,9 @@ class _Rows:
 
 
 def packed_length(pair: EncodedPair) -> int:
-    """Tokens of [prompt | chosen | rejected]."""
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+    """Tokens of [prompt | chosen | rejected], or of [prompt | chosen] [prompt | rejected]."""
+    second = len(pair.rejected_prompt.ids) if pair.rejected_prompt else 0
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + second + len(pair.rejected_ids)
 
 
 def plan_microbatches(pairs: Sequence[EncodedPair], token_budget: int, layout: Layout) -> list[list[EncodedPair]]:
@@ -261,9 +284,18 @@ def nll_token_count(pair: EncodedPair, nll: str) -> int:
     return prompt + len(pair.chosen_ids)
 
 
-def _collate_images(pairs: Sequence[EncodedPair]) -> dict[str, torch.Tensor]:
+def _images_in_order(pairs: Sequence[EncodedPair], layout: Layout, shared: bool) -> list[dict[str, np.ndarray]]:
+    """The vision inputs as the placeholders of the row or rows ask for them."""
+    own = [(pair.images, pair.rejected_prompt.images if pair.rejected_prompt else None) for pair in pairs]
+    if layout == "shared_prefix":
+        return [images for each in own for images in each if images is not None]
+    chosen = [images for images, _ in own]
+    return chosen if shared else chosen + [images if other is None else other for images, other in own]
+
+
+def _collate_images(inputs: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Tiles of all pairs one after another. A mask that only some have is all ones for the others."""
-    with_images = [pair.images for pair in pairs if pair.images]
+    with_images = [images for images in inputs if images]
     names = {name for images in with_images for name in images}
     out: dict[str, torch.Tensor] = {}
     for name in sorted(names):

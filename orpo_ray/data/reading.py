@@ -10,14 +10,15 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from orpo_ray.data.formats import PreferencePair, to_pair
+from orpo_ray.data.containers import Segment, read_rows
+from orpo_ray.data.formats import to_pair
 from orpo_ray.data.order import Order, owner
-from orpo_ray.data.sources import Segment, read_segment, table_rows
+from orpo_ray.data.pairs import Image, PreferencePair
 from orpo_ray.errors import BadRow
 
 # What one encoding task takes: a pair with a large photograph costs it some 50 ms and 13 MB of pixels, one with a
@@ -26,13 +27,15 @@ ROWS_PER_CHUNK = 32
 BYTES_PER_CHUNK = 512 << 10
 BYTES_OF_A_PATH = 128 << 10  # a guess at the file behind a path
 
+_IMAGES = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
 SCHEMA = pa.schema(
     [
         ("slot", pa.int64()),
         ("id", pa.string()),
         ("source", pa.string()),
         ("image_root", pa.string()),
-        ("images", pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))),
+        ("images", _IMAGES),
+        ("rejected_images", _IMAGES),  # null where both answers are to the same images
         ("prompt", pa.string()),  # the messages, as JSON
         ("chosen", pa.string()),
         ("rejected", pa.string()),
@@ -45,7 +48,8 @@ SCHEMA = pa.schema(
 class ReadSpec:
     """Which rows one worker reads, and how.
 
-    Slots [first_slot, last_slot) that `rank` of `num_workers` owns. format_names: the format of each segment.
+    Slots [first_slot, last_slot) that `rank` of `num_workers` owns. format_names: the format of each segment. kept: of
+    segments that are read in part (`data/split.py`), the rows; the order counts only those.
     exchange_images: give each pair the images of another pair of its window, to see whether they matter.
     """
 
@@ -58,8 +62,13 @@ class ReadSpec:
     rank: int = 0
     num_workers: int = 1
     columns: Mapping[str, str] = field(default_factory=dict)
-    image_root: Path | None = None
+    kept: Mapping[int, np.ndarray] = field(default_factory=dict)
+    image_root: str | None = None
     exchange_images: bool = False
+
+    def root_of(self, segment: Segment) -> str | None:
+        """What image paths of a segment's rows are relative to."""
+        return self.image_root or segment.image_root
 
     def owned(self, slots: np.ndarray) -> np.ndarray:
         """Which of these slots this worker trains on: bool, same shape."""
@@ -75,42 +84,71 @@ def read_window(spec: ReadSpec, epoch: int, number: int) -> Iterator[pa.Table]:
     # A pair's new images may come from any row of the window, whoever owns it: that keeps them the same for any
     # number of workers.
     wanted = np.ones_like(owned) if spec.exchange_images else owned
-    pairs = _read_pairs(spec, slots[wanted], window.rows[wanted])
+    pairs = _read_window(spec, slots[wanted], window.rows[wanted])
     if spec.exchange_images:
-        pairs = _exchange(pairs)
+        pairs = _exchange(spec, pairs)
     yield from _tables(spec, [(int(slot), *pairs[slot]) for slot in slots[owned]])
 
 
-def _read_pairs(
+def read_pairs(spec: ReadSpec, segment: int, rows: np.ndarray) -> list[PreferencePair | tuple[str, BadRow]]:
+    """Rows of a segment as pairs, or as (where it stands, what is wrong)."""
+    there, format_name = spec.segments[segment], spec.format_names[segment]
+    pairs: list[PreferencePair | tuple[str, BadRow]] = []
+    for row, raw in zip(rows.tolist(), read_rows(there, rows.tolist()), strict=True):
+        where = there.describe(row)
+        try:
+            if isinstance(raw, BadRow):
+                raise raw
+            pairs.append(replace(to_pair(raw, format_name, spec.columns, fallback_id=where), source=where))
+        except BadRow as bad:
+            pairs.append((where, bad))
+    return pairs
+
+
+def pair_at(spec: ReadSpec, slot: int) -> tuple[Segment, PreferencePair | tuple[str, BadRow]]:
+    """The pair of one slot, whoever owns it."""
+    ((epoch, number),) = spec.order.windows(slot, slot + 1)
+    window = spec.order.window(epoch, number)
+    place = slot - window.first_slot
+    return _read_window(spec, np.array([slot]), window.rows[place : place + 1])[slot]
+
+
+def image_fingerprint(image: Image, root: str | None) -> str:
+    """The same for the same image: its bytes, or its path and what that is relative to."""
+    digest = hashlib.sha256()
+    if image["bytes"] is not None:
+        digest.update(image["bytes"])
+    else:
+        digest.update(f"{root}/{image['path']}".encode())
+    return digest.hexdigest()
+
+
+def _read_window(
     spec: ReadSpec, slots: np.ndarray, rows: np.ndarray
 ) -> dict[int, tuple[Segment, PreferencePair | tuple[str, BadRow]]]:
-    """slot -> (segment, pair), or (segment, (where it stands, what is wrong)). Each segment is read once."""
+    """slot -> (segment, pair or what is wrong). Each segment is read once."""
     pairs: dict[int, tuple[Segment, PreferencePair | tuple[str, BadRow]]] = {}
-    for index in np.unique(rows[:, 0]):
-        segment, format_name = spec.segments[index], spec.format_names[index]
+    for index in np.unique(rows[:, 0]).tolist():
         here = rows[:, 0] == index
-        table = read_segment(segment, rows[here, 1].tolist())
-        raw_rows = table_rows(table, segment.kind)
-        for slot, row, raw in zip(slots[here], rows[here, 1], raw_rows, strict=True):
-            where = segment.describe(int(row))
-            try:
-                if isinstance(raw, BadRow):
-                    raise raw
-                pair = to_pair(raw, format_name, spec.columns, fallback_id=where)
-                pairs[slot] = (segment, replace(pair, source=where))
-            except BadRow as bad:
-                pairs[slot] = (segment, (where, bad))
+        wanted = rows[here, 1]
+        if index in spec.kept:
+            wanted = spec.kept[index][wanted]
+        for slot, pair in zip(slots[here].tolist(), read_pairs(spec, index, wanted), strict=True):
+            pairs[slot] = (spec.segments[index], pair)
     return pairs
 
 
 def _exchange(
+    spec: ReadSpec,
     pairs: dict[int, tuple[Segment, PreferencePair | tuple[str, BadRow]]],
 ) -> dict[int, tuple[Segment, PreferencePair | tuple[str, BadRow]]]:
     """Give every pair the images of the next pair with as many, but other, images; a BadRow where there is none."""
-    groups: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
     for slot, (segment, pair) in pairs.items():
         if isinstance(pair, PreferencePair) and pair.images:
-            groups[len(pair.images)].append((slot, _fingerprint(segment, pair)))
+            groups[len(pair.images), len(pair.rejected_images or ())].append(
+                (slot, _fingerprint(pair, spec.root_of(segment)))
+            )
     out = dict(pairs)
     for slot, (segment, pair) in pairs.items():
         if isinstance(pair, PreferencePair) and not pair.images:
@@ -126,31 +164,26 @@ def _exchange(
                 continue
             other_segment, other_pair = pairs[other]
             assert isinstance(other_pair, PreferencePair)
-            out[slot] = (other_segment, replace(pair, images=other_pair.images))
+            swapped = replace(pair, images=other_pair.images, rejected_images=other_pair.rejected_images)
+            out[slot] = (other_segment, swapped)
     return out
 
 
-def _fingerprint(segment: Segment, pair: PreferencePair) -> str:
-    """The same for the same images: their bytes, or their paths and what those are relative to."""
-    digest = hashlib.sha256(str(segment.image_root).encode() if pair.images[0]["path"] else b"")
-    for image in pair.images:
-        digest.update(image["bytes"] if image["bytes"] is not None else image["path"].encode())
-    return digest.hexdigest()
+def _fingerprint(pair: PreferencePair, root: str | None) -> str:
+    """The same for the same images in the same order."""
+    return " ".join(image_fingerprint(image, root) for image in pair.images)
 
 
 def _tables(spec: ReadSpec, rows: list[tuple[int, Segment, PreferencePair | tuple[str, BadRow]]]) -> Iterator[pa.Table]:
     block: list[dict[str, object]] = []
     size = 0
     for slot, segment, pair in rows:
-        root = spec.image_root or segment.image_root
-        base: dict[str, object] = {"slot": slot, "image_root": str(root) if root else None}
+        base: dict[str, object] = {"slot": slot, "image_root": spec.root_of(segment)}
         if isinstance(pair, PreferencePair):
-            block.append(
-                base
-                | {"id": pair.id, "source": pair.source, "images": pair.images, "prompt": json.dumps(pair.prompt)}
-                | {"chosen": pair.chosen, "rejected": pair.rejected}
-            )
-            size += sum(len(image["bytes"]) if image["bytes"] else BYTES_OF_A_PATH for image in pair.images)
+            named = ("id", "source", "images", "rejected_images", "chosen", "rejected")
+            block.append(base | {name: getattr(pair, name) for name in named} | {"prompt": json.dumps(pair.prompt)})
+            images = [*pair.images, *(pair.rejected_images or ())]
+            size += sum(len(image["bytes"]) if image["bytes"] else BYTES_OF_A_PATH for image in images)
         else:
             where, bad = pair
             block.append(base | {"id": where, "source": where, "bad": json.dumps([bad.reason, bad.detail])})
@@ -161,15 +194,16 @@ def _tables(spec: ReadSpec, rows: list[tuple[int, Segment, PreferencePair | tupl
         yield pa.Table.from_pylist(block, schema=SCHEMA)
 
 
-def pair_of(row: Mapping[str, object]) -> PreferencePair | BadRow:
+def pair_of(row: Mapping[str, Any]) -> PreferencePair | BadRow:
     """A row of `SCHEMA` back as a pair, or as what was wrong with it."""
     if row["bad"] is not None:
-        return BadRow(*json.loads(str(row["bad"])))
+        return BadRow(*json.loads(row["bad"]))
     return PreferencePair(
-        id=str(row["id"]),
-        images=list(row["images"] or []),  # type: ignore[call-overload]
-        prompt=json.loads(str(row["prompt"])),
-        chosen=str(row["chosen"]),
-        rejected=str(row["rejected"]),
-        source=str(row["source"]),
+        id=row["id"],
+        images=row["images"] or [],
+        prompt=json.loads(row["prompt"]),
+        chosen=row["chosen"],
+        rejected=row["rejected"],
+        source=row["source"],
+        rejected_images=row["rejected_images"],
     )

@@ -1,149 +1,120 @@
-"""Where rows come from: a URI -> segments, each a run of raw rows that is read in one go.
+"""Where rows come from: what a recipe's `data.train` names -> the segments of its files.
 
-A segment is a row group of a parquet file, a stretch of lines of a JSONL file, or a split of easy-vqa. Segments are
-small descriptions: the driver lists them once, workers read the ones they need.
+A source is one URI of the mix: a file, folder or glob, here or in an object store, a dataset of the Hugging Face hub,
+or a split of easy-vqa.
 """
 
 from __future__ import annotations
 
-import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import parse_qsl
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orpo_ray.data.easy_vqa import easy_vqa_rows
-from orpo_ray.errors import BadRow, UserError
+from orpo_ray.data.containers import EASY_VQA, Row, Segment, easy_vqa_segment, file_segments, is_readable, read_rows
+from orpo_ray.errors import UserError
+from orpo_ray.storage import list_files, locate, read_bytes
 
-LINES_PER_SEGMENT = 4096
-EASY_VQA = "easy-vqa:"
+HUB = "hf://"
+ROWS_TO_KNOW_A_FORMAT = 64
+# Files that say something of the rows beside them.
+STATE_FILE = "state.json"
+SPLITS_FILE = "dataset_dict.json"
+MANIFEST_FILE = "manifest.json"
+_NOT_ROWS = {STATE_FILE, SPLITS_FILE, MANIFEST_FILE, "dataset_info.json", "dataset_infos.json"}
+_FIX = "give .parquet, .jsonl, .json, .tar or .arrow files, a folder or glob of them, or easy-vqa:train"
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A run of `num_rows` rows of `path`, the first of which is row `first_row` of that source."""
+class Source:
+    """One URI of a mix. weight: how often an epoch takes its rows; 0.5 is every second of them."""
 
-    kind: str  # "parquet" | "jsonl" | "easy-vqa"
-    path: str
-    first_row: int
-    num_rows: int
-    index: int = 0  # parquet: the row group
-    offset: int = 0  # jsonl: bytes before the segment
-    length: int = 0  # jsonl: bytes of the segment
-
-    def describe(self, row: int) -> str:
-        """Where row `row` of this segment stands, as a user would look for it."""
-        unit = "line" if self.kind == "jsonl" else "row"
-        number = self.first_row + row + (self.kind == "jsonl")
-        return f"{self.path}:{unit} {number}"
-
-    @property
-    def image_root(self) -> Path | None:
-        """The folder that image paths in these rows are relative to, unless the recipe says otherwise."""
-        return None if self.kind == "easy-vqa" else Path(self.path).parent
+    uri: str
+    weight: float
+    segments: tuple[Segment, ...]
 
 
-def list_segments(uris: Sequence[str], field: str) -> list[Segment]:
-    """All segments of the sources in order. `field` names the recipe's key in errors. Raises UserError."""
-    segments = [segment for uri in uris for segment in _segments_of(uri, field)]
-    if not sum(segment.num_rows for segment in segments):
-        raise UserError("there are no rows", field=field, value=list(uris))
-    return segments
+def list_sources(mix: Mapping[str, float], field: str) -> list[Source]:
+    """The sources of a mix, listed. `field` names the recipe's key in errors. Raises UserError."""
+    sources = [Source(uri, weight, tuple(_segments_of(uri, field))) for uri, weight in mix.items()]
+    for source in sources:
+        if not any(segment.num_rows for segment in source.segments):
+            raise UserError("there are no rows", field=field, value=source.uri)
+    return sources
 
 
-def read_segment(segment: Segment, rows: Sequence[int]) -> pa.Table:
-    """Rows `rows` of a segment, in that order, undecoded: a parquet table, or one column `json` of lines."""
+def first_rows(segment: Segment) -> tuple[list[str], list[Row]]:
+    """The column names of a segment and its first rows, by which a format is recognised. Raises UserError."""
     if segment.kind == "parquet":
-        return pq.ParquetFile(segment.path).read_row_group(segment.index).take(pa.array(rows, pa.int64()))
-    if segment.kind == "jsonl":
-        with open(segment.path, "rb") as file:
-            file.seek(segment.offset)
-            # Split as `_jsonl_segments` counts: a lone carriage return is white space within a row.
-            lines = [line for line in file.read(segment.length).split(b"\n") if line.strip()]
-        return pa.table({"json": pa.array([lines[row] for row in rows], pa.large_binary())})
-    all_rows = easy_vqa_rows(segment.path.removeprefix(EASY_VQA))
-    return pa.Table.from_pylist([all_rows[row] for row in rows])
-
-
-def table_rows(table: pa.Table, kind: str) -> Iterator[dict[str, Any] | BadRow]:
-    """The raw rows of what `read_segment` returned; a line that is not a JSON object comes as a BadRow."""
-    if kind != "jsonl":
-        yield from table.to_pylist()
-        return
-    for line in table["json"].to_pylist():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also numbers too long and nesting too deep to read
-            yield BadRow("malformed_row", f"not valid JSON: {error}")
-            continue
-        yield row if isinstance(row, dict) else BadRow("malformed_row", f"a row must be a JSON object, found {row!r}")
-
-
-def source_columns(segment: Segment) -> list[str]:
-    """Column names of a segment's rows (for JSONL, all that its first 64 rows have)."""
-    if segment.kind == "parquet":
-        return list(pq.read_schema(segment.path).names)
-    rows = table_rows(read_segment(segment, range(min(segment.num_rows, 64))), segment.kind)
-    names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
-    if names:
-        return names
-    raise UserError("none of the first rows is a JSON object", field=segment.path, fix="one JSON object per line")
+        filesystem, path = locate(segment.path)
+        with filesystem.open_input_file(path) as file:
+            table = pq.ParquetFile(file)
+            batches = table.iter_batches(batch_size=ROWS_TO_KNOW_A_FORMAT, row_groups=[segment.index])
+            rows: list[Row] = [row for batch in islice(batches, 1) for row in batch.to_pylist()]
+            return list(table.schema_arrow.names), rows
+    found = read_rows(segment, range(min(segment.num_rows, ROWS_TO_KNOW_A_FORMAT)))
+    rows = [row for row in found if isinstance(row, dict)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if not names:
+        raise UserError("none of the first rows is a JSON object", field=segment.path, fix="one JSON object per line")
+    return names, rows
 
 
 def _segments_of(uri: str, field: str) -> list[Segment]:
     if uri.startswith(EASY_VQA):
-        return [Segment("easy-vqa", uri, 0, len(easy_vqa_rows(uri.removeprefix(EASY_VQA))))]
-    files = _files_of(uri, field)
-    return [segment for path in files for segment in _file_segments(path, field)]
+        return [easy_vqa_segment(uri)]
+    return [segment for path in _files_of(uri, field) for segment in file_segments(path, field)]
 
 
-def _files_of(uri: str, field: str) -> list[Path]:
-    fix = "give a file, folder or glob of .parquet or .jsonl, or easy-vqa:train"
-    if "://" in uri or not uri.strip():
-        raise UserError("this kind of source is not supported", field=field, value=uri, fix=fix)
-    path = Path(uri).expanduser()
-    found = path.rglob("*") if path.is_dir() else (Path(match) for match in glob.glob(str(path), recursive=True))
-    existing = sorted(file for file in found if file.is_file())
-    files = [file.resolve() for file in existing if file.suffix in (".parquet", ".jsonl")]
-    if not existing and not path.is_dir():
-        raise UserError("no such file or folder", field=field, value=uri, fix=fix)
+def _files_of(uri: str, field: str) -> list[str]:
+    if not uri.strip():
+        raise UserError("a source is empty", field=field, value=uri, fix=_FIX)
+    is_repository = uri.startswith(HUB) and _is_repository(uri)
+    uris = _hub_files(uri, field) if is_repository else list_files(uri, field)
+    by_name = {PurePosixPath(path).name: path for path in uris}
+    if SPLITS_FILE in by_name:
+        splits = ", ".join(f"{uri.rstrip('/')}/{name}" for name in _read_json(by_name[SPLITS_FILE])["splits"])
+        raise UserError("the folder holds several splits", field=field, value=uri, fix=f"give one of {splits}")
+    if STATE_FILE in by_name:
+        folder = by_name[STATE_FILE].removesuffix(STATE_FILE)
+        return [folder + entry["filename"] for entry in _read_json(by_name[STATE_FILE])["_data_files"]]
+    files = [path for path in uris if is_readable(path) and PurePosixPath(path).name not in _NOT_ROWS]
     if not files:
-        raise UserError("there is no .parquet or .jsonl file", field=field, value=uri, fix=fix)
+        raise UserError("there is no file of rows", field=field, value=uri, fix=_FIX)
     return files
 
 
-def _file_segments(path: Path, field: str) -> list[Segment]:
+def _read_json(uri: str) -> Any:
+    return json.loads(read_bytes(uri))
+
+
+def _is_repository(uri: str) -> bool:
+    """Whether a hub URI names a whole dataset, `hf://datasets/owner/name[@revision][?split=...]`, not a file in it."""
+    path = uri.removeprefix(HUB).partition("?")[0].strip("/")
+    return path.startswith("datasets/") and path.count("/") <= 2
+
+
+def _hub_files(uri: str, field: str) -> list[str]:
+    """The files of one split, found as the `datasets` library finds them."""
+    from datasets import load_dataset_builder
+
+    path, _, query = uri.removeprefix(HUB + "datasets/").partition("?")
+    name, _, revision = path.strip("/").partition("@")
+    options = dict(parse_qsl(query))
+    split = options.get("split", "train")
     try:
-        return _parquet_segments(path) if path.suffix == ".parquet" else _jsonl_segments(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot be read: {error}", field=field, value=str(path)) from None
-
-
-def _parquet_segments(path: Path) -> list[Segment]:
-    metadata = pq.read_metadata(path)
-    segments, first = [], 0
-    for group in range(metadata.num_row_groups):
-        count = metadata.row_group(group).num_rows
-        segments.append(Segment("parquet", str(path), first, count, index=group))
-        first += count
-    return segments
-
-
-def _jsonl_segments(path: Path) -> list[Segment]:
-    """Blank lines are no rows, so a segment's line numbers count the others."""
-    segments: list[Segment] = []
-    first = count = offset = start = 0
-    with open(path, "rb") as file:
-        for line in file:
-            offset += len(line)
-            count += bool(line.strip())
-            if count == LINES_PER_SEGMENT:
-                segments.append(Segment("jsonl", str(path), first, count, offset=start, length=offset - start))
-                first, count, start = first + count, 0, offset
-    if count:
-        segments.append(Segment("jsonl", str(path), first, count, offset=start, length=offset - start))
-    return segments
+        builder = load_dataset_builder(name, options.get("config"), revision=revision or None)
+    # Of the hub's client: no such dataset, gated, offline, ...; all of it is for the user to read.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the hub's dataset cannot be read: {error}", field=field, value=uri) from None
+    found = builder.config.data_files or {}
+    if split not in found:
+        there = ", ".join(map(str, found)) or "none"
+        fix = f"add ?split=...; it has: {there}"
+        raise UserError(f"the hub's dataset has no split {split!r}", field=field, value=uri, fix=fix)
+    return [str(file) for file in found[split]]

@@ -14,7 +14,7 @@ from orpo_ray.model.families import Family, family_of, why_not_shared_prefix
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import register
 from orpo_ray.model.tiny import is_tiny, tiny_model_path
-from orpo_ray.recipe import ModelSection
+from orpo_ray.sections import ModelSection
 
 if not torch.cuda.is_available():
     # transformers looks for DeepSpeed, which warns in every process that it has to guess this.

@@ -89,14 +89,15 @@ class PrefixLayout:
             self._parts[key] = [part for index in range(len(self.spans)) for part in self._pair(index, window, dtype)]
         return self._parts[key]
 
-    def _pair(self, index: int, window: int | None, dtype: torch.dtype) -> tuple[Part, Part]:
+    def _pair(self, index: int, window: int | None, dtype: torch.dtype) -> list[Part]:
         span = self.spans[index]
         chosen, rejected = slice(span.start, span.rejected), slice(span.rejected, span.end)
-        first = Part(chosen, (chosen,), _additive(self.chosen_mask(index, window), dtype))
-        keys = (slice(span.start, span.chosen), rejected)
-        second = Part(rejected, keys, _additive(self.rejected_mask(index, window), dtype))
+        parts = [Part(chosen, (chosen,), _additive(self.chosen_mask(index, window), dtype))]
+        if not span.is_single:
+            keys = (slice(span.start, span.chosen), rejected)
+            parts.append(Part(rejected, keys, _additive(self.rejected_mask(index, window), dtype)))
         self._masks.clear()  # the additive ones are enough
-        return first, second
+        return parts
 
     def _cached(self, key: Any, make: Any) -> torch.Tensor | None:
         if key not in self._masks:
@@ -137,7 +138,7 @@ class VarlenIndex:
     """The sequences of a row for kernels over variable lengths.
 
     keys: int64 [T + sum of P], the row's tokens with each prompt once more before its rejected answer.
-    cu_queries, cu_keys: int32 [2 * pairs + 1], where sequences begin; a query sees the keys up to its own, counted
+    cu_queries, cu_keys: int32 [sequences + 1], where sequences begin; a query sees the keys up to its own, counted
     from the end. longest_query, longest_key: tokens.
     """
 
@@ -155,8 +156,10 @@ class VarlenIndex:
         for span in spans:
             prompt = np.arange(span.start, span.chosen)
             keys.append(np.arange(span.start, span.rejected))
-            keys.append(np.concatenate([prompt, np.arange(span.rejected, span.end)]))
-            queries += [span.rejected - span.start, span.end - span.rejected]
+            queries.append(span.rejected - span.start)
+            if not span.is_single:
+                keys.append(np.concatenate([prompt, np.arange(span.rejected, span.end)]))
+                queries.append(span.end - span.rejected)
 
         def starts(lengths: Sequence[int]) -> torch.Tensor:
             return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
@@ -260,6 +263,8 @@ def _by_segment(
         first, second, prompt = 2 * index, 2 * index + 1, span.chosen - span.start
         mask = layout.chosen_mask(index, window)
         out.append(_attend(queries[first], keys[first], values[first], mask, dropout, scaling, softcap))
+        if span.is_single:
+            continue
         key_, value_ = (torch.cat([s[first][:, :prompt], s[second]], dim=1) for s in (keys, values))
         mask = layout.rejected_mask(index, window)
         out.append(_attend(queries[second], key_, value_, mask, dropout, scaling, softcap))

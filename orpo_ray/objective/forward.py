@@ -88,6 +88,9 @@ class PairModel(nn.Module):
         for span in batch.spans:
             prompt, rejected = positions[..., span.start : span.rejected], positions[..., span.rejected : span.end]
             own = prompt - prompt[0, 0, 0]
+            if span.is_single:
+                parts.append(own)
+                continue
             after_prompt = own[..., span.chosen - span.start].unsqueeze(-1)
             parts += [own, rejected - positions[..., span.rejected].unsqueeze(-1) + after_prompt]
         return torch.cat(parts, dim=-1)
@@ -99,7 +102,9 @@ class PairModel(nn.Module):
         if self.family.multi_axis_positions:
             grid = batch.images.get("image_grid_thw")
             kinds = {self.family.token_types: (batch.token_kind == IMAGE).int()}
-            return kinds | ({"image_grid_thw": grid.repeat(2, 1)} if grid is not None else {})
+            if grid is not None and batch.images_shared:
+                grid = grid.repeat(2, 1)
+            return kinds | ({"image_grid_thw": grid} if grid is not None else {})
         assert self.family.bidirectional is not None
         if self.family.bidirectional.what == "prompt":
             return {self.family.token_types: (batch.token_kind >= RESPONSE).long()}
@@ -126,7 +131,8 @@ class PairModel(nn.Module):
         together = torch.cat([f for each in outputs for f in (each.pooler_output if is_list else [each.pooler_output])])
         if self.watch_images:
             together = self._watched(together)
-        copies = (together,) if batch.spans else (together, together)  # all chosen rows, then all rejected ones
+        # All chosen rows, then all rejected ones.
+        copies = (together, together) if not batch.spans and batch.images_shared else (together,)
         output.pooler_output = copies if is_list else torch.cat(copies)
         return output
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.recipe import Recipe
+from orpo_ray.run_folder import RunFolder
 
 METRICS_FILE = "metrics.jsonl"
 BAD_ROWS_FILE = "bad_rows.jsonl"
@@ -22,11 +23,14 @@ class Tracker:
     """
 
     def __init__(self, recipe: Recipe, step: int) -> None:
-        self.run_dir = recipe.run_dir
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = RunFolder(recipe.run_uri)
+        self._folder.make()
+        self._folder.pull(METRICS_FILE, BAD_ROWS_FILE)
+        self.run_dir = self._folder.path
         _keep(self.run_dir / METRICS_FILE, lambda line: line["step"] <= step)
         self._metrics = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        _keep(self.run_dir / BAD_ROWS_FILE, lambda line: True)
+        # At the start of a run the file may hold what `data check` found; the run meets those rows again.
+        _keep(self.run_dir / BAD_ROWS_FILE, lambda line: step > 0)
         # A bad row comes up once an epoch, and again after a resume: it is written once.
         self._bad_sources = {line["source"] for line in read_jsonl(self.run_dir / BAD_ROWS_FILE)}
         self._wandb = _start_wandb(recipe, self.run_dir)
@@ -47,9 +51,14 @@ class Tracker:
                     self._bad_sources.add(record["source"])
                     file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
 
+    def push(self) -> None:
+        """Bring what was written so far to a run folder in an object store."""
+        self._folder.push(METRICS_FILE, BAD_ROWS_FILE)
+
     def close(self) -> None:
         """Flush everything; W&B uploads what is left."""
         self._metrics.close()
+        self.push()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -65,10 +74,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line]
 
 
-def last_metrics(run_dir: Path) -> dict[str, float]:
+def last_metrics(folder: RunFolder) -> dict[str, float]:
     """The latest value of every metric of a run."""
+    folder.pull(METRICS_FILE)
     latest: dict[str, float] = {}
-    for line in read_jsonl(run_dir / METRICS_FILE):
+    for line in read_jsonl(folder.path / METRICS_FILE):
         latest.update(line)
     return latest
 

@@ -16,6 +16,7 @@ import torch
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import is_adapted, load_model, load_processor, without_adapters
 from orpo_ray.recipe import Recipe
+from orpo_ray.run_folder import RunFolder
 from orpo_ray.training.deepspeed import Engine
 
 POSITION_FILE = "position.json"
@@ -97,8 +98,8 @@ def save_final(engine: Engine, recipe: Recipe) -> None:
     if ray.train.get_context().get_world_rank() != 0:
         return
     state = {name.removeprefix("model."): value.cpu() for name, value in state.items()}
-    run_dir = recipe.run_dir
-    scratch = run_dir / f".{FINAL}"
+    folder = RunFolder(recipe.run_uri)
+    scratch = folder.path / f".{FINAL}"
     shutil.rmtree(scratch, ignore_errors=True)
     if is_adapted(pair_model.model):
         _merged(recipe, state).save_pretrained(scratch)
@@ -107,8 +108,7 @@ def save_final(engine: Engine, recipe: Recipe) -> None:
         model.config.use_cache = True  # off for training only
         model.save_pretrained(scratch, state_dict=state)
     load_processor(recipe.model.id, recipe.model.revision).save_pretrained(scratch)
-    shutil.rmtree(run_dir / FINAL, ignore_errors=True)
-    scratch.rename(run_dir / FINAL)
+    folder.place(scratch, FINAL)
 
 
 def _merged(recipe: Recipe, state: dict[str, torch.Tensor]) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from orpo_ray.model.loading import without_adapters
-from orpo_ray.recipe import OptimSection, Recipe
+from orpo_ray.recipe import Recipe
+from orpo_ray.sections import OptimSection
 
 
 def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int) -> dict[str, Any]:

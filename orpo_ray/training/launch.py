@@ -8,26 +8,24 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from orpo_ray.data.encoding import EncoderSpec
-from orpo_ray.data.formats import recognise
-from orpo_ray.data.order import Order, row_counts, total_slots
+from orpo_ray.data.pipeline import least_cpus
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.data.sources import list_segments, source_columns
-from orpo_ray.data.stream import least_cpus
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.model.loading import Attention, load_processor, pick_attention
+from orpo_ray.model.loading import Attention, pick_attention
 from orpo_ray.recipe import Recipe, parse_recipe, read_mapping
 from orpo_ray.results.tracking import last_metrics
+from orpo_ray.run_folder import LAST_OF_A_MODEL, RunFolder
+from orpo_ray.storage import is_remote, locate
 from orpo_ray.training.checkpoint import FINAL
+from orpo_ray.training.data import encoder_of, run_data
 from orpo_ray.training.progress import Board, Watch
 from orpo_ray.training.worker import WorkerConfig, train_worker
 
@@ -45,7 +43,7 @@ class TrainingFailed(OrpoRayError):
 class RunSummary:
     """What a run left: its folder, the latest value of every metric, whether it had been finished before."""
 
-    run_dir: Path
+    run_uri: str
     metrics: dict[str, float]
     was_finished: bool = False
 
@@ -69,7 +67,7 @@ def start_ray() -> None:
         return
     # A new process takes seconds to import what encoding needs: keep idle ones between training and evaluation.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    # Ray lowers the priority of all its workers; here only encoders should yield (see data/stream.py).
+    # Ray lowers the priority of all its workers; here only encoders should yield (see data/pipeline.py).
     os.environ.setdefault("RAY_worker_niceness", "0")
     # A run has some ten small actors; on two cores Ray warns about that many at once.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
@@ -110,25 +108,25 @@ def own_address() -> Iterator[None]:
 def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
     """Run a recipe to its end, resuming what its run folder holds. Raises UserError and TrainingFailed."""
     recipe = recipe.anchored()
-    run_dir = recipe.run_dir
-    saved = _check_run_folder(recipe)
-    if saved and (run_dir / FINAL).is_dir():
-        return RunSummary(run_dir, last_metrics(run_dir), was_finished=True)
-    read = training_data(recipe)
-    held_out = held_out_data(recipe)
+    folder = RunFolder(recipe.run_uri)
+    saved = _check_run_folder(recipe, folder)
+    if saved and folder.has(f"{FINAL}/{LAST_OF_A_MODEL}"):
+        return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
+    read, held_out = run_data(recipe)
     # Loaded here once, so that a wrong model id is one message and not a failed worker.
     attention = pick_attention(recipe.model)
-    encoder = EncoderSpec(load_processor, recipe.model.id, recipe.model.revision, recipe.data.max_length)
+    encoder = encoder_of(recipe)
     encoder.build()
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        folder.make()
     except OSError as error:
         raise UserError(f"the run's folder cannot be made: {error}", field="checkpoint.storage") from None
     start_ray()
     resources = worker_resources(recipe, ray.cluster_resources())
     num_steps = -(-read.last_slot // recipe.optim.pairs_per_step)
     recipe = _resolved(recipe, num_steps)
-    (run_dir / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    folder.push(RECIPE_FILE)
     console.print(_headline(recipe, attention, read, held_out, num_steps), highlight=False, soft_wrap=True)
     board = Board.remote()  # type: ignore[attr-defined]
     config = WorkerConfig(
@@ -143,26 +141,7 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     )
     with Watch(board, console):
         _fit(config, recipe, resources, callbacks or [])
-    return RunSummary(run_dir, last_metrics(run_dir))
-
-
-def training_data(recipe: Recipe) -> ReadSpec:
-    """What the run reads, all of it; a worker takes its share by `rank` and `num_workers`."""
-    optim = recipe.optim
-    spec = _read_spec(recipe, "train", recipe.data.shuffle_seed, optim.pairs_per_step)
-    slots = total_slots(spec.order.num_rows, optim.epochs, optim.pairs_per_step, optim.max_steps)
-    if not slots:
-        raise UserError("less than one row would be trained on", field="optim.epochs", value=optim.epochs)
-    return _until(spec, slots)
-
-
-def held_out_data(recipe: Recipe) -> ReadSpec | None:
-    """What evaluations read, or None where the recipe has no held-out pairs."""
-    if not recipe.data.eval:
-        return None
-    # Always shuffled: exchanged images should come from anywhere, and max_pairs take a fair sample.
-    spec = _read_spec(recipe, "eval", 0, recipe.optim.pairs_per_step)
-    return _until(spec, min(spec.order.num_rows, recipe.eval.max_pairs or spec.order.num_rows))
+    return RunSummary(folder.uri, last_metrics(folder))
 
 
 def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, reserved: float = 0.0) -> Resources:
@@ -210,8 +189,7 @@ def _fit(config: WorkerConfig, recipe: Recipe, resources: Resources, callbacks: 
             num_workers=recipe.scaling.num_workers, use_gpu=bool(resources.gpus), resources_per_worker=per_worker
         ),
         run_config=RunConfig(
-            name=recipe.run_dir.name,
-            storage_path=str(recipe.run_dir.parent),
+            **storage_of(recipe),
             failure_config=FailureConfig(max_failures=recipe.scaling.max_failures, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoint.keep),
             callbacks=callbacks,
@@ -230,37 +208,20 @@ def _fit(config: WorkerConfig, recipe: Recipe, resources: Resources, callbacks: 
         raise fatal
 
 
+def storage_of(recipe: Recipe) -> dict[str, Any]:
+    """Where Ray Train and Tune write: the options of a RunConfig."""
+    above, _, name = recipe.run_uri.rpartition("/")
+    if not is_remote(recipe.run_uri):
+        return {"name": name, "storage_path": above}
+    filesystem, path = locate(above, "checkpoint.storage")
+    return {"name": name, "storage_path": path, "storage_filesystem": filesystem}
+
+
 def _first_failure(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     for rank, failure in sorted(failures.items()):
         return f"worker {rank} failed: {type(failure).__name__}: {failure}"
     return str(error)
-
-
-def _read_spec(recipe: Recipe, split: Literal["train", "eval"], seed: int | None, pairs_per_step: int) -> ReadSpec:
-    data, field = recipe.data, f"data.{split}"
-    segments = list_segments(data.train if split == "train" else data.eval, field)
-    formats: dict[str, str] = {}
-    for segment in segments:
-        if segment.path not in formats:
-            formats[segment.path] = recognise(source_columns(segment), data.columns, data.format, segment.path)
-    if data.image_root is not None and not data.image_root.is_dir():
-        raise UserError("no such folder", field="data.image_root", value=str(data.image_root))
-    order = Order(row_counts(segments), seed, data.shuffle_window)
-    return ReadSpec(
-        segments=tuple(segments),
-        format_names=tuple(formats[segment.path] for segment in segments),
-        order=order,
-        pairs_per_step=pairs_per_step,
-        first_slot=0,
-        last_slot=order.num_rows,
-        columns=data.columns,
-        image_root=data.image_root,
-    )
-
-
-def _until(spec: ReadSpec, last_slot: int) -> ReadSpec:
-    return replace(spec, last_slot=last_slot)
 
 
 def _resolved(recipe: Recipe, num_steps: int) -> Recipe:
@@ -270,9 +231,13 @@ def _resolved(recipe: Recipe, num_steps: int) -> Recipe:
     return parse_recipe(raw)
 
 
-def _check_run_folder(recipe: Recipe) -> bool:
+def _check_run_folder(recipe: Recipe, folder: RunFolder) -> bool:
     """Whether the run folder holds a run already; raises UserError if it is another recipe's."""
-    path = recipe.run_dir / RECIPE_FILE
+    try:
+        folder.pull(RECIPE_FILE)
+    except OSError as error:
+        raise UserError(f"cannot be reached: {error}", field="checkpoint.storage", value=folder.uri) from None
+    path = folder.path / RECIPE_FILE
     if not path.exists():
         return False
     # Parsed, so that a key which is newer than the run stands at its default.
@@ -288,7 +253,7 @@ def _check_run_folder(recipe: Recipe) -> bool:
     if differing:
         raise UserError(
             f"this run folder holds a run of another recipe; they differ in {', '.join(differing)}",
-            field=str(recipe.run_dir),
+            field=folder.uri,
             fix="give the run another name (name=...), or delete the folder",
         )
     return True
@@ -307,5 +272,5 @@ def _headline(recipe: Recipe, attention: Attention, read: ReadSpec, held_out: Re
         f"[bold]{recipe.name}[/bold]  {recipe.model.id}, {tuning}, ZeRO {recipe.deepspeed.zero_stage}, "
         f"{recipe.scaling.num_workers} worker(s)\n"
         f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
-        f"-> {recipe.run_dir}" + (f"\n{concatenated_because(attention.why)}" if attention.why else "")
+        f"-> {recipe.run_uri}" + (f"\n{concatenated_because(attention.why)}" if attention.why else "")
     )

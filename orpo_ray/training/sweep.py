@@ -15,13 +15,15 @@ from ray.tune.search import BasicVariantGenerator
 from rich.console import Console
 
 from orpo_ray.errors import UserError
-from orpo_ray.recipe import Recipe, SearchRange, parse_recipe
+from orpo_ray.recipe import Recipe, parse_recipe
+from orpo_ray.run_folder import RunFolder
+from orpo_ray.sections import SearchRange
+from orpo_ray.training.data import run_data
 from orpo_ray.training.launch import (
     TrainingFailed,
-    held_out_data,
     launch_training,
     start_ray,
-    training_data,
+    storage_of,
     worker_resources,
 )
 
@@ -48,18 +50,17 @@ class Sweep:
 
     trials: list[Trial]
     best: str
-    best_recipe: Path
+    best_recipe: str
 
 
 def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     """Search as `tune` says; every trial is an ordinary run in `<run folder>/trials/`. Raises UserError."""
     recipe = recipe.anchored()
     section = recipe.tune
-    if not recipe.data.eval:
+    if not recipe.has_held_out:
         raise UserError("a search ranks its trials on held-out pairs", field="data.eval", fix="give held-out pairs")
     # Everything that would make all trials fail alike is asked first, once.
-    held_out_data(recipe)
-    num_steps = -(-training_data(recipe).last_slot // recipe.optim.pairs_per_step)
+    num_steps = -(-run_data(recipe)[0].last_slot // recipe.optim.pairs_per_step)
     # Tune's own report is a screenful for every few seconds; the lines of `_Say` and the table say what matters.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     start_ray()
@@ -83,9 +84,11 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     if not trials or trials[0].metric is None:
         raise TrainingFailed(f"no trial got to an evaluation: {[trial.status for trial in trials]}")
     best = trials[0]
-    path = recipe.run_dir / BEST_RECIPE_FILE
-    path.write_text(_with_params(recipe, best.params, f"{recipe.name}-best").to_yaml(), encoding="utf-8")
-    return Sweep(trials, best.name, path)
+    folder = RunFolder(recipe.run_uri)
+    text = _with_params(recipe, best.params, f"{recipe.name}-best").to_yaml()
+    (folder.path / BEST_RECIPE_FILE).write_text(text, encoding="utf-8")
+    folder.push(BEST_RECIPE_FILE)
+    return Sweep(trials, best.name, f"{recipe.run_uri}/{BEST_RECIPE_FILE}")
 
 
 def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tuner:
@@ -113,8 +116,7 @@ def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tune
             trial_dirname_creator=lambda trial: f"tune-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
-            name=base.run_dir.name,
-            storage_path=str(base.run_dir.parent),
+            **storage_of(base),
             verbose=0,
             log_to_file=False,
             callbacks=[_Say(section.metric)],

@@ -14,8 +14,9 @@ import torch
 
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.order import step_slots
+from orpo_ray.data.pipeline import BadRecord
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.data.stream import BadRecord, StepShare, iter_steps
+from orpo_ray.data.stream import StepShare, iter_steps
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model.loading import PixelNorm, load_model
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
@@ -23,11 +24,12 @@ from orpo_ray.objective.orpo import SUM_NAMES, metrics_from_sums, orpo_loss
 from orpo_ray.objective.steps import StepPlan, StepPlanner, reduce_sums
 from orpo_ray.recipe import parse_recipe
 from orpo_ray.results.scoring import Scores, grounding, score, with_prefix
-from orpo_ray.results.tracking import Tracker
+from orpo_ray.results.tracking import BAD_ROWS_FILE, Tracker
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
 from orpo_ray.training.deepspeed import Engine
 
 BAD_ROWS_BEFORE_JUDGING = 10
+BAD_ROWS_SHOWN = 3
 
 
 class TooManyBadRows(UserError):
@@ -85,6 +87,7 @@ class Worker:
         self.position = load_latest(self.engine, self.recipe, config.train.order.num_rows)
         self.tracker = Tracker(self.recipe, self.position.step) if self.rank == 0 else None
         self.images_checked = False
+        self.first_bad: list[dict[str, Any]] = []
 
     def run(self) -> None:
         """Train from the position to the end, then evaluate and write `final/`."""
@@ -101,16 +104,19 @@ class Worker:
                 self._log_eval(scores.metrics)
                 self._report(scores.metrics)
             if recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0 and step < num_steps:
-                save_checkpoint(self.engine, self.position, with_prefix(metrics, "train"))
+                self._save(with_prefix(metrics, "train"))
         self._judge_bad_rows(at_end=True)
         final = self._final_evaluation()
         self._tell(phase="saving")
         save_final(self.engine, recipe)
-        save_checkpoint(
-            self.engine, self.position, with_prefix(final, "eval") | {"step": self.position.step, "final": True}
-        )
+        self._save(with_prefix(final, "eval") | {"step": self.position.step, "final": True})
         if self.tracker is not None:
             self.tracker.close()
+
+    def _save(self, metrics: dict[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.push()
+        save_checkpoint(self.engine, self.position, metrics)
 
     def _steps(self) -> Iterator[tuple[StepShare, StepPlan, float, float]]:
         """Each step's share and plan, the seconds spent waiting for data, and when the step began."""
@@ -155,7 +161,9 @@ class Worker:
         self.position = replace(old, step=share.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs)
         metrics |= {"epoch": last_slot / self.config.train.order.num_rows}
         if plan.bad:
-            self._refuse_bad_rows(self._log_bad_rows(share.bad))
+            records = self._log_bad_rows(share.bad)
+            self.first_bad = [*self.first_bad, *records][:BAD_ROWS_SHOWN]
+            self._refuse_bad_rows(records)
         if self.tracker is not None:
             self.tracker.log(self.position.step, with_prefix(metrics, "train"))
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
@@ -174,22 +182,28 @@ class Worker:
         return records
 
     def _refuse_bad_rows(self, records: list[dict[str, Any]]) -> None:
-        if self.recipe.data.on_bad_row == "error":
-            first = records[0]
-            raise TooManyBadRows(
-                f"this row cannot be used: {first['reason']}: {first['detail']}",
-                field=first["source"],
-                value=first["id"],
-                fix="mend the row, or set data.on_bad_row to skip",
-            )
+        """End the run at a row that the recipe does not allow to be skipped."""
+        data = self.recipe.data
+        for record in records:
+            too_long = record["reason"] == "too_long" and data.on_too_long == "error"
+            if too_long or data.on_bad_row == "error":
+                field = "data.on_too_long" if too_long else "data.on_bad_row"
+                raise TooManyBadRows(
+                    f"this row cannot be used: {record['reason']}: {record['detail']}",
+                    field=record["source"],
+                    value=record["id"],
+                    fix=f"mend the row, or set {field} to skip",
+                )
 
     def _judge_bad_rows(self, at_end: bool) -> None:
         bad, seen, allowed = self.position.bad, self.position.seen, self.recipe.data.max_bad_share
         if bad > allowed * seen and (at_end or bad >= BAD_ROWS_BEFORE_JUDGING):
+            file = f"{self.recipe.run_uri}/{BAD_ROWS_FILE}"
+            shown = "".join(f"\n  {r['source']}: {r['reason']}: {r['detail']}" for r in self.first_bad)
             raise TooManyBadRows(
-                f"{bad} of {seen} rows cannot be used ({bad / seen:.0%}; at most {allowed:.0%} are allowed)",
+                f"{bad} of {seen} rows cannot be used ({bad / seen:.0%}; at most {allowed:.0%} are allowed)" + shown,
                 field="data.max_bad_share",
-                fix=f"see {self.recipe.run_dir / 'bad_rows.jsonl'} for each row's reason",
+                fix=f"see {file} for each row's reason; orpo-ray data check shows all of them before a run",
             )
 
     def _final_evaluation(self) -> dict[str, float]:

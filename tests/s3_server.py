@@ -1,0 +1,72 @@
+"""A real S3 server on loopback, and faults in front of it: refusals, slow answers, answers cut short."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+BUCKET = "bucket"
+SLOW_SECONDS = 0.3
+
+
+class Faults:
+    """WSGI in front of a server: of every ten requests one is refused, one is slow, one is cut off in the middle."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
+        self.active = False
+        self.injected: dict[str, int] = {"refused": 0, "slow": 0, "cut": 0}
+        self._count = itertools.count()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        turn = next(self._count) % 10 if self.active else -1
+        if turn == 3:
+            self.injected["refused"] += 1
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"]
+        if turn == 6:
+            self.injected["slow"] += 1
+            time.sleep(SLOW_SECONDS)
+        body = b"".join(self.server(environ, start_response))
+        if turn == 9 and environ["REQUEST_METHOD"] == "GET" and len(body) > 1:
+            self.injected["cut"] += 1
+            return [body[: len(body) // 2]]  # fewer bytes than Content-Length promised; the connection ends
+        return [body]
+
+
+@contextmanager
+def s3_server(environment: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """The server, with one bucket; `AWS_*` of this process and of those that it starts say where it is."""
+    pytest.importorskip("moto", reason="moto's server is not installed")
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    faults = Faults(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, faults, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    environment.setenv("AWS_ACCESS_KEY_ID", "test")
+    environment.setenv("AWS_SECRET_ACCESS_KEY", "test-secret-never-written")
+    environment.setenv("AWS_REGION", "us-east-1")
+    environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    try:
+        from pyarrow.fs import S3FileSystem
+
+        S3FileSystem(
+            endpoint_override=f"127.0.0.1:{server.port}", scheme="http", allow_bucket_creation=True
+        ).create_dir(BUCKET)
+        yield faults
+    finally:
+        from orpo_ray import storage
+
+        storage._remote.cache_clear()  # the next server is at another port
+        server.shutdown()
+        thread.join()

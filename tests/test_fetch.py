@@ -1,0 +1,421 @@
+"""Downloads stay outside the own network and within their limits, whatever names, redirects and servers do."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address, ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from orpo_ray.data import fetch as fetch_module
+from orpo_ray.data.fetch import Address, Limits, fetch, is_public, shown
+from orpo_ray.errors import BadRow
+
+QUICK = Limits(size=10_000, seconds=5, timeout=2, attempts=3, pause=0.01)
+
+
+def anywhere(address: Address) -> bool:
+    return True
+
+
+class Site(BaseHTTPRequestHandler):
+    """What a path of the test's server does; `asked` keeps the paths, `hosts` the Host headers."""
+
+    asked: list[str]
+    hosts: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.hosts.append(self.headers["Host"])
+        path, _, query = self.path.partition("?")
+        if path == "/to":
+            self.answer(302, {"Location": query})
+        elif path == "/status":
+            self.answer(int(query), {})
+        elif path == "/busy":
+            self.answer(503, {}) if len(self.asked) < 3 else self.answer(200, {}, b"at last")
+        elif path == "/long":
+            self.answer(200, {"Content-Length": query}, b"x" * int(query))
+        elif path == "/endless":
+            self.answer(200, {}, b"x" * 200_000)
+        elif path == "/cut":
+            self.answer(200, {"Content-Length": "100"}, b"x" * 50)
+        elif path == "/drip":
+            self.answer(200, {})
+            self.drip()
+        elif path == "/drip-headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            self.drip()
+        else:
+            self.answer(200, {}, b"content of " + self.path.encode())
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def drip(self) -> None:
+        for _ in range(100):
+            self.wfile.write(b"x")
+            time.sleep(0.1)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """It says nothing of clients that hang up on it: most of these tests do."""
+
+    def handle_error(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def site() -> Iterator[Callable[[str], str]]:
+    """A server on loopback; gives the URL of a path."""
+    handler = type("Handler", (Site,), {"asked": [], "hosts": []})
+    with Server(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+
+        def url(path: str) -> str:
+            return f"http://127.0.0.1:{server.server_port}{path}"
+
+        url.handler = handler  # type: ignore[attr-defined]
+        yield url
+        server.shutdown()
+        thread.join()
+
+
+def asked(site: Any) -> list[str]:
+    return site.handler.asked
+
+
+def failure(url: str, is_allowed: Callable[[Address], bool] = anywhere, limits: Limits = QUICK) -> BadRow:
+    with pytest.raises(BadRow) as error:
+        fetch(url, is_allowed, limits)
+    return error.value
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:
+    """Make names resolve to one answer after the other; the list collects what was looked up."""
+    looked_up: list[str] = []
+
+    def getaddrinfo(host: str, port: int, **options: Any) -> list[Any]:
+        looked_up.append(host)
+        answer = answers[min(len(looked_up), len(answers)) - 1]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in answer]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return looked_up
+
+
+@pytest.mark.parametrize("text", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+def test_the_public_internet(text: str) -> None:
+    assert is_public(ip_address(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("127.0.0.1", "127.8.8.8", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "0.0.0.0", "0.1.2.3"),
+        *("169.254.169.254", "100.64.0.1", "100.100.100.200", "224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255"),
+        *("192.0.0.192", "192.0.2.1", "192.88.99.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "168.63.129.16"),
+        *("::", "::1", "::127.0.0.1", "fe80::1", "fe80::1%1", "fec0::1", "fc00::1", "fd00:ec2::254", "ff02::1"),
+        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "64:ff9b:1::1"),
+        *("2001::1", "2001:db8::1", "2002:7f00:1::", "2002:a00:1::1", "100::1", "4000::1"),
+    ],
+)
+def test_everything_else_is_inside(text: str) -> None:
+    assert not is_public(ip_address(text))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "localhost", "LOCALHOST", "2130706433", "0x7f000001", "017700000001", "127.1", "0", "10.0.0.1"),
+        *("169.254.169.254", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::ffff:169.254.169.254]"),
+        "\uff11\uff12\uff17.0.0.1",  # digits of another alphabet, which mean the same to a resolver
+    ],
+)
+def test_no_spelling_of_an_inside_address_is_asked(host: str, site: Any) -> None:
+    port = site("").rpartition(":")[2]
+    assert failure(f"http://{host}:{port}/image.png", is_public).reason in ("unsafe_url", "download_failed")
+    assert not asked(site)
+    if not host.startswith("["):  # a machine without IPv6 resolves no such address in the first place
+        assert failure(f"http://{host}:{port}/image.png", is_public).reason == "unsafe_url"
+
+
+def test_the_default_refuses_loopback(site: Any) -> None:
+    with pytest.raises(BadRow, match="unsafe_url"):
+        fetch(site("/image.png"))
+    assert not asked(site)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("file:///etc/passwd", "ftp://example.com/a", "gopher://example.com", "//example.com/a", "example.com", ""),
+        *("http://", "http:///a", "http://user@example.com/a", "http://user:word@example.com/a", "http://@example.com"),
+        *("http://example.com:99999/", "http://example.com:x/", "http://[::1/", "http://a..b/"),
+        *("http://exa mple.com/", "http://example.com\\@127.0.0.1/", "http://exa\nmple.com/", "http://a\x00b/"),
+        *(
+            "http://a/\r\nHost: b",
+            "http://\ud800/",
+            "http://a/\ud800",
+            "http://" + "a" * 70 + ".com",
+            "http://-\u2100/",
+        ),
+        *("http://%31%32%37.0.0.1/", "http://.example.com/", "http://a/" + "a" * 9000, "http://a,b/", "http://*/"),
+    ],
+)
+def test_what_is_no_plain_address(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: pytest.fail("a look-up"))
+    assert failure(url).reason == "unsafe_url"
+
+
+def test_one_inside_address_among_others_refuses_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve_to(monkeypatch, ["93.184.216.34", "10.0.0.1"])
+    monkeypatch.setattr(socket, "socket", lambda *args: pytest.fail("a connection"))
+    error = failure("http://images.example/a.png", is_public)
+    assert (error.reason, "10.0.0.1" in error.detail) == ("unsafe_url", True)
+
+
+def test_a_name_is_resolved_once(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second answer that differs (DNS rebinding) is never asked for: the checked address is what is used."""
+    looked_up = resolve_to(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])
+    port = site("").rpartition(":")[2]
+    assert fetch(f"http://images.example:{port}/a", anywhere, QUICK) == b"content of /a"
+    assert (looked_up, site.handler.hosts) == (["images.example"], [f"images.example:{port}"])
+
+
+def test_each_redirect_is_checked_anew(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = resolve_to(monkeypatch, ["127.0.0.1"], ["10.0.0.1"])
+    port = site("").rpartition(":")[2]
+    error = failure(f"http://images.example:{port}/to?/again", lambda address: address == IPv4Address("127.0.0.1"))
+    assert (error.reason, len(looked_up), len(asked(site))) == ("unsafe_url", 2, 1)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(
+            "http://127.0.0.2/a",
+            "http://10.0.0.1/a",
+            "http://169.254.169.254/latest",
+            "//192.168.1.1/",
+            "http://2886729729/",
+        ),
+        *("file:///etc/passwd", "http://user:word@127.0.0.1/", "http://[/", "ftp://127.0.0.1/"),
+    ],
+)
+def test_a_redirect_to_the_inside_is_refused(site: Any, target: str) -> None:
+    error = failure(site(f"/to?{target}"), lambda address: address == IPv4Address("127.0.0.1"))
+    assert (error.reason, len(asked(site))) == ("unsafe_url", 1)
+
+
+def test_redirects_are_followed_three_times(site: Any) -> None:
+    assert fetch(site("/to?/to?/to?/end"), anywhere, QUICK) == b"content of /end"
+    assert fetch(site(f"/to?{site('/elsewhere')}"), anywhere, QUICK) == b"content of /elsewhere"
+    error = failure(site("/to?/to?/to?/to?/end"))
+    assert (error.reason, "redirects" in error.detail) == ("download_failed", True)
+
+
+def test_paths_arrive_as_browsers_send_them(site: Any) -> None:
+    assert fetch(site("/a b/\u00e9%20.png?q=\u00e9 1&r=%2F#part"), anywhere, QUICK)
+    assert asked(site) == ["/a%20b/%C3%A9%20.png?q=%C3%A9%201&r=%2F"]
+
+
+def test_no_proxy_of_the_environment(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert fetch(site("/a"), anywhere, QUICK) == b"content of /a"
+
+
+@pytest.mark.parametrize("path", ["/long?10001", "/long?50000", "/endless"])
+def test_no_more_than_the_size(site: Any, path: str) -> None:
+    assert failure(site(path)).reason == "image_too_large"
+    assert len(asked(site)) == 1
+
+
+def test_exactly_the_size_comes(site: Any) -> None:
+    assert len(fetch(site("/long?10000"), anywhere, QUICK)) == 10_000
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip-headers"])
+def test_a_slow_drip_ends(site: Any, path: str) -> None:
+    start = time.monotonic()
+    limits = Limits(size=10_000, seconds=0.5, timeout=5, attempts=3, pause=0.01)
+    assert failure(site(path), limits=limits).reason == "download_failed"
+    assert time.monotonic() - start < 3
+
+
+def test_a_silent_server_ends() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        limits = Limits(seconds=5, timeout=0.1, attempts=2, pause=0.01)
+        start = time.monotonic()
+        for scheme in ("http", "https"):
+            error = failure(f"{scheme}://127.0.0.1:{server.getsockname()[1]}/", limits=limits)
+            assert error.reason == "download_failed"
+        assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "times"),
+    [
+        *(
+            (404, "missing_image", 1),
+            (410, "missing_image", 1),
+            (403, "download_failed", 1),
+            (204, "download_failed", 1),
+        ),
+        *((304, "download_failed", 1), (503, "download_failed", 3), (500, "download_failed", 3)),
+        (429, "download_failed", 3),
+    ],
+)
+def test_what_is_tried_again(site: Any, status: int, reason: str, times: int) -> None:
+    error = failure(site(f"/status?{status}"))
+    assert (error.reason, len(asked(site)), str(status) in error.detail) == (reason, times, True)
+
+
+def test_a_busy_server_is_asked_again(site: Any) -> None:
+    assert fetch(site("/busy"), anywhere, QUICK) == b"at last"
+    assert len(asked(site)) == 3
+
+
+def test_an_answer_that_breaks_off_is_no_answer(site: Any) -> None:
+    assert failure(site("/cut")).reason == "download_failed"
+    assert len(asked(site)) == 3
+
+
+def test_a_refused_connection_and_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert failure(f"http://127.0.0.1:{port}/").reason == "download_failed"
+    tried = []
+
+    def unknown(*args: Any, **options: Any) -> None:
+        tried.append(args)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert failure("http://nowhere.example/").reason == "download_failed"
+    assert len(tried) == 1
+
+
+def test_messages_keep_secrets(site: Any) -> None:
+    secret = "token=s3cret"
+    for path in ("/status?404&", "/status?403&", "/to?http://10.0.0.1/?", "/to?http://user:s3cret@10.0.0.1/?", "/cut?"):
+        only_loopback = failure(site(path + secret), lambda address: address.is_loopback)
+        assert "s3cret" not in str(only_loopback)
+    for url in (f"http://user:s3cret@a/b?{secret}", f"ftp://a/?{secret}#{secret}", f"http://a\n/?{secret}"):
+        assert "s3cret" not in str(failure(url))
+    assert shown("https://user:word@a.example/b/c.png?d=e#f") == "https://a.example/b/c.png"
+
+
+def serve_raw(answer: bytes) -> tuple[int, threading.Thread]:
+    """A server that gives one client this answer and hangs up; its port."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def run() -> None:
+        with server:
+            client, _ = server.accept()
+        with client:
+            client.recv(65536)
+            try:
+                client.sendall(answer)
+                client.shutdown(socket.SHUT_WR)
+                client.recv(65536)
+            except OSError:  # it hung up first
+                pass
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return server.getsockname()[1], thread
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.builds(
+            b"".join, st.tuples(st.just(OK), st.binary(max_size=200), st.just(b"\r\n\r\n"), st.binary(max_size=99))
+        ),
+        st.builds(b"".join, st.tuples(st.just(OK + b"Transfer-Encoding: chunked\r\n\r\n"), st.binary(max_size=200))),
+        st.builds(b"".join, st.tuples(st.just(b"HTTP/1.1 302 Found\r\nLocation: "), st.binary(max_size=200))),
+    )
+)
+@example(OK + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n" + b"x" * 300_000)  # reads on to the end, says http.client
+@example(OK + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc")
+@example(OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 30 + b"\r\nabc")
+@example(OK + b"Content-Length: -1\r\n\r\n" + b"x" * 300_000)
+@example(OK + b"X: " + b"x" * 70_000 + b"\r\n\r\n")
+@example(OK + b"X: x\r\n" * 1000 + b"\r\n")
+@example(b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000)
+def test_whatever_a_server_answers(answer: bytes) -> None:
+    port, thread = serve_raw(answer)
+    limits = Limits(size=10_000, seconds=5, timeout=2, attempts=1)
+    try:
+        data = fetch(f"http://127.0.0.1:{port}/", lambda address: address == IPv4Address("127.0.0.1"), limits)
+        assert len(data) <= limits.size
+    except BadRow:
+        pass
+    thread.join()
+
+
+def test_tls_verifies_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = write_certificate(tmp_path, "images.example")
+    resolve_to(monkeypatch, ["127.0.0.1"])
+    with Server(("127.0.0.1", 0), type("Handler", (Site,), {"asked": [], "hosts": []})) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            error = failure(f"https://images.example:{server.server_port}/a")
+            assert (error.reason, "certificate" in error.detail) == ("download_failed", True)
+            trusting = ssl.create_default_context(cafile=str(certificate))
+            monkeypatch.setattr(fetch_module, "_tls", lambda: trusting)
+            url = f"https://images.example:{server.server_port}/a"
+            assert fetch(url, anywhere, QUICK) == b"content of /a"
+            other = failure(f"https://other.example:{server.server_port}/a")
+            assert (other.reason, "ostname" in other.detail) == ("download_failed", True)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def write_certificate(folder: Path, name: str) -> Path:
+    """A key and a certificate that it signed itself, in one file."""
+    pytest.importorskip("cryptography")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    built = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
+    built = built.serial_number(1).add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+    now = datetime.now() - timedelta(days=2)
+    signed = built.not_valid_before(now).not_valid_after(now + timedelta(days=9)).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = folder / "certificate.pem"
+    path.write_bytes(secret + signed.public_bytes(pem))
+    return path
