@@ -67,12 +67,18 @@ def patiently(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     return attempts(action, *args, **kwargs)
 
 
-def read_bytes(uri: str, offset: int = 0, length: int | None = None) -> bytes:
-    """A file, or `length` bytes of it from `offset`. Raises FileNotFoundError and OSError."""
+class TooLarge(OSError):
+    """A file is larger than what the caller would read."""
+
+
+def read_bytes(uri: str, offset: int = 0, length: int | None = None, at_most: int | None = None) -> bytes:
+    """A file, or `length` bytes of it from `offset`. Raises FileNotFoundError, TooLarge and OSError."""
     filesystem, path = locate(uri)
 
     def read() -> bytes:
         with filesystem.open_input_file(path) as file:
+            if at_most is not None and file.size() > at_most:
+                raise TooLarge(f"{file.size()} bytes; at most {at_most} are read")
             data: bytes = file.read_at(file.size() - offset if length is None else length, offset)
             return data
 
@@ -85,9 +91,9 @@ class RemoteFolder:
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
 
-    def read(self, path: str) -> bytes:
-        """The file at a path below the folder. Raises FileNotFoundError and OSError."""
-        return read_bytes(f"{self.uri}/{path}")
+    def read(self, path: str, at_most: int) -> bytes:
+        """The file at a path below the folder. Raises FileNotFoundError, TooLarge and OSError."""
+        return read_bytes(f"{self.uri}/{path}", at_most=at_most)
 
 
 def folder_of(root: str | None) -> Path | RemoteFolder | None:
@@ -167,7 +173,7 @@ def _glob_pattern(path: str) -> str:
 
 def _passes(error: BaseException) -> bool:
     """Whether trying again may help. What is not there, or not allowed, stays so."""
-    lasting = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, pa.ArrowInvalid)
+    lasting = (TooLarge, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, pa.ArrowInvalid)
     return isinstance(error, OSError) and not isinstance(error, lasting) and not _REFUSED.search(str(error))
 
 

@@ -306,7 +306,7 @@ def test_held_out_pairs_are_judged_too() -> None:
     report["eval"]["blind"]["accuracy"] = 0.9
     assert levels(report)["Blind guess"] == "act"
     page = render_page(report, [])
-    assert "Among the held-out pairs: the better answer can mostly be told without the image" in page
+    assert "Held-out pairs: the better answer can mostly be told without the image" in page
 
 
 def test_what_needs_work_comes_first() -> None:
@@ -408,9 +408,8 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
 def test_hostile_text_does_not_run(opened: Callable[..., Opened]) -> None:
     for size in ({"width": 390, "height": 844}, {"width": 1440, "height": 900}):
         one = opened(*hostile(), viewport=size)
-        for pair in one.page.locator(".pair").all()[:3]:
-            pair.hover()
-        assert one.page.evaluate("window.hacked === undefined && document.title.length > 0")
+        one.page.evaluate("document.querySelectorAll('*').forEach((one) => one.dispatchEvent(new Event('mouseover')))")
+        assert one.page.evaluate("window.hacked === undefined && document.compatMode === 'CSS1Compat'")
         assert one.overflow() <= 0
 
 
@@ -431,6 +430,7 @@ def test_an_injected_script_is_stopped_by_the_policy(opened: Callable[..., Opene
     assert len(one.complaints) >= 2
     assert all("Content Security Policy" in complaint for complaint in one.complaints)
     one.complaints.clear()
+    one.requests.clear()  # the browser names those that it refused, too
 
 
 def test_images_are_all_shown(opened: Callable[..., Opened]) -> None:
@@ -506,7 +506,7 @@ def test_an_image_opens_large_and_closes(opened: Callable[..., Opened]) -> None:
     thumb.focus()
     keyboard.press("Enter")
     assert viewer.is_visible()
-    assert "Image 2 of pair-9, 96 \u00d7 64 pixels" in viewer.inner_text()
+    assert "Image 2 of pair-9" in viewer.inner_text()
     keyboard.press("ArrowRight")
     assert "Image 3 of pair-9" in viewer.inner_text()
     keyboard.press("ArrowRight")

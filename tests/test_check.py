@@ -1,0 +1,155 @@
+"""What a check says of a set, worked by hand; and how far answers can be told apart without their images."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from orpo_ray.data.blind import BlindText, blind_accuracy
+from orpo_ray.data.check import (
+    PairFacts,
+    SplitCheck,
+    facts_from_json,
+    facts_of,
+    images_on_both_sides,
+    warnings_of,
+)
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.pairs import PreferencePair
+
+
+def facts(slot: int, question: str = "q", chosen: str = "yes", rejected: str = "no", images: int = 1) -> PairFacts:
+    """Facts of a pair with a token a character, 10 for the prompt and 5 for each image."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    pair = PreferencePair(str(slot), [], [{"role": "user", "content": content}], chosen, rejected, f"a:{slot}")
+    is_text = np.array([True] * 10 + [False] * 5 * images)
+    ids = [np.zeros(length, np.int32) for length in (len(is_text), len(chosen), len(rejected))]
+    encoded = EncodedPair(str(slot), *ids, is_text, {}, slot)
+    return facts_of(pair, encoded, [f"{question}-{image}" for image in range(images)], [(64, 48)] * images)
+
+
+def check(*found: PairFacts, max_length: int = 100, policy: str = "skip") -> SplitCheck:
+    split = SplitCheck(max_length, policy, {"trl": len(found)})
+    for each in found:
+        split.add(each)
+    split.sort()
+    return split
+
+
+def test_counts_lengths_and_bad_rows() -> None:
+    bad = PairFacts(3, "3", "a:3", ("missing_image", "no such file"))
+    split = check(facts(2, chosen="x" * 40, images=0), bad, facts(0), facts(1, chosen="y" * 90, images=2))
+    report = split.report()
+    assert (report["rows"], report["pairs"]) == (4, 2)
+    assert report["bad"]["by_reason"] == {"missing_image": 1}
+    assert report["bad"]["share"] == 0.25
+    assert report["bad"]["examples"] == split.bad_records()
+    assert split.bad_records()[0] == {"id": "3", "source": "a:3", "reason": "missing_image", "detail": "no such file"}
+    assert report["images_per_pair"] == {"0": 1, "1": 1, "2": 1}
+    assert report["image_sizes"]["width"]["max"] == 64
+    assert (report["tokens"]["prompt"]["min"], report["tokens"]["prompt"]["max"]) == (10, 20)
+    assert report["tokens"]["image"]["p50"] == 5
+    assert report["tokens"]["sequence"]["max"] == 110
+    assert report["too_long"] == {"count": 1, "share": 0.25, "policy": "skip"}
+    assert check(facts(1, chosen="y" * 90), policy="truncate_response").report()["pairs"] == 1
+    assert sum(report["histograms"]["chosen"]["counts"]) == 3
+
+
+def test_duplicates_and_contradictions() -> None:
+    split = check(
+        facts(0), facts(1), facts(2, chosen="no", rejected="yes"), facts(3, "other"), facts(4, chosen="maybe")
+    )  # fmt: skip
+    assert split.report()["duplicates"] == {"pairs": 1, "prompts": 3, "contradictions": 1}
+
+
+def test_length_bias() -> None:
+    split = check(facts(0, chosen="long answer"), facts(1, chosen="a", rejected="b"), facts(2), facts(3))
+    bias = split.report()["length_bias"]
+    assert bias == {"chosen_longer": 0.75, "equal": 0.25, "median_difference": 1.0}
+
+
+def test_nothing_good_is_no_error() -> None:
+    report = check(PairFacts(0, "0", "a:0", ("malformed_row", "x"))).report()
+    assert (report["tokens"], report["blind"], report["length_bias"], report["image_sizes"]) == (None,) * 4
+    assert check(PairFacts(0, "0", "a:0", ("malformed_row", "x"))).gallery() == {}
+
+
+def test_images_on_both_sides() -> None:
+    assert images_on_both_sides(check(facts(0, "a"), facts(1, "b")), check(facts(0, "b", images=2))) == 1
+    assert images_on_both_sides(check(facts(0)), None) == 0
+
+
+def test_the_gallery_has_samples_and_extremes() -> None:
+    found = [facts(slot, f"q{slot}", chosen="x" * (slot + 1)) for slot in range(60)]
+    gallery = check(*found, facts(60, "q0", chosen="x"), max_length=60).gallery()
+    assert len(gallery["sample"]) == 36
+    assert gallery["longest"][0] == 59
+    assert gallery["too long"][0] == 45
+    assert set(gallery["duplicate"]) == {0, 60}
+
+
+def test_warnings() -> None:
+    assert warnings_of(facts(0, chosen="x" * 90, images=0), 50) == [
+        "too long: 100 tokens", "answers of very unlike length", "no image",
+    ]  # fmt: skip
+    assert warnings_of(facts(0), 50) == []
+
+
+def test_facts_survive_their_way_as_json() -> None:
+    import json
+    from dataclasses import asdict
+
+    for each in (facts(0, images=2), PairFacts(3, "3", "a:3", ("missing_image", "gone"))):
+        assert facts_from_json(json.loads(json.dumps(asdict(each)))) == each
+
+
+COLORS = ["red", "green", "blue", "teal", "brown"]
+
+
+def texts(count: int, seed: int, leak: str) -> list[BlindText]:
+    """Questions about colours. leak: nothing, a `length`, a favourite `word`, or `agreement` with the question."""
+    rng = random.Random(seed)
+    found = []
+    for number in range(count):
+        chosen, rejected = rng.sample(COLORS, 2)
+        prompt = "what color is it?"
+        if leak == "length":
+            chosen += " as far as one can see in this picture"
+        elif leak == "word":
+            chosen = f"certainly {chosen}"
+        elif leak == "agreement":
+            prompt = f"is it {chosen}?"
+            chosen, rejected = f"it is {chosen}", f"it is {rejected}"
+        found.append(BlindText(str(number), prompt, chosen, rejected))
+    return found
+
+
+@pytest.mark.parametrize("leak", ["length", "word", "agreement"])
+def test_what_gives_the_answer_away_is_found(leak: str) -> None:
+    found = blind_accuracy(texts(600, 0, leak))
+    assert found is not None
+    assert found["accuracy"] > 0.95
+    assert found["low"] <= found["accuracy"] <= found["high"]
+
+
+def test_where_nothing_gives_it_away_it_is_a_coin_toss() -> None:
+    found = blind_accuracy(texts(2000, 1, ""))
+    assert found is not None
+    assert abs(found["accuracy"] - 0.5) < 0.05
+    assert found["pairs"] == 2000
+
+
+def test_repeated_pairs_are_not_learnt_by_heart() -> None:
+    """Each question ten times: told by memory alone, if folds did not keep its repetitions together."""
+    few = texts(60, 2, "")
+    found = blind_accuracy(
+        [BlindText(text.group, f"picture {text.group}", *(text.chosen, text.rejected)) for text in few] * 10
+    )
+    assert found is not None
+    assert abs(found["accuracy"] - 0.5) < 0.2
+
+
+def test_too_few_pairs_say_nothing() -> None:
+    assert blind_accuracy(texts(50, 0, "word")) is None
