@@ -162,7 +162,9 @@ class SplitCheck:
         histograms = {}
         for name, values in _lengths(good).items():
             if good and name != "image":
-                counts, edges = np.histogram(values, bins=min(BINS, max(1, int(np.ptp(values)) + 1)))
+                # The few longest share the last bin, so that they do not squeeze all others into the first.
+                shown = np.minimum(values, np.percentile(values, 99.5, method="nearest"))
+                counts, edges = np.histogram(shown, bins=min(BINS, max(1, int(np.ptp(shown)) + 1)))
                 histograms[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
         return histograms
 
