@@ -21,7 +21,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec, PairEncoder
 from orpo_ray.data.pairs import PreferencePair
-from orpo_ray.data.reading import ReadSpec, pair_of, read_window
+from orpo_ray.data.reading import ReadSpec, pair_of, read_window, stored_bytes
 from orpo_ray.errors import BadRow
 from orpo_ray.storage import folder_of
 
@@ -33,6 +33,9 @@ _CHUNK = pa.schema([("pairs", pa.large_binary())])
 # of a small machine.
 READ_CPUS = 0.01
 ENCODE_CPUS = 0.5
+# A block of encoded pairs: some 40 MB of pixels where they are photographs.
+ROWS_PER_BLOCK = 32
+BYTES_PER_BLOCK = 512 << 10
 READERS = 2  # windows that one worker's pipeline reads at a time
 # Encoding yields to training where both run on the same cores: a thread of a CPU worker that loses its core to an
 # encoder holds up all the others. It catches up whenever training waits. The variables give encoders processes of
@@ -58,9 +61,9 @@ def least_cpus(num_pipelines: int) -> float:
 
 
 def iter_blocks(
-    read: ReadSpec, work: Callable[[pa.Table], pa.Table], max_encoders: int, ordered: bool
+    read: ReadSpec, work: Callable[[pa.Table], Iterator[pa.Table]], max_encoders: int, ordered: bool
 ) -> Iterator[pa.Table]:
-    """What encoding tasks make of every chunk that this worker reads."""
+    """What encoding tasks make of every chunk that this worker reads, handed on as soon as it is made."""
     windows = read.order.windows(read.first_slot, read.last_slot)
     dataset = ray.data.read_datasource(
         _WindowSource(read, windows),
@@ -98,6 +101,20 @@ def pack_rows(table: pa.Table) -> pa.Table:
 def unpack_rows(chunk: pa.Table) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pa.ipc.open_stream(chunk["pairs"][0].as_buffer()).read_all().to_pylist()
     return rows
+
+
+def portions(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """A chunk's rows in parts of about one block: what waits together in the object store, and in a worker's hands."""
+    part: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += stored_bytes(row)
+        if len(part) >= ROWS_PER_BLOCK or size >= BYTES_PER_BLOCK:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[EncodedPair | BadRow]:

@@ -16,7 +16,15 @@ import pyarrow as pa
 
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.order import step_slots
-from orpo_ray.data.pipeline import BadRecord, bad_record, encode_rows, encoder_of_this_process, iter_blocks, unpack_rows
+from orpo_ray.data.pipeline import (
+    BadRecord,
+    bad_record,
+    encode_rows,
+    encoder_of_this_process,
+    iter_blocks,
+    portions,
+    unpack_rows,
+)
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import BadRow
 
@@ -72,15 +80,16 @@ def _arrived(slot: int, pair: bytes | None, bad: str | None) -> tuple[int, Encod
     return slot, EncodedPair.from_bytes(pair, slot)
 
 
-def _encode_chunk(chunk: pa.Table, encoder: EncoderSpec) -> pa.Table:
-    """One packed chunk of reading's `SCHEMA` -> one row of `_ENCODED_CHUNK`. A bad row ends here, not the task."""
-    rows = unpack_rows(chunk)
-    encoded = encode_rows(rows, encoder_of_this_process(encoder))
-    columns = {
-        "slots": [row["slot"] for row in rows],
-        "pairs": [None if isinstance(item, BadRow) else item.to_bytes() for item in encoded],
-        "bad": [
-            bad_record(row, item) if isinstance(item, BadRow) else None for row, item in zip(rows, encoded, strict=True)
-        ],
-    }
-    return pa.Table.from_pylist([columns], schema=_ENCODED_CHUNK)
+def _encode_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
+    """One packed chunk of reading's `SCHEMA` -> rows of `_ENCODED_CHUNK`. A bad row ends here, not the task."""
+    for rows in portions(unpack_rows(chunk)):
+        encoded = encode_rows(rows, encoder_of_this_process(encoder))
+        columns = {
+            "slots": [row["slot"] for row in rows],
+            "pairs": [None if isinstance(item, BadRow) else item.to_bytes() for item in encoded],
+            "bad": [
+                bad_record(row, item) if isinstance(item, BadRow) else None
+                for row, item in zip(rows, encoded, strict=True)
+            ],
+        }
+        yield pa.Table.from_pylist([columns], schema=_ENCODED_CHUNK)

@@ -21,6 +21,7 @@ from orpo_ray.data.pipeline import (
     encoder_of_this_process,
     iter_blocks,
     pack_rows,
+    portions,
     unpack_rows,
 )
 from orpo_ray.data.reading import ReadSpec, image_fingerprint, pair_of
@@ -58,35 +59,35 @@ def iter_clean(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Itera
             yield table, [BadRecord(**json.loads(bad)) for bad in chunk["bad"]]
 
 
-def _check_chunk(chunk: pa.Table, encoder: EncoderSpec) -> pa.Table:
+def _check_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
     """One packed chunk -> its rows' `PairFacts`, as JSON."""
-    rows = unpack_rows(chunk)
-    facts = []
-    for row, item in zip(rows, encode_rows(rows, encoder_of_this_process(encoder)), strict=True):
-        if isinstance(item, BadRow):
-            facts.append(PairFacts(row["slot"], row["id"], row["source"], (item.reason, item.detail)))
-            continue
-        pair = pair_of(row)
-        assert isinstance(pair, PreferencePair)
-        images, root = [*pair.images, *(pair.rejected_images or ())], folder_of(row["image_root"])
-        prints = [image_fingerprint(image, row["image_root"]) for image in images]
-        sizes = [load_image(image, root, encoder.allow_http).size for image in images]
-        facts.append(facts_of(pair, replace(item, slot=row["slot"]), prints, sizes))
-    return pa.table({"facts": [json.dumps([asdict(each) for each in facts])]})
+    for rows in portions(unpack_rows(chunk)):
+        facts = []
+        for row, item in zip(rows, encode_rows(rows, encoder_of_this_process(encoder)), strict=True):
+            if isinstance(item, BadRow):
+                facts.append(PairFacts(row["slot"], row["id"], row["source"], (item.reason, item.detail)))
+                continue
+            pair = pair_of(row)
+            assert isinstance(pair, PreferencePair)
+            images, root = [*pair.images, *(pair.rejected_images or ())], folder_of(row["image_root"])
+            prints = [image_fingerprint(image, row["image_root"]) for image in images]
+            sizes = [load_image(image, root, encoder.allow_http).size for image in images]
+            facts.append(facts_of(pair, replace(item, slot=row["slot"]), prints, sizes))
+        yield pa.table({"facts": [json.dumps([asdict(each) for each in facts])]})
 
 
-def _clean_chunk(chunk: pa.Table, encoder: EncoderSpec) -> pa.Table:
+def _clean_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
     """One packed chunk -> the rows of it that can be trained on, in the form that is written down."""
-    rows = unpack_rows(chunk)
-    encoded = encode_rows(rows, encoder_of_this_process(encoder))
-    bad = [bad_record(row, item) for row, item in zip(rows, encoded, strict=True) if isinstance(item, BadRow)]
-    good = [
-        _clean_row(row, encoder.allow_http)
-        for row, item in zip(rows, encoded, strict=True)
-        if not isinstance(item, BadRow)
-    ]
-    packed = pack_rows(pa.Table.from_pylist(good, schema=CLEAN_SCHEMA))
-    return packed.append_column("bad", pa.array([bad], pa.list_(pa.string())))
+    for rows in portions(unpack_rows(chunk)):
+        encoded = encode_rows(rows, encoder_of_this_process(encoder))
+        bad = [bad_record(row, item) for row, item in zip(rows, encoded, strict=True) if isinstance(item, BadRow)]
+        good = [
+            _clean_row(row, encoder.allow_http)
+            for row, item in zip(rows, encoded, strict=True)
+            if not isinstance(item, BadRow)
+        ]
+        packed = pack_rows(pa.Table.from_pylist(good, schema=CLEAN_SCHEMA))
+        yield packed.append_column("bad", pa.array([bad], pa.list_(pa.string())))
 
 
 def _clean_row(row: dict[str, Any], allow_http: bool) -> dict[str, Any]:
