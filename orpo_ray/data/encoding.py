@@ -83,9 +83,9 @@ class EncodedPair:
         return safetensors.numpy.save(tensors)
 
     @classmethod
-    def from_bytes(cls, data: bytes, slot: int) -> EncodedPair:
-        """The inverse of `to_bytes`; the slot travels beside it."""
-        tensors = safetensors.numpy.load(data)
+    def from_bytes(cls, data: Any, slot: int) -> EncodedPair:
+        """The inverse of `to_bytes`, of any buffer; the slot travels beside it. Arrays are views of the buffer."""
+        tensors = _views(data)
         second = None
         if "rejected_prompt.ids" in tensors:
             ids, is_text = tensors.pop("rejected_prompt.ids"), tensors.pop("rejected_prompt.is_text")
@@ -282,6 +282,21 @@ class PairEncoder:
         for text in (*texts, pair.chosen, pair.rejected):
             if found := sorted(token for token in tokens if token in text):
                 raise BadRow("placeholder_in_text", f"the text holds {found[0]!r}: {json.dumps(text[:80])}")
+
+
+def _views(data: Any) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors buffer where they lie: its own reader copies every one twice."""
+    buffer = memoryview(data)
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    header = json.loads(bytes(buffer[8:start]))
+    header.pop("__metadata__", None)
+    views = {}
+    for name, facts in header.items():
+        first, last = (start + offset for offset in facts["data_offsets"])
+        kind = facts["dtype"]  # "U8", "I32", "BOOL", ...
+        dtype = np.dtype(bool) if kind == "BOOL" else np.dtype(f"{kind[0].lower()}{int(kind[1:]) // 8}")
+        views[name] = np.frombuffer(buffer[first:last], dtype).reshape(facts["shape"])
+    return views
 
 
 def _taken(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

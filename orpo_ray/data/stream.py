@@ -69,15 +69,16 @@ def _iter_encoded(
     read: ReadSpec, encoder: EncoderSpec, max_encoders: int
 ) -> Iterator[dict[int, EncodedPair | BadRecord]]:
     for block in iter_blocks(read, partial(_encode_chunk, encoder=encoder), max_encoders, ordered=True):
-        for chunk in block.to_pylist():
-            yield dict(map(_arrived, chunk["slots"], chunk["pairs"], chunk["bad"]))
+        for chunk in range(block.num_rows):
+            slots, pairs, bad = (block[name][chunk].values for name in ("slots", "pairs", "bad"))
+            yield dict(map(_arrived, slots.to_pylist(), pairs, bad.to_pylist()))
 
 
-def _arrived(slot: int, pair: bytes | None, bad: str | None) -> tuple[int, EncodedPair | BadRecord]:
-    if pair is None:
-        assert bad is not None
+def _arrived(slot: int, pair: pa.Scalar, bad: str | None) -> tuple[int, EncodedPair | BadRecord]:
+    if bad is not None:
         return slot, BadRecord(**json.loads(bad))
-    return slot, EncodedPair.from_bytes(pair, slot)
+    # Its pixels stay where they are, in the object store's shared memory, until they are packed.
+    return slot, EncodedPair.from_bytes(pair.as_buffer(), slot)
 
 
 def _encode_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
