@@ -182,3 +182,33 @@ def test_answers_to_different_images_have_prompts_of_their_own(tiny: PairEncoder
     again = EncodedPair.from_bytes(together.to_bytes(), 3)
     assert again.rejected_prompt is not None
     np.testing.assert_array_equal(again.rejected_prompt.is_text, together.rejected_prompt.is_text)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "idefics3", "llava", "gemma3", "paligemma"])
+def test_images_of_any_size_are_encoded_or_refused_row_by_row(family: str, tmp_path: Path) -> None:
+    encoder = PairEncoder(load_processor(f"orpo-ray/tiny-{family}", None), 4096)
+    sizes = [(1, 1), (2, 1), (1, 150), (150, 1), (3, 500), (64, 64), (64, 64), (999, 7)]
+    pairs = [pair([png(tmp_path, f"{number}.png", size, number)]) for number, size in enumerate(sizes)]
+    encoded = encode(encoder, tmp_path, *pairs)
+    assert isinstance(encoded[5], EncodedPair)
+    assert isinstance(encoded[6], EncodedPair)
+    assert {each.reason for each in encoded if isinstance(each, BadRow)} <= {"refused_by_processor"}
+
+
+def test_one_image_that_a_processor_refuses_is_one_bad_row(tiny: PairEncoder, tmp_path: Path) -> None:
+    """A processor that raises for some pictures: the others of their batch are encoded all the same."""
+
+    class Picky:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tiny.processor, name)
+
+        def __call__(self, images: Any, **options: Any) -> Any:
+            if any(image.getpixel((0, 0)) == (0, 0, 0) for each in images for image in each):
+                raise ValueError("too dark")
+            return tiny.processor(images=images, **options)
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "dark.png")
+    names = [png(tmp_path, "a.png", (64, 64), 1), "dark.png", png(tmp_path, "b.png", (64, 64), 2)]
+    found = encode(PairEncoder(Picky(), 256), tmp_path, *(pair([name]) for name in names))
+    assert [type(each) for each in found] == [EncodedPair, BadRow, EncodedPair]
+    assert "64 x 64: ValueError: too dark" in found[1].detail

@@ -168,11 +168,11 @@ class PairEncoder:
             drafts.append(draft)
             for side, images in enumerate(draft.image_lists):
                 groups[tuple(image.size for image in images)].append((index, side))
-        prompts: dict[tuple[int, int], EncodedPrompt] = {}
+        prompts: dict[tuple[int, int], EncodedPrompt | BadRow] = {}
         for places in groups.values():
             # Images of one size come out of the processor in one shape, so a batch can be taken apart again.
             asked = [(drafts[index].prompt, drafts[index].image_lists[side]) for index, side in places]  # type: ignore[union-attr]
-            prompts |= dict(zip(places, self._prompts(asked), strict=True))
+            prompts |= dict(zip(places, self._prompts_or_bad(asked), strict=True))
         return [
             draft if isinstance(draft, BadRow) else self._finish(draft, prompts[index, 0], prompts.get((index, 1)))
             for index, draft in enumerate(drafts)
@@ -209,6 +209,18 @@ class PairEncoder:
         # A template that renders a finished turn otherwise than an open one.
         return answer + (self.tokenizer.eos_token or "")
 
+    def _prompts_or_bad(self, asked: list[tuple[str, list[Image.Image]]]) -> Sequence[EncodedPrompt | BadRow]:
+        """`_prompts`, with a BadRow where the processor does not take the images, alone or together."""
+        try:
+            return self._prompts(asked)
+        # What processors raise on sizes that they were not made for.
+        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+            if len(asked) > 1:
+                return [found for one in asked for found in self._prompts_or_bad([one])]
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in asked[0][1])
+            problem = f"the processor refuses images of {sizes}: {type(error).__name__}: {error}"
+            return [BadRow("refused_by_processor", problem[:300])]
+
     def _prompts(self, asked: list[tuple[str, list[Image.Image]]]) -> list[EncodedPrompt]:
         """Prompts, as rendered, with expanded image tokens; pixels still in 0..255.
 
@@ -234,7 +246,13 @@ class PairEncoder:
     def _prompt(self, ids: np.ndarray, images: dict[str, np.ndarray]) -> EncodedPrompt:
         return EncodedPrompt(ids, ~np.isin(ids, self.image_token_ids), images)
 
-    def _finish(self, draft: _Draft, prompt: EncodedPrompt, other: EncodedPrompt | None) -> EncodedPair | BadRow:
+    def _finish(
+        self, draft: _Draft, prompt: EncodedPrompt | BadRow, other: EncodedPrompt | BadRow | None
+    ) -> EncodedPair | BadRow:
+        if isinstance(prompt, BadRow):
+            return prompt
+        if isinstance(other, BadRow):
+            return other
         # Tokenised apart from the prompt, so that no answer changes the prompt's tokens.
         chosen_ids, rejected_ids = self._tokenize([draft.chosen, draft.rejected])
         if not len(prompt.ids):

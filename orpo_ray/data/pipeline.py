@@ -41,7 +41,19 @@ READERS = 2  # windows that one worker's pipeline reads at a time
 # encoder holds up all the others. It catches up whenever training waits. The variables give encoders processes of
 # their own, so that no worker ever starts in one whose priority was lowered.
 ENCODE_NICENESS = 10
-ENCODE_ENV = {"env_vars": {"ORPO_RAY_ENCODER": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
+# The allocators keep what is freed: an image's tiles are made of 10 MB pieces, and fresh pages for each of them cost a
+# tenth of all time.
+KEEP_BYTES = str(256 << 20)
+ENCODE_ENV = {
+    "env_vars": {
+        "ORPO_RAY_ENCODER": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MALLOC_MMAP_THRESHOLD_": KEEP_BYTES,
+        "MALLOC_TRIM_THRESHOLD_": KEEP_BYTES,
+        "PILLOW_BLOCKS_MAX": "4",
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ def iter_blocks(
         _WindowSource(read, windows),
         override_num_blocks=len(windows),
         num_cpus=READ_CPUS,
-        concurrency=min(READERS, len(windows)),
+        concurrency=max(1, min(READERS, len(windows))),
     ).map_batches(
         work,
         batch_size=None,
@@ -92,6 +104,7 @@ def iter_blocks(
 
 
 def pack_rows(table: pa.Table) -> pa.Table:
+    """A table as one row, which no operator merges with others or splits."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -99,6 +112,7 @@ def pack_rows(table: pa.Table) -> pa.Table:
 
 
 def unpack_rows(chunk: pa.Table) -> list[dict[str, Any]]:
+    """The rows of `reading.SCHEMA` in a packed chunk."""
     rows: list[dict[str, Any]] = pa.ipc.open_stream(chunk["pairs"][0].as_buffer()).read_all().to_pylist()
     return rows
 
@@ -118,6 +132,7 @@ def portions(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[EncodedPair | BadRow]:
+    """Every row encoded, or what is wrong with it; in their order."""
     read = [pair_of(row) for row in rows]
     roots = [folder_of(row["image_root"]) for row in rows]
     good = [(pair, root) for pair, root in zip(read, roots, strict=True) if isinstance(pair, PreferencePair)]
@@ -126,11 +141,13 @@ def encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[Encode
 
 
 def bad_record(row: dict[str, Any], bad: BadRow) -> str:
+    """A `BadRecord` as JSON."""
     return json.dumps(vars(BadRecord(row["slot"], row["id"], row["source"], bad.reason, bad.detail)))
 
 
 @lru_cache(maxsize=2)
 def encoder_of_this_process(spec: EncoderSpec) -> PairEncoder:
+    """The encoder of a spec, made once a process; the process yields to others from then on."""
     lower_priority()
     return spec.build()
 

@@ -24,7 +24,7 @@ from orpo_ray.errors import BadRow
 # What one encoding task takes: a pair with a large photograph costs it some 150 ms and 10 MB of pixels, one with a
 # thumbnail 1 ms, and between two tasks a process idles for 100 ms or more.
 ROWS_PER_CHUNK = 128
-BYTES_PER_CHUNK = 2 << 20
+BYTES_PER_CHUNK = 4 << 20
 BYTES_OF_A_PATH = 128 << 10  # a guess at the file behind a path
 
 _IMAGES = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
