@@ -8,8 +8,9 @@ PROCESSOR: a folder with a model's processor, as the hub has it. Compared in one
   stream: parquet -> reading and encoding tasks -> object store -> a worker's step, with nothing else to do
   bare:   as many processes as cores, each decoding and calling the same processor in a loop, no data frame, no Ray
 
-`pairs_per_core_ratio` is stream to bare, `memory_growth_ratio` the peak memory of everything with ten times the rows
-to that with once, `float32_to_uint8_bytes_ratio` what a pair would weigh with float32 pixels to what it does.
+`pairs_per_core_ratio` is stream to bare, `memory_growth_ratio` the peak of all processes' own memory with ten times the
+rows to that with once (Ray's object store stands beside it: it touches ever more of the share of the machine that it
+was given, and stays within that), `float32_to_uint8_bytes_ratio` what a pair would weigh with float32 pixels to what it does.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ ANY_LENGTH = 10**6
 
 @dataclass(frozen=True)
 class Streamed:
-    """What a stream did: pairs a second after its start-up, its peak memory and bytes a pair."""
+    """What a stream did: pairs a second after its start-up, peaks of own and shared memory, bytes a pair."""
 
     pairs_per_s: float
     peak_mib: float
+    shared_mib: float
     encoded_bytes: float
     float32_bytes: float
 
@@ -90,7 +92,7 @@ def stream(parquet: Path, processor: str, times: int, cores: int) -> Streamed:
     seconds = arrived[-1] - arrived[first]
     encoded, more = np.mean(weights, axis=0)
     rate = (len(arrived) - 1 - first) * PAIRS_PER_STEP / seconds
-    return Streamed(rate, memory.peak_mib, float(encoded), float(encoded + more))
+    return Streamed(rate, memory.peak_mib, memory.shared_mib, float(encoded), float(encoded + more))
 
 
 def pixels_of(pair: EncodedPair) -> int:
@@ -99,10 +101,10 @@ def pixels_of(pair: EncodedPair) -> int:
 
 
 class PeakMemory:
-    """The most that this process, its children and Ray's shared memory hold at a time; shared pages count once."""
+    """The most that this process and its children hold at a time of their own, and of what they share."""
 
     def __enter__(self) -> PeakMemory:
-        self.peak_mib = 0.0
+        self.peak_mib = self.shared_mib = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -122,8 +124,9 @@ class PeakMemory:
                 except psutil.NoSuchProcess:
                     continue
                 private += facts.rss - facts.shared
-                shared = max(shared, facts.shared)  # the object store, in whoever has mapped most of it
-            self.peak_mib = max(self.peak_mib, (private + shared) / 2**20)
+                shared = max(shared, facts.shared)  # the object store, in whoever has touched most of it
+            self.peak_mib = max(self.peak_mib, private / 2**20)
+            self.shared_mib = max(self.shared_mib, shared / 2**20)
 
 
 def bare(parquet: Path, processor: str, cores: int) -> float:
@@ -186,6 +189,8 @@ def main() -> None:
         "float32_to_uint8_bytes_ratio": large.float32_bytes / large.encoded_bytes,
         "peak_mib": small.peak_mib,
         "peak_mib_10_fold": large.peak_mib,
+        "object_store_mib": small.shared_mib,
+        "object_store_mib_10_fold": large.shared_mib,
         "memory_growth_ratio": large.peak_mib / small.peak_mib,
     }
     result = provenance() | {name: round(value, 4) for name, value in row.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,15 +16,18 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from conftest import losses, tiny_recipe, write_pairs
+from rich.console import Console
 from s3_server import BUCKET, Faults, s3_server
 from test_sources import ids_of, read_all, rows, spec_of, write_jsonl, write_tar
-from test_training import wait_until
+from test_training import last_step, wait_until
 
 from orpo_ray.data.images import load_image
 from orpo_ray.data.sources import list_sources
 from orpo_ray.errors import BadRow, UserError
+from orpo_ray.results.evaluate import evaluate_run
 from orpo_ray.run_folder import RunFolder
 from orpo_ray.storage import TooLarge, folder_of, locate, read_bytes
+from orpo_ray.training.launch import launch_training
 
 
 @pytest.fixture
@@ -112,14 +116,14 @@ def without_cluster() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
-def command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    whole = [sys.executable, "-m", "orpo_ray", *arguments]
-    return subprocess.run(whole, env=without_cluster(), capture_output=True, text=True, check=False)
+def pushed_step(folder: RunFolder) -> int:
+    folder.pull("metrics.jsonl")
+    return last_step(folder.path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_lives_in_s3(s3: Faults, tmp_path: Path) -> None:
+def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> None:
     """Data from S3, checkpoints and model to S3, interrupted and resumed, evaluated, all while the server fails."""
     write_pairs(tmp_path / "data", 64)
     write_pairs(tmp_path / "data", 16, "test")
@@ -134,24 +138,22 @@ def test_a_run_lives_in_s3(s3: Faults, tmp_path: Path) -> None:
     path.write_text(recipe.to_yaml())
     s3.active = True
     folder = RunFolder(f"s3://{BUCKET}/runs/remote")
-    first = subprocess.Popen([sys.executable, "-m", "orpo_ray", "train", str(path)], env=without_cluster())
-    wait_until(lambda: folder.has("metrics.jsonl"), "the first checkpoint")
+    whole = [sys.executable, "-m", "orpo_ray", "train", str(path)]
+    first = subprocess.Popen(whole, env=without_cluster(), stderr=subprocess.DEVNULL)
+    wait_until(lambda: pushed_step(folder) >= 10, "the second checkpoint")
     first.kill()
     first.wait()
     assert not folder.has("final/config.json")
-    again = command(["train", str(path)])
+    again = subprocess.run(whole, env=without_cluster(), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert f"s3://{BUCKET}/runs/remote" in again.stderr
-    third = command(["train", str(path)])
-    assert third.returncode == 0, third.stderr
-    assert "finished before" in third.stderr
+    assert launch_training(recipe, Console(file=io.StringIO())).was_finished
     folder.pull("metrics.jsonl", "final", "recipe.yaml")
     assert sorted(losses(folder.path)) == list(range(1, 41))
     assert (folder.path / "final" / "model.safetensors").stat().st_size > 10**6
-    scored = command(["evaluate", folder.uri, "--json"])
-    assert scored.returncode == 0, scored.stderr
+    scored = evaluate_run(folder.uri, [f"data.eval={tmp_path}/data/test.jsonl"], Console(file=io.StringIO()))
     last = [line for line in map(json.loads, (folder.path / "metrics.jsonl").open()) if "eval/loss" in line][-1]
-    assert json.loads(scored.stdout)["eval/loss"] == pytest.approx(last["eval/loss"], abs=1e-4)
+    assert scored["eval/loss"] == pytest.approx(last["eval/loss"], abs=1e-4)
     assert all(s3.injected.values()), s3.injected
     for name in ("recipe.yaml", "metrics.jsonl"):
         assert b"test-secret-never-written" not in read_bytes(f"{folder.uri}/{name}")
