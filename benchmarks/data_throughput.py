@@ -8,9 +8,10 @@ PROCESSOR: a folder with a model's processor, as the hub has it. Compared in one
   stream: parquet -> reading and encoding tasks -> object store -> a worker's step, with nothing else to do
   bare:   as many processes as cores, each decoding and calling the same processor in a loop, no data frame, no Ray
 
-`pairs_per_core_ratio` is stream to bare, `memory_growth_ratio` the peak of all processes' own memory with ten times the
+`pairs_per_core_ratio` is stream to bare; `memory_growth_ratio` the peak of all processes' own memory with ten times the
 rows to that with once (Ray's object store stands beside it: it touches ever more of the share of the machine that it
-was given, and stays within that), `float32_to_uint8_bytes_ratio` what a pair would weigh with float32 pixels to what it does.
+was given, and stays within that); `float32_to_uint8_bytes_ratio` what a pair would weigh with float32 pixels to what it
+does.
 """
 
 from __future__ import annotations
