@@ -17,6 +17,7 @@ from orpo_ray.data.formats import to_pair
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.errors import BadRow
 from orpo_ray.model.loading import PixelNorm, load_processor
+from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import normalise_pixels
 
 TINY = "orpo-ray/tiny-smolvlm"
@@ -74,6 +75,30 @@ def test_tiny_smolvlm_is_exact(tiny: PairEncoder, tmp_path: Path, sizes: list[tu
     assert isinstance(encoded, EncodedPair)
     check_against_processor(tiny.processor, encoded, source, tmp_path)
     assert (~encoded.prompt_is_text).sum() == 16 * len(sizes)
+
+
+@pytest.mark.parametrize("sizes", [[(100, 40)], [(64, 64), (20, 90)]])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_family_is_exact_to_the_token_and_the_pixel(
+    family: str, tmp_path: Path, sizes: list[tuple[int, int]]
+) -> None:
+    if family == "qwen2_5_vl":
+        pytest.importorskip("torchvision", reason="Qwen2.5-VL's processor needs torchvision")
+    encoder = PairEncoder(load_processor(f"orpo-ray/tiny-{family}", None), max_length=4096)
+    source = pair([png(tmp_path, f"{i}.png", size, i) for i, size in enumerate(sizes)])
+    (encoded,) = encode(encoder, tmp_path, source)
+    assert isinstance(encoded, EncodedPair)
+    processor, images = encoder.processor, [Image.open(tmp_path / f"{i}.png") for i in range(len(sizes))]
+    prompt = processor.apply_chat_template(source.prompt, add_generation_prompt=True, tokenize=False)
+    plain = processor(text=[prompt], images=[images], add_special_tokens=False, return_tensors="pt")
+    assert plain["input_ids"][0].tolist() == encoded.prompt_ids.tolist()
+    assert encoded.images["pixel_values"].dtype == np.uint8
+    pixels = normalise_pixels(torch.from_numpy(encoded.images["pixel_values"]), PixelNorm.of(processor))
+    torch.testing.assert_close(pixels, plain["pixel_values"].view_as(pixels), rtol=0, atol=1e-6)
+    # The answer's tokens spell what the template puts behind the prompt.
+    turn = {"role": "assistant", "content": [{"type": "text", "text": source.chosen}]}
+    whole = processor.apply_chat_template([*source.prompt, turn], tokenize=False)
+    assert processor.tokenizer.decode(encoded.chosen_ids).strip() == whole.removeprefix(prompt).strip()
 
 
 @pytest.mark.parametrize("sizes", [[(300, 200)], [(700, 500), (400, 900)]])
