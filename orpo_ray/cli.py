@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,8 +117,11 @@ def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJso
     for name, split in written.items():
         shards = f"{split.rows:,} pairs in {len(split.shards)} shard(s), {len(split.bad):,} bad row(s) left out"
         console.print(f"{name}: {shards}", highlight=False, soft_wrap=True)
-    options = " ".join(f"data.{name}={split.uri}" for name, split in written.items())
-    console.print(f"train from it:  orpo-ray train {recipe} {options}", highlight=False, soft_wrap=True)
+    options = [*(overrides or []), *(f"data.{name}={split.uri}" for name, split in written.items())]
+    # What was written is in one format with its own columns, split already, with its images in it.
+    options += ["data.format=auto", "data.columns={}", "data.eval_share=0", "data.image_root=null"]
+    line = shlex.join(["orpo-ray", "train", str(recipe), *options])
+    console.print(f"train from it:  {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()

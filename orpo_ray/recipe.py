@@ -88,7 +88,11 @@ class Recipe(Section):
         if self.data.image_root is not None:
             raw["data"]["image_root"] = _absolute(self.data.image_root)
         for split in ("train", "eval"):
-            raw["data"][split] = {_absolute(source): weight for source, weight in raw["data"][split].items()}
+            mix: dict[str, float] = {}
+            for source, weight in raw["data"][split].items():
+                # One file may be named in two ways.
+                mix[_absolute(source)] = mix.get(_absolute(source), 0.0) + weight
+            raw["data"][split] = mix
         if Path(self.model.id).expanduser().is_dir():
             raw["model"]["id"] = str(Path(self.model.id).expanduser().resolve())
         return Recipe.model_validate(raw)
@@ -143,7 +147,7 @@ def _lasting_folder() -> Path:
 
 def _absolute(source: str) -> str:
     """A source that is a path made absolute; `scheme:...` stays."""
-    if re.match(r"[a-z0-9+-]{2,}:", source):
+    if not source.strip() or re.match(r"[a-z0-9+-]{2,}:", source):
         return source
     return os.path.abspath(Path(source).expanduser())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from orpo_ray.errors import UserError
 from orpo_ray.storage import is_remote, locate, patiently
 
 # The file of a model's folder that is written last: the folder is whole where it stands.
@@ -31,8 +32,11 @@ class RunFolder:
             self.path = Path(uri)
 
     def make(self) -> None:
-        """Make the folder if it is not there. Raises OSError."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder if it is not there. Raises UserError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run's folder cannot be made: {error}", field="checkpoint.storage") from None
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""

@@ -17,13 +17,15 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 
 from orpo_ray.errors import UserError
 
 SCHEMES = ("s3", "gs", "hf")
 ATTEMPTS = 6  # of a whole file, on top of those that a client makes of each request
-CONNECT_SECONDS = 10.0
+PATIENCE_SECONDS = 30.0  # after which no further attempt is begun
+REQUEST_ATTEMPTS = 3
+CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 60.0
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,7 +62,7 @@ def patiently(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Do it again where a store fails for the moment: a lost connection, a 5xx, an answer cut short."""
     attempts = Retrying(
         retry=retry_if_exception(_passes),
-        stop=stop_after_attempt(ATTEMPTS),
+        stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(PATIENCE_SECONDS),
         wait=wait_random_exponential(multiplier=0.2, max=10),
         reraise=True,
     )
@@ -104,7 +106,10 @@ def folder_of(root: str | None) -> Path | RemoteFolder | None:
 
 
 def list_files(uri: str, field: str) -> list[str]:
-    """The files that a path, folder or glob stands for, sorted, each as a path or URI. Raises UserError if none."""
+    """The files that a path, folder or glob stands for, sorted, each as a path or URI; none that is hidden in them.
+
+    Raises UserError where there is nothing of that name.
+    """
     filesystem, path = locate(uri, field)
     literal = not is_remote(uri) and os.path.lexists(path)  # a file may be named like a glob
     fixed = path if literal else _without_glob(path)
@@ -112,8 +117,12 @@ def list_files(uri: str, field: str) -> list[str]:
         found = patiently(lambda: list(_walk(filesystem, fixed)))
     except OSError as error:
         raise UserError(f"cannot be listed: {_one_line(error)}", field=field, value=uri) from None
-    matches = re.compile(_glob_pattern(path)).fullmatch if fixed != path else None
-    files = sorted(name for name in found if matches is None or matches(name))
+    try:
+        matches = re.compile(_glob_pattern(path)).fullmatch if fixed != path else None
+    except re.error as error:
+        raise UserError(f"is not a valid glob: {error}", field=field, value=uri) from None
+    visible = (name for name in found if not re.search(r"/\.", name[len(fixed) :]))
+    files = sorted(name for name in visible if matches is None or matches(name))
     if not files and filesystem.get_file_info(fixed).type == pafs.FileType.NotFound:
         raise UserError("no such file or folder", field=field, value=uri)
     return [beside(uri, name) for name in files]
@@ -123,7 +132,7 @@ def list_files(uri: str, field: str) -> list[str]:
 def _remote(scheme: str) -> pafs.FileSystem:
     if scheme == "s3":
         return pafs.S3FileSystem(
-            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=REQUEST_ATTEMPTS),
             connect_timeout=CONNECT_SECONDS,
             request_timeout=REQUEST_SECONDS,
             **_s3_endpoint(),
@@ -168,7 +177,8 @@ def _glob_pattern(path: str) -> str:
     """A glob as a regular expression: `**` any folders, `*` and `?` within one."""
     tokens = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", path)
-    return "".join(tokens.get(piece) or (piece if piece.startswith("[") else re.escape(piece)) for piece in pieces)
+    classes = (piece.replace("[!", "[^", 1) if piece.startswith("[") else re.escape(piece) for piece in pieces)
+    return "".join(tokens.get(piece) or text for piece, text in zip(pieces, classes, strict=True))
 
 
 def _passes(error: BaseException) -> bool:

@@ -64,6 +64,11 @@ def test_duplicates_and_contradictions() -> None:
     assert split.report()["duplicates"] == {"pairs": 1, "prompts": 3, "contradictions": 1}
 
 
+def test_the_same_answer_to_different_images_contradicts_nothing() -> None:
+    split = check(*(facts(slot, f"q{slot}", chosen="same", rejected="same") for slot in range(4)))
+    assert split.report()["duplicates"]["contradictions"] == 0
+
+
 def test_length_bias() -> None:
     split = check(facts(0, chosen="long answer"), facts(1, chosen="a", rejected="b"), facts(2), facts(3))
     bias = split.report()["length_bias"]

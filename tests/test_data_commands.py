@@ -67,6 +67,11 @@ def test_check_then_prepare_then_train(tmp_path: Path) -> None:
     assert text.count("data:image/jpeg;base64,") > 30
     assert "easy-vqa-train-" in text
 
+    with pytest.raises(UserError, match="10 of 120 rows cannot be used"):
+        prepare_data(recipe, QUIET)
+    with pytest.raises(UserError, match=r"data\.on_too_long"):
+        prepare_data(tiny_recipe(tmp_path / "runs", "set", data=data | {"on_too_long": "error"}), QUIET)
+    recipe = tiny_recipe(tmp_path / "runs", "set", data=data | {"max_bad_share": 0.1})
     splits = prepare_data(recipe, QUIET)
     assert {name: split.rows for name, split in splits.items()} == {"train": 110, "eval": 20}
     manifest = json.loads((folder / "data" / "manifest.json").read_text())

@@ -50,6 +50,7 @@ FLOORS = [
     "training.deepspeed",
     "training.checkpoint",
     "training.data",
+    "training.bad_rows",
     "training.progress",
     "training.worker",
     "training.launch",

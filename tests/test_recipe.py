@@ -107,6 +107,8 @@ def test_sources_are_one_a_list_or_a_weighted_mix() -> None:
 
     assert train("a.jsonl") == {"a.jsonl": 1.0}
     assert train(["a.jsonl", "b.jsonl", "a.jsonl"]) == {"a.jsonl": 2.0, "b.jsonl": 1.0}
+    twice = parse_recipe(MINIMAL | {"data": {"train": ["a.jsonl", "./a.jsonl", ""]}}).anchored().data.train
+    assert twice == {f"{Path.cwd()}/a.jsonl": 2.0, "": 1.0}
     assert train({"s3://bucket/a": 2, "b.jsonl": 0.5}) == {"s3://bucket/a": 2.0, "b.jsonl": 0.5}
     with pytest.raises(UserError, match="greater than 0"):
         train({"a.jsonl": 0})

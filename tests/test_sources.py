@@ -193,6 +193,36 @@ def test_globs_reach_every_depth_and_take_only_what_can_be_read(tmp_path: Path) 
         list_segments(f"{tmp_path}/*.txt")
 
 
+def test_negated_and_broken_globs(tmp_path: Path) -> None:
+    for name in "abc":
+        write_jsonl(tmp_path / f"{name}.jsonl", rows(1))
+    assert len(list_segments(f"{tmp_path}/[!a].jsonl")) == 2
+    assert len(list_segments(f"{tmp_path}/[a-b].jsonl")) == 2
+    with pytest.raises(UserError, match="not a valid glob"):
+        list_segments(f"{tmp_path}/[z-a].jsonl")
+
+
+def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
+    for name in (".hidden/a.jsonl", ".ipynb_checkpoints/b.jsonl", ".c.jsonl", "d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, rows(1))
+    assert [segment.path for segment in list_segments(str(tmp_path))] == [f"{tmp_path}/d.jsonl"]
+    assert len(list_segments(f"{tmp_path}/.hidden")) == 1
+
+
+def test_what_a_folder_says_of_itself_holds_for_itself(tmp_path: Path) -> None:
+    """Saved sets and files beside one another: every one of them is read, once."""
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list(rows(3)).save_to_disk(tmp_path / "one")
+    Dataset.from_list(rows(4)).save_to_disk(tmp_path / "two")
+    write_jsonl(tmp_path / "a.jsonl", rows(2))
+    assert sum(segment.num_rows for segment in list_segments(str(tmp_path))) == 9
+    DatasetDict(test=Dataset.from_list(rows(1))).save_to_disk(tmp_path / "deep" / "dict")
+    with pytest.raises(UserError, match=r"(?s)several splits.*deep/dict/test"):
+        list_segments(str(tmp_path))
+
+
 def test_a_file_named_like_a_glob(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a[1].jsonl", rows(1))
     assert ids_of(f"{tmp_path}/a[1].jsonl") == ["r0"]
@@ -236,16 +266,26 @@ def test_a_resumed_reader_starts_at_its_slot(tmp_path: Path) -> None:
     assert tail == whole[9:]
 
 
-def test_bad_rows_say_where_they_stand(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "b.jsonl", [rows(1)[0], "{broken", rows(1)[0] | {"chosen": ""}])
+def test_bad_rows_say_who_they_are_and_where_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 2)
+    lines = ["", rows(1)[0], "", "", "{broken", "", rows(1)[0] | {"chosen": "", "id": 7}]
+    path = write_jsonl(tmp_path / "b.jsonl", lines)
     read = read_all(spec_of([str(path)], seed=None))
     pairs = [pair_of(row) for row in read]
     assert isinstance(pairs[0], PreferencePair)
-    assert pairs[0].source == f"{path}:line 1"
-    assert [(p.reason, row["source"]) for p, row in zip(pairs[1:], read[1:], strict=True)] == [
-        ("malformed_row", f"{path}:line 2"),
-        ("empty_response", f"{path}:line 3"),
+    assert pairs[0].source == f"{path}:line 2"
+    assert [(p.reason, row["id"], row["source"]) for p, row in zip(pairs[1:], read[1:], strict=True)] == [
+        ("malformed_row", f"{path}:line 5", f"{path}:line 5"),
+        ("empty_response", "7", f"{path}:line 7"),
     ]
+
+
+def test_the_digest_says_whether_it_is_the_same_set(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "b.jsonl", rows(5))
+    first = spec_of([str(path)]).digest
+    assert spec_of([str(path)]).digest == first
+    write_jsonl(path, [*rows(4), rows(1)[0] | {"chosen": "something else"}])
+    assert spec_of([str(path)]).digest != first
 
 
 def test_exchanged_images_are_other_images_for_any_number_of_workers(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def _duplicates(good: Sequence[PairFacts]) -> dict[str, int]:
         "pairs": len(good) - len(pairs),
         "prompts": len(good) - len(questions),
         # Seen from both sides, so each contradiction twice.
-        "contradictions": sum(facts.exchanged in pairs for facts in good) // 2,
+        "contradictions": sum(facts.exchanged != facts.pair and facts.exchanged in pairs for facts in good) // 2,
     }
 
 

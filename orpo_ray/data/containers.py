@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,7 +36,8 @@ Row = dict[str, Any]
 class Segment:
     """A run of `num_rows` rows of `path`, the first of which is row `first_row` of that file.
 
-    index: parquet's row group. offset, length: the bytes of the segment, where it is read by itself.
+    index: parquet's row group. offset, length: the bytes of the segment, where it is read by itself. first_line,
+    blanks: of lines: the number of the first one, and before which rows there is an empty one.
     num_bytes: about what its rows weigh as they are stored, without the files that paths in them name.
     """
 
@@ -47,11 +49,14 @@ class Segment:
     index: int = 0
     offset: int = 0
     length: int = 0
+    first_line: int = 1
+    blanks: tuple[int, ...] = ()
 
     def describe(self, row: int) -> str:
         """Where row `row` of this segment stands, as a user would look for it."""
-        number = self.first_row + row
-        return f"{self.path}:line {number + 1}" if self.kind == "jsonl" else f"{self.path}:row {number}"
+        if self.kind == "jsonl":
+            return f"{self.path}:line {self.first_line + row + bisect_right(self.blanks, row)}"
+        return f"{self.path}:row {self.first_row + row}"
 
     @property
     def image_root(self) -> str | None:
@@ -106,20 +111,31 @@ def _read_parquet(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
 
 
 def _list_jsonl(path: str) -> Iterator[Segment]:
-    """Blank lines are no rows, so a segment's line numbers count the others."""
+    """Blank lines are no rows."""
     filesystem, inner = locate(path)
-    first = count = offset = start = 0
+    first = count = offset = start = line_number = 0
+    first_line, blanks = 1, list[int]()
+
+    def segment() -> Segment:
+        size = offset - start
+        return Segment(
+            "jsonl", path, first, count, size, offset=start, length=size, first_line=first_line, blanks=tuple(blanks)
+        )
+
     with filesystem.open_input_stream(inner, buffer_size=4 << 20) as stream, io.BufferedReader(stream) as file:
         for line in file:
             offset += len(line)
-            count += bool(line.strip())
+            line_number += 1
+            if line.strip():
+                count += 1
+            else:
+                blanks.append(count)
             if count == ROWS_PER_SEGMENT:
-                size = offset - start
-                yield Segment("jsonl", path, first, count, num_bytes=size, offset=start, length=size)
-                first, count, start = first + count, 0, offset
+                yield segment()
+                first, count, start, first_line = first + count, 0, offset, line_number + 1
+                blanks.clear()
     if count:
-        size = offset - start
-        yield Segment("jsonl", path, first, count, num_bytes=size, offset=start, length=size)
+        yield segment()
 
 
 def _read_jsonl(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
@@ -159,7 +175,11 @@ def _read_json(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
 @lru_cache(maxsize=2)
 def _json_list(path: str) -> list[Any]:
     """A JSON list can only be read whole; large sets should be JSONL."""
-    rows = json.loads(read_bytes(path))
+    try:
+        rows = json.loads(read_bytes(path))
+    except json.JSONDecodeError as error:
+        hint = "; one JSON object a line is a .jsonl file" if error.msg == "Extra data" else ""
+        raise ValueError(f"not valid JSON: {error}{hint}") from None
     if not isinstance(rows, list):
         raise ValueError(f"a .json file must hold a list of rows, found {type(rows).__name__}")
     return rows

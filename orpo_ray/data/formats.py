@@ -77,10 +77,18 @@ def to_pair(row: Row, format_name: str, renames: Mapping[str, str], fallback_id:
     try:
         if ":" in format_name:
             row, format_name = _adapted(row, format_name)
-        row_id = next((str(row[key]) for key in ("id", "idx") if row.get(key) is not None), fallback_id)
-        return _FORMATS[format_name].read(row, row_id, fallback_id)
+        return _FORMATS[format_name].read(row, _id_of(row, fallback_id), fallback_id)
     except RecursionError:
         raise BadRow("malformed_row", "the values are nested too deep") from None
+
+
+def id_of(row: Row, renames: Mapping[str, str], fallback_id: str) -> str:
+    """The id of a raw row that may not be fit for a pair."""
+    return _id_of(_renamed(row, renames), fallback_id)
+
+
+def _id_of(row: Row, fallback_id: str) -> str:
+    return next((str(row[key]) for key in ("id", "idx") if row.get(key) is not None), fallback_id)
 
 
 def _from_trl(row: Row, row_id: str, source: str) -> PreferencePair:
@@ -269,7 +277,7 @@ def _adapter(name: str) -> Callable[[dict[str, Any]], Any]:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name, None)
-    except Exception as error:  # noqa: BLE001 - a module of the user's may raise anything when it is imported
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a module of the user's may raise anything
         raise UserError(
             f"the adapter's module cannot be imported: {type(error).__name__}: {error}",
             field="data.format",
@@ -289,7 +297,7 @@ def _adapted(row: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
         made = function(row)
     except BadRow:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever an adapter raises is for the report of this row
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises is for the report of this row
         raise BadRow("adapter_failed", f"{type(error).__name__}: {error}") from None
     if not isinstance(made, Mapping):
         raise BadRow("adapter_failed", f"{name} returned no row: {shown(made)}")

@@ -10,13 +10,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from orpo_ray.data.containers import Segment, read_rows
-from orpo_ray.data.formats import to_pair
+from orpo_ray.data.formats import id_of, to_pair
 from orpo_ray.data.order import Order, owner
 from orpo_ray.data.pairs import Image, PreferencePair
 from orpo_ray.errors import BadRow
@@ -66,6 +67,13 @@ class ReadSpec:
     image_root: str | None = None
     exchange_images: bool = False
 
+    @property
+    def digest(self) -> str:
+        """The same for the same files of rows, wherever they lie."""
+        facts = [(PurePosixPath(each.path).name, each.num_rows, each.num_bytes) for each in self.segments]
+        kept = [len(rows) for rows in self.kept.values()]
+        return hashlib.sha256(json.dumps([facts, kept, self.order.weights]).encode()).hexdigest()[:16]
+
     def root_of(self, segment: Segment) -> str | None:
         """What image paths of a segment's rows are relative to."""
         return self.image_root or segment.image_root
@@ -74,6 +82,15 @@ class ReadSpec:
         """Which of these slots this worker trains on: bool, same shape."""
         mine = owner(slots, self.pairs_per_step, self.num_workers) == self.rank
         return mine & (slots >= self.first_slot) & (slots < self.last_slot)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that cannot be a pair. source: where it stands."""
+
+    id: str
+    source: str
+    bad: BadRow
 
 
 def read_window(spec: ReadSpec, epoch: int, number: int) -> Iterator[pa.Table]:
@@ -90,10 +107,10 @@ def read_window(spec: ReadSpec, epoch: int, number: int) -> Iterator[pa.Table]:
     yield from _tables(spec, [(int(slot), *pairs[slot]) for slot in slots[owned]])
 
 
-def read_pairs(spec: ReadSpec, segment: int, rows: np.ndarray) -> list[PreferencePair | tuple[str, BadRow]]:
-    """Rows of a segment as pairs, or as (where it stands, what is wrong)."""
+def read_pairs(spec: ReadSpec, segment: int, rows: np.ndarray) -> list[PreferencePair | Refused]:
+    """Rows of a segment as pairs, or as what is wrong with them."""
     there, format_name = spec.segments[segment], spec.format_names[segment]
-    pairs: list[PreferencePair | tuple[str, BadRow]] = []
+    pairs: list[PreferencePair | Refused] = []
     for row, raw in zip(rows.tolist(), read_rows(there, rows.tolist()), strict=True):
         where = there.describe(row)
         try:
@@ -101,11 +118,17 @@ def read_pairs(spec: ReadSpec, segment: int, rows: np.ndarray) -> list[Preferenc
                 raise raw
             pairs.append(replace(to_pair(raw, format_name, spec.columns, fallback_id=where), source=where))
         except BadRow as bad:
-            pairs.append((where, bad))
+            row_id = where if isinstance(raw, BadRow) else id_of(raw, spec.columns, where)
+            pairs.append(Refused(_writable(row_id), where, bad))
     return pairs
 
 
-def pair_at(spec: ReadSpec, slot: int) -> tuple[Segment, PreferencePair | tuple[str, BadRow]]:
+def _writable(text: str) -> str:
+    """Without halves of characters, which no file takes."""
+    return text.encode(errors="replace").decode()
+
+
+def pair_at(spec: ReadSpec, slot: int) -> tuple[Segment, PreferencePair | Refused]:
     """The pair of one slot, whoever owns it."""
     ((epoch, number),) = spec.order.windows(slot, slot + 1)
     window = spec.order.window(epoch, number)
@@ -125,9 +148,9 @@ def image_fingerprint(image: Image, root: str | None) -> str:
 
 def _read_window(
     spec: ReadSpec, slots: np.ndarray, rows: np.ndarray
-) -> dict[int, tuple[Segment, PreferencePair | tuple[str, BadRow]]]:
+) -> dict[int, tuple[Segment, PreferencePair | Refused]]:
     """slot -> (segment, pair or what is wrong). Each segment is read once."""
-    pairs: dict[int, tuple[Segment, PreferencePair | tuple[str, BadRow]]] = {}
+    pairs: dict[int, tuple[Segment, PreferencePair | Refused]] = {}
     for index in np.unique(rows[:, 0]).tolist():
         here = rows[:, 0] == index
         wanted = rows[here, 1]
@@ -140,8 +163,8 @@ def _read_window(
 
 def _exchange(
     spec: ReadSpec,
-    pairs: dict[int, tuple[Segment, PreferencePair | tuple[str, BadRow]]],
-) -> dict[int, tuple[Segment, PreferencePair | tuple[str, BadRow]]]:
+    pairs: dict[int, tuple[Segment, PreferencePair | Refused]],
+) -> dict[int, tuple[Segment, PreferencePair | Refused]]:
     """Give every pair the images of the next pair with as many, but other, images; a BadRow where there is none."""
     groups: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
     for slot, (segment, pair) in pairs.items():
@@ -152,7 +175,10 @@ def _exchange(
     out = dict(pairs)
     for slot, (segment, pair) in pairs.items():
         if isinstance(pair, PreferencePair) and not pair.images:
-            out[slot] = (segment, (pair.source, BadRow("no_image_to_exchange", "the pair has no image")))
+            out[slot] = (
+                segment,
+                Refused(pair.id, pair.source, BadRow("no_image_to_exchange", "the pair has no image")),
+            )
     for group in groups.values():
         for place, (slot, fingerprint) in enumerate(group):
             segment, pair = pairs[slot]
@@ -160,7 +186,8 @@ def _exchange(
             followers = (group[(place + step) % len(group)] for step in range(1, len(group)))
             other = next((there for there, theirs in followers if theirs != fingerprint), None)
             if other is None:
-                out[slot] = (segment, (pair.source, BadRow("no_image_to_exchange", "no other images to exchange with")))
+                nothing = BadRow("no_image_to_exchange", "no other images to exchange with")
+                out[slot] = (segment, Refused(pair.id, pair.source, nothing))
                 continue
             other_segment, other_pair = pairs[other]
             assert isinstance(other_pair, PreferencePair)
@@ -174,7 +201,7 @@ def _fingerprint(pair: PreferencePair, root: str | None) -> str:
     return " ".join(image_fingerprint(image, root) for image in pair.images)
 
 
-def _tables(spec: ReadSpec, rows: list[tuple[int, Segment, PreferencePair | tuple[str, BadRow]]]) -> Iterator[pa.Table]:
+def _tables(spec: ReadSpec, rows: list[tuple[int, Segment, PreferencePair | Refused]]) -> Iterator[pa.Table]:
     block: list[dict[str, object]] = []
     size = 0
     for slot, segment, pair in rows:
@@ -184,8 +211,8 @@ def _tables(spec: ReadSpec, rows: list[tuple[int, Segment, PreferencePair | tupl
             block.append(base | {name: getattr(pair, name) for name in named} | {"prompt": json.dumps(pair.prompt)})
             size += stored_bytes(block[-1])
         else:
-            where, bad = pair
-            block.append(base | {"id": where, "source": where, "bad": json.dumps([bad.reason, bad.detail])})
+            bad = json.dumps([pair.bad.reason, pair.bad.detail])
+            block.append(base | {"id": pair.id, "source": pair.source, "bad": bad})
         if len(block) >= ROWS_PER_CHUNK or size >= BYTES_PER_CHUNK:
             yield pa.Table.from_pylist(block, schema=SCHEMA)
             block, size = [], 0

@@ -7,6 +7,7 @@ or a split of easy-vqa.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from orpo_ray.data.containers import EASY_VQA, Row, Segment, easy_vqa_segment, file_segments, is_readable, read_rows
 from orpo_ray.errors import UserError
-from orpo_ray.storage import list_files, locate, read_bytes
+from orpo_ray.storage import list_files, locate, parent, read_bytes
 
 HUB = "hf://"
 ROWS_TO_KNOW_A_FORMAT = 64
@@ -76,17 +77,23 @@ def _files_of(uri: str, field: str) -> list[str]:
         raise UserError("a source is empty", field=field, value=uri, fix=_FIX)
     is_repository = uri.startswith(HUB) and _is_repository(uri)
     uris = _hub_files(uri, field) if is_repository else list_files(uri, field)
-    by_name = {PurePosixPath(path).name: path for path in uris}
-    if SPLITS_FILE in by_name:
-        splits = ", ".join(f"{uri.rstrip('/')}/{name}" for name in _read_json(by_name[SPLITS_FILE])["splits"])
-        raise UserError("the folder holds several splits", field=field, value=uri, fix=f"give one of {splits}")
-    if STATE_FILE in by_name:
-        folder = by_name[STATE_FILE].removesuffix(STATE_FILE)
-        return [folder + entry["filename"] for entry in _read_json(by_name[STATE_FILE])["_data_files"]]
-    files = [path for path in uris if is_readable(path) and PurePosixPath(path).name not in _NOT_ROWS]
+    by_folder: dict[str, dict[str, str]] = defaultdict(dict)
+    for path in uris:
+        by_folder[parent(path)][PurePosixPath(path).name] = path
+    files = [path for folder in sorted(by_folder) for path in _files_of_folder(folder, by_folder[folder], field)]
     if not files:
         raise UserError("there is no file of rows", field=field, value=uri, fix=_FIX)
     return files
+
+
+def _files_of_folder(folder: str, by_name: Mapping[str, str], field: str) -> list[str]:
+    """The files of rows of one folder, which may be what `save_to_disk` wrote."""
+    if SPLITS_FILE in by_name:
+        splits = ", ".join(f"{folder}/{name}" for name in _read_json(by_name[SPLITS_FILE])["splits"])
+        raise UserError("the folder holds several splits", field=field, value=folder, fix=f"give one of {splits}")
+    if STATE_FILE in by_name:
+        return [f"{folder}/{entry['filename']}" for entry in _read_json(by_name[STATE_FILE])["_data_files"]]
+    return [path for name, path in sorted(by_name.items()) if is_readable(path) and name not in _NOT_ROWS]
 
 
 def _read_json(uri: str) -> Any:

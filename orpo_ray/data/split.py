@@ -80,8 +80,11 @@ def _held_out(by_segment: Mapping[int, list[tuple[str, ...]]], share: float) -> 
         if len(held) + len(groups[key]) <= wanted + wanted // 2 and len(held) < wanted:
             held += groups[key]
     if not held or len(held) == total:
+        why = (
+            "none of the rows can be used" if not groups else "there would be an image on both sides, or nothing on one"
+        )
         raise UserError(
-            f"none of the {total} rows can be held out without an image on both sides",
+            f"of the {total} rows no such share can be held out: {why}",
             field="data.eval_share",
             value=share,
             fix="give held-out pairs with data.eval, or set it to 0",

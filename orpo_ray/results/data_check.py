@@ -23,7 +23,7 @@ from orpo_ray.data.reading import ReadSpec, pair_at
 from orpo_ray.data.survey import iter_checked
 from orpo_ray.errors import BadRow
 from orpo_ray.recipe import Recipe
-from orpo_ray.results.tracking import BAD_ROWS_FILE
+from orpo_ray.results.tracking import write_bad_rows
 from orpo_ray.run_folder import RunFolder
 from orpo_ray.storage import folder_of
 from orpo_ray.training.data import all_data, encoder_of
@@ -58,10 +58,8 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
     gallery = list(_gallery(recipe, train, checks["train"]))
     (folder.path / PAGE_FILE).write_text(render_page(report, gallery), encoding="utf-8")
     (folder.path / REPORT_FILE).write_text(json.dumps(report, indent=2), encoding="utf-8")
-    with (folder.path / BAD_ROWS_FILE).open("w", encoding="utf-8") as file:
-        for check in checks.values():
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in check.bad_records())
-    folder.push(PAGE_FILE, REPORT_FILE, BAD_ROWS_FILE)
+    folder.push(PAGE_FILE, REPORT_FILE)
+    write_bad_rows(folder, (record for check in checks.values() for record in check.bad_records()))
     return report, f"{recipe.run_uri}/{PAGE_FILE}"
 
 

@@ -23,9 +23,10 @@ from orpo_ray.data.sources import MANIFEST_FILE
 from orpo_ray.data.survey import CLEAN_SCHEMA, iter_clean
 from orpo_ray.errors import UserError
 from orpo_ray.recipe import Recipe
-from orpo_ray.results.tracking import BAD_ROWS_FILE
+from orpo_ray.results.tracking import write_bad_rows
 from orpo_ray.run_folder import RunFolder
 from orpo_ray.storage import locate, patiently
+from orpo_ray.training.bad_rows import judge_share, refuse_rows
 from orpo_ray.training.data import all_data, encoder_of
 from orpo_ray.training.launch import start_ray
 
@@ -65,14 +66,18 @@ def prepare_data(recipe: Recipe, console: Console) -> dict[str, Prepared]:
     written = {
         name: _write_split(f"{folder.uri}/{PREPARED}/{name}", read, encoder, console) for name, read in splits.items()
     }
-    with (folder.path / BAD_ROWS_FILE).open("w", encoding="utf-8") as file:
-        for split in written.values():
-            records = ({key: value for key, value in asdict(bad).items() if key != "slot"} for bad in split.bad)
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    folder.push(BAD_ROWS_FILE)
+    records = {name: [_record(bad) for bad in split.bad] for name, split in written.items()}
+    write_bad_rows(folder, (record for split in records.values() for record in split))
+    refuse_rows(recipe, records["train"])
+    judge_share(recipe, len(records["train"]), train.last_slot, records["train"], at_end=True)
     # Last, so that a folder with a manifest is whole.
     _write_text(f"{folder.uri}/{PREPARED}/{MANIFEST_FILE}", json.dumps(_manifest(recipe, written), indent=2))
     return written
+
+
+def _record(bad: BadRecord) -> dict[str, Any]:
+    """A line of `bad_rows.jsonl`."""
+    return {key: value for key, value in asdict(bad).items() if key != "slot"}
 
 
 def _write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Console) -> Prepared:

@@ -74,6 +74,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line]
 
 
+def write_bad_rows(folder: RunFolder, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write `bad_rows.jsonl` before a run is; of one that is there, what it met stands and nothing is touched."""
+    if not folder.has(METRICS_FILE):
+        lines = (json.dumps(dict(record), ensure_ascii=False) + "\n" for record in records)
+        (folder.path / BAD_ROWS_FILE).write_text("".join(lines), encoding="utf-8")
+        folder.push(BAD_ROWS_FILE)
+
+
 def last_metrics(folder: RunFolder) -> dict[str, float]:
     """The latest value of every metric of a run."""
     folder.pull(METRICS_FILE)

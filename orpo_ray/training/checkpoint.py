@@ -13,6 +13,7 @@ from typing import Any
 import ray.train
 import torch
 
+from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import is_adapted, load_model, load_processor, without_adapters
 from orpo_ray.recipe import Recipe
@@ -28,7 +29,7 @@ _TAG = "engine"
 class Position:
     """Where a run stands: `step` steps are done, so all slots below step * pairs_per_step are consumed.
 
-    bad and seen count rows so far. num_rows is the size of the set, which the order depends on. num_workers and
+    bad and seen count rows so far. num_rows and data say which set it is, which the order depends on. num_workers and
     zero_stage say who can read the engine's state.
     """
 
@@ -36,6 +37,7 @@ class Position:
     bad: int = 0
     seen: int = 0
     num_rows: int = 0
+    data: str = ""
     num_workers: int = 1
     zero_stage: int = 0
 
@@ -52,13 +54,13 @@ def save_checkpoint(engine: Engine, position: Position, metrics: Mapping[str, fl
         ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
 
-def load_latest(engine: Engine, recipe: Recipe, num_rows: int) -> Position:
+def load_latest(engine: Engine, recipe: Recipe, read: ReadSpec) -> Position:
     """Load the run's latest checkpoint, if it has one, into the engine. A collective. Raises UserError."""
-    checkpoint = ray.train.get_checkpoint()
+    checkpoint, num_rows = ray.train.get_checkpoint(), read.order.num_rows
     num_workers = ray.train.get_context().get_world_size()
     stage = recipe.deepspeed.zero_stage
     if checkpoint is None:
-        return Position(num_rows=num_rows, num_workers=num_workers, zero_stage=stage)
+        return Position(num_rows=num_rows, data=read.digest, num_workers=num_workers, zero_stage=stage)
     with checkpoint.as_directory() as folder:
         position = Position(**json.loads((Path(folder) / POSITION_FILE).read_text()))
         if stage != position.zero_stage:
@@ -78,6 +80,12 @@ def load_latest(engine: Engine, recipe: Recipe, num_rows: int) -> Position:
         if num_rows != position.num_rows:
             raise UserError(
                 f"the training data has {num_rows} rows now, and had {position.num_rows} when the run began",
+                field="data.train",
+                fix="resume with the same files, or start another run under another name",
+            )
+        if position.data and read.digest != position.data:
+            raise UserError(
+                "the files of the training data are not those that the run began with",
                 field="data.train",
                 fix="resume with the same files, or start another run under another name",
             )

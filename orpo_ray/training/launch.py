@@ -117,10 +117,7 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     attention = pick_attention(recipe.model)
     encoder = encoder_of(recipe)
     encoder.build()
-    try:
-        folder.make()
-    except OSError as error:
-        raise UserError(f"the run's folder cannot be made: {error}", field="checkpoint.storage") from None
+    folder.make()
     start_ray()
     resources = worker_resources(recipe, ray.cluster_resources())
     num_steps = -(-read.last_slot // recipe.optim.pairs_per_step)

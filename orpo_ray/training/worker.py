@@ -17,23 +17,17 @@ from orpo_ray.data.order import step_slots
 from orpo_ray.data.pipeline import BadRecord
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.stream import StepShare, iter_steps
-from orpo_ray.errors import OrpoRayError, UserError
+from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.loading import PixelNorm, load_model
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.orpo import SUM_NAMES, metrics_from_sums, orpo_loss
 from orpo_ray.objective.steps import StepPlan, StepPlanner, reduce_sums
 from orpo_ray.recipe import parse_recipe
 from orpo_ray.results.scoring import Scores, grounding, score, with_prefix
-from orpo_ray.results.tracking import BAD_ROWS_FILE, Tracker
+from orpo_ray.results.tracking import Tracker
+from orpo_ray.training.bad_rows import BAD_ROWS_SHOWN, judge_share, refuse_rows
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
 from orpo_ray.training.deepspeed import Engine
-
-BAD_ROWS_BEFORE_JUDGING = 10
-BAD_ROWS_SHOWN = 3
-
-
-class TooManyBadRows(UserError):
-    """The share of rows that cannot be used exceeds `data.max_bad_share`, or any is one too many."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class Worker:
         self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once)
         self.planner = StepPlanner.of(self.recipe, encoder, self.model, self.device)
         self.engine = Engine(self.model, self.recipe, config.num_steps, self.num_workers)
-        self.position = load_latest(self.engine, self.recipe, config.train.order.num_rows)
+        self.position = load_latest(self.engine, self.recipe, config.train)
         self.tracker = Tracker(self.recipe, self.position.step) if self.rank == 0 else None
         self.images_checked = False
         self.first_bad: list[dict[str, Any]] = []
@@ -163,7 +157,7 @@ class Worker:
         if plan.bad:
             records = self._log_bad_rows(share.bad)
             self.first_bad = [*self.first_bad, *records][:BAD_ROWS_SHOWN]
-            self._refuse_bad_rows(records)
+            refuse_rows(self.recipe, records)
         if self.tracker is not None:
             self.tracker.log(self.position.step, with_prefix(metrics, "train"))
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
@@ -181,30 +175,8 @@ class Worker:
             self.tracker.log_bad_rows({key: r[key] for key in ("id", "source", "reason", "detail")} for r in records)
         return records
 
-    def _refuse_bad_rows(self, records: list[dict[str, Any]]) -> None:
-        """End the run at a row that the recipe does not allow to be skipped."""
-        data = self.recipe.data
-        for record in records:
-            too_long = record["reason"] == "too_long" and data.on_too_long == "error"
-            if too_long or data.on_bad_row == "error":
-                field = "data.on_too_long" if too_long else "data.on_bad_row"
-                raise TooManyBadRows(
-                    f"this row cannot be used: {record['reason']}: {record['detail']}",
-                    field=record["source"],
-                    value=record["id"],
-                    fix=f"mend the row, or set {field} to skip",
-                )
-
     def _judge_bad_rows(self, at_end: bool) -> None:
-        bad, seen, allowed = self.position.bad, self.position.seen, self.recipe.data.max_bad_share
-        if bad > allowed * seen and (at_end or bad >= BAD_ROWS_BEFORE_JUDGING):
-            file = f"{self.recipe.run_uri}/{BAD_ROWS_FILE}"
-            shown = "".join(f"\n  {r['source']}: {r['reason']}: {r['detail']}" for r in self.first_bad)
-            raise TooManyBadRows(
-                f"{bad} of {seen} rows cannot be used ({bad / seen:.0%}; at most {allowed:.0%} are allowed)" + shown,
-                field="data.max_bad_share",
-                fix=f"see {file} for each row's reason; orpo-ray data check shows all of them before a run",
-            )
+        judge_share(self.recipe, self.position.bad, self.position.seen, self.first_bad, at_end)
 
     def _final_evaluation(self) -> dict[str, float]:
         if self.config.held_out is None:
