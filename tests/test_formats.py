@@ -539,6 +539,7 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "def other(row):\n    return {'question': '<image>' + row['q'], **good(row)}\n"
         "def broken(row):\n    return 1 / 0\n"
         "def picky(row):\n    raise BadRow('too_dull', 'seen before')\n"
+        "def leaves(row):\n    raise SystemExit(3)\n"
         "def nothing(row):\n    return None\n"
         "def unknown(row):\n    return {1: 2, 'chosen': 'x'}\n"
         "constant = 3\n"
@@ -568,6 +569,7 @@ def test_an_adapter_of_the_users_own() -> None:
     ("function", "reason", "said"),
     [
         ("broken", "adapter_failed", "ZeroDivisionError: division by zero"),
+        ("leaves", "adapter_failed", "SystemExit: 3"),
         ("picky", "too_dull", "seen before"),
         ("nothing", "adapter_failed", "returned no row: None"),
         ("unknown", "adapter_failed", "no known format; they have: 1, chosen"),
