@@ -190,15 +190,15 @@ def _list_arrow(path: str) -> Iterator[Segment]:
     filesystem, inner = locate(path)
     with filesystem.open_input_file(inner) as file:
         reader = pa.ipc.open_stream(file)
-        first, index, offset = 0, 0, file.tell()
+        first, offset = 0, file.tell()
         while True:
             try:
                 batch = reader.read_next_batch()
             except StopIteration:
                 return
             size = file.tell() - offset
-            yield Segment("arrow", path, first, batch.num_rows, num_bytes=size, index=index, offset=offset, length=size)
-            first, index, offset = first + batch.num_rows, index + 1, file.tell()
+            yield Segment("arrow", path, first, batch.num_rows, num_bytes=size, offset=offset, length=size)
+            first, offset = first + batch.num_rows, file.tell()
 
 
 def _read_arrow(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
