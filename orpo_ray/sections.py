@@ -57,8 +57,30 @@ class LoraSection(Section):
     """Scale of the adapters: their output is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapters' input."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead, so that a higher rank does not train less (rsLoRA)."""
+    use_dora: bool = False
+    """Train magnitude and direction of each weight apart (DoRA): a little better at low ranks, and slower."""
     target_modules: Names = Field(default_factory=list)
-    """Names of the linear layers to adapt; empty takes every linear layer of the language model."""
+    """Names of the linear layers to adapt, or parts: `language`, `connector`, `vision` stand for all of a part's.
+    Empty takes what the family is adapted by, every linear layer of the language model."""
+    modules_to_save: Names = Field(default_factory=list)
+    """Modules or parts (`connector`) that are trained in full beside the adapters."""
+
+
+class QuantizationSection(Section):
+    """The frozen base model in 4 bits (bitsandbytes), adapters trained on it: QLoRA. Needs `model.lora`."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit NormalFloat, or 4-bit float."""
+    use_double_quant: bool = True
+    """Quantise the scales too: 0.4 bits a weight less."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What weights are multiplied in; auto is `model.dtype`."""
+    quant_storage: Literal["uint8", "float32", "bfloat16"] = "uint8"
+    """Type of the tensors that hold the packed weights; nothing but a sharding cares."""
+    skip_modules: Names = Field(default_factory=list)
+    """Modules that stay unquantised, besides the output head and all outside the language model."""
 
 
 class ModelSection(Section):
@@ -79,6 +101,12 @@ class ModelSection(Section):
     """Recompute activations in backward: less memory, about a third more time."""
     lora: LoraSection | None = None
     """Train adapters instead of the weights."""
+    quantization: QuantizationSection | None = None
+    """Hold the frozen base model in 4 bits; `{}` takes NF4 with double quantisation."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Never needed for the families in the README."""
+    allow_pickle: bool = False
+    """Read weights that are pickled (`.bin`), which may run code when read. safetensors needs none of it."""
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> ModelSection:
@@ -137,6 +165,9 @@ class OrpoSection(Section):
 class OptimSection(Section):
     """Optimizer, schedule, and the size of a step."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """adamw_8bit holds both moments in 8 bits (bitsandbytes): 2 bytes a trained weight instead of 8. paged_ lets them
+    go to the CPU's memory when the GPU's is short."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
