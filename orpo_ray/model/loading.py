@@ -10,7 +10,9 @@ import torch
 
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
-from orpo_ray.model.families import Family, family_of, why_not_shared_prefix
+from orpo_ray.model.chat_templates import give_template
+from orpo_ray.model.derived_family import family_of
+from orpo_ray.model.families import Family, why_not_shared_prefix
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import register
 from orpo_ray.model.tiny import is_tiny, tiny_model_path
@@ -54,6 +56,7 @@ def load_processor(model_id: str, revision: str | None) -> Any:
         raise _cannot_load("processor", model_id, error) from None
     if not hasattr(processor, "image_processor"):
         raise UserError("has no image processor: it is not a vision-language model", field="model.id", value=model_id)
+    give_template(processor)
     return processor
 
 
@@ -78,7 +81,8 @@ class Attention:
 
 def pick_attention(section: ModelSection) -> Attention:
     """What `model.attention` means for this model. Raises UserError if it cannot be had, or the model can't."""
-    why = why_not_shared_prefix(_config(section))
+    config = _config(section)
+    why = why_not_shared_prefix(config, family_of(config))
     if section.attention == "concatenated":
         return Attention("concatenated")
     if section.attention == "shared_prefix" and why:
@@ -109,8 +113,10 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
         )
     except (OSError, ValueError) as error:
         raise _cannot_load("model", section.id, error) from None
-    family = family_of(model.config.model_type)
+    family = family_of(model.config)
     model.config.use_cache = False
+    if section.quantization is None:
+        model.requires_grad_(True)  # Idefics freezes most of itself
     _freeze(model, section, family)
     if section.lora is not None:
         model = _add_lora(model, section, family, seed)
