@@ -26,6 +26,8 @@ from orpo_ray.model.tiny_parts import CHATML, CHATML_TOKENS, INIT, SMOLVLM_TEMPL
 class _SmolVLM(TinyFamily):
     """About 1.4 M parameters, what the quickstart trains: 64 px, pixel shuffle by 2 to 16 image tokens, no tiles."""
 
+    surer = 0.0
+
     @cached_property
     def tokenizer(self) -> Any:
         return tiny_tokenizer(
@@ -217,7 +219,7 @@ class _PaliGemma(TinyFamily):
             query_pre_attn_scalar=8,
             sliding_window=8,
             attn_logit_softcapping=2.0,
-            final_logit_softcapping=5.0,
+            final_logit_softcapping=15.0,
         )
         return PaliGemmaConfig(
             vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **VISION},
