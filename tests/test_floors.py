@@ -40,6 +40,7 @@ FLOORS = [
     "model.tiny",
     "model.packed_flash",
     "model.shared_prefix",
+    "model.quantizing",
     "model.loading",
     "objective.orpo",
     "objective.logps",

@@ -11,6 +11,7 @@ import torch
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
 from orpo_ray.model.families import Family, family_of, why_not_shared_prefix
+from orpo_ray.model.quantizing import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import register
 from orpo_ray.model.tiny import is_tiny, tiny_model_path
@@ -96,7 +97,13 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
 
     disable_progress_bar()
     attention = pick_attention(section)
-    language = _own_attention(_config(section))
+    config = _config(section)
+    family = family_of(config.model_type)
+    language = _own_attention(config)
+    dtype = pick_dtype(section.dtype, device)
+    quantized: dict[str, Any] = {}
+    if section.quantization is not None or hasattr(config, "quantization_config"):
+        quantized = _quantized(section, config, family, dtype, device)
     if attention.layout == "shared_prefix":
         register()
         language = SHARED_PREFIX
@@ -104,12 +111,14 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
         model = AutoModelForImageTextToText.from_pretrained(
             resolve(section.id),
             revision=section.revision,
-            dtype=pick_dtype(section.dtype, device),
+            dtype=dtype,
             attn_implementation={"text_config": language, "vision_config": "sdpa"},
+            **quantized,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _cannot_load("model", section.id, error) from None
-    family = family_of(model.config.model_type)
+    if section.quantization is not None:
+        check_quantized(model, section.quantization)
     model.config.use_cache = False
     _freeze(model, section, family)
     if section.lora is not None:
@@ -117,7 +126,8 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
     if section.gradient_checkpointing:
         # Non-reentrant: the reentrant one drops gradients when no input of a block requires one (frozen embeddings).
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.to(device)
+    if section.quantization is None:
+        model.to(device)  # a quantised one was put there as it was quantised
     model.train()
     return model
 
@@ -148,6 +158,21 @@ def _config(section: ModelSection) -> Any:
         return AutoConfig.from_pretrained(resolve(section.id), revision=section.revision)
     except (OSError, ValueError) as error:
         raise _cannot_load("model", section.id, error) from None
+
+
+def _quantized(
+    section: ModelSection, config: Any, family: Family, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What from_pretrained is told to load the model in 4 bits, or one that is saved so."""
+    saved = check_saved_quantization(config, section)
+    assert section.quantization is not None
+    wanted = quantization_config(section.quantization, family, dtype)
+    if not saved:
+        return {"quantization_config": wanted, "device_map": {"": device}}
+    # transformers goes by what was saved; how it is multiplied is not the file's to say.
+    on_disk = config.quantization_config
+    on_disk["bnb_4bit_compute_dtype"] = str(wanted.bnb_4bit_compute_dtype).removeprefix("torch.")
+    return {"config": config, "device_map": {"": device}}
 
 
 def _own_attention(config: Any) -> str:
@@ -194,7 +219,11 @@ def _add_lora(model: Any, section: ModelSection, family: Family, seed: int) -> A
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Adapters stay in the model's dtype: ZeRO-3 gathers parameters of one dtype only.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # those beside 4-bit weights were made in float32
+            parameter.data = parameter.data.to(model.dtype)
+    return adapted
 
 
 def _cannot_load(what: str, model_id: str, error: Exception) -> UserError:

@@ -41,7 +41,8 @@ class Engine:
 
         _compile_nothing(deepspeed)
         config = without_adapters(model.model).config  # type: ignore[arg-type]
-        dtype = next(parameter.dtype for parameter in model.parameters())
+        # Of what is trained: 4-bit weights are bytes.
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         optimizer = adamw(model, recipe.optim)
         self._grad_norm = _ClipAndKeepNorm(model, recipe.optim.max_grad_norm)
