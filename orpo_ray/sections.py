@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _AsList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Names = Annotated[list[str], _AsList]
+PARTS = ("language", "connector", "vision")
 
 
 def _as_mix(value: Any) -> Any:

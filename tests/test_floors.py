@@ -41,6 +41,7 @@ FLOORS = [
     "model.packed_flash",
     "model.shared_prefix",
     "model.quantizing",
+    "model.adapters",
     "model.loading",
     "objective.orpo",
     "objective.logps",

@@ -10,6 +10,7 @@ import torch
 
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
+from orpo_ray.model.adapters import add_adapters
 from orpo_ray.model.families import Family, family_of, why_not_shared_prefix
 from orpo_ray.model.quantizing import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
@@ -122,7 +123,7 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
     model.config.use_cache = False
     _freeze(model, section, family)
     if section.lora is not None:
-        model = _add_lora(model, section, family, seed)
+        model = add_adapters(model, section, family, seed)
     if section.gradient_checkpointing:
         # Non-reentrant: the reentrant one drops gradients when no input of a block requires one (frozen embeddings).
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -196,34 +197,6 @@ def _freeze(model: torch.nn.Module, section: ModelSection, family: Family) -> No
             parameter.requires_grad_(False)
     if "language" in section.freeze:
         model.get_output_embeddings().requires_grad_(False)  # type: ignore[operator]
-
-
-def _add_lora(model: Any, section: ModelSection, family: Family, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    lora = section.lora
-    assert lora is not None
-    wanted = set(lora.target_modules)
-    prefix = family.language
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (name.rsplit(".", 1)[-1] in wanted if wanted else name.startswith(prefix))
-    ]
-    if not targets:
-        raise UserError("no linear layer has one of these names", field="model.lora.target_modules", value=wanted)
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # Adapters stay in the model's dtype: ZeRO-3 gathers parameters of one dtype only.
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:  # those beside 4-bit weights were made in float32
-            parameter.data = parameter.data.to(model.dtype)
-    return adapted
 
 
 def _cannot_load(what: str, model_id: str, error: Exception) -> UserError:

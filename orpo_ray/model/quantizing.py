@@ -110,10 +110,5 @@ def check_quantized(model: nn.Module, section: QuantizationSection) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a linear layer's weight is in 4 bits."""
-    return type(getattr(module, "weight", None)).__name__ == "Params4bit"
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
