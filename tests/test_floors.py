@@ -15,6 +15,7 @@ FLOORS = [
     "errors",
     "storage",
     "sections",
+    "compatible",
     "recipe",
     "run_folder",
     "data.easy_vqa",

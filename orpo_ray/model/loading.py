@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from orpo_ray.sections import ModelSection
 if not torch.cuda.is_available():
     # transformers looks for DeepSpeed, which warns in every process that it has to guess this.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+SAFE_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,14 @@ def resolve(model_id: str) -> str:
     return str(tiny_model_path(model_id)) if is_tiny(model_id) else model_id
 
 
-def load_processor(model_id: str, revision: str | None) -> Any:
+def load_processor(model_id: str, revision: str | None, trust_remote_code: bool = False) -> Any:
     """The model's processor. Raises UserError where there is none."""
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(resolve(model_id), revision=revision)
+        processor = AutoProcessor.from_pretrained(
+            resolve(model_id), revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load("processor", model_id, error) from None
     if not hasattr(processor, "image_processor"):
@@ -112,11 +119,14 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
         model = AutoModelForImageTextToText.from_pretrained(
             resolve(section.id),
             revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=None if section.allow_pickle else True,
+            weights_only=True,
             dtype=dtype,
             attn_implementation={"text_config": language, "vision_config": "sdpa"},
             **quantized,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
         raise _cannot_load("model", section.id, error) from None
     if section.quantization is not None:
         check_quantized(model, section.quantization)
@@ -151,12 +161,20 @@ def is_adapted(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def commit_of(section: ModelSection) -> str | None:
+    """The commit that a model of the hub is taken from, as its config says; None for a folder. Raises UserError."""
+    commit: str | None = getattr(_config(section), "_commit_hash", None)
+    return commit
+
+
 def _config(section: ModelSection) -> Any:
     """The model's config alone."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(resolve(section.id), revision=section.revision)
+        return AutoConfig.from_pretrained(
+            resolve(section.id), revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise _cannot_load("model", section.id, error) from None
 
@@ -200,10 +218,36 @@ def _freeze(model: torch.nn.Module, section: ModelSection, family: Family) -> No
 
 
 def _cannot_load(what: str, model_id: str, error: Exception) -> UserError:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return UserError(
+            f"the {what} is Python code that comes with it, which would be run",
+            field="model.trust_remote_code",
+            value=False,
+            fix=f"read the code of {model_id}; if you trust it, pin model.revision and set this to true",
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(
+            "the weights' pickle holds more than tensors, and is not read", field="model.id", value=model_id
+        )
+    if what == "model" and _only_pickled(model_id, text):
+        return UserError(
+            "there are no safetensors weights, only pickled ones (.bin), which may run code when read",
+            field="model.allow_pickle",
+            value=False,
+            fix=f"convert {model_id} to safetensors, or set this to true if you trust it",
+        )
     return UserError(
-        f"the {what} cannot be loaded: {first_line}",
+        f"the {what} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}",
         field="model.id",
         value=model_id,
         fix="give a folder in Hugging Face layout, a name on the hub (and a network), or orpo-ray/tiny-smolvlm",
     )
+
+
+def _only_pickled(model_id: str, text: str) -> bool:
+    """Whether loading failed for want of safetensors alone."""
+    folder = Path(resolve(model_id))
+    if folder.is_dir():
+        return SAFE_WEIGHTS in text and any(folder.glob("pytorch_model*.bin"))
+    return SAFE_WEIGHTS in text and "use_safetensors" in text
