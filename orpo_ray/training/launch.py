@@ -281,10 +281,19 @@ def concatenated_because(why: str) -> str:
 def _headline(recipe: Recipe, attention: Attention, read: ReadSpec, held_out: ReadSpec | None, num_steps: int) -> str:
     held = f", {held_out.last_slot:,} held out" if held_out else ""
     formats = f"{', '.join(sorted(set(read.format_names)))} format"
-    tuning = f"LoRA r={recipe.model.lora.r}" if recipe.model.lora else "full fine-tuning"
+    revision = f"@{recipe.model.revision[:12]}" if recipe.model.revision else ""
     return (
-        f"[bold]{recipe.name}[/bold]  {recipe.model.id}, {tuning}, ZeRO {recipe.deepspeed.zero_stage}, "
-        f"{recipe.scaling.num_workers} worker(s)\n"
+        f"[bold]{recipe.name}[/bold]  {recipe.model.id}{revision}, {_tuning(recipe)}, "
+        f"ZeRO {recipe.deepspeed.zero_stage}, {recipe.scaling.num_workers} worker(s)\n"
         f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
         f"-> {recipe.run_uri}" + (f"\n{concatenated_because(attention.why)}" if attention.why else "")
     )
+
+
+def _tuning(recipe: Recipe) -> str:
+    """What is trained, in two words or three."""
+    lora = recipe.model.lora
+    if lora is None:
+        return "full fine-tuning"
+    kind = "QLoRA" if recipe.model.quantization is not None else "LoRA"
+    return f"{kind} r={lora.r}" + (" (DoRA)" if lora.use_dora else "")
