@@ -42,7 +42,7 @@ FLOORS = [
     "model.packed_flash",
     "model.shared_prefix",
     "model.quantizing",
-    "model.adapters",
+    "model.lora",
     "model.loading",
     "objective.orpo",
     "objective.logps",

@@ -12,7 +12,7 @@ import torch
 
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
-from orpo_ray.model.adapters import add_adapters
+from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.families import Family, family_of, why_not_shared_prefix
 from orpo_ray.model.quantizing import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
