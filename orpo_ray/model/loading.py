@@ -12,8 +12,8 @@ import torch
 
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
-from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.families import Family, family_of, why_not_shared_prefix
+from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.quantizing import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import register
@@ -162,8 +162,18 @@ def is_adapted(model: torch.nn.Module) -> bool:
 
 
 def commit_of(section: ModelSection) -> str | None:
-    """The commit that a model of the hub is taken from, as its config says; None for a folder. Raises UserError."""
-    commit: str | None = getattr(_config(section), "_commit_hash", None)
+    """The commit that a model of the hub is taken from, by where its config lies in the cache; None for a folder.
+
+    Raises UserError.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    _config(section)
+    path = resolve(section.id)
+    if Path(path).is_dir():
+        return None
+    commit: str | None = extract_commit_hash(cached_file(path, "config.json", revision=section.revision), None)
     return commit
 
 
