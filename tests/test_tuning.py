@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
+from conftest import losses, tiny_recipe
 from engines_by_hand import CPU, curves, recipe_of, resumed
 from pairs_by_hand import NORM, make_pair
+from rich.console import Console
 from torch import nn
 
 from orpo_ray.data.packing import PairBatch, build_batch
@@ -23,6 +26,7 @@ from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
 from orpo_ray.sections import ModelSection
+from orpo_ray.training.launch import launch_training
 
 TINY = "orpo-ray/tiny-smolvlm"
 
@@ -321,3 +325,18 @@ def test_8_bit_moments_are_8_bits_and_come_back_from_a_checkpoint(tmp_path: Path
     for case, found in zip(cases, resumed(recipes, tmp_path), strict=True):
         assert found["again"] == found["tail"], case
         assert found["moments"] == ["torch.uint8"], case
+
+
+@pytest.mark.slow
+def test_qlora_on_two_workers_has_the_curve_of_one(ray_cluster: None, tmp_path: Path) -> None:
+    """The real program: 4-bit weights under adapters and a connector trained in full, two workers on ZeRO-2."""
+    model = {"lora": {"r": 8, "modules_to_save": ["connector"]}, "quantization": {}, "gradient_checkpointing": True}
+    found = []
+    for workers, stage in ((1, 0), (2, 2)):
+        recipe = tiny_recipe(
+            tmp_path, f"w{workers}", model=model, scaling={"num_workers": workers}, deepspeed={"zero_stage": stage}
+        )
+        found.append(losses(Path(launch_training(recipe, Console(file=io.StringIO())).run_uri)))
+    assert sorted(found[0]) == list(range(1, 11))
+    assert found[0][10] < found[0][1]
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
