@@ -111,7 +111,7 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     recipe = recipe.anchored()
     folder = RunFolder(recipe.run_uri)
     saved = _check_run_folder(recipe, folder)
-    if saved is not None and folder.has(f"{FINAL}/{LAST_OF_A_MODEL}"):
+    if saved and folder.has(f"{FINAL}/{LAST_OF_A_MODEL}"):
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     recipe = _pinned(recipe, saved)
     read, held_out = run_data(recipe)
