@@ -95,19 +95,21 @@ class EncodedPair:
 class EncoderSpec:
     """What an encoder is, small and hashable: it travels to the processes that encode, which keep one each.
 
-    load_processor(model_id, revision) -> processor: handed in, since loading stands on a higher floor.
+    load_processor(model_id, revision, trust_remote_code) -> processor: handed in, since loading stands on a higher
+    floor.
     """
 
-    load_processor: Callable[[str, str | None], Any]
+    load_processor: Callable[[str, str | None, bool], Any]
     model_id: str
     revision: str | None
     max_length: int
     truncate: bool = False
     allow_http: bool = False
+    trust_remote_code: bool = False
 
     def build(self) -> PairEncoder:
         """Load the processor (seconds) and make the encoder."""
-        processor = self.load_processor(self.model_id, self.revision)
+        processor = self.load_processor(self.model_id, self.revision, self.trust_remote_code)
         return PairEncoder(processor, self.max_length, self.truncate, self.allow_http)
 
 

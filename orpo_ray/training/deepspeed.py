@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,7 +41,8 @@ class Engine:
 
         _compile_nothing(deepspeed)
         config = without_adapters(model.model).config  # type: ignore[arg-type]
-        dtype = next(parameter.dtype for parameter in model.parameters())
+        # Of what is trained: 4-bit weights are bytes.
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         optimizer = adamw(model, recipe.optim)
         self._grad_norm = _ClipAndKeepNorm(model, recipe.optim.max_grad_norm)
@@ -92,19 +93,24 @@ class Engine:
 
 
 def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters; biases and norms do not decay."""
+    """AdamW over the trained parameters, moments in 32 or 8 bits; biases and norms do not decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.learning_rate,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
-        fused=True,
-    )
+    present = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {
+        "lr": optim.learning_rate,
+        "betas": (optim.adam_beta1, optim.adam_beta2),
+        "eps": optim.adam_epsilon,
+    }
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(present, fused=True, **options)
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+
+    kind: Any = AdamW8bit if optim.optimizer == "adamw_8bit" else PagedAdamW8bit
+    return cast(torch.optim.Optimizer, kind(present, **options))
 
 
 def schedule(optimizer: torch.optim.Optimizer, optim: OptimSection, num_steps: int) -> Any:
