@@ -22,11 +22,9 @@ from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel, normalise_pixels
 from orpo_ray.sections import ModelSection
 
-WANT_TORCHVISION = ("pixtral", "mistral3", "internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
-
 
 def processor_of(family: str) -> Any:
-    if family in WANT_TORCHVISION:
+    if TINY_FAMILIES[family].wants_torchvision:
         pytest.importorskip("torchvision", reason=f"transformers' processor of {family} needs torchvision")
     return load_processor(f"orpo-ray/tiny-{family}", None)
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
-from orpo_ray.model.families import family_of
+from orpo_ray.model.derived_family import family_of
 from orpo_ray.model.loading import load_model, without_adapters
 from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
@@ -67,7 +67,7 @@ class Test4Bit:
     ) -> None:
         plain = load(folders[family])
         base = without_adapters(load(folders[family], lora={"r": 4}, quantization={}))
-        prefix = family_of(base.config.model_type).language
+        prefix = family_of(base.config).language
         head = base.get_output_embeddings()
         expected = {
             name

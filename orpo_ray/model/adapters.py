@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from orpo_ray.errors import UserError
-from orpo_ray.model.families import family_of
+from orpo_ray.model.derived_family import family_of
 from orpo_ray.model.loading import load_model, resolve
 from orpo_ray.model.quantizing import quantization_config
 from orpo_ray.sections import ModelSection
@@ -110,7 +110,7 @@ def quantized_base(section: ModelSection, dtype: str) -> dict[str, Any]:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be loaded: {error}", field="model.id", value=section.id) from None
-    options = quantization_config(section.quantization, family_of(config.model_type), getattr(torch, dtype)).to_dict()
+    options = quantization_config(section.quantization, family_of(config), getattr(torch, dtype)).to_dict()
     kept = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
     return {name: options[name] for name in (*kept, "llm_int8_skip_modules")}
 

@@ -124,7 +124,7 @@ def _modules_to_save(parts: _Parts, lora: LoraSection, section: ModelSection) ->
     for wanted in lora.modules_to_save:
         if wanted in PARTS:
             paths = [prefix.removesuffix(".") for prefix in parts.family.prefix(wanted)]
-            mine = [path for path in paths if path in parts.modules]
+            mine = [inner for path in paths if path in parts.modules for inner in _wrappable(path, parts.modules[path])]
         else:
             mine = [name for name in parts.named(wanted) if parts.of(name) not in section.freeze]
             mine = [name for name in mine if any(True for _ in parts.modules[name].parameters())]
@@ -151,6 +151,13 @@ def _modules_to_save(parts: _Parts, lora: LoraSection, section: ModelSection) ->
                 fix=f"add it to model.quantization.skip_modules, or adapt it: {TARGETS}",
             )
     return outer
+
+
+def _wrappable(name: str, module: nn.Module) -> list[str]:
+    """A module, or what a list of them holds: peft wraps no list."""
+    if not isinstance(module, nn.ModuleList):
+        return [name]
+    return [f"{name}.{index}" for index, _ in module.named_children()]
 
 
 def _is_within(name: str, others: list[str]) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from orpo_ray.errors import UserError
@@ -41,15 +42,14 @@ def tiny_model_path(model_id: str) -> Path:
         from transformers.utils.logging import disable_progress_bar
 
         family = TINY_FAMILIES[name]()
-        try:
-            processor = family.processor()
-        except ImportError as error:
+        if family.wants_torchvision and find_spec("torchvision") is None:
             raise UserError(
-                f"its processor cannot be made here: {error}",
+                "transformers' processor of this family needs torchvision",
                 field="model.id",
                 value=model_id,
                 fix="pip install torchvision",
-            ) from None
+            )
+        processor = family.processor()
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=cache, prefix=f".tiny-{name}-"))
         disable_progress_bar()

@@ -50,6 +50,8 @@ class LlavaNext(TinyFamily):
 class LlavaOnevision(TinyFamily):
     """SigLIP tiles for one image, a single one each for several; Qwen2."""
 
+    wants_torchvision = True
+
     @cached_property
     def tokenizer(self) -> Any:
         return tiny_tokenizer(CHATML_TOKENS, ("<image>", "<video>", "<|im_start|>"))
@@ -137,6 +139,7 @@ _PIXTRAL = {
 class Pixtral(TinyFamily):
     """LLaVA's classes with Pixtral's vision part: patches in rows, a token that ends each row."""
 
+    wants_torchvision = True
     merge = 1
 
     @cached_property
@@ -188,6 +191,8 @@ class Mistral3(Pixtral):
 
 class Qwen2_5_VL(TinyFamily):  # noqa: N801 - the family's name
     """Images of any size, positions with three axes, windows in the vision part."""
+
+    wants_torchvision = True
 
     @cached_property
     def tokenizer(self) -> Any:

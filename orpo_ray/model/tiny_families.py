@@ -232,6 +232,8 @@ class _PaliGemma(TinyFamily):
 class _InternVL(TinyFamily):
     """Pixel shuffle by 2, tiles of 32 px beside a thumbnail, Qwen2."""
 
+    wants_torchvision = True
+
     @cached_property
     def tokenizer(self) -> Any:
         named = {

@@ -71,9 +71,11 @@ class TinyFamily:
 
     surer: what is added to the weight of the last norm. A random head of width 32, frozen under adapters, can give no
     token more than one tenth of the probability, however the layers below it learn; a pretrained one can.
+    wants_torchvision: whether transformers' processor of the family does.
     """
 
     surer = 2.0
+    wants_torchvision = False
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -81,7 +83,7 @@ class TinyFamily:
         raise NotImplementedError
 
     def processor(self) -> Any:
-        """The family's own processor. Raises ImportError where it needs what is not installed."""
+        """The family's own processor."""
         raise NotImplementedError
 
     def config(self) -> Any:
