@@ -79,6 +79,20 @@ def _adapted_and_saved(recipe: Sections) -> Sequence[str]:
     return [name for name in lora.modules_to_save if name in _targets(recipe)] if lora is not None else []
 
 
+def _cached_and_sharded(recipe: Sections) -> Sequence[str]:
+    return ["zero_stage 3"] if recipe.model.vision_cache is not None and recipe.deepspeed.zero_stage == 3 else []
+
+
+def _cached_and_trained(recipe: Sections) -> Sequence[str]:
+    model = recipe.model
+    if model.vision_cache is None:
+        return []
+    if model.lora is None:
+        return [f"{part} is trained" for part in ("vision", "connector") if part not in model.freeze]
+    wanted = (*_targets(recipe), *model.lora.modules_to_save)
+    return [f"{part} is trained" for part in ("vision", "connector") if part in wanted]
+
+
 def _targets(recipe: Sections) -> Sequence[str]:
     lora = recipe.model.lora
     return [] if lora is None else lora.target_modules or ["language"]
@@ -133,6 +147,20 @@ RULES = (
         "an adapter adds nothing to a weight that is trained itself",
         "leave them out of modules_to_save, or name other target_modules",
         _adapted_and_saved,
+    ),
+    Rule(
+        "a cache of features that training changes",
+        "model.vision_cache",
+        "features change with the weights that make them",
+        "freeze: [vision, connector], or leave model.vision_cache out",
+        _cached_and_trained,
+    ),
+    Rule(
+        "a cache of features with ZeRO-3",
+        "model.vision_cache",
+        "the vision part is gathered from all workers whenever one of them runs it, and they miss other images",
+        "zero_stage: 2, or leave model.vision_cache out",
+        _cached_and_sharded,
     ),
 )
 

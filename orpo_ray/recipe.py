@@ -88,6 +88,8 @@ class Recipe(Section):
         """The same recipe with every local path absolute: workers and trials run in folders of their own."""
         raw = self.model_dump(mode="json")
         raw["checkpoint"]["storage"] = self.run_uri.removesuffix(f"/{self.name}")
+        if self.model.vision_cache is not None:
+            raw["model"]["vision_cache"] = _absolute(self.model.vision_cache)
         if self.data.image_root is not None:
             raw["data"]["image_root"] = _absolute(self.data.image_root)
         for split in ("train", "eval"):

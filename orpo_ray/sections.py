@@ -105,6 +105,8 @@ class ModelSection(Section):
     """Train adapters instead of the weights."""
     quantization: QuantizationSection | None = None
     """Hold the frozen base model in 4 bits; `{}` takes NF4 with double quantisation."""
+    vision_cache: str | None = None
+    """Folder in which features of a frozen vision part and connector are kept, for further epochs, runs and trials."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Never needed for the families in the README."""
     allow_pickle: bool = False

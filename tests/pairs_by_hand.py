@@ -78,6 +78,12 @@ def make_pair(
     return EncodedPair(str(slot), prompt_ids, *answers, prompt_ids != image_token, tensors, slot)
 
 
+def make_row(family: str, row: list[tuple[int, int, int, int]]) -> list[EncodedPair]:
+    """Pairs of these (images, prompt, chosen, rejected)."""
+    rng = np.random.default_rng(len(row))
+    return [make_pair(family, rng, *lengths, slot) for slot, lengths in enumerate(row)]
+
+
 @cache
 def image_token_of(family: str) -> int:
     """The id that stands where an image goes."""

@@ -46,6 +46,7 @@ FLOORS = [
     "model.tiny_cross_attention",
     "model.tiny_families",
     "model.tiny",
+    "model.vision_cache",
     "model.packed_flash",
     "model.shared_prefix",
     "model.quantizing",

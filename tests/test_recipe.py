@@ -165,6 +165,14 @@ def test_a_jobs_runs_outlive_its_working_dir(tmp_path: Path, monkeypatch: pytest
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a cache of features that training changes": (
+        {"model": {"vision_cache": "seen", "freeze": ["vision"]}},
+        "freeze: [vision, connector]",
+    ),
+    "a cache of features with ZeRO-3": (
+        {"model": {"vision_cache": "seen", "lora": {}}, "deepspeed": {"zero_stage": 3}},
+        "zero_stage: 2",
+    ),
     "quantisation without LoRA": ({"model": {"quantization": {}}}, "add model.lora"),
     "packed weights in another floating point type than the model's": (
         {"model": {"lora": {}, "dtype": "bfloat16", "quantization": {"quant_storage": "float32"}}},

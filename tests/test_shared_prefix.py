@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs_by_hand import CROSS, NORM, assert_equal, make_pair, relative_distance, run, run_as, tiny_pair_model
+from pairs_by_hand import (
+    CROSS,
+    NORM,
+    assert_equal,
+    make_pair,
+    make_row,
+    relative_distance,
+    run,
+    run_as,
+    tiny_pair_model,
+)
 from transformers import LlavaConfig
 
 from orpo_ray.data.encoding import EncodedPair
@@ -40,11 +50,6 @@ ROWS = {
     "eight pairs, some without images": [(i % 5, 2 + 3 * i, 1 + 2 * i, 17 - 2 * i) for i in range(8)],
     "no image at all": [(0, 12, 9, 14), (0, 1, 1, 1)],
 }
-
-
-def make_row(family: str, row: list[tuple[int, int, int, int]]) -> list[EncodedPair]:
-    rng = np.random.default_rng(len(row))
-    return [make_pair(family, rng, *lengths, slot) for slot, lengths in enumerate(row)]
 
 
 SHARING = [family for family in TINY_FAMILIES if family not in CROSS]

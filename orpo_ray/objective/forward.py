@@ -5,16 +5,19 @@ Legend: B pairs, T tokens a row, D hidden size, M target tokens, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from orpo_ray.data.packing import IMAGE, RESPONSE, Layout, PairBatch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.derived_family import family_of
 from orpo_ray.model.loading import PixelNorm, layout_of, without_adapters
 from orpo_ray.model.shared_prefix import PrefixLayout
+from orpo_ray.model.vision_cache import VisionCache
 from orpo_ray.objective.cross_attention import cross_hidden_states, encode_cross_images
 from orpo_ray.objective.logps import target_logps
 from orpo_ray.objective.orpo import PairLogps, sum_by_pair
@@ -30,20 +33,30 @@ class ImageNotUsed(OrpoRayError):
 class PairModel(nn.Module):
     """A vision-language model that takes a `PairBatch` and returns `PairLogps`; this is what the engine trains.
 
-    layout: which batches it takes, as the model's attention was loaded. pixels_at_once: the vision part takes so many
+    layout: which batches it takes, as the model's attention was loaded. vision_cache: where features of a frozen vision
+    part are kept. pixels_at_once: the vision part takes so many
     at a time, by default all. With gradient checkpointing that bounds what backward computes anew at once. Not for
     ZeRO-3: every call is a collective, and workers have unlike numbers of images.
     The wrapped model is called through its parts: the vision part once per pair, the language model on the row or
     rows, the output head only where there is a target token.
     """
 
-    def __init__(self, model: nn.Module, pixel_norm: PixelNorm, pixels_at_once: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pixel_norm: PixelNorm,
+        pixels_at_once: int | None = None,
+        vision_cache: Path | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.family = family_of(without_adapters(model).config)
         self.layout: Layout = layout_of(model)
         self.pixel_norm = pixel_norm
         self.pixels_at_once = pixels_at_once
+        self.vision_cache: VisionCache | None = None
+        if vision_cache is not None:
+            self.vision_cache = VisionCache(vision_cache, without_adapters(model), self.family)
         self.watch_images = False
         self._image_gradient: torch.Tensor | None = None
 
@@ -135,11 +148,17 @@ class PairModel(nn.Module):
 
     def _encode_images(self, base: Any, batch: PairBatch) -> Any:
         """Vision part and connector, once per image; in the concatenated layout both rows are given the features."""
-        outputs = [self._vision(base, part) for part in self._parts(self._vision_inputs(base, batch))]
-        output = outputs[0]
-        is_list = isinstance(output.pooler_output, list | tuple)
-        # A tensor with a row per image, or a list with an entry per image.
-        together = torch.cat([f for each in outputs for f in (each.pooler_output if is_list else [each.pooler_output])])
+        inputs = self._vision_inputs(base, batch)
+        if self.vision_cache is not None:
+            raw = {name: batch.images[name] for name in inputs}
+            features = self.vision_cache.features(raw, inputs, lambda some: self._of_each(base, some))
+            output, is_list = BaseModelOutputWithPooling(), features[0].ndim == 2
+        else:
+            outputs = [self._vision(base, part) for part in self._parts(inputs)]
+            # A tensor with a row per image, or a list with an entry per image.
+            output, is_list = outputs[0], isinstance(outputs[0].pooler_output, list | tuple)
+            features = [f for o in outputs for f in (o.pooler_output if is_list else [o.pooler_output])]
+        together = torch.cat(features)
         if self.watch_images:
             together = self._watched(together)
         # All chosen rows, then all rejected ones.
@@ -148,6 +167,16 @@ class PairModel(nn.Module):
         if inner := getattr(output, "deepstack_features", None):
             output.deepstack_features = [(*layer,) * len(copies) for layer in inner]
         return output
+
+    def _of_each(self, base: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The features of each image, or of each tile where the vision part gives them so, for the cache."""
+        count = len(inputs.get("image_grid_thw", inputs.get("image_sizes", inputs["pixel_values"])))
+        found = []
+        for part in self._parts(inputs):
+            features = self._vision(base, part).pooler_output
+            found += list(features) if isinstance(features, list | tuple) else list(features.split(1))
+        # Idefics2 has all images of a row in one.
+        return found if len(found) == count else list(torch.cat(found).chunk(count))
 
     def _encode_crossed(self, base: Any, batch: PairBatch) -> torch.Tensor:
         features = encode_cross_images(base, self._vision_inputs(base, batch))

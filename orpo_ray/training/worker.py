@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -75,7 +76,9 @@ class Worker:
         model = load_model(self.recipe.model, self.device, self.recipe.optim.seed)
         bounded = self.recipe.model.gradient_checkpointing and self.recipe.deepspeed.zero_stage < 3
         pixels_at_once = PIXELS_AT_ONCE.get(self.device.type) if bounded else None
-        self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once)
+        cache = self.recipe.model.vision_cache
+        kept = Path(cache) if cache is not None else None
+        self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once, kept)
         self.planner = StepPlanner.of(self.recipe, encoder, self.model, self.device)
         self.engine = Engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.position = load_latest(self.engine, self.recipe, config.train)
