@@ -77,9 +77,12 @@ class Attention:
     why: str | None = None
 
 
-def pick_attention(section: ModelSection) -> Attention:
-    """What `model.attention` means for this model. Raises UserError if it cannot be had, or the model can't."""
-    why = why_not_shared_prefix(_config(section))
+def pick_attention(section: ModelSection, config: Any = None) -> Attention:
+    """What `model.attention` means for this model. Raises UserError if it cannot be had, or the model can't.
+
+    config: the model's, where it is at hand.
+    """
+    why = why_not_shared_prefix(config or _config(section))
     if section.attention == "concatenated":
         return Attention("concatenated")
     if section.attention == "shared_prefix" and why:
@@ -99,7 +102,7 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
     attention = pick_attention(section)
     config = _config(section)
     family = family_of(config.model_type)
-    language = _own_attention(config)
+    language = own_attention(config)
     dtype = pick_dtype(section.dtype, device)
     quantized: dict[str, Any] = {}
     if section.quantization is not None or hasattr(config, "quantization_config"):
@@ -119,6 +122,15 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
         raise _cannot_load("model", section.id, error) from None
     if section.quantization is not None:
         check_quantized(model, section.quantization)
+    model = ready_to_train(model, section, seed)
+    if section.quantization is None:
+        model.to(device)  # a quantised one was put there as it was quantised
+    return model
+
+
+def ready_to_train(model: Any, section: ModelSection, seed: int) -> torch.nn.Module:
+    """A model as transformers made it: parts frozen, adapters added, gradient checkpointing on. Raises UserError."""
+    family = family_of(model.config.model_type)
     model.config.use_cache = False
     _freeze(model, section, family)
     if section.lora is not None:
@@ -126,10 +138,8 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
     if section.gradient_checkpointing:
         # Non-reentrant: the reentrant one drops gradients when no input of a block requires one (frozen embeddings).
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if section.quantization is None:
-        model.to(device)  # a quantised one was put there as it was quantised
     model.train()
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -175,7 +185,7 @@ def _quantized(
     return {"config": config, "device_map": {"": device}}
 
 
-def _own_attention(config: Any) -> str:
+def own_attention(config: Any) -> str:
     """What runs the language model's attention on the concatenated path: no fused kernel caps scores."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
