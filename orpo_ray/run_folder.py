@@ -17,6 +17,8 @@ from orpo_ray.storage import is_remote, locate, patiently
 
 # The file of a model's folder that is written last: the folder is whole where it stands.
 LAST_OF_A_MODEL = "config.json"
+# The report that `data check` leaves there, and a plan reads.
+DATA_CHECK = "data_check.json"
 
 
 class RunFolder:

@@ -42,10 +42,20 @@ FLOORS = [
     "model.shared_prefix",
     "model.quantizing",
     "model.loading",
+    "model.known_shapes",
     "objective.orpo",
     "objective.logps",
     "objective.forward",
     "objective.steps",
+    "planning.dry_run",
+    "planning.states",
+    "planning.activations",
+    "planning.images",
+    "planning.gpus",
+    "planning.fit",
+    "planning.step",
+    "planning.plan",
+    "planning.table",
     "results.tracking",
     "results.scoring",
     "training.deepspeed",
@@ -66,7 +76,7 @@ FLOORS = [
 WITHOUT_RAY_AND_DEEPSPEED = [
     name
     for name in FLOORS
-    if name.startswith(("model.", "objective.", "data."))
+    if name.startswith(("model.", "objective.", "planning.", "data."))
     and name not in ("data.pipeline", "data.stream", "data.survey")
 ]
 

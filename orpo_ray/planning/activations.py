@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,19 @@ import torch
 
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, PairBatch, build_batch
-from orpo_ray.model.loading import PixelNorm, own_attention, ready_to_train
+from orpo_ray.model.loading import PixelNorm, own_attention, ready_to_train, without_adapters
 from orpo_ray.model.shared_prefix import PrefixLayout, by_segment, by_varlen, varlen_shape
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import register as register_shared_prefix
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.logps import count_chunks
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
-from orpo_ray.planning.dry_run import DryRun, dry_run
+from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.sections import ModelSection
 
 AS_ON_CUDA = "orpo_ray_planned_for_cuda"
+# Layers of each part that are run of a deep model. Two, so that one is neither first nor last.
+FEW = 2
 _NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -55,52 +58,100 @@ class PairShape:
         return EncodedPair(str(slot), ids, *answers, ids != image_token, images if self.images else {}, slot)
 
 
+# Where a forward and backward may need the most: images in, language model in, head and language model back, images back.
+PHASES = ("vision forward", "language forward", "language backward", "vision backward")
+
+
 @dataclass(frozen=True)
 class Activations:
-    """Of one micro-batch on one worker. saved: bytes that wait for backward as the output head begins. peak: most bytes
-    over weights and gradients at any time. flops: of matrix products, recomputation included. pairs, tokens: in it.
+    """Of one micro-batch on one worker, over weights and gradients.
+
+    saved: bytes that wait for backward as the output head begins. peaks: most bytes at any time of each of `PHASES`.
+    flops: of matrix products, recomputation included. pairs, tokens: in it.
     """
 
     saved: int
-    peak: int
+    peaks: tuple[int, ...]
     flops: int
     pairs: int
     tokens: int
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at any time."""
+        return max(self.peaks)
+
+    def per_layer(self, deeper: Activations) -> tuple[int, ...]:
+        """What a layer adds, from the same with one layer more."""
+        mine, theirs = ((each.saved, *each.peaks, each.flops) for each in (self, deeper))
+        return tuple(b - a for a, b in zip(mine, theirs, strict=True))
+
+    def deepened(self, layer: tuple[int, ...], layers: int) -> Activations:
+        """The same with so many layers more."""
+        saved, *peaks, flops = (a + layers * b for a, b in zip((self.saved, *self.peaks, self.flops), layer, strict=True))
+        return Activations(saved, tuple(peaks), flops, self.pairs, self.tokens)
+
+    def widened(self, pairs: int) -> Activations:
+        """The same with so many pairs: all grows with them but the chunk of logits that is there at a time."""
+        ratio = pairs / self.pairs
+        saved = round(self.saved * ratio)
+        peaks = [round(peak * ratio) for peak in self.peaks]
+        language_backward = PHASES.index("language backward")
+        peaks[language_backward] = saved + self.peaks[language_backward] - self.saved
+        return Activations(saved, tuple(peaks), round(self.flops * ratio), pairs, round(self.tokens * ratio))
 
 
 def unloaded_model(
     section: ModelSection, config: Any, dtype: torch.dtype, layout: Layout, device: str = "cuda"
 ) -> torch.nn.Module:
-    """The model without its weights, ready to train, as `load_model` would have it on `device` (cpu or cuda)."""
+    """The model on `meta`, ready to train, as `load_model` would have it on `device` (cpu or cuda)."""
     from transformers import AutoModelForImageTextToText
-    from transformers.initialization import no_init_weights
 
     language = own_attention(config)
     if layout == "shared_prefix":
         register_shared_prefix()
         _register_as_on_cuda()
         language = AS_ON_CUDA if device == "cuda" else SHARED_PREFIX
-    with no_init_weights():
+    with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation={"text_config": language, "vision_config": "sdpa"}
         )
-    return ready_to_train(model, section, seed=0)
+        return ready_to_train(model, section, seed=0)
 
 
 def batch_of(shape: PairShape, pairs: int, config: Any, nll: str, layout: Layout) -> PairBatch:
     """A micro-batch of so many such pairs."""
     vocabulary = config.get_text_config().vocab_size
     batch = build_batch([shape.pair(config.image_token_id, slot) for slot in range(pairs)], nll, layout)
-    chunks = count_chunks(len(batch.target_ids), vocabulary)
-    return PairBatch(**{**{name: getattr(batch, name) for name in batch.__dataclass_fields__}, "head_chunks": chunks})
+    return replace(batch, head_chunks=count_chunks(len(batch.target_ids), vocabulary))
 
 
 def measure(
     section: ModelSection, config: Any, dtype: torch.dtype, layout: Layout, batch: PairBatch, bounded: bool, device: str
 ) -> Activations:
-    """Forward and backward of a batch, dry. bounded: the vision part takes `PIXELS_AT_ONCE` (not under ZeRO-3)."""
+    """Forward and backward of a batch, dry. bounded: the vision part takes `PIXELS_AT_ONCE` (not under ZeRO-3).
+
+    A deep model is run with few layers and what one more adds: layers are alike, so that each phase's peak grows by as
+    much with every one of them.
+    """
+    depth = _depths(config)
+    if min(depth) <= FEW + 1:
+        return _measure(section, config, dtype, layout, batch, bounded, device)
+
+    def cut(language: int, vision: int) -> Activations:
+        return _measure(section, _cut(config, language, vision), dtype, layout, batch, bounded, device)
+
+    few, language, vision = cut(FEW, FEW), cut(FEW + 1, FEW), cut(FEW, FEW + 1)
+    deep = few.deepened(few.per_layer(language), depth[0] - FEW)
+    return deep.deepened(few.per_layer(vision), depth[1] - FEW)
+
+
+def _measure(
+    section: ModelSection, config: Any, dtype: torch.dtype, layout: Layout, batch: PairBatch, bounded: bool, device: str
+) -> Activations:
+    model = unloaded_model(section, config, dtype, layout, device)
     with dry_run() as dry:
-        model = unloaded_model(section, config, dtype, layout, device)
+        _without_meta(model)
         for parameter in model.parameters():
             if parameter.requires_grad:  # as after an earlier micro-batch
                 parameter.grad = torch.empty_like(parameter)
@@ -110,18 +161,72 @@ def measure(
         return step(pair_model, batch, dry)
 
 
-def step(pair_model: PairModel, batch: PairBatch, dry: DryRun) -> Activations:
-    """Run it; what was alive before counts for nothing."""
-    before, flops = dry.now, dry.flops
-    dry.peak = before
+def step(pair_model: PairModel, batch: PairBatch, live: Live) -> Activations:
+    """Forward and backward, dry or real; what `live` knew before counts for nothing."""
+    before, flops = live.now, live.flops
+    live.peak = before
+    peaks: list[int] = []
     saved: list[int] = []
-    head = pair_model.model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(lambda *_: saved.append(dry.now - before))
+
+    def next_phase(*_: Any) -> None:
+        peaks.append(live.peak - before)
+        live.peak = live.now
+
+    def language_begins(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        next_phase()
+        if kwargs["inputs_embeds"].requires_grad:
+            kwargs["inputs_embeds"].register_hook(next_phase)
+
+    def head_begins(*_: Any) -> None:
+        if not saved:
+            saved.append(live.now - before)
+            next_phase()
+
+    base = without_adapters(pair_model.model)
+    handles = [
+        base.get_decoder().register_forward_pre_hook(language_begins, with_kwargs=True),
+        base.get_output_embeddings().register_forward_pre_hook(head_begins),
+    ]
     logps = pair_model(batch)
     loss, _ = orpo_loss(logps, batch.weights, 0.1, Normaliser(float(batch.num_pairs)))
     loss.backward()
-    handle.remove()
-    return Activations(saved[0], dry.peak - before, dry.flops - flops, batch.num_pairs, batch.input_ids.numel())
+    next_phase()
+    for handle in handles:
+        handle.remove()
+    peaks += [0] * (len(PHASES) - len(peaks))
+    return Activations(saved[0], tuple(peaks), live.flops - flops, batch.num_pairs, batch.input_ids.numel())
+
+
+def _depths(config: Any) -> tuple[int, int]:
+    """Layers of the language model, and of the vision part."""
+    vision = config.vision_config
+    return config.get_text_config().num_hidden_layers, getattr(vision, "num_hidden_layers", getattr(vision, "depth", 0))
+
+
+def _cut(config: Any, language: int, vision: int) -> Any:
+    """The config of a model with so many layers of each part."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = language
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:language]
+    for name in ("num_hidden_layers", "depth"):
+        if hasattr(config.vision_config, name):
+            setattr(config.vision_config, name, vision)
+    return config
+
+
+def _without_meta(model: torch.nn.Module) -> None:
+    """Put what is on `meta` where the dry run is; tied weights stay tied."""
+    moved: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in moved:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                moved[id(parameter)] = torch.nn.Parameter(empty, parameter.requires_grad)
+            setattr(module, name, moved[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
 
 
 def _register_as_on_cuda() -> None:

@@ -32,7 +32,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, None] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,7 +62,6 @@ class DryRun(Live):
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -85,7 +84,8 @@ class DryRun(Live):
             args = (args[0], _places(args[1]), *args[2:])
         out = func(*args, **kwargs)
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+            with unset_fake_temporarily():  # it may read the lengths of sequences
+                self.flops += formula(*args, **kwargs, out_val=out)
         return tree_map_only(FakeTensor, self._real_if_whole, out)
 
     def _makes_floats(self, func: Any, inputs: Any, kwargs: Any) -> bool:
