@@ -23,7 +23,7 @@ from orpo_ray.objective.orpo import Normaliser, orpo_loss
 from orpo_ray.recipe import parse_recipe
 from orpo_ray.training.deepspeed import Engine
 
-FAMILY = "llava"
+FAMILY = "smolvlm"
 
 
 def measure(raw: dict[str, Any], world: int) -> dict[str, int]:

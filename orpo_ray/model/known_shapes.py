@@ -36,7 +36,9 @@ _CLIP_L = {
 }  # fmt: skip
 
 
-def _text(model_type: str, hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
+def _text(
+    model_type: str, hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocab: int, **more: Any
+) -> dict[str, Any]:
     return {
         "model_type": model_type, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocab,
@@ -44,7 +46,9 @@ def _text(model_type: str, hidden: int, inner: int, layers: int, heads: int, key
     }  # fmt: skip
 
 
-def _smolvlm(text: dict[str, Any], vision: dict[str, Any], image: int, patch: int, scale: int, parameters: int) -> KnownShape:
+def _smolvlm(
+    text: dict[str, Any], vision: dict[str, Any], image: int, patch: int, scale: int, parameters: int
+) -> KnownShape:
     # HuggingFaceTB/SmolVLM-*: Idefics3's classes around SmolLM2 and SigLIP.
     figures = {
         "text_config": text, "vision_config": vision | {"image_size": image, "patch_size": patch},
@@ -62,10 +66,17 @@ def _llava_next(text: dict[str, Any], parameters: int) -> KnownShape:
     return KnownShape("llava_next", figures, parameters)
 
 
-def _gemma3(hidden: int, inner: int, layers: int, heads: int, key_heads: int, head: int, scalar: int, parameters: int) -> KnownShape:
+def _gemma3(
+    hidden: int, inner: int, layers: int, heads: int, key_heads: int, head: int, scalar: int, parameters: int
+) -> KnownShape:
     text = _text("gemma3_text", hidden, inner, layers, heads, key_heads, 262208)
     text |= {"head_dim": head, "query_pre_attn_scalar": scalar, "sliding_window": 1024}
-    vision = _SO400M | {"model_type": "siglip_vision_model", "image_size": 896, "patch_size": 14, "vision_use_head": False}
+    vision = _SO400M | {
+        "model_type": "siglip_vision_model",
+        "image_size": 896,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
     figures = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 256, "image_token_index": 262144}
     return KnownShape("gemma3", figures, parameters)
 

@@ -13,8 +13,8 @@ import torch
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, PairBatch, build_batch
 from orpo_ray.model.loading import PixelNorm, own_attention, ready_to_train, without_adapters
-from orpo_ray.model.shared_prefix import PrefixLayout, by_segment, by_varlen, varlen_shape
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
+from orpo_ray.model.shared_prefix import PrefixLayout, by_segment, by_varlen, varlen_shape
 from orpo_ray.model.shared_prefix import register as register_shared_prefix
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.logps import count_chunks
@@ -25,7 +25,7 @@ from orpo_ray.sections import ModelSection
 AS_ON_CUDA = "orpo_ray_planned_for_cuda"
 # Layers of each part that are run of a deep model. Two, so that one is neither first nor last.
 FEW = 2
-_NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class Activations:
 
     def deepened(self, layer: tuple[int, ...], layers: int) -> Activations:
         """The same with so many layers more."""
-        saved, *peaks, flops = (a + layers * b for a, b in zip((self.saved, *self.peaks, self.flops), layer, strict=True))
+        saved, *peaks, flops = (
+            a + layers * b for a, b in zip((self.saved, *self.peaks, self.flops), layer, strict=True)
+        )
         return Activations(saved, tuple(peaks), flops, self.pairs, self.tokens)
 
     def widened(self, pairs: int) -> Activations:
@@ -106,6 +108,9 @@ def unloaded_model(
 ) -> torch.nn.Module:
     """The model on `meta`, ready to train, as `load_model` would have it on `device` (cpu or cuda)."""
     from transformers import AutoModelForImageTextToText
+
+    if section.lora is not None:
+        import peft  # noqa: F401 - not first below, where constants of modules would be made on meta
 
     language = own_attention(config)
     if layout == "shared_prefix":
@@ -156,7 +161,7 @@ def _measure(
             if parameter.requires_grad:  # as after an earlier micro-batch
                 parameter.grad = torch.empty_like(parameter)
         portion = PIXELS_AT_ONCE[device] if bounded and section.gradient_checkpointing else None
-        pair_model = PairModel(model, _NORM, portion)
+        pair_model = PairModel(model, NORM, portion)
         pair_model.layout = layout
         return step(pair_model, batch, dry)
 

@@ -42,7 +42,9 @@ def priced(prices: Sequence[str]) -> tuple[Gpu, ...]:
         found = [key for key in known if key.startswith(name.lower())] if name else []
         if len(found) != 1 and name.lower() not in known:
             names = ", ".join(gpu.name for gpu in GPUS)
-            raise UserError("no GPU type of this name, or several", field="--price-per-hour", value=given, fix=f"use one of {names}")
+            raise UserError(
+                "no GPU type of this name, or several", field="--price-per-hour", value=given, fix=f"use one of {names}"
+            )
         try:
             price = float(amount)
         except ValueError:

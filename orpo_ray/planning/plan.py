@@ -54,7 +54,9 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     for checkpointing in (False, True):
         section = recipe.model.model_copy(update={"gradient_checkpointing": checkpointing})
         bounded = recipe.deepspeed.zero_stage < 3
-        activations[checkpointing] = measure(section, config, dtype, attention.layout, batch, bounded, "cuda").widened(at_once)
+        activations[checkpointing] = measure(section, config, dtype, attention.layout, batch, bounded, "cuda").widened(
+            at_once
+        )
     planner = Planner(
         weights,
         recipe.optim.optimizer,

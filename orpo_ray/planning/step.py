@@ -49,7 +49,12 @@ def workload(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> 
     each = round(means["image"] / max(1e-9, sum(n * c for n, c in counted.items()) / sum(counted.values())))
     image = image_shape(config, each or None)
     shape = PairShape(
-        round(means["prompt"] - means["image"]), round(means["chosen"]), round(means["rejected"]), images, image.tokens, image.vision
+        round(means["prompt"] - means["image"]),
+        round(means["chosen"]),
+        round(means["rejected"]),
+        images,
+        image.tokens,
+        image.vision,
     )
     longest = min(recipe.data.max_length, int(train["tokens"]["sequence"]["max"]))
     notes = [] if report["model"] == recipe.model.id else [f"the data check counted tokens of {report['model']}"]
@@ -65,7 +70,9 @@ def _assumed(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> 
         f"{PROMPT} tokens of text in a prompt, {ANSWER} in an answer",
     ]
     if image.tokens + PROMPT + ANSWER > recipe.data.max_length:
-        assumptions.append(f"such a pair is longer than data.max_length ({recipe.data.max_length:,}) and would be a bad row")
+        assumptions.append(
+            f"such a pair is longer than data.max_length ({recipe.data.max_length:,}) and would be a bad row"
+        )
     if pairs is None:
         assumptions.append(f"{PAIRS:,} training pairs (--pairs says how many)")
     assumptions.append("`orpo-ray data check` with this recipe puts your data's figures in the place of these")
@@ -81,7 +88,9 @@ def _data_check(recipe: Recipe) -> dict[str, Any] | None:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"is not a data check's report: {error}", field=str(path), fix="run orpo-ray data check again") from None
+        raise UserError(
+            f"is not a data check's report: {error}", field=str(path), fix="run orpo-ray data check again"
+        ) from None
     return report if isinstance(report, dict) and report.get("train") else None
 
 

@@ -26,7 +26,11 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     model, step, setting = report["model"], report["step"], report["setting"]
     pair = step["pair"]
     trained = model["trained"] / model["parameters"]
-    console.print(f"[bold]{model['id']}[/bold]  {_count(model['parameters'])} parameters, {_count(model['trained'])} trained ({trained:.2%}), {model['dtype']}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]{model['id']}[/bold]  {_count(model['parameters'])} parameters, {_count(model['trained'])} trained ({trained:.2%}), {model['dtype']}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(
         f"a pair  {pair['tokens']:,} tokens ({pair['image']:,} image, {pair['prompt']:,} text, {pair['chosen']:,} + "
         f"{pair['rejected']:,} answers), by {step['source']}", highlight=False, soft_wrap=True,
@@ -40,9 +44,14 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     console.print(_gpus(report))
     best = report["cheapest"]
     if best is None:
-        console.print("[red]no setting fits any of these[/red]: train adapters (model.lora), on 4 bits (model.quantization)")
+        console.print(
+            "[red]no setting fits any of these[/red]: train adapters (model.lora), on 4 bits (model.quantization)"
+        )
     else:
-        console.print(f"[bold green]cheapest[/bold green]  {best['workers']} x {best['gpu']}: {_hours(best['hours'])}, {_money(best['cost'])}", highlight=False)
+        console.print(
+            f"[bold green]cheapest[/bold green]  {best['workers']} x {best['gpu']}: {_hours(best['hours'])}, {_money(best['cost'])}",
+            highlight=False,
+        )
         console.print(f"  {_overrides(best)}", highlight=False, soft_wrap=True)
     console.print("assumed", highlight=False)
     for line in report["assumptions"]:
@@ -57,7 +66,9 @@ def _memory(report: dict[str, Any]) -> Table:
     table.add_column()
     for stage in report["memory"]:
         mine = int(stage) == setting["stage"]
-        table.add_column(f"ZeRO {stage}" + (" (recipe)" if mine else ""), justify="right", style="bold" if mine else None)
+        table.add_column(
+            f"ZeRO {stage}" + (" (recipe)" if mine else ""), justify="right", style="bold" if mine else None
+        )
     for name, label in _ROWS.items():
         style = "bold" if name == "total" else None
         table.add_row(label, *(f"{memory[name] / GIB:,.1f}" for memory in report["memory"].values()), style=style)
@@ -79,7 +90,11 @@ def _gpus(report: dict[str, Any]) -> Table:
     needed = report["memory"][stage]["total"] / GIB
     for each in report["gpus"]:
         mine, least = each["recipe"], each["cheapest"]
-        verdict = f"[green]fits[/green], {needed / each['memory_gib']:.0%} full" if mine else f"[red]no[/red], {needed:,.0f} GiB"
+        verdict = (
+            f"[green]fits[/green], {needed / each['memory_gib']:.0%} full"
+            if mine
+            else f"[red]no[/red], {needed:,.0f} GiB"
+        )
         best = report["cheapest"] is not None and least == report["cheapest"]
         table.add_row(
             each["gpu"],
@@ -87,7 +102,11 @@ def _gpus(report: dict[str, Any]) -> Table:
             f"{each['price_per_hour']:.2f}",
             verdict,
             *((_hours(mine["hours"]), _money(mine["cost"])) if mine else ("-", "-")),
-            *((_words(least), _hours(least["hours"]), _money(least["cost"])) if least else ("[red]nothing[/red]", "-", "-")),
+            *(
+                (_words(least), _hours(least["hours"]), _money(least["cost"]))
+                if least
+                else ("[red]nothing[/red]", "-", "-")
+            ),
             style="bold green" if best else None,
         )
     return table
