@@ -2,9 +2,9 @@
 
     python benchmarks/plan_memory.py [--json]
 
-For each way of training, a fresh process runs a random model of some 40 M parameters in float32 on the CPU, a few thousand
-tokens and images in a packed row, twice: the first run leaves gradients and the allocator's own pages behind. Measured
-is the rise of the peak resident memory (Linux: VmHWM, reset through /proc/self/clear_refs) over the second.
+For each way of training, a fresh process runs a random model of some 40 M parameters in float32 on the CPU, some two
+thousand tokens and images in a packed row, twice: the first run leaves gradients and the allocator's own pages behind.
+Measured is the rise of the peak resident memory (Linux: VmHWM, reset through /proc/self/clear_refs) over the second.
 `predicted_over_measured_ratio` is the one farthest from 1.
 """
 
@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "frozen vision": {"freeze": ["vision"]},
     "concatenated": {"attention": "concatenated"},
 }
-PAIRS = 4
+PAIRS = 2
 
 
 def mid_size() -> Any:
@@ -63,7 +63,7 @@ def one(way: str) -> dict[str, Any]:
     torch.set_num_threads(2)
     config, section = mid_size(), ModelSection(id="mid-size", **WAYS[way])
     layout = pick_attention(section, config).layout
-    shape = PairShape(60, 240, 200, 1, 64, {"pixel_values": np.zeros((4, 3, 256, 256), np.uint8)})
+    shape = PairShape(60, 440, 400, 1, 64, {"pixel_values": np.zeros((4, 3, 256, 256), np.uint8)})
     batch = batch_of(shape, PAIRS, config, "response", layout)
     dry = measure(section, config, torch.float32, layout, batch, True, "cpu")
     model = unloaded_model(section, config, torch.float32, layout, "cpu").to_empty(device="cpu")
@@ -122,10 +122,8 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         row = rows[-1]
-        print(
-            f"{way:30} predicted {row['predicted_mib']:8.1f} MiB  measured {row['measured_mib']:8.1f}  ratio {row['predicted_over_measured']:.3f}",
-            file=sys.stderr,
-        )
+        sizes = f"predicted {row['predicted_mib']:8.1f} MiB  measured {row['measured_mib']:8.1f}"
+        print(f"{way:30} {sizes}  ratio {row['predicted_over_measured']:.3f}", file=sys.stderr)
     worst = max((row["predicted_over_measured"] for row in rows), key=lambda ratio: abs(ratio - 1))
     if options.json:
         print(json.dumps(provenance() | {"rows": rows, "predicted_over_measured_ratio": worst}))

@@ -1,4 +1,4 @@
-"""What a real engine holds after real steps, by unique storage. One process of a run: `engine_memory.py RANK WORLD DIR`.
+"""What a real engine holds after real steps, by unique storage; one process of it: `engine_memory.py RANK WORLD DIR`.
 
 Reads the cases from DIR/cases.json, a list of recipes' model and deepspeed sections, and writes DIR/measured.json.
 """

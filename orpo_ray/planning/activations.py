@@ -58,7 +58,7 @@ class PairShape:
         return EncodedPair(str(slot), ids, *answers, ids != image_token, images if self.images else {}, slot)
 
 
-# Where a forward and backward may need the most: images in, language model in, head and language model back, images back.
+# Where a forward and backward may need the most, in their order; the output head belongs to the third.
 PHASES = ("vision forward", "language forward", "language backward", "vision backward")
 
 

@@ -8,7 +8,7 @@ from orpo_ray.planning.activations import Activations
 from orpo_ray.planning.gpus import GIB, Gpu
 from orpo_ray.planning.states import STAGES, Stage, Weights, states
 
-# Of CUDA's context with its libraries' workspaces, and of NCCL's buffers where there are several workers; and what the
+# CUDA's context with its libraries' workspaces, NCCL's buffers where there are several workers, and what the
 # caching allocator cannot use, as a share of what comes and goes. Assumed, not measured here.
 CONTEXT, NCCL, FRAGMENTATION = 1.0 * GIB, 0.5 * GIB, 0.1
 # Of a GPU's peak, counting what is computed anew: what well-kept trainers reach with models of some billions.
@@ -55,7 +55,7 @@ class Fitting:
 class Planner:
     """Everything that was counted, to be asked about any setting.
 
-    weights: the model's. activations: of a full micro-batch of `budget` tokens, without and with gradient checkpointing.
+    weights: the model's. activations: of a full micro-batch of `budget` tokens, without and with checkpointing.
     row: tokens of the least micro-batch, one pair. steps, pairs_per_step: of the run. quantized: the base is in 4 bits.
     """
 

@@ -20,8 +20,8 @@ class Gpu:
     price: float
 
 
-# Memory and peak by NVIDIA's data sheets (bf16, dense, without sparsity). Prices are round figures for one GPU on demand,
-# between the small and the large clouds of 2026: they differ by more than twice, so give your own.
+# Memory and peak by NVIDIA's data sheets (bf16, dense, without sparsity). Prices are assumed, round figures for one GPU
+# on demand: clouds differ by more than twice, so give your own.
 GPUS = (
     Gpu("L4", 22.5, 121e12, 0.80),
     Gpu("A10G", 22.5, 70e12, 1.20),

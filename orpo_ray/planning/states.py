@@ -1,12 +1,11 @@
 """What a worker holds of a model between steps, in bytes: weights, gradients, optimizer states, by ZeRO stage.
 
-Counted as DeepSpeed 0.19.8 holds it with the config of `training/deepspeed.py`; places in it are named where they decide.
+Counted as DeepSpeed 0.19.8 holds it with the config of `training/deepspeed.py`; its own files are named beside each.
 tests/test_planning_states.py compares each with the storages of real engines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +18,8 @@ STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 # DeepSpeed's defaults, which the recipe leaves alone: elements of a reduce bucket, of a ZeRO-3 sub-group, and of the
 # weights that ZeRO-3 keeps gathered (zero/config.py: reduce_bucket_size, sub_group_size, max_live_parameters).
 BUCKET, SUB_GROUP, MAX_LIVE = 500_000_000, 1_000_000_000, 1_000_000_000
-# bitsandbytes: weights that share a scale, scales that share one, moments that share one, and the smallest tensor whose
-# moments it holds in 8 bits.
+# bitsandbytes: weights that share a scale, scales that share one, moments that share one, and the smallest tensor
+# whose moments it holds in 8 bits.
 BLOCK, BLOCK_OF_SCALES, MOMENT_BLOCK, MIN_8BIT = 64, 256, 256, 4096
 
 
@@ -85,7 +84,7 @@ class Weights:
 
     @property
     def largest_quantized(self) -> int:
-        """Bytes of the largest packed weight as it is multiplied: one at a time is unpacked (bitsandbytes' MatMul4Bit)."""
+        """Bytes of the largest packed weight as it is multiplied: one at a time is (bitsandbytes' MatMul4Bit)."""
         return max((weight.elements * self.element for weight in self.each if weight.quantized), default=0)
 
 
@@ -94,7 +93,7 @@ def states(weights: Weights, stage: Stage, workers: int, optimizer: str) -> Stat
     trained, element = weights.trained, weights.element
     whole = weights.bytes
     share = -(-trained // workers) if stage else trained
-    # float32 masters beside bf16 weights: at stage 0 FP16_UnfusedOptimizer makes them (fp16/unfused_optimizer.py), since
+    # float32 masters beside bf16 weights: at stage 0 FP16_UnfusedOptimizer makes them (fp16/unfused_optimizer.py), as
     # the recipe's AdamW is torch's and not DeepSpeed's fused one. ZeRO clones its part even of float32 weights
     # (zero/stage_1_and_2.py and stage3.py: `single_partition_of_fp32_groups`, `fp32_partitioned_groups_flat`).
     masters = 4 * share if stage or element != 4 else 0
@@ -134,8 +133,8 @@ def _moments(weights: Weights, stage: Stage, share: int, optimizer: str) -> int:
 def _held_gradients(weights: Weights, workers: int) -> int:
     """Elements of the gradients that the fullest worker keeps at stage 2: its parts of both groups.
 
-    A parameter that lies across the border of two parts is kept whole on both sides (stage_1_and_2.py, get_flat_partition
-    takes a narrow view of it).
+    A parameter that lies across the border of two parts is kept whole on both sides (stage_1_and_2.py:
+    get_flat_partition takes a narrow view of it).
     """
     held = [0] * workers
     for is_matrix in (True, False):
@@ -178,13 +177,7 @@ def _quantized_names(model: Any, section: ModelSection) -> set[str]:
     for name, module in base.named_modules():
         linear = getattr(module, "base_layer", module)  # inside of an adapter
         plain = name.removesuffix(".base_layer")
-        inside = any(part in name for part in (".lora_",))
-        if isinstance(linear, torch.nn.Linear) and not inside:
-            if should_convert_module(plain, config.llm_int8_skip_modules):
-                packed.add(id(linear.weight))
+        taken = isinstance(linear, torch.nn.Linear) and ".lora_" not in name
+        if taken and should_convert_module(plain, config.llm_int8_skip_modules):
+            packed.add(id(linear.weight))
     return {name for name, parameter in model.named_parameters() if id(parameter) in packed}
-
-
-def largest_group(weights: Sequence[Weight]) -> int:
-    """Elements of the larger of AdamW's two groups."""
-    return max(sum(w.elements for w in weights if w.trained and w.is_matrix == kind) for kind in (True, False))

@@ -20,7 +20,7 @@ PROMPT, ANSWER, PAIRS = 60, 120, 10_000
 
 @dataclass(frozen=True)
 class Workload:
-    """shape: the usual pair. longest: tokens of the longest row that data.max_length admits. pairs: in the training set.
+    """shape: the usual pair. longest: tokens of the longest row that data.max_length admits. pairs: to train on.
 
     assumptions: all of it that nobody measured, in words. source: where the figures come from.
     """

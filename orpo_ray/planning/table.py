@@ -25,9 +25,9 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     """All of it, the answer last."""
     model, step, setting = report["model"], report["step"], report["setting"]
     pair = step["pair"]
-    trained = model["trained"] / model["parameters"]
+    trained = f"{_count(model['trained'])} trained ({model['trained'] / model['parameters']:.2%})"
     console.print(
-        f"[bold]{model['id']}[/bold]  {_count(model['parameters'])} parameters, {_count(model['trained'])} trained ({trained:.2%}), {model['dtype']}",
+        f"[bold]{model['id']}[/bold]  {_count(model['parameters'])} parameters, {trained}, {model['dtype']}",
         highlight=False,
         soft_wrap=True,
     )
@@ -37,21 +37,17 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     )  # fmt: skip
     console.print(
         f"a step  {step['pairs']:,} pairs, {step['tokens']:,} tokens; {setting['workers']} worker(s) x "
-        f"{step['microbatches_per_worker']} micro-batch(es) of {step['pairs_per_microbatch']} pairs; {step['steps']:,} steps",
+        f"{step['microbatches_per_worker']} micro-batch(es) of {step['pairs_per_microbatch']} pairs; "
+        f"{step['steps']:,} steps",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     console.print(_memory(report))
     console.print(_gpus(report))
     best = report["cheapest"]
     if best is None:
-        console.print(
-            "[red]no setting fits any of these[/red]: train adapters (model.lora), on 4 bits (model.quantization)"
-        )
+        console.print("[red]nothing fits[/red]: train adapters (model.lora), on 4 bits (model.quantization)")
     else:
-        console.print(
-            f"[bold green]cheapest[/bold green]  {best['workers']} x {best['gpu']}: {_hours(best['hours'])}, {_money(best['cost'])}",
-            highlight=False,
-        )
+        console.print(f"[bold green]cheapest[/bold green]  {_answer(best)}", highlight=False)
         console.print(f"  {_overrides(best)}", highlight=False, soft_wrap=True)
     console.print("assumed", highlight=False)
     for line in report["assumptions"]:
@@ -61,7 +57,7 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
 def _memory(report: dict[str, Any]) -> Table:
     setting = report["setting"]
     how = "gradient checkpointing" if setting["checkpointing"] else "no gradient checkpointing"
-    title = f"\nGiB on each of {setting['workers']} GPU(s), {how}, {setting['budget']:,} tokens a micro-batch"
+    title = f"\nGiB on each of {setting['workers']} GPU(s), {how}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
     table.add_column()
     for stage in report["memory"]:
@@ -112,6 +108,10 @@ def _gpus(report: dict[str, Any]) -> Table:
     return table
 
 
+def _answer(found: dict[str, Any]) -> str:
+    return f"{found['workers']} x {found['gpu']}: {_hours(found['hours'])}, {_money(found['cost'])}"
+
+
 def _words(found: dict[str, Any]) -> str:
     parts = [f"{found['workers']} x ZeRO {found['stage']}"]
     if found["checkpointing"]:
@@ -121,9 +121,10 @@ def _words(found: dict[str, Any]) -> str:
 
 
 def _overrides(found: dict[str, Any]) -> str:
+    checkpointing = str(found["checkpointing"]).lower()
     return (
         f"scaling.num_workers={found['workers']} deepspeed.zero_stage={found['stage']} "
-        f"model.gradient_checkpointing={str(found['checkpointing']).lower()} optim.tokens_per_microbatch={found['budget']}"
+        f"model.gradient_checkpointing={checkpointing} optim.tokens_per_microbatch={found['budget']}"
     )
 
 
