@@ -93,13 +93,17 @@ class Activations:
         )
         return Activations(saved, tuple(peaks), flops, self.pairs, self.tokens)
 
-    def widened(self, pairs: int) -> Activations:
-        """The same with so many pairs: all grows with them but the chunk of logits that is there at a time."""
+    def widened(self, pairs: int, in_portions: bool) -> Activations:
+        """The same with so many pairs: what waits grows with them, the chunk of logits that is there at a time does not.
+
+        in_portions: neither does what the vision part computes anew (`PIXELS_AT_ONCE`).
+        """
         ratio = pairs / self.pairs
         saved = round(self.saved * ratio)
         peaks = [round(peak * ratio) for peak in self.peaks]
-        language_backward = PHASES.index("language backward")
-        peaks[language_backward] = saved + self.peaks[language_backward] - self.saved
+        for phase in ("language backward", "vision backward") if in_portions else ("language backward",):
+            place = PHASES.index(phase)
+            peaks[place] = saved + max(0, self.peaks[place] - self.saved)
         return Activations(saved, tuple(peaks), round(self.flops * ratio), pairs, round(self.tokens * ratio))
 
 
@@ -156,7 +160,7 @@ def _measure(
 ) -> Activations:
     model = unloaded_model(section, config, dtype, layout, device)
     with dry_run() as dry:
-        _without_meta(model)
+        without_numbers(model)
         for parameter in model.parameters():
             if parameter.requires_grad:  # as after an earlier micro-batch
                 parameter.grad = torch.empty_like(parameter)
@@ -221,7 +225,7 @@ def _cut(config: Any, language: int, vision: int) -> Any:
     return config
 
 
-def _without_meta(model: torch.nn.Module) -> None:
+def without_numbers(model: torch.nn.Module) -> None:
     """Put what is on `meta` where the dry run is; tied weights stay tied."""
     moved: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():

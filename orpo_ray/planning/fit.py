@@ -18,7 +18,7 @@ WORKERS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. activations: what waits for backward. head: more, at the peak: logits and what comes and goes."""
+    """Bytes on one GPU. activations: what waits for backward. head: more at the peak: logits, what comes and goes."""
 
     weights: float
     gradients: float

@@ -21,7 +21,7 @@ from orpo_ray.recipe import Recipe
 from orpo_ray.sections import ModelSection
 
 # Pairs of a micro-batch that are really run through; more of them only repeat these.
-PAIRS_RUN = 2
+PAIRS_RUN = 1
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     for checkpointing in (False, True):
         section = recipe.model.model_copy(update={"gradient_checkpointing": checkpointing})
         bounded = recipe.deepspeed.zero_stage < 3
-        activations[checkpointing] = measure(section, config, dtype, attention.layout, batch, bounded, "cuda").widened(
-            at_once
-        )
+        one = measure(section, config, dtype, attention.layout, batch, bounded, "cuda")
+        activations[checkpointing] = one.widened(at_once, in_portions=checkpointing and bounded)
     planner = Planner(
         weights,
         recipe.optim.optimizer,

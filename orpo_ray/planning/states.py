@@ -25,7 +25,7 @@ BLOCK, BLOCK_OF_SCALES, MOMENT_BLOCK, MIN_8BIT = 64, 256, 256, 4096
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter. elements: of it. bytes: as it is stored, scales included. is_matrix: it decays (2 axes or more)."""
+    """One parameter. elements: of it. bytes: as it is stored, scales included. is_matrix: 2 axes or more; it decays."""
 
     elements: int
     bytes: int
