@@ -94,7 +94,7 @@ class Activations:
         return Activations(saved, tuple(peaks), flops, self.pairs, self.tokens)
 
     def widened(self, pairs: int, in_portions: bool) -> Activations:
-        """The same with so many pairs: what waits grows with them, the chunk of logits that is there at a time does not.
+        """The same with so many pairs: what waits grows with them, the chunk of logits at a time does not.
 
         in_portions: neither does what the vision part computes anew (`PIXELS_AT_ONCE`).
         """
