@@ -2,8 +2,8 @@
 
     python benchmarks/plan_memory.py [--json]
 
-For each way of training, a fresh process runs a random model of some 40 M parameters in float32 on the CPU, some two
-thousand tokens and images in a packed row, twice: the first run leaves gradients and the allocator's own pages behind.
+For each way of training, a fresh process runs a random model of some 40 M parameters in float32 on the CPU, some
+thousands of tokens and images in a packed row, twice: the first run leaves gradients and the allocator's own pages behind.
 Measured is the rise of the peak resident memory (Linux: VmHWM, reset through /proc/self/clear_refs) over the second.
 `predicted_over_measured_ratio` is the one farthest from 1.
 """
@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "frozen vision": {"freeze": ["vision"]},
     "concatenated": {"attention": "concatenated"},
 }
-PAIRS = 2
+PAIRS = 5
 
 
 def mid_size() -> Any:
@@ -112,8 +112,8 @@ def main() -> None:
         return
     # Large tensors come from and go back to the system at once, so that resident memory is live memory.
     environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "1048576",
-        "MALLOC_TRIM_THRESHOLD_": "1048576",
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+        "MALLOC_TRIM_THRESHOLD_": "131072",
         "DNNL_PRIMITIVE_CACHE_CAPACITY": "0",
     }
     rows = []

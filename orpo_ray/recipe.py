@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from orpo_ray.compatible import refusals
 from orpo_ray.errors import UserError
 from orpo_ray.sections import (
     CheckpointSection,
@@ -66,6 +67,8 @@ class Recipe(Section):
             raise ValueError("eval.every_steps is set but data.eval is empty: give held-out pairs, or leave it out")
         if self.data.eval and self.data.eval_share:
             raise ValueError("data.eval and data.eval_share are both given: held-out pairs come from one of them")
+        if refused := refusals(self):
+            raise ValueError("\n  - ".join(refused))
         return self
 
     @property
@@ -182,7 +185,7 @@ def _number_like(value: Any) -> Any:
 def _explain(item: dict[str, Any]) -> str:
     """One line for one of pydantic's findings: field, what is wrong, the value, the nearest known key."""
     location = [str(part) for part in item["loc"] if part != "[key]"]
-    field, kind, context = ".".join(location) or "recipe", item["type"], item.get("ctx", {})
+    field, kind, context = ".".join(location), item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
@@ -191,6 +194,8 @@ def _explain(item: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{field}: is required"
     message = context["error"] if kind == "value_error" else item["msg"]
+    if not field:  # a combination of fields, which the message names
+        return str(message)
     value = item["input"]
     shown = f" (found {value!r})" if not isinstance(value, dict | BaseModel) else ""
     return f"{field}: {message}{shown}"

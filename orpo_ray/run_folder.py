@@ -13,12 +13,14 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from orpo_ray.errors import UserError
-from orpo_ray.storage import is_remote, locate, patiently
+from orpo_ray.storage import is_remote, list_files, locate, patiently, read_bytes
 
 # The file of a model's folder that is written last: the folder is whole where it stands.
 LAST_OF_A_MODEL = "config.json"
 # The report that `data check` leaves there, and a plan reads.
 DATA_CHECK = "data_check.json"
+# The file that is written last, of a whole model's folder and of an adapters' folder: where it stands, all does.
+LAST_OF_A_MODEL = ("config.json", "adapter_config.json")
 
 
 class RunFolder:
@@ -41,10 +43,22 @@ class RunFolder:
             raise UserError(f"the run's folder cannot be made: {error}", field="checkpoint.storage") from None
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Whether a file or folder is there."""
         if not self.is_remote:
             return (self.path / name).exists()
-        return self._kind(name) == pafs.FileType.File
+        return self._kind(name) != pafs.FileType.NotFound
+
+    def has_model(self, name: str) -> bool:
+        """Whether a model's or an adapters' folder is there, whole."""
+        return any(self.has(f"{name}/{last}") for last in LAST_OF_A_MODEL)
+
+    def last_of(self, pattern: str) -> bytes | None:
+        """What is in the last by name of the files that match a glob, if there are any."""
+        if not self.is_remote:
+            found = sorted(self.path.glob(pattern))
+            return found[-1].read_bytes() if found else None
+        uris = list_files(f"{self.uri}/{pattern}", "checkpoint.storage")
+        return read_bytes(uris[-1]) if uris else None
 
     def pull(self, *names: str) -> None:
         """Bring files and folders, as far as they are there, to this machine."""
@@ -67,7 +81,10 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
             scratch.rename(self.path / name)
             return
-        for file in sorted(scratch.iterdir(), key=lambda file: file.name == LAST_OF_A_MODEL):
+        if self.has(name):
+            filesystem, _ = locate(self.uri, "checkpoint.storage")
+            patiently(filesystem.delete_dir, self._there(name))
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name in LAST_OF_A_MODEL):
             self._copy(self._there(f"{name}/{file.name}"), file, here=False)
         shutil.rmtree(scratch)
 

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _AsList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Names = Annotated[list[str], _AsList]
+PARTS = ("language", "connector", "vision")
 
 
 def _as_mix(value: Any) -> Any:
@@ -62,10 +63,11 @@ class LoraSection(Section):
     use_dora: bool = False
     """Train magnitude and direction of each weight apart (DoRA): a little better at low ranks, and slower."""
     target_modules: Names = Field(default_factory=list)
-    """Names of the linear layers to adapt, or parts: `language`, `connector`, `vision` stand for all of a part's.
-    Empty takes what the family is adapted by, every linear layer of the language model."""
+    """Names of the linear layers to adapt (`q_proj`: wherever one is called so, outside `model.freeze`), or parts:
+    `language`, `connector`, `vision` stand for all of a part's. Empty is `language`. Never the output head, unless
+    named."""
     modules_to_save: Names = Field(default_factory=list)
-    """Modules or parts (`connector`) that are trained in full beside the adapters."""
+    """Modules or parts (`connector`) that are trained in full beside the adapters, on a copy of their weights."""
 
 
 class QuantizationSection(Section):
@@ -78,7 +80,7 @@ class QuantizationSection(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What weights are multiplied in; auto is `model.dtype`."""
     quant_storage: Literal["uint8", "float32", "bfloat16"] = "uint8"
-    """Type of the tensors that hold the packed weights; nothing but a sharding cares."""
+    """Type of the tensors that hold the packed weights: uint8, or the model's own type."""
     skip_modules: Names = Field(default_factory=list)
     """Modules that stay unquantised, besides the output head and all outside the language model."""
 
@@ -96,7 +98,7 @@ class ModelSection(Section):
     """shared_prefix computes prompt and image once for both answers; concatenated runs prompt + answer twice, as other
     trainers do. auto shares wherever that is proven equal for the model's family."""
     freeze: Annotated[list[Literal["vision", "connector", "language"]], _AsList] = Field(default_factory=list)
-    """Parts that are not trained."""
+    """Parts that are not trained; with LoRA, which freezes every weight, parts that take no adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     lora: LoraSection | None = None
@@ -167,7 +169,7 @@ class OptimSection(Section):
 
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """adamw_8bit holds both moments in 8 bits (bitsandbytes): 2 bytes a trained weight instead of 8. paged_ lets them
-    go to the CPU's memory when the GPU's is short."""
+    go to the CPU's memory when the GPU's is short; on a CPU it is the same as adamw_8bit."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.data.packing import Layout
+from orpo_ray.data.packing import Layout, build_batch
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.loading import PixelNorm, without_adapters
 from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.orpo import Normaliser, orpo_loss
 
+# Whose language model looks at images by cross-attention.
+CROSS = ("idefics", "mllama")
 NORM = PixelNorm(1 / 255, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-TOKENS_OF_IMAGE = {"smolvlm": 16, "idefics3": 16, "llava": 16, "gemma3": 4, "paligemma": 16}
 
 
 def tiny_pair_model(family: str, lora: bool = False, checkpointing: bool = False) -> PairModel:
     """A family's tiny model, all weights trained or with LoRA, able to run either layout (see `run_as`)."""
-    model = TINY_FAMILIES[family]().model()
+    model = copy.deepcopy(_tiny(family))
     shared_prefix.register()
     if lora:
         from peft import LoraConfig, get_peft_model
@@ -32,6 +36,11 @@ def tiny_pair_model(family: str, lora: bool = False, checkpointing: bool = False
     return PairModel(model.train(), NORM)
 
 
+@cache
+def _tiny(family: str) -> Any:
+    return TINY_FAMILIES[family]().model()
+
+
 def run_as(model: PairModel, layout: Layout) -> None:
     """Give the language model the attention of a layout."""
     base = without_adapters(model.model)
@@ -41,34 +50,86 @@ def run_as(model: PairModel, layout: Layout) -> None:
     model.layout = layout
 
 
+def layouts_of(family: str) -> list[Layout]:
+    """Those that a family can have, the better one first."""
+    return ["concatenated"] if family in CROSS else ["shared_prefix", "concatenated"]
+
+
 def make_pair(
     family: str, rng: np.random.Generator, images: int, prompt: int, chosen: int, rejected: int, slot: int = 0
 ) -> EncodedPair:
     """`prompt` text tokens in all, some of them between the images."""
-    config = TINY_FAMILIES[family]().config()
+    image_token = image_token_of(family)
+    counts, tensors = _images(family, rng, images) if images else ([], {})
     text = rng.integers(12, 250, prompt + images)
     ids: list[int] = [int(text[0])]
-    tensors: dict[str, list[np.ndarray]] = {"pixel_values": []}
-    for image in range(images):
-        count, parts = _image(family, rng)
-        ids += [config.image_token_id] * count + [int(text[prompt + image])]
-        for name, value in parts.items():
-            tensors.setdefault(name, []).append(value)
+    for image, count in enumerate(counts):
+        ids += [image_token] * count + [int(text[prompt + image])]
     ids += text[1:prompt].tolist()
     answers = [rng.integers(12, 250, length).astype(np.int32) for length in (chosen, rejected)]
     prompt_ids = np.asarray(ids, np.int32)
-    stacked = {name: np.concatenate(values) for name, values in tensors.items()} if images else {}
-    return EncodedPair(str(slot), prompt_ids, *answers, prompt_ids != config.image_token_id, stacked, slot)
+    if family in CROSS and images:
+        latest = np.cumsum(prompt_ids == image_token) - 1  # of each token, the image that it sees
+        sees = (latest[:, None] == np.arange(images)).astype(np.uint8)
+        if family == "idefics":
+            tensors["image_attention_mask"] = sees
+        else:
+            tensors["cross_attention_mask"] = sees[..., None] * tensors["aspect_ratio_mask"]
+    return EncodedPair(str(slot), prompt_ids, *answers, prompt_ids != image_token, tensors, slot)
 
 
-def _image(family: str, rng: np.random.Generator) -> tuple[int, dict[str, np.ndarray]]:
-    """Image tokens of one image, and its tensors."""
-    if family == "qwen2_5_vl":
-        height, width = (2 * rng.integers(1, 4, 2)).tolist()
-        pixels = rng.integers(0, 256, (height * width, 3 * 2 * 8 * 8)).astype(np.uint8)
-        return height * width // 4, {"pixel_values": pixels, "image_grid_thw": np.asarray([[1, height, width]])}
+@cache
+def image_token_of(family: str) -> int:
+    """The id that stands where an image goes."""
+    if family == "idefics":
+        return len(TINY_FAMILIES[family]().tokenizer) - 1
+    config = TINY_FAMILIES[family]().config()
+    return int(getattr(config, "image_token_id", None) or config.image_token_index)
+
+
+def _images(family: str, rng: np.random.Generator, images: int) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Tokens of each image of a pair, and the tensors of all."""
+
+    def pixels(*shape: int) -> np.ndarray:
+        return rng.integers(0, 256, shape).astype(np.uint8)
+
+    if family.startswith("qwen"):
+        grids = [[1, *(2 * rng.integers(1, 4, 2)).tolist()] for _ in range(images)]
+        patches = sum(height * width for _, height, width in grids)
+        tensors = {"pixel_values": pixels(patches, 3 * 2 * 8 * 8), "image_grid_thw": np.asarray(grids)}
+        return [height * width // 4 for _, height, width in grids], tensors
+    if family in ("llava_next", "llava_onevision"):
+        whole = family == "llava_onevision" and images > 1
+        wide = [bool(rng.integers(2)) for _ in range(images)]
+        tiles = images if whole else sum(3 if each else 2 for each in wide)
+        sizes = np.asarray([[32, 64] if each else [32, 32] for each in wide])
+        tensors = {"pixel_values": pixels(tiles, 3, 32, 32), "image_sizes": sizes}
+        if family == "llava_onevision":
+            tensors["batch_num_images"] = np.asarray([images])
+        return [17 if whole else 16 + (36 if each else 20) for each in wide], tensors
+    if family in ("pixtral", "mistral3"):
+        height, width = (16 * rng.integers(1, 3, 2)).tolist()
+        side = 8 if family == "pixtral" else 16
+        tensors = {
+            "pixel_values": pixels(images, 3, height, width),
+            "image_sizes": np.asarray([[height, width]] * images),
+        }
+        return [height * width // side**2] * images, tensors
+    if family == "idefics2":
+        height, width = (16 * rng.integers(1, 3, 2)).tolist()
+        return [4] * images, {"pixel_values": pixels(images, 3, height, width)}
+    if family == "internvl":
+        tiles = rng.integers(1, 3, images).tolist()
+        return [4 * each for each in tiles], {"pixel_values": pixels(sum(tiles), 3, 32, 32)}
+    if family == "idefics":
+        return [1] * images, {"pixel_values": pixels(images, 3, 32, 32)}
+    if family == "mllama":
+        ids = rng.integers(1, 3, images)  # one tile, or two
+        mask = (np.arange(2) < ids[:, None]).astype(np.int64)
+        tiles = pixels(images, 2, 3, 32, 32)
+        return [1] * images, {"pixel_values": tiles, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
     side = 64 if family in ("smolvlm", "idefics3") else 32
-    return TOKENS_OF_IMAGE[family], {"pixel_values": rng.integers(0, 256, (1, 3, side, side)).astype(np.uint8)}
+    return [4 if family == "gemma3" else 16] * images, {"pixel_values": pixels(images, 3, side, side)}
 
 
 def gradients(model: PairModel) -> dict[str, torch.Tensor]:
@@ -81,3 +142,31 @@ def gradients(model: PairModel) -> dict[str, torch.Tensor]:
 def relative_distance(got: Any, expected: Any) -> float:
     """|got - expected| / |expected|, Euclidean."""
     return float((got - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def run(model: PairModel, pairs: list[EncodedPair], layout: Any, nll: str = "response", chunks: int = 1) -> Any:
+    """Log-probs, loss and gradients of every parameter in a layout."""
+    run_as(model, layout)
+    batch = build_batch(pairs, nll, layout)
+    object.__setattr__(batch, "head_chunks", chunks)
+    torch.manual_seed(0)
+    logps = model(batch)
+    loss, _ = orpo_loss(logps, batch.weights, 0.5, Normaliser(len(pairs)))
+    loss.backward()
+    return logps, loss.detach(), gradients(model)
+
+
+def assert_equal(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Two results of `run` are the same."""
+    for name in ("chosen", "rejected", "nll", "chosen_tokens", "rejected_tokens", "nll_tokens"):
+        torch.testing.assert_close(
+            getattr(got[0], name), getattr(expected[0], name), rtol=tolerance, atol=tolerance, msg=name
+        )
+    torch.testing.assert_close(got[1], expected[1], rtol=tolerance, atol=tolerance)
+    assert got[2].keys() == expected[2].keys()
+    assert got[2]
+    worst = max((relative_distance(got[2][name], gradient), name) for name, gradient in expected[2].items()
+                if gradient.norm() > 1e-6)  # fmt: skip
+    assert worst[0] < tolerance, worst
+    # Where there is next to no gradient, there is none in the other layout either.
+    assert all(got[2][name].norm() < 1e-5 for name, gradient in expected[2].items() if gradient.norm() <= 1e-6)

@@ -199,7 +199,7 @@ def test_a_text_only_model_is_no_vlm(tmp_path: Path) -> None:
 
     LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                  num_attention_heads=1)).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(UserError, match="not supported"):
+    with pytest.raises(UserError, match="not known"):
         load_model(ModelSection(id=str(tmp_path)), CPU, seed=0)
 
 

@@ -21,6 +21,7 @@ from test_sources import rows
 
 COMMIT = "a" * 40
 REPOSITORY = "/api/datasets/owner/name"
+MODEL_CONFIG = json.dumps({"model_type": "smolvlm"}).encode()
 
 
 def parquet(count: int) -> bytes:
@@ -38,7 +39,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One dataset, `owner/name`."""
+    """One dataset, `owner/name`, and a model's config, `owner/model`, whose `main` and `v1` are one commit."""
 
     protocol_version = "HTTP/1.1"
 
@@ -59,6 +60,8 @@ class Hub(BaseHTTPRequestHandler):
             self._json([_entry(name) for name in json.loads(body)["paths"] if name in FILES])
         elif path.startswith(resolve) and path.removeprefix(resolve).partition("/")[2] in FILES:
             self._file(FILES[path.removeprefix(resolve).partition("/")[2]])
+        elif path in (f"/owner/model/resolve/{revision}/config.json" for revision in ("main", "v1", COMMIT)):
+            self._file(MODEL_CONFIG)
         else:
             self._json({"error": "not found"}, 404)
 
@@ -125,20 +128,26 @@ print(json.dumps(answers))
 """
 
 
-def test_datasets_of_the_hub(hub: str, tmp_path: Path) -> None:
-    """In a process of its own: the client reads its settings when it is imported."""
-    own = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    base = "hf://datasets/owner/name"
-    uris = [base, f"{base}?split=test", f"{base}/data/train-*.parquet", f"{base}?split=dev", f"{base}/none.parquet"]
+def with_hub(hub: str, home: Path, code: str, *arguments: str) -> Any:
+    """What a program prints as JSON. In a process of its own: the client reads its settings when it is imported."""
+    own = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-c", LIST, *uris, "hf://datasets/owner/none"],
-        env=os.environ | own | {"PYTHONPATH": str(Path(__file__).parent)},
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | own | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    train, test, files, split, file, dataset = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_datasets_of_the_hub(hub: str, tmp_path: Path) -> None:
+    base = "hf://datasets/owner/name"
+    uris = [base, f"{base}?split=test", f"{base}/data/train-*.parquet", f"{base}?split=dev", f"{base}/none.parquet"]
+    found = with_hub(hub, tmp_path, LIST, *uris, "hf://datasets/owner/none")
+    train, test, files, split, file, dataset = found
     assert train == [["r0", "r1", "r2", "r0", "r1"], f"{base}@{COMMIT}/data"]
     assert test[0] == ["r0", "r1", "r2", "r3"]
     assert files == [train[0], f"{base}/data"]
@@ -146,3 +155,16 @@ def test_datasets_of_the_hub(hub: str, tmp_path: Path) -> None:
     assert "it has: train, test" in split
     assert "no such file or folder" in file
     assert "owner/none" in dataset
+
+
+COMMITS = """
+import json, sys
+from orpo_ray.model.loading import commit_of
+from orpo_ray.sections import ModelSection
+revisions = [None if given == "none" else given for given in sys.argv[1:]]
+print(json.dumps([commit_of(ModelSection(id="owner/model", revision=revision)) for revision in revisions]))
+"""
+
+
+def test_a_model_of_the_hub_has_a_commit(hub: str, tmp_path: Path) -> None:
+    assert with_hub(hub, tmp_path, COMMITS, "none", "v1") == [COMMIT] * 2

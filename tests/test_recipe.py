@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orpo_ray.compatible import RULES, Rule
 from orpo_ray.errors import BadRow, UserError
 from orpo_ray.recipe import Recipe, load_recipe, parse_recipe
 
@@ -161,3 +162,60 @@ def test_a_jobs_runs_outlive_its_working_dir(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(copy)
     assert parse_recipe(MINIMAL).anchored().run_uri == str(Path.home() / "runs" / "a")
     assert parse_recipe(MINIMAL | {"checkpoint": {"storage": "/shared"}}).run_uri == "/shared/a"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "quantisation without LoRA": ({"model": {"quantization": {}}}, "add model.lora"),
+    "packed weights in another floating point type than the model's": (
+        {"model": {"lora": {}, "dtype": "bfloat16", "quantization": {"quant_storage": "float32"}}},
+        "quant_storage: uint8",
+    ),
+    "quantisation and the language model trained in full": (
+        {"model": {"lora": {"target_modules": "vision", "modules_to_save": "language"}, "quantization": {}}},
+        "target_modules: [language]",
+    ),
+    "DoRA on 4-bit weights with ZeRO-3": (
+        {"model": {"lora": {"use_dora": True}, "quantization": {}}, "deepspeed": {"zero_stage": 3}},
+        "zero_stage: 2, or use_dora: false",
+    ),
+    "adapters on a frozen part": ({"model": {"lora": {}, "freeze": "language"}}, "leave the part out of model.freeze"),
+    "a frozen part trained in full": (
+        {"model": {"lora": {"modules_to_save": "connector"}, "freeze": ["vision", "connector"]}},
+        "leave the part out of one of the two",
+    ),
+    "the same modules adapted and trained in full": (
+        {"model": {"lora": {"target_modules": ["q_proj", "connector"], "modules_to_save": "connector"}}},
+        "leave them out of modules_to_save",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.what)
+def test_what_cannot_go_together_is_refused_with_the_nearest_that_does(rule: Rule) -> None:
+    change, nearest = REFUSED[rule.what]
+    raw = MINIMAL | change | {"model": {"id": "m"} | change["model"]}
+    said = message(raw)
+    assert f"recipe: {rule.field}: {rule.what} (" in said
+    assert rule.why in said
+    assert f"nearest that works: {nearest}" in said
+    assert rule.finds(parse_recipe(MINIMAL)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"id": "m", "lora": {}, "freeze": ["vision", "connector"], "quantization": {}}},
+        {"model": {"id": "m", "lora": {"modules_to_save": "connector"}, "quantization": {}, "freeze": "vision"}},
+        {"model": {"id": "m", "lora": {"use_dora": True}, "quantization": {}}, "deepspeed": {"zero_stage": 2}},
+        {"model": {"id": "m", "lora": {}, "quantization": {}}, "deepspeed": {"zero_stage": 3}},
+        {"model": {"id": "m", "lora": {"target_modules": "vision"}, "freeze": "language"}},
+    ],
+)
+def test_what_goes_together_is_taken(change: dict[str, Any]) -> None:
+    assert parse_recipe(MINIMAL | change)
+
+
+def test_the_docs_say_what_is_refused() -> None:
+    docs = (ROOT / "docs" / "tuning.md").read_text()
+    for rule in RULES:
+        assert f"| {rule.what} | {rule.why} | {rule.nearest} |" in docs

@@ -19,19 +19,10 @@ from PIL import Image
 
 from orpo_ray.data.images import ImageRoot, load_image
 from orpo_ray.data.pairs import Message, PreferencePair
+from orpo_ray.data.prompts import EncodedPrompt, PromptEncoder
 from orpo_ray.errors import BadRow, UserError
 
 Root = Path | ImageRoot | None  # what image paths are relative to
-_TEXT_OUTPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """What an answer is given to. ids [P]: int32; is_text [P]: bool, False at image placeholders; images: as below."""
-
-    ids: np.ndarray
-    is_text: np.ndarray
-    images: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -104,19 +95,21 @@ class EncodedPair:
 class EncoderSpec:
     """What an encoder is, small and hashable: it travels to the processes that encode, which keep one each.
 
-    load_processor(model_id, revision) -> processor: handed in, since loading stands on a higher floor.
+    load_processor(model_id, revision, trust_remote_code) -> processor: handed in, since loading stands on a higher
+    floor.
     """
 
-    load_processor: Callable[[str, str | None], Any]
+    load_processor: Callable[[str, str | None, bool], Any]
     model_id: str
     revision: str | None
     max_length: int
     truncate: bool = False
     allow_http: bool = False
+    trust_remote_code: bool = False
 
     def build(self) -> PairEncoder:
         """Load the processor (seconds) and make the encoder."""
-        processor = self.load_processor(self.model_id, self.revision)
+        processor = self.load_processor(self.model_id, self.revision, self.trust_remote_code)
         return PairEncoder(processor, self.max_length, self.truncate, self.allow_http)
 
 
@@ -147,9 +140,7 @@ class PairEncoder:
     def __init__(self, processor: Any, max_length: int, truncate: bool = False, allow_http: bool = False) -> None:
         self.processor, self.max_length, self.truncate, self.allow_http = processor, max_length, truncate, allow_http
         self.tokenizer = processor.tokenizer
-        self.image_token: str = processor.image_token
-        # Not always that token's own id: Gemma-3 writes one token where an image goes, and expands it into others.
-        self.image_token_ids = [int(token) for token in processor.image_token_ids]
+        self.prompts = PromptEncoder(processor)
         if getattr(processor, "chat_template", None) is None:
             raise UserError(
                 "the processor has no chat template", field="model.id", fix="use an instruction-tuned model"
@@ -184,7 +175,7 @@ class PairEncoder:
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
         pair = PreferencePair("filler", [], [{"role": "user", "content": content}], "a", "b")
         draft = _Draft(pair, images, None, *self._texts(pair))
-        encoded = self._finish(draft, self._prompts([(draft.prompt, images)])[0], None)
+        encoded = self._finish(draft, self.prompts.encode([(draft.prompt, images)])[0], None)
         if isinstance(encoded, BadRow):
             raise UserError(f"even the shortest pair is a bad row: {encoded}", field="data.max_length")
         return encoded
@@ -210,9 +201,9 @@ class PairEncoder:
         return answer + (self.tokenizer.eos_token or "")
 
     def _prompts_or_bad(self, asked: list[tuple[str, list[Image.Image]]]) -> Sequence[EncodedPrompt | BadRow]:
-        """`_prompts`, with a BadRow where the processor does not take the images, alone or together."""
+        """Encoded prompts, with a BadRow where the processor does not take the images, alone or together."""
         try:
-            return self._prompts(asked)
+            return self.prompts.encode(asked)
         # What processors raise on sizes that they were not made for.
         except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
             if len(asked) > 1:
@@ -220,31 +211,6 @@ class PairEncoder:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in asked[0][1])
             problem = f"the processor refuses images of {sizes}: {type(error).__name__}: {error}"
             return [BadRow("refused_by_processor", problem[:300])]
-
-    def _prompts(self, asked: list[tuple[str, list[Image.Image]]]) -> list[EncodedPrompt]:
-        """Prompts, as rendered, with expanded image tokens; pixels still in 0..255.
-
-        The images of all of them have the same number and sizes.
-        """
-        texts = [text for text, _ in asked]
-        if not asked[0][1]:
-            return [self._prompt(ids, {}) for ids in self._tokenize(texts)]
-        # Rescaling and normalising wait for the device: uint8 is a quarter of float32 on the way there.
-        out = self.processor(
-            text=texts,
-            images=[images for _, images in asked],
-            add_special_tokens=False,
-            do_rescale=False,
-            do_normalize=False,
-        )
-        tensors = {name: np.asarray(value) for name, value in out.items() if name not in _TEXT_OUTPUTS}
-        parts = [_part(tensors, place, len(asked)) for place in range(len(asked))]
-        return [
-            self._prompt(np.asarray(ids, np.int32), part) for ids, part in zip(out["input_ids"], parts, strict=True)
-        ]
-
-    def _prompt(self, ids: np.ndarray, images: dict[str, np.ndarray]) -> EncodedPrompt:
-        return EncodedPrompt(ids, ~np.isin(ids, self.image_token_ids), images)
 
     def _finish(
         self, draft: _Draft, prompt: EncodedPrompt | BadRow, other: EncodedPrompt | BadRow | None
@@ -254,7 +220,7 @@ class PairEncoder:
         if isinstance(other, BadRow):
             return other
         # Tokenised apart from the prompt, so that no answer changes the prompt's tokens.
-        chosen_ids, rejected_ids = self._tokenize([draft.chosen, draft.rejected])
+        chosen_ids, rejected_ids = self.prompts.tokenize([draft.chosen, draft.rejected])
         if not len(prompt.ids):
             return BadRow("empty_prompt", "the prompt has no tokens: nothing predicts the answers' first ones")
         if not len(chosen_ids) or not len(rejected_ids):
@@ -282,9 +248,6 @@ class PairEncoder:
             f"{len(pair.chosen_ids)} and {len(pair.rejected_ids)}; data.max_length is {self.max_length}",
         )
 
-    def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.asarray(ids, np.int32) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         try:
             return self.processor.apply_chat_template(
@@ -295,7 +258,8 @@ class PairEncoder:
 
     def _refuse_placeholders(self, pair: PreferencePair) -> None:
         """An image token in plain text would be taken for an image."""
-        tokens = {self.image_token, *self.tokenizer.convert_ids_to_tokens(self.image_token_ids)}
+        ids = self.prompts.image_token_ids
+        tokens = {self.prompts.image_token, *self.tokenizer.convert_ids_to_tokens(ids)}
         texts = [part["text"] for message in pair.prompt for part in message["content"] if part["type"] == "text"]
         for text in (*texts, pair.chosen, pair.rejected):
             if found := sorted(token for token in tokens if token in text):
@@ -320,19 +284,3 @@ def _views(data: Any) -> dict[str, np.ndarray]:
 def _taken(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Take the tensors with this prefix out, under names without it."""
     return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-
-
-def _part(tensors: dict[str, np.ndarray], place: int, count: int) -> dict[str, np.ndarray]:
-    """The tensors of one draft out of a batch of `count`, without the batch's own dimension."""
-    part = {}
-    for name, value in tensors.items():
-        if tensors["pixel_values"].ndim == 5:  # [count, tiles, 3, H, W]
-            part[name] = value[place]
-        else:  # [count * tiles, 3, H, W]
-            tiles = len(value) // count
-            part[name] = value[place * tiles : (place + 1) * tiles]
-    part["pixel_values"] = np.ascontiguousarray(part["pixel_values"].astype(np.uint8))
-    mask = part.get("pixel_attention_mask")
-    if mask is not None and mask.all():
-        del part["pixel_attention_mask"]
-    return part

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from orpo_ray.data.encoding import EncodedPair, EncodedPrompt
+from orpo_ray.data.cross_images import cross_images, looks_by_cross_attention
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.prompts import EncodedPrompt
 
 Layout = Literal["shared_prefix", "concatenated"]
 
@@ -108,7 +110,7 @@ def build_batch(
         target_answer=torch.from_numpy(np.concatenate(rows.target_answer)),
         target_in_response=torch.from_numpy(np.concatenate(rows.target_in_response)),
         weights=torch.tensor([1.0] * len(pairs) + [0.0] * len(fillers)),
-        images=_collate_images(_images_in_order(everything, layout, shared)),
+        images=_collate_images(_images_in_order(everything, layout, shared), rows.width),
         slots=tuple(pair.slot for pair in everything),
         trains_on_images=any(pair.images for pair in pairs),
         images_shared=shared,
@@ -293,15 +295,28 @@ def _images_in_order(pairs: Sequence[EncodedPair], layout: Layout, shared: bool)
     return chosen if shared else chosen + [images if other is None else other for images, other in own]
 
 
-def _collate_images(inputs: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Tiles of all pairs one after another. A mask that only some have is all ones for the others."""
+def _collate_images(inputs: Sequence[dict[str, np.ndarray]], width: int) -> dict[str, torch.Tensor]:
+    """Images of all pairs one after another. A mask that only some have is all ones for the others."""
     with_images = [images for images in inputs if images]
+    if with_images and looks_by_cross_attention(with_images[0]):
+        return {name: torch.from_numpy(value) for name, value in cross_images(inputs, width).items()}
     names = {name for images in with_images for name in images}
+    if "image_sizes" not in names and len({images["pixel_values"].shape[2:] for images in with_images}) > 1:
+        names.add("pixel_attention_mask")  # nothing else would tell images from what they are padded with
     out: dict[str, torch.Tensor] = {}
     for name in sorted(names):
         parts = [images[name] if name in images else _full_mask(images["pixel_values"]) for images in with_images]
-        out[name] = torch.from_numpy(np.concatenate(parts))
+        out[name] = torch.from_numpy(_joined(parts))
     return out
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One after the other; images and masks of unlike sizes padded with 0 at the bottom and on the right."""
+    if parts[0].ndim < 3 or len({part.shape[-2:] for part in parts}) == 1:
+        return np.concatenate(parts)
+    sizes = np.max([part.shape[-2:] for part in parts], axis=0)
+    beyond = [[(0, 0)] * (part.ndim - 2) + [(0, int(n)) for n in sizes - part.shape[-2:]] for part in parts]
+    return np.concatenate([np.pad(part, pad) for part, pad in zip(parts, beyond, strict=True)])
 
 
 def _full_mask(pixels: np.ndarray) -> np.ndarray:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
-from orpo_ray.model.families import Family, family_of, why_not_shared_prefix
+from orpo_ray.model.chat_templates import give_template
+from orpo_ray.model.derived_family import family_of
+from orpo_ray.model.families import Family, why_not_shared_prefix
+from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.quantizing import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import register
@@ -20,6 +25,9 @@ from orpo_ray.sections import ModelSection
 if not torch.cuda.is_available():
     # transformers looks for DeepSpeed, which warns in every process that it has to guess this.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+SAFE_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,16 +53,19 @@ def resolve(model_id: str) -> str:
     return str(tiny_model_path(model_id)) if is_tiny(model_id) else model_id
 
 
-def load_processor(model_id: str, revision: str | None) -> Any:
+def load_processor(model_id: str, revision: str | None, trust_remote_code: bool = False) -> Any:
     """The model's processor. Raises UserError where there is none."""
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(resolve(model_id), revision=revision)
+        processor = AutoProcessor.from_pretrained(
+            resolve(model_id), revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load("processor", model_id, error) from None
     if not hasattr(processor, "image_processor"):
         raise UserError("has no image processor: it is not a vision-language model", field="model.id", value=model_id)
+    give_template(processor)
     return processor
 
 
@@ -82,7 +93,8 @@ def pick_attention(section: ModelSection, config: Any = None) -> Attention:
 
     config: the model's, where it is at hand.
     """
-    why = why_not_shared_prefix(config or _config(section))
+    config = config or _config(section)
+    why = why_not_shared_prefix(config, family_of(config))
     if section.attention == "concatenated":
         return Attention("concatenated")
     if section.attention == "shared_prefix" and why:
@@ -101,7 +113,7 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
     disable_progress_bar()
     attention = pick_attention(section)
     config = _config(section)
-    family = family_of(config.model_type)
+    family = family_of(config)
     language = own_attention(config)
     dtype = pick_dtype(section.dtype, device)
     quantized: dict[str, Any] = {}
@@ -114,11 +126,14 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
         model = AutoModelForImageTextToText.from_pretrained(
             resolve(section.id),
             revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=None if section.allow_pickle else True,
+            weights_only=True,
             dtype=dtype,
             attn_implementation={"text_config": language, "vision_config": "sdpa"},
             **quantized,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
         raise _cannot_load("model", section.id, error) from None
     if section.quantization is not None:
         check_quantized(model, section.quantization)
@@ -130,11 +145,13 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
 
 def ready_to_train(model: Any, section: ModelSection, seed: int) -> torch.nn.Module:
     """A model as transformers made it: parts frozen, adapters added, gradient checkpointing on. Raises UserError."""
-    family = family_of(model.config.model_type)
+    family = family_of(model.config)
     model.config.use_cache = False
+    if section.quantization is None:
+        model.requires_grad_(True)  # Idefics freezes most of itself
     _freeze(model, section, family)
     if section.lora is not None:
-        model = _add_lora(model, section, family, seed)
+        model = add_adapters(model, section, family, seed)
     if section.gradient_checkpointing:
         # Non-reentrant: the reentrant one drops gradients when no input of a block requires one (frozen embeddings).
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -160,12 +177,30 @@ def is_adapted(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def commit_of(section: ModelSection) -> str | None:
+    """The commit that a model of the hub is taken from, by where its config lies in the cache; None for a folder.
+
+    Raises UserError.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    _config(section)
+    path = resolve(section.id)
+    if Path(path).is_dir():
+        return None
+    commit: str | None = extract_commit_hash(cached_file(path, "config.json", revision=section.revision), None)
+    return commit
+
+
 def _config(section: ModelSection) -> Any:
     """The model's config alone."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(resolve(section.id), revision=section.revision)
+        return AutoConfig.from_pretrained(
+            resolve(section.id), revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise _cannot_load("model", section.id, error) from None
 
@@ -201,46 +236,44 @@ def _freeze(model: torch.nn.Module, section: ModelSection, family: Family) -> No
             if name.startswith(prefix) and not (inner and name.startswith(inner))
         ]
         if not found:
-            raise UserError(f"no parameter starts with {prefix}", field="model.freeze", value=part)
+            raise UserError(f"no parameter starts with {' or '.join(prefix)}", field="model.freeze", value=part)
         for parameter in found:
             parameter.requires_grad_(False)
     if "language" in section.freeze:
         model.get_output_embeddings().requires_grad_(False)  # type: ignore[operator]
 
 
-def _add_lora(model: Any, section: ModelSection, family: Family, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    lora = section.lora
-    assert lora is not None
-    wanted = set(lora.target_modules)
-    prefix = family.language
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (name.rsplit(".", 1)[-1] in wanted if wanted else name.startswith(prefix))
-    ]
-    if not targets:
-        raise UserError("no linear layer has one of these names", field="model.lora.target_modules", value=wanted)
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # Adapters stay in the model's dtype: ZeRO-3 gathers parameters of one dtype only.
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:  # those beside 4-bit weights were made in float32
-            parameter.data = parameter.data.to(model.dtype)
-    return adapted
-
-
 def _cannot_load(what: str, model_id: str, error: Exception) -> UserError:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return UserError(
+            f"the {what} is Python code that comes with it, which would be run",
+            field="model.trust_remote_code",
+            value=False,
+            fix=f"read the code of {model_id}; if you trust it, pin model.revision and set this to true",
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(
+            "the weights' pickle holds more than tensors, and is not read", field="model.id", value=model_id
+        )
+    if what == "model" and _only_pickled(model_id, text):
+        return UserError(
+            "there are no safetensors weights, only pickled ones (.bin), which may run code when read",
+            field="model.allow_pickle",
+            value=False,
+            fix=f"convert {model_id} to safetensors, or set this to true if you trust it",
+        )
     return UserError(
-        f"the {what} cannot be loaded: {first_line}",
+        f"the {what} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}",
         field="model.id",
         value=model_id,
         fix="give a folder in Hugging Face layout, a name on the hub (and a network), or orpo-ray/tiny-smolvlm",
     )
+
+
+def _only_pickled(model_id: str, text: str) -> bool:
+    """Whether loading failed for want of safetensors alone."""
+    folder = Path(resolve(model_id))
+    if folder.is_dir():
+        return SAFE_WEIGHTS in text and any(folder.glob("pytorch_model*.bin"))
+    return SAFE_WEIGHTS in text and "use_safetensors" in text

@@ -41,8 +41,8 @@ def quantization_config(section: QuantizationSection, family: Family, dtype: tor
             fix=f"set it to uint8 or {_name(dtype)}",
         )
     # transformers matches each as a regular expression from the start of a name to the end of one of its parts.
-    outside = rf"(?!{re.escape(family.language)}).*"
-    parts = [re.escape(prefix.removesuffix(".")) for prefix in (family.vision, family.connector)]
+    outside = rf"(?!{'|'.join(map(re.escape, family.language))}).*"
+    parts = [re.escape(prefix.removesuffix(".")) for prefix in (*family.vision, *family.connector)]
     named = [rf"(?:.*\.)?{re.escape(name)}" for name in (*_HEADS, *section.skip_modules)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -108,11 +108,6 @@ def check_quantized(model: nn.Module, section: QuantizationSection) -> None:
     for module in quantized:
         # On some CPUs evaluation would pack the weights anew, in a layout that training can't read.
         module.support_avx512bf16_for_cpu = False
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a linear layer's weight is in 4 bits."""
-    return type(getattr(module, "weight", None)).__name__ == "Params4bit"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -33,7 +33,8 @@ def tiny_model_path(model_id: str) -> Path:
     if name not in TINY_FAMILIES:
         known = ", ".join(PREFIX + n for n in sorted(TINY_FAMILIES))
         raise UserError("no such tiny model", field="model.id", value=model_id, fix=f"use one of: {known}")
-    source = hashlib.sha256(Path(__file__).with_name("tiny_families.py").read_bytes()).hexdigest()[:12]
+    rooms = sorted(Path(__file__).parent.glob("tiny_*.py"))
+    source = hashlib.sha256(b"".join(room.read_bytes() for room in rooms)).hexdigest()[:12]
     cache = Path(os.environ.get("ORPO_RAY_CACHE", Path.home() / ".cache" / "orpo-ray"))
     folder = cache / f"tiny-{name}-{source}"
     if not folder.is_dir():

@@ -12,9 +12,10 @@ from torch import nn
 
 from orpo_ray.data.packing import IMAGE, RESPONSE, Layout, PairBatch
 from orpo_ray.errors import OrpoRayError
-from orpo_ray.model.families import family_of
+from orpo_ray.model.derived_family import family_of
 from orpo_ray.model.loading import PixelNorm, layout_of, without_adapters
 from orpo_ray.model.shared_prefix import PrefixLayout
+from orpo_ray.objective.cross_attention import cross_hidden_states, encode_cross_images
 from orpo_ray.objective.logps import target_logps
 from orpo_ray.objective.orpo import PairLogps, sum_by_pair
 
@@ -39,7 +40,7 @@ class PairModel(nn.Module):
     def __init__(self, model: nn.Module, pixel_norm: PixelNorm, pixels_at_once: int | None = None) -> None:
         super().__init__()
         self.model = model
-        self.family = family_of(without_adapters(model).config.model_type)
+        self.family = family_of(without_adapters(model).config)
         self.layout: Layout = layout_of(model)
         self.pixel_norm = pixel_norm
         self.pixels_at_once = pixels_at_once
@@ -49,11 +50,7 @@ class PairModel(nn.Module):
     def forward(self, batch: PairBatch) -> PairLogps:
         """Sums of log-probs per pair, fillers included."""
         base = without_adapters(self.model)
-        encoded: dict[str, Any] = {}
-        if batch.images:
-            encoded["mm_encoder_outputs"] = {"image": self._encode_images(base, batch)}
-        inputs = self._packed_inputs(base, batch) if batch.spans else self._concatenated_inputs(batch)
-        hidden = base.model(input_ids=batch.input_ids, use_cache=False, **encoded, **inputs).last_hidden_state
+        hidden = self._hidden(base, batch)
         selected = hidden.flatten(0, 1).index_select(0, batch.target_position)  # [M, D]
         logps = target_logps(self._logits, selected, batch.target_ids, batch.head_chunks)
         return sum_by_pair(logps, batch.target_answer, batch.target_in_response, batch.num_pairs)
@@ -66,6 +63,23 @@ class PairModel(nn.Module):
                 "the step was given images, but its loss does not depend on them: no gradient reached the image "
                 "features; the model's image placeholders do not take them"
             )
+
+    def _hidden(self, base: Any, batch: PairBatch) -> torch.Tensor:
+        """What the output head is given, [1, T, D] or [2B, T, D]."""
+        if self.family.cross_attention:
+            features = self._encode_crossed(base, batch) if batch.images else None
+            return cross_hidden_states(base, batch, features)
+        encoded: dict[str, Any] = {}
+        if batch.images:
+            encoded["mm_encoder_outputs"] = {"image": self._encode_images(base, batch)}
+        inputs = self._packed_inputs(base, batch) if batch.spans else self._concatenated_inputs(batch)
+        if self.family.is_derived:
+            # What its head does besides is not known, so the logits are its own, at all positions.
+            return base(input_ids=batch.input_ids, use_cache=False, **encoded, **inputs).logits
+        hidden: torch.Tensor = base.model(
+            input_ids=batch.input_ids, use_cache=False, **encoded, **inputs
+        ).last_hidden_state
+        return hidden
 
     def _packed_inputs(self, base: Any, batch: PairBatch) -> dict[str, Any]:
         """What makes one row of many pairs what it is: the layout for attention, and positions."""
@@ -112,6 +126,8 @@ class PairModel(nn.Module):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head, [m, D] -> [m, V]."""
+        if self.family.is_derived:
+            return hidden.clone()
         base = without_adapters(self.model)
         logits: torch.Tensor = base.get_output_embeddings()(hidden)
         softcap = base.config.get_text_config().final_logit_softcapping if self.family.softcaps_logits else None
@@ -119,12 +135,7 @@ class PairModel(nn.Module):
 
     def _encode_images(self, base: Any, batch: PairBatch) -> Any:
         """Vision part and connector, once per image; in the concatenated layout both rows are given the features."""
-        inputs = {name: batch.images[name] for name in self.family.image_inputs if name in batch.images}
-        inputs["pixel_values"] = normalise_pixels(inputs["pixel_values"], self.pixel_norm).to(base.dtype)
-        if (mask := inputs.get("pixel_attention_mask")) is not None:
-            # The processor pads after normalising, so padding is 0 there and not -mean / std.
-            inputs["pixel_values"] = inputs["pixel_values"] * mask.unsqueeze(1)
-        outputs = [self._vision(base, part) for part in self._parts(inputs)]
+        outputs = [self._vision(base, part) for part in self._parts(self._vision_inputs(base, batch))]
         output = outputs[0]
         is_list = isinstance(output.pooler_output, list | tuple)
         # A tensor with a row per image, or a list with an entry per image.
@@ -134,12 +145,29 @@ class PairModel(nn.Module):
         # All chosen rows, then all rejected ones.
         copies = (together, together) if not batch.spans and batch.images_shared else (together,)
         output.pooler_output = copies if is_list else torch.cat(copies)
+        if inner := getattr(output, "deepstack_features", None):
+            output.deepstack_features = [(*layer,) * len(copies) for layer in inner]
         return output
+
+    def _encode_crossed(self, base: Any, batch: PairBatch) -> torch.Tensor:
+        features = encode_cross_images(base, self._vision_inputs(base, batch))
+        return self._watched(features) if self.watch_images else features
+
+    def _vision_inputs(self, base: Any, batch: PairBatch) -> dict[str, torch.Tensor]:
+        """What the vision part takes, pixels as the processor would have made them."""
+        inputs = {name: batch.images[name] for name in self.family.image_inputs if name in batch.images}
+        pixels = normalise_pixels(inputs["pixel_values"], self.pixel_norm).to(base.dtype)
+        # Processors pad after normalising, so padding is 0 there and not -mean / std.
+        if (mask := inputs.get("pixel_attention_mask")) is not None:
+            pixels = pixels * mask.unsqueeze(1)
+        if (mask := inputs.get("aspect_ratio_mask")) is not None:
+            pixels = pixels * mask[..., None, None, None]
+        return inputs | {"pixel_values": pixels}
 
     def _parts(self, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """The vision input in parts of at most `pixels_at_once`, but whole tiles."""
         pixels = inputs["pixel_values"]
-        if self.pixels_at_once is None or pixels.ndim != 4:
+        if self.pixels_at_once is None or pixels.ndim != 4 or any(len(v) != len(pixels) for v in inputs.values()):
             return [inputs]
         tiles = max(1, self.pixels_at_once // (pixels.shape[-2] * pixels.shape[-1]))
         split = {name: value.split(tiles) for name, value in inputs.items()}
@@ -161,8 +189,8 @@ class PairModel(nn.Module):
 
 
 def normalise_pixels(pixels: torch.Tensor, norm: PixelNorm) -> torch.Tensor:
-    """uint8 [tiles, 3, H, W], or [patches, 3 * pixels] -> float32, what the processor itself would have made of it."""
+    """uint8 [..., 3, H, W], or [patches, 3 * pixels] -> float32, what the processor itself would have made of it."""
     mean = torch.tensor(norm.mean, device=pixels.device).view(-1, 1)
     std = torch.tensor(norm.std, device=pixels.device).view(-1, 1)
-    by_channel = pixels.reshape(len(pixels), 3, -1)
+    by_channel = pixels.flatten(-2).flatten(0, -3) if pixels.ndim > 2 else pixels.reshape(len(pixels), 3, -1)
     return ((by_channel.float() * norm.rescale - mean) / std).view_as(pixels)

@@ -166,13 +166,13 @@ def _quantized_names(model: Any, section: ModelSection) -> set[str]:
         return set()
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from orpo_ray.model.families import family_of
+    from orpo_ray.model.derived_family import family_of
     from orpo_ray.model.loading import without_adapters
     from orpo_ray.model.quantizing import quantization_config
 
     base = without_adapters(model)
     dtype = next(model.parameters()).dtype
-    config = quantization_config(section.quantization, family_of(base.config.model_type), dtype)
+    config = quantization_config(section.quantization, family_of(base.config), dtype)
     packed: set[int] = set()
     for name, module in base.named_modules():
         linear = getattr(module, "base_layer", module)  # inside of an adapter

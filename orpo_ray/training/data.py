@@ -71,10 +71,15 @@ def _to_evaluate(recipe: Recipe, spec: ReadSpec) -> ReadSpec:
 
 def encoder_of(recipe: Recipe) -> EncoderSpec:
     """How the recipe's pairs are encoded."""
-    data = recipe.data
-    truncate = data.on_too_long == "truncate_response"
+    data, model = recipe.data, recipe.model
     return EncoderSpec(
-        load_processor, recipe.model.id, recipe.model.revision, data.max_length, truncate, data.allow_http
+        load_processor,
+        model.id,
+        model.revision,
+        data.max_length,
+        truncate=data.on_too_long == "truncate_response",
+        allow_http=data.allow_http,
+        trust_remote_code=model.trust_remote_code,
     )
 
 

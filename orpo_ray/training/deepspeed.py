@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -93,19 +93,24 @@ class Engine:
 
 
 def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters; biases and norms do not decay."""
+    """AdamW over the trained parameters, moments in 32 or 8 bits; biases and norms do not decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.learning_rate,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
-        fused=True,
-    )
+    present = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {
+        "lr": optim.learning_rate,
+        "betas": (optim.adam_beta1, optim.adam_beta2),
+        "eps": optim.adam_epsilon,
+    }
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(present, fused=True, **options)
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+
+    kind: Any = AdamW8bit if optim.optimizer == "adamw_8bit" else PagedAdamW8bit
+    return cast(torch.optim.Optimizer, kind(present, **options))
 
 
 def schedule(optimizer: torch.optim.Optimizer, optim: OptimSection, num_steps: int) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from rich.console import Console
 from orpo_ray.data.pipeline import least_cpus
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.model.loading import Attention, pick_attention
+from orpo_ray.model.loading import Attention, commit_of, pick_attention
 from orpo_ray.recipe import Recipe, parse_recipe, read_mapping
 from orpo_ray.results.tracking import last_metrics
-from orpo_ray.run_folder import LAST_OF_A_MODEL, RunFolder
+from orpo_ray.run_folder import RunFolder
 from orpo_ray.storage import is_remote, locate
 from orpo_ray.training.checkpoint import FINAL
 from orpo_ray.training.data import encoder_of, run_data
@@ -110,8 +111,9 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     recipe = recipe.anchored()
     folder = RunFolder(recipe.run_uri)
     saved = _check_run_folder(recipe, folder)
-    if saved and folder.has(f"{FINAL}/{LAST_OF_A_MODEL}"):
+    if saved and folder.has_model(FINAL):
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
+    recipe = _pinned(recipe, saved)
     read, held_out = run_data(recipe)
     # Loaded here once, so that a wrong model id is one message and not a failed worker.
     attention = pick_attention(recipe.model)
@@ -228,18 +230,33 @@ def _resolved(recipe: Recipe, num_steps: int) -> Recipe:
     return parse_recipe(raw)
 
 
-def _check_run_folder(recipe: Recipe, folder: RunFolder) -> bool:
-    """Whether the run folder holds a run already; raises UserError if it is another recipe's."""
+def _pinned(recipe: Recipe, saved: Recipe | None) -> Recipe:
+    """The recipe with its model's revision as a commit, where it comes from the hub: the saved run's, if there is one.
+
+    A branch may have moved on since; a run ends with the weights and the processor that it began with.
+    """
+    revision = saved.model.revision if saved is not None else commit_of(recipe.model) or recipe.model.revision
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def _check_run_folder(recipe: Recipe, folder: RunFolder) -> Recipe | None:
+    """The recipe of the run that the folder holds already; raises UserError if it is another one's."""
     try:
         folder.pull(RECIPE_FILE)
     except OSError as error:
         raise UserError(f"cannot be reached: {error}", field="checkpoint.storage", value=folder.uri) from None
     path = folder.path / RECIPE_FILE
     if not path.exists():
-        return False
+        return None
     # Parsed, so that a key which is newer than the run stands at its default.
-    saved = parse_recipe(read_mapping(path), source=str(path)).model_dump(mode="json")
-    now = recipe.model_dump(mode="json")
+    run = parse_recipe(read_mapping(path), source=str(path))
+    if _is_commit(run.model.revision) and not _is_commit(recipe.model.revision):
+        recipe = _pinned(recipe, run)  # as the run itself was: a branch, a tag or none became a commit
+    saved, now = run.model_dump(mode="json"), recipe.model_dump(mode="json")
     differing = [
         f"{section}.{key}"
         for section, value in now.items()
@@ -253,7 +270,7 @@ def _check_run_folder(recipe: Recipe, folder: RunFolder) -> bool:
             field=folder.uri,
             fix="give the run another name (name=...), or delete the folder",
         )
-    return True
+    return run
 
 
 def concatenated_because(why: str) -> str:
@@ -264,10 +281,19 @@ def concatenated_because(why: str) -> str:
 def _headline(recipe: Recipe, attention: Attention, read: ReadSpec, held_out: ReadSpec | None, num_steps: int) -> str:
     held = f", {held_out.last_slot:,} held out" if held_out else ""
     formats = f"{', '.join(sorted(set(read.format_names)))} format"
-    tuning = f"LoRA r={recipe.model.lora.r}" if recipe.model.lora else "full fine-tuning"
+    revision = f"@{recipe.model.revision[:12]}" if recipe.model.revision else ""
     return (
-        f"[bold]{recipe.name}[/bold]  {recipe.model.id}, {tuning}, ZeRO {recipe.deepspeed.zero_stage}, "
-        f"{recipe.scaling.num_workers} worker(s)\n"
+        f"[bold]{recipe.name}[/bold]  {recipe.model.id}{revision}, {_tuning(recipe)}, "
+        f"ZeRO {recipe.deepspeed.zero_stage}, {recipe.scaling.num_workers} worker(s)\n"
         f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
         f"-> {recipe.run_uri}" + (f"\n{concatenated_because(attention.why)}" if attention.why else "")
     )
+
+
+def _tuning(recipe: Recipe) -> str:
+    """What is trained, in two words or three."""
+    lora = recipe.model.lora
+    if lora is None:
+        return "full fine-tuning"
+    kind = "QLoRA" if recipe.model.quantization is not None else "LoRA"
+    return f"{kind} r={lora.r}" + (" (DoRA)" if lora.use_dora else "")
