@@ -2,8 +2,8 @@
 
     python benchmarks/plan_memory.py [--json]
 
-For each way of training, a fresh process runs a random model of some 40 M parameters in float32 on the CPU, some
-thousands of tokens and images in a packed row, twice: the first run leaves gradients and the allocator's own pages behind.
+For each way of training, a fresh process runs a random model of some 40 M parameters in float32 on the CPU, thousands
+of tokens and images in a packed row, twice: the first run leaves gradients and the allocator's own pages behind.
 Measured is the rise of the peak resident memory (Linux: VmHWM, reset through /proc/self/clear_refs) over the second.
 `predicted_over_measured_ratio` is the one farthest from 1.
 """

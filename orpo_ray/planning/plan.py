@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from orpo_ray.errors import UserError
+from orpo_ray.model.derived_family import family_of
 from orpo_ray.model.known_shapes import KNOWN_SHAPES
 from orpo_ray.model.loading import pick_attention, resolve
 from orpo_ray.planning.activations import Activations, batch_of, measure, unloaded_model
@@ -42,6 +43,12 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     gpus = priced(options.prices)
     config, source = _config(recipe.model)
     dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
+    if family_of(config).cross_attention:
+        raise UserError(
+            "no plan is made yet for models whose language model looks at images by cross-attention",
+            field="model.id",
+            value=recipe.model.id,
+        )
     attention = pick_attention(recipe.model, config)
     hidden = config.get_text_config().hidden_size
     model = unloaded_model(recipe.model, config, dtype, attention.layout)
