@@ -168,7 +168,8 @@ def plan(
 ) -> None:
     """Memory, time and price before a GPU is rented: what fits where, from the model's config alone."""
     loaded = load_recipe(recipe, overrides or [])
-    from orpo_ray.planning.plan import MFU, Options
+    from orpo_ray.planning.fit import MFU
+    from orpo_ray.planning.plan import Options
     from orpo_ray.planning.plan import plan as make_plan
     from orpo_ray.planning.table import print_plan
 

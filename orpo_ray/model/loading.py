@@ -156,7 +156,7 @@ def ready_to_train(model: Any, section: ModelSection, seed: int) -> torch.nn.Mod
         # Non-reentrant: the reentrant one drops gradients when no input of a block requires one (frozen embeddings).
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -53,9 +53,9 @@ class PairShape:
         """Such a pair, of no meaning."""
         image = [1] + [image_token] * self.image_tokens if self.images else []
         ids = np.asarray([1] * max(0, self.prompt - self.images) + image * self.images, np.int32)
-        answers = [np.ones(length, np.int32) for length in (self.chosen, self.rejected)]
+        chosen, rejected = np.ones(self.chosen, np.int32), np.ones(self.rejected, np.int32)
         images = {name: np.concatenate([value] * self.images) for name, value in self.vision.items()}
-        return EncodedPair(str(slot), ids, *answers, ids != image_token, images if self.images else {}, slot)
+        return EncodedPair(str(slot), ids, chosen, rejected, ids != image_token, images if self.images else {}, slot)
 
 
 # Where a forward and backward may need the most, in their order; the output head belongs to the third.

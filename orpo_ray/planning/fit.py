@@ -77,8 +77,8 @@ class Planner:
         tokens = max(self.row, min(setting.budget, self.budget))
         share = tokens / max(full.tokens, self.row)
         saved = full.saved * share
-        head = full.peak - full.saved + self.weights.largest_quantized
-        moving = saved + head + held.buffers
+        head: float = full.peak - full.saved + self.weights.largest_quantized
+        moving: float = saved + head + held.buffers
         # The optimizer steps when activations are gone; ZeRO-3 never lets go of its bucket.
         moving = max(moving, held.step + (held.buffers if setting.stage == 3 else 0))
         overhead = CONTEXT + (NCCL if setting.workers > 1 else 0) + FRAGMENTATION * moving
