@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "frozen vision": {"freeze": ["vision"]},
     "concatenated": {"attention": "concatenated"},
 }
-PAIRS = 5
+PAIRS = 4
 
 
 def mid_size() -> Any:
