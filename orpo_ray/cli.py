@@ -156,6 +156,32 @@ def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJso
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    price_per_hour: Annotated[
+        list[str] | None, typer.Option(help="Price of one GPU, e.g. H100=2.50; may be given for several types.")
+    ] = None,
+    mfu: Annotated[float | None, typer.Option(help="Share of a GPU's peak that is reached; 0.3 if not given.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Training pairs, where no data check has counted them.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Memory, time and price before a GPU is rented: what fits where, from the model's config alone."""
+    loaded = load_recipe(recipe, overrides or [])
+    from orpo_ray.planning.fit import MFU
+    from orpo_ray.planning.plan import Options
+    from orpo_ray.planning.plan import plan as make_plan
+    from orpo_ray.planning.table import print_plan
+
+    with contextlib.redirect_stdout(sys.stderr):
+        report = make_plan(loaded, Options(price_per_hour or (), MFU if mfu is None else mfu, pairs))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_plan(report, console)
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     print(json.dumps(Recipe.model_json_schema(), indent=2))

@@ -15,6 +15,8 @@ import pyarrow.fs as pafs
 from orpo_ray.errors import UserError
 from orpo_ray.storage import is_remote, list_files, locate, patiently, read_bytes
 
+# The report that `data check` leaves there, and a plan reads.
+DATA_CHECK = "data_check.json"
 # The file that is written last, of a whole model's folder and of an adapters' folder: where it stands, all does.
 LAST_OF_A_MODEL = ("config.json", "adapter_config.json")
 

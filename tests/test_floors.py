@@ -52,6 +52,7 @@ FLOORS = [
     "model.quantizing",
     "model.lora",
     "model.loading",
+    "model.known_shapes",
     "model.adapters",
     "model.merging",
     "objective.orpo",
@@ -59,6 +60,15 @@ FLOORS = [
     "objective.cross_attention",
     "objective.forward",
     "objective.steps",
+    "planning.dry_run",
+    "planning.states",
+    "planning.activations",
+    "planning.images",
+    "planning.gpus",
+    "planning.fit",
+    "planning.step",
+    "planning.plan",
+    "planning.table",
     "results.tracking",
     "results.scoring",
     "training.deepspeed",
@@ -82,7 +92,7 @@ FLOORS = [
 WITHOUT_RAY_AND_DEEPSPEED = [
     name
     for name in FLOORS
-    if name.startswith(("model.", "objective.", "data."))
+    if name.startswith(("model.", "objective.", "planning.", "data."))
     and name not in ("data.pipeline", "data.stream", "data.survey")
 ]
 

@@ -304,7 +304,7 @@ def test_all_ways_to_attend_are_one(
     expected, _ = shared_prefix.shared_prefix_attention(
         torch.nn.Module(), *states, None, sliding_window=window, scaling=0.3, shared_prefix=layout
     )
-    got = shared_prefix._by_segment(*states, 0.0, 0.3, window, softcap, layout)
+    got = shared_prefix.by_segment(*states, 0.0, 0.3, window, softcap, layout)
     torch.testing.assert_close(got, expected)
     weights = torch.randn_like(got)
     theirs = torch.autograd.grad((expected * weights).sum(), states)
@@ -339,7 +339,7 @@ def test_the_call_of_the_variable_length_kernel(window: int | None, monkeypatch:
     monkeypatch.setattr(shared_prefix.varlen, "varlen_attn", documented_varlen)
     layout = layout_of([(5, 4, 3), (1, 1, 1), (7, 2, 9)], None, 0)
     states = states_of(layout)
-    got = shared_prefix._by_varlen(*states, 0.3, window, layout.sequences)
+    got = shared_prefix.by_varlen(*states, 0.3, window, layout.sequences)
     expected, _ = shared_prefix.shared_prefix_attention(
         torch.nn.Module(), *states, None, sliding_window=window, scaling=0.3, shared_prefix=layout
     )

@@ -88,9 +88,12 @@ class Attention:
     why: str | None = None
 
 
-def pick_attention(section: ModelSection) -> Attention:
-    """What `model.attention` means for this model. Raises UserError if it cannot be had, or the model can't."""
-    config = _config(section)
+def pick_attention(section: ModelSection, config: Any = None) -> Attention:
+    """What `model.attention` means for this model. Raises UserError if it cannot be had, or the model can't.
+
+    config: the model's, where it is at hand.
+    """
+    config = config or _config(section)
     why = why_not_shared_prefix(config, family_of(config))
     if section.attention == "concatenated":
         return Attention("concatenated")
@@ -111,7 +114,7 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
     attention = pick_attention(section)
     config = _config(section)
     family = family_of(config)
-    language = _own_attention(config)
+    language = own_attention(config)
     dtype = pick_dtype(section.dtype, device)
     quantized: dict[str, Any] = {}
     if section.quantization is not None or hasattr(config, "quantization_config"):
@@ -134,6 +137,15 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
         raise _cannot_load("model", section.id, error) from None
     if section.quantization is not None:
         check_quantized(model, section.quantization)
+    model = ready_to_train(model, section, seed)
+    if section.quantization is None:
+        model.to(device)  # a quantised one was put there as it was quantised
+    return model
+
+
+def ready_to_train(model: Any, section: ModelSection, seed: int) -> torch.nn.Module:
+    """A model as transformers made it: parts frozen, adapters added, gradient checkpointing on. Raises UserError."""
+    family = family_of(model.config)
     model.config.use_cache = False
     if section.quantization is None:
         model.requires_grad_(True)  # Idefics freezes most of itself
@@ -143,8 +155,6 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
     if section.gradient_checkpointing:
         # Non-reentrant: the reentrant one drops gradients when no input of a block requires one (frozen embeddings).
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if section.quantization is None:
-        model.to(device)  # a quantised one was put there as it was quantised
     model.train()
     return model
 
@@ -210,7 +220,7 @@ def _quantized(
     return {"config": config, "device_map": {"": device}}
 
 
-def _own_attention(config: Any) -> str:
+def own_attention(config: Any) -> str:
     """What runs the language model's attention on the concatenated path: no fused kernel caps scores."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 

@@ -203,22 +203,21 @@ def shared_prefix_attention(
             parts = shared_prefix.parts(sliding_window, query.dtype)
             return PackedFlash.apply(*states, parts, scaling), None
         if shared_prefix.bidirectional is None and _varlen_takes(query):
-            return _by_varlen(query, key, value, scaling, sliding_window, shared_prefix.sequences), None
-    return _by_segment(query, key, value, dropout, scaling, sliding_window, softcap, shared_prefix), None
+            return by_varlen(query, key, value, scaling, sliding_window, shared_prefix.sequences), None
+    return by_segment(query, key, value, dropout, scaling, sliding_window, softcap, shared_prefix), None
 
 
 def _varlen_takes(query: torch.Tensor) -> bool:
-    """Whether the variable-length flash kernel can: compute capability 8.0, 16 bits, heads of a multiple of 8."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+    """Whether the variable-length flash kernel can: compute capability 8.0, and `varlen_shape`."""
+    return query.is_cuda and varlen_shape(query) and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _by_varlen(
+def varlen_shape(query: torch.Tensor) -> bool:
+    """Whether it takes such queries: 16 bits, heads of a multiple of 8."""
+    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+
+
+def by_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -244,7 +243,7 @@ def _by_varlen(
     return out.unsqueeze(0)
 
 
-def _by_segment(
+def by_segment(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

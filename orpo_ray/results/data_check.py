@@ -24,13 +24,12 @@ from orpo_ray.data.survey import iter_checked
 from orpo_ray.errors import BadRow
 from orpo_ray.recipe import Recipe
 from orpo_ray.results.tracking import write_bad_rows
-from orpo_ray.run_folder import RunFolder
+from orpo_ray.run_folder import DATA_CHECK, RunFolder
 from orpo_ray.storage import folder_of
 from orpo_ray.training.data import all_data, encoder_of
 from orpo_ray.training.launch import start_ray
 
 PAGE_FILE = "data_check.html"
-REPORT_FILE = "data_check.json"
 THUMBNAIL = 480  # pixels of the longer side
 # Lengths are measured first and compared with the recipe's afterwards, so that the page can say how long is too long.
 ANY_LENGTH = 10**9
@@ -57,8 +56,8 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
     }
     gallery = list(_gallery(recipe, train, checks["train"]))
     (folder.path / PAGE_FILE).write_text(render_page(report, gallery), encoding="utf-8")
-    (folder.path / REPORT_FILE).write_text(json.dumps(report, indent=2), encoding="utf-8")
-    folder.push(PAGE_FILE, REPORT_FILE)
+    (folder.path / DATA_CHECK).write_text(json.dumps(report, indent=2), encoding="utf-8")
+    folder.push(PAGE_FILE, DATA_CHECK)
     write_bad_rows(folder, (record for check in checks.values() for record in check.bad_records()))
     return report, f"{recipe.run_uri}/{PAGE_FILE}"
 

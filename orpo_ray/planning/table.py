@@ -1,0 +1,145 @@
+"""A plan as tables: what fits where, at what price, in how long, seen in five seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from orpo_ray.planning.gpus import GIB
+
+_ROWS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer, masters",
+    "buffers": "ZeRO's buffers",
+    "activations": "activations",
+    "head": "logits, temporaries",
+    "overhead": "CUDA, fragmentation",
+    "total": "total",
+}
+
+
+def print_plan(report: dict[str, Any], console: Console) -> None:
+    """All of it, the answer last."""
+    model, step, setting = report["model"], report["step"], report["setting"]
+    pair = step["pair"]
+    trained = f"{_count(model['trained'])} trained ({model['trained'] / model['parameters']:.2%})"
+    console.print(
+        f"[bold]{model['id']}[/bold]  {_count(model['parameters'])} parameters, {trained}, {model['dtype']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"a pair  {pair['tokens']:,} tokens ({pair['image']:,} image, {pair['prompt']:,} text, {pair['chosen']:,} + "
+        f"{pair['rejected']:,} answers), by {step['source']}", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(
+        f"a step  {step['pairs']:,} pairs, {step['tokens']:,} tokens; {setting['workers']} worker(s) x "
+        f"{step['microbatches_per_worker']} micro-batch(es) of {step['pairs_per_microbatch']} pairs; "
+        f"{step['steps']:,} steps",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(_memory(report))
+    console.print(_gpus(report))
+    best = report["cheapest"]
+    if best is None:
+        console.print("[red]nothing fits[/red]: train adapters (model.lora), on 4 bits (model.quantization)")
+    else:
+        console.print(f"[bold green]cheapest[/bold green]  {_answer(best)}", highlight=False)
+        console.print(f"  {_overrides(best)}", highlight=False, soft_wrap=True)
+    console.print("assumed", highlight=False)
+    for line in report["assumptions"]:
+        console.print(f"  - {line}", highlight=False, soft_wrap=True, style="dim", markup=False)
+
+
+def _memory(report: dict[str, Any]) -> Table:
+    setting = report["setting"]
+    how = "gradient checkpointing" if setting["checkpointing"] else "no gradient checkpointing"
+    title = f"\nGiB on each of {setting['workers']} GPU(s), {how}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
+    table.add_column()
+    for stage in report["memory"]:
+        mine = int(stage) == setting["stage"]
+        table.add_column(
+            f"ZeRO {stage}" + (" (recipe)" if mine else ""), justify="right", style="bold" if mine else None
+        )
+    for name, label in _ROWS.items():
+        style = "bold" if name == "total" else None
+        table.add_row(label, *(f"{memory[name] / GIB:,.1f}" for memory in report["memory"].values()), style=style)
+    return table
+
+
+def _gpus(report: dict[str, Any]) -> Table:
+    table = Table(title="\nwhere it fits", title_justify="left", box=None, padding=(0, 2))
+    table.add_column("GPU")
+    table.add_column("GiB", justify="right")
+    table.add_column("$/h", justify="right")
+    table.add_column("this recipe")
+    table.add_column("time", justify="right")
+    table.add_column("cost", justify="right")
+    table.add_column("least that fits")
+    table.add_column("time", justify="right")
+    table.add_column("cost", justify="right")
+    stage = str(report["setting"]["stage"])
+    needed = report["memory"][stage]["total"] / GIB
+    for each in report["gpus"]:
+        mine, least = each["recipe"], each["cheapest"]
+        verdict = (
+            f"[green]fits[/green], {needed / each['memory_gib']:.0%} full"
+            if mine
+            else f"[red]no[/red], {needed:,.0f} GiB"
+        )
+        best = report["cheapest"] is not None and least == report["cheapest"]
+        table.add_row(
+            each["gpu"],
+            f"{each['memory_gib']:g}",
+            f"{each['price_per_hour']:.2f}",
+            verdict,
+            *((_hours(mine["hours"]), _money(mine["cost"])) if mine else ("-", "-")),
+            *(
+                (_words(least), _hours(least["hours"]), _money(least["cost"]))
+                if least
+                else ("[red]nothing[/red]", "-", "-")
+            ),
+            style="bold green" if best else None,
+        )
+    return table
+
+
+def _answer(found: dict[str, Any]) -> str:
+    return f"{found['workers']} x {found['gpu']}: {_hours(found['hours'])}, {_money(found['cost'])}"
+
+
+def _words(found: dict[str, Any]) -> str:
+    parts = [f"{found['workers']} x ZeRO {found['stage']}"]
+    if found["checkpointing"]:
+        parts.append("checkpointing")
+    parts.append(f"{found['budget']:,} tokens")
+    return ", ".join(parts)
+
+
+def _overrides(found: dict[str, Any]) -> str:
+    checkpointing = str(found["checkpointing"]).lower()
+    return (
+        f"scaling.num_workers={found['workers']} deepspeed.zero_stage={found['stage']} "
+        f"model.gradient_checkpointing={checkpointing} optim.tokens_per_microbatch={found['budget']}"
+    )
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:,}"
+
+
+def _hours(hours: float) -> str:
+    if hours < 1:
+        return f"{max(1, round(hours * 60))} min"
+    return f"{hours:,.1f} h" if hours < 48 else f"{hours / 24:,.1f} d"
+
+
+def _money(dollars: float) -> str:
+    return f"${dollars:,.2f}" if dollars < 100 else f"${dollars:,.0f}"
