@@ -88,7 +88,7 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
             "layout": attention.layout,
         },
         "setting": asdict(mine),
-        "memory": {str(stage): asdict(planner.memory(_at(mine, stage))) for stage in STAGES},
+        "memory": {str(stage): _bytes(planner.memory(_at(mine, stage))) for stage in STAGES},
         "step": _step(recipe, work, planner, mine, at_once),
         "gpus": types,
         "cheapest": min(affordable, key=lambda found: found["cost"], default=None),
@@ -133,12 +133,16 @@ def _on(planner: Planner, gpu: Any, mine: Setting) -> dict[str, Any]:
     }
 
 
+def _bytes(memory: Memory) -> dict[str, int]:
+    return {name: round(value) for name, value in asdict(memory).items()}
+
+
 def _flat(found: Fitting) -> dict[str, Any]:
     memory: Memory = found.memory
     return {
         "gpu": found.gpu.name,
         **asdict(found.setting),
-        "memory": memory.total,
+        "memory": round(memory.total),
         "hours": found.hours,
         "cost": found.cost,
     }

@@ -42,7 +42,8 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     console.print(_memory(report))
-    console.print(_gpus(report))
+    for table in _gpus(report):
+        console.print(table)
     best = report["cheapest"]
     if best is None:
         console.print("[red]nothing fits[/red]: train adapters (model.lora), on 4 bits (model.quantization)")
@@ -71,41 +72,28 @@ def _memory(report: dict[str, Any]) -> Table:
     return table
 
 
-def _gpus(report: dict[str, Any]) -> Table:
-    table = Table(title="\nwhere it fits", title_justify="left", box=None, padding=(0, 2))
-    table.add_column("GPU")
-    table.add_column("GiB", justify="right")
-    table.add_column("$/h", justify="right")
-    table.add_column("this recipe")
-    table.add_column("time", justify="right")
-    table.add_column("cost", justify="right")
-    table.add_column("least that fits")
-    table.add_column("time", justify="right")
-    table.add_column("cost", justify="right")
-    stage = str(report["setting"]["stage"])
-    needed = report["memory"][stage]["total"] / GIB
+def _gpus(report: dict[str, Any]) -> tuple[Table, Table]:
+    """This recipe on each type of GPU, and the least that fits on it. Two tables, for terminals of 80 columns."""
+    recipe = Table(title="\nthis recipe", title_justify="left", box=None, padding=(0, 2))
+    for name, left in {"GPU": True, "GiB": False, "$/h": False, "fits": True, "time": False, "cost": False}.items():
+        recipe.add_column(name, justify="left" if left else "right", no_wrap=True)
+    least = Table(title="\nthe least that fits", title_justify="left", box=None, padding=(0, 2))
+    for name in ("GPU", "setting", "time", "cost"):
+        least.add_column(name, justify="left" if name in ("GPU", "setting") else "right", no_wrap=True)
+    needed = report["memory"][str(report["setting"]["stage"])]["total"] / GIB
     for each in report["gpus"]:
-        mine, least = each["recipe"], each["cheapest"]
-        verdict = (
-            f"[green]fits[/green], {needed / each['memory_gib']:.0%} full"
-            if mine
-            else f"[red]no[/red], {needed:,.0f} GiB"
-        )
-        best = report["cheapest"] is not None and least == report["cheapest"]
-        table.add_row(
-            each["gpu"],
-            f"{each['memory_gib']:g}",
-            f"{each['price_per_hour']:.2f}",
-            verdict,
-            *((_hours(mine["hours"]), _money(mine["cost"])) if mine else ("-", "-")),
-            *(
-                (_words(least), _hours(least["hours"]), _money(least["cost"]))
-                if least
-                else ("[red]nothing[/red]", "-", "-")
-            ),
-            style="bold green" if best else None,
-        )
-    return table
+        mine, found = each["recipe"], each["cheapest"]
+        full = f"[green]fits[/green], {needed / each['memory_gib']:.0%} full"
+        facts = (each["gpu"], f"{each['memory_gib']:g}", f"{each['price_per_hour']:.2f}")
+        recipe.add_row(*facts, full if mine else f"[red]no[/red], {needed:,.0f} GiB", *_time_and_cost(mine))
+        style = "bold green" if found is not None and found == report["cheapest"] else None
+        words = _words(found) if found else "[red]nothing[/red]"
+        least.add_row(each["gpu"], words, *_time_and_cost(found), style=style)
+    return recipe, least
+
+
+def _time_and_cost(found: dict[str, Any] | None) -> tuple[str, str]:
+    return (_hours(found["hours"]), _money(found["cost"])) if found else ("-", "-")
 
 
 def _answer(found: dict[str, Any]) -> str:
