@@ -15,8 +15,8 @@ import pyarrow.fs as pafs
 from orpo_ray.errors import UserError
 from orpo_ray.storage import is_remote, locate, patiently
 
-# The file of a model's folder that is written last: the folder is whole where it stands.
-LAST_OF_A_MODEL = "config.json"
+# The file that is written last, of a whole model's folder and of an adapters' folder: where it stands, all does.
+LAST_OF_A_MODEL = ("config.json", "adapter_config.json")
 
 
 class RunFolder:
@@ -39,10 +39,14 @@ class RunFolder:
             raise UserError(f"the run's folder cannot be made: {error}", field="checkpoint.storage") from None
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Whether a file or folder is there."""
         if not self.is_remote:
             return (self.path / name).exists()
-        return self._kind(name) == pafs.FileType.File
+        return self._kind(name) != pafs.FileType.NotFound
+
+    def has_model(self, name: str) -> bool:
+        """Whether a model's or an adapters' folder is there, whole."""
+        return any(self.has(f"{name}/{last}") for last in LAST_OF_A_MODEL)
 
     def pull(self, *names: str) -> None:
         """Bring files and folders, as far as they are there, to this machine."""
@@ -65,7 +69,10 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
             scratch.rename(self.path / name)
             return
-        for file in sorted(scratch.iterdir(), key=lambda file: file.name == LAST_OF_A_MODEL):
+        if self.has(name):
+            filesystem, _ = locate(self.uri, "checkpoint.storage")
+            patiently(filesystem.delete_dir, self._there(name))
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name in LAST_OF_A_MODEL):
             self._copy(self._there(f"{name}/{file.name}"), file, here=False)
         shutil.rmtree(scratch)
 

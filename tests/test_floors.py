@@ -44,6 +44,8 @@ FLOORS = [
     "model.quantizing",
     "model.lora",
     "model.loading",
+    "model.adapters",
+    "model.merging",
     "objective.orpo",
     "objective.logps",
     "objective.forward",

@@ -1,10 +1,11 @@
-"""`orpo-ray evaluate`: score held-out pairs with a run's final model, or with any model and a recipe's data."""
+"""`orpo-ray evaluate`: score held-out pairs with what a run ended with, or with any model or adapters."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,41 +15,61 @@ from rich.console import Console
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.stream import iter_steps
 from orpo_ray.errors import UserError
+from orpo_ray.model.adapters import ADAPTER_CONFIG, adapter_config, is_adapter, load_adapted
 from orpo_ray.model.loading import PixelNorm, load_model, pick_attention
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.steps import StepPlanner
 from orpo_ray.recipe import Recipe, apply_overrides, parse_recipe, read_mapping
 from orpo_ray.results.scoring import Scores, grounding, score, with_prefix
 from orpo_ray.run_folder import RunFolder
+from orpo_ray.sections import ModelSection
 from orpo_ray.training.checkpoint import FINAL
 from orpo_ray.training.data import encoder_of, held_out_data
 from orpo_ray.training.launch import RECIPE_FILE, concatenated_because, start_ray
+
+# Where one stands, a folder has a processor of its own.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def evaluate_run(uri: str, overrides: list[str], console: Console) -> dict[str, float]:
     """Metrics of the held-out pairs as `eval/...`, with `eval/grounding_gap`. Raises UserError.
 
-    uri: of a run's folder (its recipe and `final/` are used) or a model's (then `data.eval=...` says what to score).
+    uri: of a run's folder (its recipe and `final/` are used), a model's or peft adapters' (then `data.eval=...` says
+    what to score). Adapters are applied to the base model as it is loaded by the recipe, in 4 bits if that says so.
     """
     with contextlib.redirect_stdout(sys.stderr):
         folder = RunFolder(uri.rstrip("/"))  # what it mirrors of a remote run is gone when it goes
         recipe, model = _recipe_of(folder, overrides)
+        section = _section(recipe, model)
         held_out = held_out_data(recipe)
         if held_out is None:
             raise UserError("there are no held-out pairs", field="data.eval", fix="add data.eval=FILE to the command")
         start_ray()
-        if why := pick_attention(recipe.model.model_copy(update={"id": model, "revision": None})).why:
+        if why := pick_attention(section).why:
             console.print(concatenated_because(why), highlight=False, soft_wrap=True)
         console.print(f"scoring {held_out.last_slot:,} pairs with {model}", highlight=False, soft_wrap=True)
-        return with_prefix(_evaluate(recipe, model, held_out), "eval")
+        return with_prefix(_evaluate(recipe, section, model, held_out), "eval")
 
 
-def _evaluate(recipe: Recipe, model_id: str, held_out: ReadSpec) -> dict[str, float]:
+def _section(recipe: Recipe, folder: Path) -> ModelSection:
+    """What is loaded besides adapters: the recipe's base model, or the folder's own."""
+    if is_adapter(folder):
+        return recipe.model
+    whole = {"id": str(folder), "revision": None, "lora": None, "freeze": [], "quantization": None}
+    return recipe.model.model_copy(update=whole)
+
+
+def _evaluate(recipe: Recipe, section: ModelSection, folder: Path, held_out: ReadSpec) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec = replace(encoder_of(recipe), model_id=model_id, revision=None)
+    # Of adapters without a processor beside them the base model's is taken.
+    own_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
+    spec = encoder_of(recipe)
+    if own_processor:
+        spec = replace(spec, model_id=str(folder), revision=None)
     encoder = spec.build()
-    section = recipe.model.model_copy(update={"id": model_id, "revision": None, "lora": None, "freeze": []})
-    model = PairModel(load_model(section, device, recipe.optim.seed), PixelNorm.of(encoder.processor)).eval()
+    seed = recipe.optim.seed
+    loaded = load_adapted(section, folder, device, seed) if is_adapter(folder) else load_model(section, device, seed)
+    model = PairModel(loaded, PixelNorm.of(encoder.processor)).eval()
     planner = StepPlanner.of(recipe, encoder, model, device)
     steps = -(-held_out.last_slot // held_out.pairs_per_step)
     max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
@@ -64,8 +85,8 @@ def _evaluate(recipe: Recipe, model_id: str, held_out: ReadSpec) -> dict[str, fl
     return seen.metrics | grounding(seen, one_pass(exchange=True), device)
 
 
-def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, str]:
-    """The recipe to evaluate by, and what to load the model from."""
+def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, Path]:
+    """The recipe to evaluate by, and the folder of the model or the adapters."""
     raw: dict[str, Any]
     uri = folder.uri
     if folder.has(RECIPE_FILE):
@@ -76,12 +97,19 @@ def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, str]:
             raise UserError(
                 "the run has no final model yet", field=uri, fix="let it end: the same train command resumes it"
             )
+    elif folder.has(ADAPTER_CONFIG) and not folder.is_remote:
+        model = folder.path
+        config = adapter_config(model)
+        base = {"id": config["base_model_name_or_path"], "revision": config.get("revision"), "lora": {}}
+        raw = {"name": "evaluation", "model": base, "data": {"train": "none"}}
     elif folder.has("config.json") and not folder.is_remote:
         raw = {"name": "evaluation", "model": {"id": uri}, "data": {"train": "none"}}
         model = folder.path
     else:
-        raise UserError(f"is neither a run (no {RECIPE_FILE}) nor a model (no config.json)", field=uri)
-    if any(override.startswith("model.id=") for override in overrides):
+        missing = f"no {RECIPE_FILE}) nor a model (no config.json or {ADAPTER_CONFIG})"
+        raise UserError(f"is neither a run ({missing}", field=uri)
+    # Adapters name a base model that may have moved; a whole model is what it is.
+    if not is_adapter(model) and any(override.startswith("model.id=") for override in overrides):
         raise UserError("the model is the folder's", field="model.id", fix="give the folder of the model to evaluate")
     apply_overrides(raw, overrides)
-    return parse_recipe(raw, source=uri).anchored(), str(model.resolve())
+    return parse_recipe(raw, source=uri).anchored(), model.resolve()

@@ -8,14 +8,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import ray.train
-import torch
 
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
-from orpo_ray.model.loading import is_adapted, load_model, load_processor, without_adapters
+from orpo_ray.model.adapters import save_adapter
+from orpo_ray.model.loading import is_adapted, load_processor
 from orpo_ray.recipe import Recipe
 from orpo_ray.run_folder import RunFolder
 from orpo_ray.training.deepspeed import Engine
@@ -94,38 +93,27 @@ def load_latest(engine: Engine, recipe: Recipe, read: ReadSpec) -> Position:
 
 
 def save_final(engine: Engine, recipe: Recipe) -> None:
-    """Write `final/`: model and processor as a Hugging Face folder, adapters merged. A collective.
+    """Write `final/`, the whole model or its adapters alone, with the processor. A collective.
 
     The folder appears whole or not at all.
     """
     pair_model = engine.ds.module
+    adapted = is_adapted(pair_model.model)
     if recipe.deepspeed.zero_stage == 3:
-        state = engine.ds._zero3_consolidated_16bit_state_dict()
+        # Of an adapted model the base is not gathered: nothing of it is saved.
+        state = engine.ds._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapted)
     else:
         state = pair_model.state_dict()
     if ray.train.get_context().get_world_rank() != 0:
         return
-    state = {name.removeprefix("model."): value.cpu() for name, value in state.items()}
+    state = {name.removeprefix("model."): value for name, value in state.items()}
     folder = RunFolder(recipe.run_uri)
     scratch = folder.path / f".{FINAL}"
     shutil.rmtree(scratch, ignore_errors=True)
-    if is_adapted(pair_model.model):
-        _merged(recipe, state).save_pretrained(scratch)
+    if adapted:
+        save_adapter(pair_model.model, state, recipe.model, scratch)
     else:
-        model = without_adapters(pair_model.model)
-        model.config.use_cache = True  # off for training only
-        model.save_pretrained(scratch, state_dict=state)
+        pair_model.model.config.use_cache = True  # off for training only
+        pair_model.model.save_pretrained(scratch, state_dict={name: value.cpu() for name, value in state.items()})
     load_processor(recipe.model.id, recipe.model.revision).save_pretrained(scratch)
     folder.place(scratch, FINAL)
-
-
-def _merged(recipe: Recipe, state: dict[str, torch.Tensor]) -> Any:
-    """A fresh base model with the trained adapters merged in; the engine's own, perhaps sharded, stays as it is."""
-    model: Any = load_model(recipe.model, torch.device("cpu"), recipe.optim.seed)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    adapters = [name for name in missing if "lora_" in name]
-    if adapters or unexpected:
-        raise RuntimeError(f"adapters do not fit the base model: missing {adapters}, unexpected {unexpected}")
-    merged = model.merge_and_unload()
-    merged.config.use_cache = True
-    return merged

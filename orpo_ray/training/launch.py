@@ -23,7 +23,7 @@ from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model.loading import Attention, commit_of, pick_attention
 from orpo_ray.recipe import Recipe, parse_recipe, read_mapping
 from orpo_ray.results.tracking import last_metrics
-from orpo_ray.run_folder import LAST_OF_A_MODEL, RunFolder
+from orpo_ray.run_folder import RunFolder
 from orpo_ray.storage import is_remote, locate
 from orpo_ray.training.checkpoint import FINAL
 from orpo_ray.training.data import encoder_of, run_data
@@ -111,7 +111,7 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     recipe = recipe.anchored()
     folder = RunFolder(recipe.run_uri)
     saved = _check_run_folder(recipe, folder)
-    if saved and folder.has(f"{FINAL}/{LAST_OF_A_MODEL}"):
+    if saved and folder.has_model(FINAL):
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     recipe = _pinned(recipe, saved)
     read, held_out = run_data(recipe)

@@ -1,0 +1,83 @@
+"""Base model + adapters -> one plain model, layer by layer, so that memory holds about one copy of it.
+
+A base in 4 bits is dequantised first, since its 4-bit values are what the adapters were trained on. peft's own merge
+into 4 bits would round the sum to 4 bits again, and the original weights are not those that the adapters have seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orpo_ray.model.adapters import adapter_dtype, with_adapter
+from orpo_ray.model.loading import load_model
+from orpo_ray.model.quantizing import is_quantized
+from orpo_ray.sections import ModelSection
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def merged_model(section: ModelSection, folder: Path, seed: int) -> Any:
+    """The model of a recipe's section with a folder's adapters in its weights, on the CPU. Raises UserError.
+
+    The weights have the dtype that was trained in, not the one that this machine would train in.
+    """
+    dtype = _DTYPES.get(adapter_dtype(folder), section.dtype)
+    plain = section.model_copy(
+        update={
+            "lora": None, "freeze": [], "gradient_checkpointing": False, "attention": "concatenated", "dtype": dtype
+        }
+    )  # fmt: skip
+    # Quantised where it was in training, as far as this machine can: kernels may round ties differently.
+    on_gpu = section.quantization is not None and torch.cuda.is_available()
+    base: Any = load_model(plain, torch.device("cuda" if on_gpu else "cpu"), seed)
+    if section.quantization is not None:
+        dequantize(base)
+        base.to("cpu")
+    dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
+    # In float32 the sum is rounded once, when it becomes a weight of the base's type.
+    adapted = with_adapter(base, folder, autocast=True)
+    _part_head_from_embeddings(adapted.get_base_model())
+    model = adapted.merge_and_unload()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+        parameter.requires_grad_(False)
+    _say_whether_tied(model)
+    model.config.use_cache = True  # off for training only
+    return model.eval()
+
+
+def dequantize(model: Any) -> None:
+    """Make every 4-bit layer a plain one, on the CPU, with the weights that it multiplied by."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name in [name for name, module in model.named_modules() if is_quantized(module)]:
+        layer = model.get_submodule(name)
+        with torch.device("meta"):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to("cpu", model.config.dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.data.to("cpu"), requires_grad=False)
+        model.set_submodule(name, plain)
+    # Else transformers goes on taking it for a quantised one, and refuses to move it.
+    model.hf_quantizer.remove_quantization_config(model)
+
+
+def _part_head_from_embeddings(model: Any) -> None:
+    """Adapters of a head that is tied to the embeddings are no change of the embeddings: give it its own weight."""
+    head = model.get_output_embeddings()
+    base = getattr(head, "base_layer", None)
+    if base is not None and base.weight is model.get_input_embeddings().weight:
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+
+
+def _say_whether_tied(model: Any) -> None:
+    """A head that was trained apart from the embeddings must not be tied to them again when it is loaded."""
+    text = model.config.get_text_config()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is not embeddings.weight and (model.config.tie_word_embeddings or text.tie_word_embeddings):
+        model.config.tie_word_embeddings = text.tie_word_embeddings = False
