@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,8 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _print_figures(summary.metrics, "held out", _EVAL_FIGURES)
     console.print(f"run folder  {summary.run_uri}", highlight=False, soft_wrap=True)
     console.print(f"model       {summary.run_uri}/final", highlight=False, soft_wrap=True)
+    line = shlex.join(["orpo-ray", "export", summary.run_uri])
+    console.print(f"take it     {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -83,6 +86,34 @@ def evaluate(
         print(json.dumps(metrics))
     else:
         _print_figures(metrics, "held out", _EVAL_FIGURES)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="The folder of a finished run.", show_default=False)],
+    adapter: Annotated[
+        bool, typer.Option("--adapter/--merged", help="The adapters alone, or one plain model with them merged in.")
+    ] = False,
+    output: Annotated[str | None, typer.Option(help="Where to; RUN/export unless given.", show_default=False)] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the hub too.", show_default=False)
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it there; private otherwise.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that stands there.")] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Most that one file of weights holds, e.g. 5GB.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a finished run's model as a folder for transformers and vLLM, with a model card."""
+    from orpo_ray.results.export import ExportOptions, export_run
+
+    options = ExportOptions(adapter, output, push, public, max_shard_size, overwrite)
+    exported = export_run(run, options, console)
+    if as_json:
+        print(json.dumps(asdict(exported)))
+    for line in exported.summary():
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 data_app = typer.Typer(help="Look at a recipe's data, or write it down cleaned.", no_args_is_help=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from orpo_ray.errors import UserError
-from orpo_ray.storage import is_remote, locate, patiently
+from orpo_ray.storage import is_remote, list_files, locate, patiently, read_bytes
 
 # The file that is written last, of a whole model's folder and of an adapters' folder: where it stands, all does.
 LAST_OF_A_MODEL = ("config.json", "adapter_config.json")
@@ -47,6 +47,14 @@ class RunFolder:
     def has_model(self, name: str) -> bool:
         """Whether a model's or an adapters' folder is there, whole."""
         return any(self.has(f"{name}/{last}") for last in LAST_OF_A_MODEL)
+
+    def last_of(self, pattern: str) -> bytes | None:
+        """What is in the last by name of the files that match a glob, if there are any."""
+        if not self.is_remote:
+            found = sorted(self.path.glob(pattern))
+            return found[-1].read_bytes() if found else None
+        uris = list_files(f"{self.uri}/{pattern}", "checkpoint.storage")
+        return read_bytes(uris[-1]) if uris else None
 
     def pull(self, *names: str) -> None:
         """Bring files and folders, as far as they are there, to this machine."""

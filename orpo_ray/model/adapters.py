@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 
 from orpo_ray.errors import UserError
+from orpo_ray.model.families import family_of
 from orpo_ray.model.loading import load_model, resolve
+from orpo_ray.model.quantizing import quantization_config
 from orpo_ray.sections import ModelSection
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -58,15 +61,6 @@ def save_adapter(model: Any, state: Mapping[str, torch.Tensor], section: ModelSe
     config.save_pretrained(folder)
 
 
-def adapter_dtype(folder: Path) -> torch.dtype:
-    """The type of the adapters' weights; of adapters trained here it is the model's."""
-    from safetensors import safe_open
-
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        dtype: torch.dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    return dtype
-
-
 def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -> Any:
     """Put adapters on their base model, in place; returns peft's wrapper around it. Raises UserError if they don't fit.
 
@@ -78,7 +72,9 @@ def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -
     try:
         config = PeftConfig.from_pretrained(str(folder))
         state = load_file(folder / ADAPTER_WEIGHTS)
-        adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=autocast)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going
+            adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=autocast)
         result = set_peft_model_state_dict(adapted, state)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise _does_not_fit(folder, " ".join(str(error).split())[:300]) from None
@@ -93,6 +89,23 @@ def load_adapted(section: ModelSection, folder: Path, device: torch.device, seed
     plain = section.model_copy(update={"lora": None, "freeze": [], "gradient_checkpointing": False})
     adapted: torch.nn.Module = with_adapter(load_model(plain, device, seed), folder)
     return adapted
+
+
+def quantized_base(section: ModelSection, dtype: str) -> dict[str, Any]:
+    """The options of transformers' BitsAndBytesConfig that load a recipe's base model as it was in training.
+
+    Raises UserError where the base model cannot be found.
+    """
+    from transformers import AutoConfig
+
+    assert section.quantization is not None
+    try:
+        config = AutoConfig.from_pretrained(resolve(section.id), revision=section.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be loaded: {error}", field="model.id", value=section.id) from None
+    options = quantization_config(section.quantization, family_of(config.model_type), getattr(torch, dtype)).to_dict()
+    kept = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+    return {name: options[name] for name in (*kept, "llm_int8_skip_modules")}
 
 
 def _does_not_fit(folder: Path, why: str) -> UserError:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from orpo_ray.model.adapters import adapter_dtype, with_adapter
+from orpo_ray.model.adapters import with_adapter
 from orpo_ray.model.loading import load_model
 from orpo_ray.model.quantizing import is_quantized
 from orpo_ray.sections import ModelSection
 
+# Nothing is trained, and any model can do it.
+_AS_IT_IS: dict[str, Any] = {"lora": None, "freeze": [], "gradient_checkpointing": False, "attention": "concatenated"}
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -25,12 +27,7 @@ def merged_model(section: ModelSection, folder: Path, seed: int) -> Any:
 
     The weights have the dtype that was trained in, not the one that this machine would train in.
     """
-    dtype = _DTYPES.get(adapter_dtype(folder), section.dtype)
-    plain = section.model_copy(
-        update={
-            "lora": None, "freeze": [], "gradient_checkpointing": False, "attention": "concatenated", "dtype": dtype
-        }
-    )  # fmt: skip
+    plain = section.model_copy(update=_AS_IT_IS | {"dtype": trained_dtype(section, folder)})
     # Quantised where it was in training, as far as this machine can: kernels may round ties differently.
     on_gpu = section.quantization is not None and torch.cuda.is_available()
     base: Any = load_model(plain, torch.device("cuda" if on_gpu else "cpu"), seed)
@@ -48,6 +45,23 @@ def merged_model(section: ModelSection, folder: Path, seed: int) -> Any:
     _say_whether_tied(model)
     model.config.use_cache = True  # off for training only
     return model.eval()
+
+
+def whole_model(section: ModelSection, folder: Path, seed: int) -> Any:
+    """The model that a full fine-tuning left in a folder, on the CPU. Raises UserError."""
+    own = {"id": str(folder), "revision": None, "quantization": None, "dtype": trained_dtype(section, folder)}
+    model: Any = load_model(section.model_copy(update=_AS_IT_IS | own), torch.device("cpu"), seed)
+    model.config.use_cache = True
+    return model.eval()
+
+
+def trained_dtype(section: ModelSection, folder: Path) -> str:
+    """The dtype of what training wrote, adapters or a whole model; `model.dtype: auto` may mean another one here."""
+    from safetensors import safe_open
+
+    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
+        first = file.get_tensor(next(iter(file.keys())))
+    return _DTYPES.get(first.dtype, section.dtype)
 
 
 def dequantize(model: Any) -> None:

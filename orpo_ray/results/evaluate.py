@@ -55,7 +55,7 @@ def _section(recipe: Recipe, folder: Path) -> ModelSection:
     """What is loaded besides adapters: the recipe's base model, or the folder's own."""
     if is_adapter(folder):
         return recipe.model
-    whole = {"id": str(folder), "revision": None, "lora": None, "freeze": [], "quantization": None}
+    whole: dict[str, Any] = {"id": str(folder), "revision": None, "lora": None, "freeze": [], "quantization": None}
     return recipe.model.model_copy(update=whole)
 
 
