@@ -67,6 +67,7 @@ def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -
     autocast: hold them in float32, whatever the base is.
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -76,7 +77,7 @@ def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going
             adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=autocast)
         result = set_peft_model_state_dict(adapted, state)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise _does_not_fit(folder, " ".join(str(error).split())[:300]) from None
     own = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     if own or result.unexpected_keys:

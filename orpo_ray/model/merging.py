@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from orpo_ray.errors import UserError
 from orpo_ray.model.adapters import with_adapter
 from orpo_ray.model.loading import load_model
 from orpo_ray.model.quantizing import is_quantized
@@ -57,10 +58,13 @@ def whole_model(section: ModelSection, folder: Path, seed: int) -> Any:
 
 def trained_dtype(section: ModelSection, folder: Path) -> str:
     """The dtype of what training wrote, adapters or a whole model; `model.dtype: auto` may mean another one here."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
-        first = file.get_tensor(next(iter(file.keys())))
+    try:
+        with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
+            first = file.get_tensor(next(iter(file.keys())))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"its weights cannot be read: {error}", field=str(folder)) from None
     return _DTYPES.get(first.dtype, section.dtype)
 
 

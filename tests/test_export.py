@@ -1,0 +1,275 @@
+"""`orpo-ray export`: what plain transformers loads from it gives the log-probs that were trained."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_recipe
+from huggingface_hub import ModelCard
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.nn.functional import log_softmax
+
+from orpo_ray.errors import UserError
+from orpo_ray.model.adapters import ADAPTER_WEIGHTS, load_adapted, save_adapter
+from orpo_ray.model.loading import is_adapted, load_model, load_processor, resolve
+from orpo_ray.recipe import Recipe
+from orpo_ray.results.export import Exported, ExportOptions, export_run
+from orpo_ray.run_folder import LAST_OF_A_MODEL
+from orpo_ray.sections import ModelSection
+
+CPU = torch.device("cpu")
+LOGPS = 1e-4  # the bound that a merge must keep; 5e-6 is seen
+# Of log-probs, merged from the dequantised base against compute in 4 bits, both in float32: one and the same weights,
+# so the same rounding as without quantisation. The base's original weights are off by 1e-1 (asserted too).
+LOGPS_4_BITS = 1e-4
+METRICS = {
+    "step": 10, "eval/rewards/accuracies": 0.875, "eval/rewards/accuracies_exchanged": 0.5, "eval/grounding_gap": 0.375,
+    "eval/rewards/margins": 0.25, "eval/nll_loss": 0.125, "eval/pairs": 48,
+}  # fmt: skip
+
+
+def logps(model: Any) -> torch.Tensor:
+    """Log-probs of every next token of a prompt with an image: [T, V]."""
+    processor = load_processor("orpo-ray/tiny-smolvlm", None)
+    pixels = torch.rand(1, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    image = [processor.tokenizer.convert_tokens_to_ids(processor.image_token)] * 16
+    ids = torch.tensor([[*range(20, 30), *image, *range(40, 80)]])
+    with torch.no_grad():
+        return log_softmax(model.eval()(input_ids=ids, pixel_values=pixels).logits[0], -1)
+
+
+def called_directly(section: ModelSection) -> ModelSection:
+    """The shared-prefix attention wants the layout of a row; transformers' own does not."""
+    return section.model_copy(update={"attention": "concatenated"})
+
+
+def trained(recipe: Recipe, adapt: Callable[[Any], Any] = lambda model: model) -> Any:
+    """The recipe's model after some steps of an optimizer on random tokens."""
+    model = adapt(load_model(called_directly(recipe.model), CPU, 0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        ids = torch.randint(20, 250, (2, 24), generator=generator)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def finished_run(recipe: Recipe, model: Any) -> Path:
+    """A run's folder as training leaves it, without the run."""
+    run = Path(recipe.run_uri)
+    final = run / "final"
+    if is_adapted(model):
+        save_adapter(model, model.state_dict(), recipe.model, final)
+    else:
+        model.save_pretrained(final)
+    load_processor(recipe.model.id, None).save_pretrained(final)
+    (run / "recipe.yaml").write_text(recipe.anchored().to_yaml())
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 10, "train/loss": 1.0}) + "\n" + json.dumps(METRICS) + "\n")
+    bad = {"id": "7", "source": "/secret/mine.jsonl:7", "reason": "too_long", "detail": "900 tokens"}
+    (run / "bad_rows.jsonl").write_text(json.dumps(bad) + "\n")
+    (run / "checkpoint_1").mkdir()
+    (run / "checkpoint_1" / "position.json").write_text('{"num_rows": 1234}')
+    return run
+
+
+def export(run: Path, **options: Any) -> Exported:
+    return export_run(str(run), ExportOptions(**options), Console(file=io.StringIO()))
+
+
+def plainly(folder: str | Path, **options: Any) -> Any:
+    """As users load it; every weight must be found."""
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model
+
+
+def check_vllm_layout(folder: Path, shards: bool = False) -> None:
+    """What vLLM loads a model by (it is not installed here): the class, the weights' names, the processor."""
+    config = json.loads((folder / "config.json").read_text())
+    base = Path(resolve("orpo-ray/tiny-smolvlm"))
+    assert config["architectures"] == json.loads((base / "config.json").read_text())["architectures"]
+    assert "quantization_config" not in config
+    assert {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"} <= {
+        path.name for path in folder.iterdir()
+    }
+    found = {name for path in folder.glob("*.safetensors") for name in load_file(path)}
+    assert found == set(load_file(base / "model.safetensors"))
+    if shards:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        assert set(index) == found
+        assert len(set(index.values())) > 1
+
+
+def test_a_full_fine_tune_is_its_final_in_shards(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "full")
+    model = trained(recipe)
+    run = finished_run(recipe, model)
+    exported = export(run, max_shard_size="2MB")
+    assert (exported.kind, exported.uri) == ("whole", f"{run}/export")
+    check_vllm_layout(run / "export", shards=True)
+    assert torch.equal(logps(plainly(exported.uri)), logps(model))
+    with pytest.raises(UserError, match="not with adapters"):
+        export(run, adapter=True, output=str(tmp_path / "adapter"))
+
+
+def test_lora_merged_and_as_adapters(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    recipe = tiny_recipe(tmp_path, "lora", model={"lora": {"r": 4}})
+    model = trained(recipe)
+    expected = logps(model)
+    run = finished_run(recipe, model)
+    base = plainly(resolve(recipe.model.id))
+    assert (logps(base) - expected).abs().max() > 0.1, "the adapters do nothing"
+    merged = plainly(export(run).uri)
+    check_vllm_layout(run / "export")
+    assert (logps(merged) - expected).abs().max() < LOGPS
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight, "tied ones stay tied"
+    adapter = export(run, adapter=True, output=str(tmp_path / "adapter"))
+    for folder in (run / "final", Path(adapter.uri)):
+        # A config.json there would have transformers look for the whole model's weights beside it.
+        assert not (folder / "config.json").exists()
+        assert all(
+            name.startswith("base_model.model.model.text_model.") for name in load_file(folder / ADAPTER_WEIGHTS)
+        )
+        assert (logps(plainly(folder)) - expected).abs().max() < LOGPS
+        assert (logps(PeftModel.from_pretrained(base, folder)) - expected).abs().max() < LOGPS
+        assert type(load_processor(str(folder), None)).__name__ == "Idefics3Processor"
+        base = plainly(resolve(recipe.model.id))
+
+
+def test_rslora_dora_and_modules_trained_in_full(tmp_path: Path) -> None:
+    """The head, tied in the base, is trained apart from the embeddings here, and must come back so."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapt(model: Any) -> Any:
+        targets = [r"model.text_model.layers.0.self_attn.q_proj", "model.text_model.layers.1.mlp.down_proj"]
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=4, lora_alpha=8, use_rslora=True, use_dora=True, target_modules=targets,
+                modules_to_save=["lm_head", "modality_projection"],
+            ),
+        )  # fmt: skip
+
+    recipe = tiny_recipe(tmp_path, "dora", model={"lora": {"r": 4, "use_dora": True, "modules_to_save": ["lm_head"]}})
+    plain = recipe.model.model_copy(update={"lora": None})
+    model = trained(recipe.model_copy(update={"model": plain}), adapt)
+    expected = logps(model)
+    run = finished_run(recipe, model)
+    names = load_file(run / "final" / ADAPTER_WEIGHTS)
+    assert {name.rsplit(".", 2)[-1] for name in names} >= {"lora_magnitude_vector", "weight"}
+    assert any("lm_head" in name for name in names)
+    assert any("modality_projection" in name for name in names)
+    assert (logps(load_adapted(called_directly(recipe.model), run / "final", CPU, 1)) - expected).abs().max() < LOGPS
+    merged = plainly(export(run).uri)
+    assert (logps(merged) - expected).abs().max() < LOGPS
+    assert not merged.config.tie_word_embeddings
+    assert not torch.equal(merged.get_output_embeddings().weight, merged.get_input_embeddings().weight)
+
+
+def test_adapters_of_a_tied_head_leave_the_embeddings_alone(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "head", model={"lora": {"r": 4, "target_modules": ["lm_head", "q_proj"]}})
+    model = trained(recipe)
+    run = finished_run(recipe, model)
+    assert (logps(plainly(export(run).uri)) - logps(model)).abs().max() < LOGPS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_qlora_merges_into_the_weights_it_was_trained_on(tmp_path: Path, dtype: str) -> None:
+    recipe = tiny_recipe(tmp_path, "qlora", model={"lora": {"r": 4}, "quantization": {}, "dtype": dtype})
+    model = trained(recipe)
+    run = finished_run(recipe, model)
+    merged = plainly(export(run).uri, dtype="auto")
+    check_vllm_layout(run / "export")
+    assert merged.dtype == getattr(torch, dtype)
+    assert not any(type(parameter).__name__ == "Params4bit" for parameter in merged.parameters())
+    off = (logps(merged).float() - logps(model).float()).abs()
+    onto_original = (logps(plainly(run / "final", dtype=dtype)).float() - logps(model).float()).abs()
+    if dtype == "float32":
+        assert off.max() < LOGPS_4_BITS
+    else:  # a merged weight is rounded to 8 bits of precision; what quantisation costs is many times that
+        assert off.mean() < 0.2 * onto_original.mean()
+    assert onto_original.max() > 0.1
+
+
+def test_the_card_tells_what_was_made_and_no_secret(tmp_path: Path) -> None:
+    data = {
+        "train": {"/secret/place/mine.jsonl": 1, "/secret/other/mine.jsonl": 2, "hf://datasets/some/pairs": 1,
+                  "s3://bucket-of-ours/a/b.parquet": 1},
+        "eval": "/secret/held.jsonl", "image_root": "/secret/photos",
+    }  # fmt: skip
+    recipe = tiny_recipe(tmp_path, "card", model={"lora": {"r": 4}}, data=data)
+    run = finished_run(recipe, load_model(recipe.model, CPU, 0))
+    for adapter in (False, True):
+        folder = Path(export(run, adapter=adapter, overwrite=True).uri)
+        text = (folder / "README.md").read_text()
+        for hidden in ("secret", "bucket-of-ours", str(tmp_path), str(Path.home()), resolve(recipe.model.id)):
+            assert hidden not in text
+        card = ModelCard(text)
+        assert card.data.pipeline_tag == "image-text-to-text"
+        assert card.data.library_name == ("peft" if adapter else "transformers")
+        assert card.data.datasets == ["some/pairs"]
+        assert {"orpo", "lora"} <= set(card.data.tags)
+        values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+        assert (values["preference accuracy"], values["grounding gap"]) == (0.875, 0.375)
+        for said in ("1,234 pairs", "48 held-out", "too_long 1", "mine.jsonl (2)", "vllm serve", "beta: 0.5"):
+            assert said in text
+    # A whole model and adapters in one folder would be read as either.
+    assert not (folder / "config.json").exists()
+
+
+def test_a_run_without_held_out_pairs_says_so(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run", model={"lora": {"r": 4}})
+    run = finished_run(recipe, load_model(recipe.model, CPU, 0))
+    (run / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1.0}\n')
+    shutil.rmtree(run / "checkpoint_1")
+    text = (Path(export(run, adapter=True).uri) / "README.md").read_text()
+    assert "Not evaluated" in text
+    assert ModelCard(text).data.eval_results is None
+
+
+def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run", model={"lora": {"r": 4}})
+    run = finished_run(recipe, load_model(recipe.model, CPU, 0))
+    first = export(run, adapter=True)
+    with pytest.raises(UserError, match="stands there already"):
+        export(run)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_text("dear")
+    for overwrite, said in ((False, "stands there already"), (True, "not an export")):
+        with pytest.raises(UserError, match=said):
+            export(run, output=str(tmp_path / "mine"), overwrite=overwrite)
+    assert (tmp_path / "mine" / "photo.jpg").exists()
+    for own in (run, run / "final"):
+        with pytest.raises(UserError, match="the run's own folder"):
+            export(run, output=str(own), overwrite=True)
+    (run / "final" / ADAPTER_WEIGHTS).write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be"):
+        export(run, overwrite=True)
+    assert sorted(path.name for path in Path(first.uri).iterdir()) == first.files, "the old one stands as it was"
+    assert not (run / ".export").exists()
+
+
+def test_an_unfinished_run_is_one_message(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run", model={"lora": {"r": 4}})
+    run = finished_run(recipe, load_model(recipe.model, CPU, 0))
+    for name in LAST_OF_A_MODEL:
+        (run / "final" / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"not finished(.|\n)*orpo-ray train"):
+        export(run)
+    with pytest.raises(UserError, match="is not a run"):
+        export(tmp_path)
