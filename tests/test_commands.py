@@ -43,6 +43,7 @@ def orpo_ray(
         (["train", str(ROOT / "recipes/quickstart.yaml"), "data.image_root=/none"], "data.image_root: no such folder"),
         (["train", str(ROOT / "recipes/quickstart.yaml"), "checkpoint.storage=file"], "checkpoint.storage"),
         (["evaluate", "nowhere"], "is neither a run"),
+        (["export", "nowhere"], "is not a run"),
         (["evaluate", "broken-run"], "is not valid YAML"),
         (["tune", str(ROOT / "recipes/quickstart.yaml"), "data.eval=[]"], "held-out pairs"),
     ],
@@ -105,6 +106,35 @@ def test_train_then_evaluate(tmp_path: Path, dead_cluster: dict[str, str]) -> No
     for name in ("eval/rewards/accuracies", "eval/nll_loss", "eval/grounding_gap"):
         assert results[0][name] == pytest.approx(logged[name], abs=1e-5)
     assert results[1]["eval/nll_loss"] == pytest.approx(results[0]["eval/nll_loss"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_train_adapters_then_export_them(tmp_path: Path, dead_cluster: dict[str, str]) -> None:
+    """Trained on a base in 4 bits; scored as it was in the run, as one merged model, and as adapters by themselves."""
+    quickstart = str(ROOT / "recipes/quickstart.yaml")
+    options = [*TINY_OVERRIDES, "model.lora.r=4", "model.quantization={}", "optim.learning_rate=1e-2"]
+    trained = orpo_ray("train", quickstart, *options, cwd=tmp_path, env=dead_cluster)
+    assert trained.returncode == 0, trained.stderr
+    run_dir = tmp_path / "runs" / "quickstart"
+    assert f"orpo-ray export {run_dir}" in trained.stderr
+    results = {}
+    for target, flags in (("merged", []), ("adapter", ["--adapter"])):
+        arguments = ["export", "runs/quickstart", *flags, "--output", target, "--json"]
+        exported = orpo_ray(*arguments, cwd=tmp_path)
+        assert exported.returncode == 0, exported.stderr
+        assert json.loads(exported.stdout)["uri"] == str(tmp_path / target)
+    data = ["data.eval=easy-vqa:test", "data.shuffle_window=64", "data.max_length=128", "orpo.beta=0.5"]
+    for target, extra in (
+        (str(run_dir), []), ("merged", data), ("adapter", [*data, "model.quantization={}"])
+    ):  # fmt: skip
+        evaluated = orpo_ray("evaluate", target, *extra, "eval.max_pairs=24", "--json", cwd=tmp_path)
+        assert evaluated.returncode == 0, evaluated.stderr
+        results[target] = json.loads(evaluated.stdout)
+    logged = [line for line in map(json.loads, (run_dir / "metrics.jsonl").open()) if "eval/loss" in line][-1]
+    for name in ("eval/rewards/accuracies", "eval/nll_loss", "eval/rewards/margins", "eval/grounding_gap"):
+        for scores in results.values():
+            assert scores[name] == pytest.approx(logged[name], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -26,10 +26,9 @@ from orpo_ray.run_folder import LAST_OF_A_MODEL
 from orpo_ray.sections import ModelSection
 
 CPU = torch.device("cpu")
-LOGPS = 1e-4  # the bound that a merge must keep; 5e-6 is seen
-# Of log-probs, merged from the dequantised base against compute in 4 bits, both in float32: one and the same weights,
-# so the same rounding as without quantisation. The base's original weights are off by 1e-1 (asserted too).
-LOGPS_4_BITS = 1e-4
+# What a merge may cost a log-prob in float32, where 2e-6 is seen. The same holds for a base in 4 bits, since merged and
+# unmerged multiply by the same dequantised weights; put on the base's original weights, the adapters are off by 0.5.
+LOGPS = 1e-4
 METRICS = {
     "step": 10, "eval/rewards/accuracies": 0.875, "eval/rewards/accuracies_exchanged": 0.5, "eval/grounding_gap": 0.375,
     "eval/rewards/margins": 0.25, "eval/nll_loss": 0.125, "eval/pairs": 48,
@@ -200,9 +199,9 @@ def test_qlora_merges_into_the_weights_it_was_trained_on(tmp_path: Path, dtype: 
     off = (logps(merged).float() - logps(model).float()).abs()
     onto_original = (logps(plainly(run / "final", dtype=dtype)).float() - logps(model).float()).abs()
     if dtype == "float32":
-        assert off.max() < LOGPS_4_BITS
-    else:  # a merged weight is rounded to 8 bits of precision; what quantisation costs is many times that
-        assert off.mean() < 0.2 * onto_original.mean()
+        assert off.max() < LOGPS
+    else:  # a weight of 8 bits of precision is rounded once: 0.007 is seen, with and without quantisation
+        assert off.mean() < 0.02
     assert onto_original.max() > 0.1
 
 

@@ -40,9 +40,9 @@ class Hub(BaseHTTPRequestHandler):
             self._json({"error": "Invalid username or password."}, 401)
         elif path == "/api/whoami-v2":
             self._json({"name": "owner", "type": "user", "orgs": []})
-        elif path.startswith("/api/models/") and (found := self.repositories.get(path.split("/revision/")[0][12:])):
-            files = [{"rfilename": name} for name in found["files"]]
-            self._json({"id": path[12:], "sha": COMMIT, "siblings": files, "private": found["private"]})
+        elif "/tree/" in path and (found := self.repositories.get(path.split("/tree/")[0][12:])):
+            entries = found["files"].items()
+            self._json([{"type": "file", "path": name, "size": len(data), "oid": "o"} for name, data in entries])
         else:
             self._json({"error": "Not found"}, 404)
 
@@ -138,53 +138,78 @@ def hub() -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     thread.join()
 
 
-def export(run: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+EXPORT = """
+import io, json, os, sys
+from rich.console import Console
+from orpo_ray.errors import UserError
+from orpo_ray.results.export import ExportOptions, export_run
+run, *attempts = sys.argv[1:]
+answers = []
+for attempt in attempts:
+    token, push, adapter = json.loads(attempt)
+    os.environ["HF_TOKEN"] = token
+    try:
+        options = ExportOptions(push=push, adapter=adapter, overwrite=True)
+        exported = export_run(run, options, Console(file=sys.stderr))
+        answers.append([exported.url, exported.files])
+    except UserError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
+CHECK = """
+import sys
+from orpo_ray.errors import UserError
+from orpo_ray.results.publishing import check_can_push
+try:
+    check_can_push("owner/model")
+except UserError as error:
+    print(error)
+"""
+
+
+def answer_of(script: str, *arguments: str, **environment: str) -> str:
+    """What a process of its own prints: the client reads its settings when it is imported."""
     own = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | environment
-    command = [sys.executable, "-m", "orpo_ray", "export", str(run), "--overwrite", "--json", *options]
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+    return done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_push_makes_a_private_model_and_refusals_are_one_message(
     hub: tuple[str, dict[str, dict[str, Any]]], tmp_path: Path
 ) -> None:
     address, repositories = hub
+    # What an older model left there would be read along with a new one.
+    repositories["owner/old"] = {"private": False, "files": {"model-00001-of-00002.safetensors": b"old"}}
     recipe = tiny_recipe(tmp_path, "run", model={"lora": {"r": 4}})
     run = finished_run(recipe, trained(recipe))
-    known = {"HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
-    pushed = export(run, "--push", "owner/model", **known)
-    assert pushed.returncode == 0, pushed.stderr
-    answer = json.loads(pushed.stdout)
-    assert answer["url"] == f"{address}/owner/model"
-    model = repositories["owner/model"]
-    assert model["private"]
-    assert sorted(model["files"]) == answer["files"]
-    for name in answer["files"]:
-        assert model["files"][name] == (run / "export" / name).read_bytes()
-    assert load(model["files"]["model.safetensors"])
-    assert b'from_pretrained("owner/model"' in model["files"]["README.md"]
-
-    # What an older model left there would be read along with a new one.
-    model["files"]["model-00001-of-00002.safetensors"] = b"old"
-    again = export(run, "--push", "owner/model", **known)
-    assert again.returncode == 0, again.stderr
-    assert sorted(model["files"]) == answer["files"]
-
-    refused = export(run, "--push", "other/model", **known)
-    assert refused.returncode == 2
-    assert "the hub answers 403; the export itself is whole" in refused.stderr
+    attempts = [
+        (TOKEN, "owner/model", False), (TOKEN, "owner/old", False), (TOKEN, "other/model", False),
+        ("hf_wrong", "owner/model", False), ("", "owner/model", False), (TOKEN, "model", False),
+        (TOKEN, "owner/model", True),
+    ]  # fmt: skip
+    home = {"HF_HOME": str(tmp_path / "hf")}
+    printed = answer_of(EXPORT, str(run), *map(json.dumps, attempts), HF_ENDPOINT=address, **home)
+    new, old, refused, wrong, none, unnamed, local = json.loads(printed)
+    for name, (url, files) in (("owner/model", new), ("owner/old", old)):
+        assert url == f"{address}/{name}"
+        assert sorted(repositories[name]["files"]) == files
+        for file in set(files) - {"README.md"}:
+            assert repositories[name]["files"][file] == (run / "export" / file).read_bytes()
+        assert load(repositories[name]["files"]["model.safetensors"])
+        assert f'from_pretrained("{name}"' in repositories[name]["files"]["README.md"].decode()
+    assert repositories["owner/model"]["private"]
+    assert "the hub answers 403; the export itself is whole" in refused
     assert (run / "export" / "model.safetensors").is_file()
-    for environment, said in (
-        ({"HF_TOKEN": "hf_wrong"}, "the hub answers 401"),
-        ({"HF_TOKEN": ""}, "there is no token"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
-        ({"HF_HUB_OFFLINE": "1"}, "told to be offline"),
-    ):
-        done = export(run, "--push", "owner/model", **(known | environment))
-        assert done.returncode == 2
-        assert said in done.stderr
-    assert "is not a repository's name" in export(run, "--push", "model", **known).stderr
-    assert "base model is not on the hub" in export(run, "--adapter", "--push", "owner/model", **known).stderr
-    assert list(repositories) == ["owner/model"]
+    assert "the hub answers 401" in wrong
+    assert "there is no token" in none
+    assert "is not a repository's name" in unnamed
+    assert "base model is not on the hub" in local
+    assert sorted(repositories) == ["owner/model", "owner/old"]
+    token = {"HF_TOKEN": TOKEN}
+    assert "cannot be reached" in answer_of(CHECK, HF_ENDPOINT="http://127.0.0.1:9", **token, **home)
+    assert "told to be offline" in answer_of(CHECK, HF_ENDPOINT=address, **token, **home, HF_HUB_OFFLINE="1")

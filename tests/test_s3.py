@@ -15,16 +15,20 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import losses, tiny_recipe, write_pairs
 from rich.console import Console
 from s3_server import BUCKET, Faults, s3_server
+from test_export import finished_run
 from test_sources import ids_of, read_all, rows, spec_of, write_jsonl, write_tar
 from test_training import last_step, wait_until
 
 from orpo_ray.data.images import load_image
 from orpo_ray.data.sources import list_sources
 from orpo_ray.errors import BadRow, UserError
+from orpo_ray.model.loading import load_model
 from orpo_ray.results.evaluate import evaluate_run
+from orpo_ray.results.export import ExportOptions, export_run
 from orpo_ray.run_folder import RunFolder
 from orpo_ray.storage import TooLarge, folder_of, locate, read_bytes
 from orpo_ray.training.launch import launch_training
@@ -103,13 +107,36 @@ def test_a_remote_run_folder_grows_by_pushes(s3: Faults, tmp_path: Path) -> None
         (folder.path / ".final" / name).write_text(name)
     folder.place(folder.path / ".final", "final")
     again = RunFolder(folder.uri)
-    assert again.has("final/config.json")
+    assert again.has_model("final")
+    assert not again.has_model("fin")
     again.pull("metrics.jsonl", "final")
     assert (again.path / "metrics.jsonl").read_text() == "1\n"
     assert (again.path / "final" / "model.safetensors").read_text() == "model.safetensors"
+    # Another one in its place leaves nothing of it: a folder with both kinds would be read as either.
+    (folder.path / ".final").mkdir()
+    (folder.path / ".final" / "adapter_config.json").write_text("{}")
+    folder.place(folder.path / ".final", "final")
+    assert again.has_model("final")
+    assert not again.has("final/config.json")
     mirror = again.path
     del again
     assert not mirror.exists()
+
+
+def test_a_run_in_s3_is_exported_there(s3: Faults, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "adapted", model={"lora": {"r": 4}})
+    upload(finished_run(recipe, load_model(recipe.model, torch.device("cpu"), 0)), "runs/adapted")
+    s3.active = True
+    folder = RunFolder(f"s3://{BUCKET}/runs/adapted")
+    for options in (ExportOptions(), ExportOptions(adapter=True, overwrite=True)):
+        exported = export_run(folder.uri, options, Console(file=io.StringIO()))
+        assert exported.uri == f"{folder.uri}/export"
+        again = RunFolder(folder.uri)
+        again.pull("export")
+        assert sorted(path.name for path in (again.path / "export").iterdir()) == exported.files
+        assert "1,234 pairs" in (again.path / "export" / "README.md").read_text()
+    with pytest.raises(UserError, match="stands there already"):
+        export_run(folder.uri, ExportOptions(), Console(file=io.StringIO()))
 
 
 def without_cluster() -> dict[str, str]:

@@ -178,7 +178,8 @@ def test_final_loads_in_plain_transformers_and_differs_from_the_start(
     assert model.dtype == torch.float32
 
 
-def test_lora_trains_resumes_and_merges(ray_cluster: None, tmp_path: Path) -> None:
+def test_lora_trains_resumes_and_leaves_adapters(ray_cluster: None, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
 
     from orpo_ray.model.loading import resolve
@@ -194,12 +195,22 @@ def test_lora_trains_resumes_and_merges(ray_cluster: None, tmp_path: Path) -> No
     with one_worker_killed(killed):
         run(killed)
     same_curve(Path(killed.run_uri), losses(Path(whole.run_uri)))
+    finals = [Path(uri) / "final" for uri in (whole.run_uri, killed.run_uri)]
+    adapters, others = [load_file(final / "adapter_model.safetensors") for final in finals]
+    assert adapters.keys() == others.keys()
+    for name, value in adapters.items():
+        assert "text_model.layers" in name
+        assert value.abs().max() > 0, f"{name} was not trained, or not gathered"
+        assert torch.allclose(value, others[name], atol=1e-3), name
     start = dict(AutoModelForImageTextToText.from_pretrained(resolve("orpo-ray/tiny-smolvlm")).named_parameters())
-    merged = dict(AutoModelForImageTextToText.from_pretrained(Path(whole.run_uri) / "final").named_parameters())
-    assert merged.keys() == start.keys()
-    changed = {name for name, value in merged.items() if not torch.equal(value, start[name])}
-    assert changed
-    assert all("text_model.layers" in name for name in changed)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(finals[0], output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    held = {name.replace(".base_layer", ""): value for name, value in loaded.named_parameters()}
+    assert sum("lora_" in name for name in held) == len(adapters)
+    assert {name for name in held if "lora_" not in name} == start.keys()
+    assert all(torch.equal(held[name], value) for name, value in start.items())
+    assert run(killed).was_finished
 
 
 def test_bfloat16_trains_too(ray_cluster: None, tmp_path: Path) -> None:
