@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +49,16 @@ def called_directly(section: ModelSection) -> ModelSection:
     return section.model_copy(update={"attention": "concatenated"})
 
 
-def trained(recipe: Recipe, adapt: Callable[[Any], Any] = lambda model: model) -> Any:
+def trained(recipe: Recipe) -> Any:
     """The recipe's model after some steps of an optimizer on random tokens."""
-    model = adapt(load_model(called_directly(recipe.model), CPU, 0))
+    model: Any = load_model(called_directly(recipe.model), CPU, 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         ids = torch.randint(20, 250, (2, 24), generator=generator)
-        model(input_ids=ids, labels=ids).loss.backward()
+        ids[:, 4:20] = model.config.image_token_id
+        pixels = torch.rand(2, 1, 3, 64, 64, generator=generator).to(model.dtype)
+        model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -151,40 +152,22 @@ def test_lora_merged_and_as_adapters(tmp_path: Path) -> None:
 
 
 def test_rslora_dora_and_modules_trained_in_full(tmp_path: Path) -> None:
-    """The head, tied in the base, is trained apart from the embeddings here, and must come back so."""
-    from peft import LoraConfig, get_peft_model
+    from peft import PeftModel
 
-    def adapt(model: Any) -> Any:
-        targets = [r"model.text_model.layers.0.self_attn.q_proj", "model.text_model.layers.1.mlp.down_proj"]
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=4, lora_alpha=8, use_rslora=True, use_dora=True, target_modules=targets,
-                modules_to_save=["lm_head", "modality_projection"],
-            ),
-        )  # fmt: skip
-
-    recipe = tiny_recipe(tmp_path, "dora", model={"lora": {"r": 4, "use_dora": True, "modules_to_save": ["lm_head"]}})
-    plain = recipe.model.model_copy(update={"lora": None})
-    model = trained(recipe.model_copy(update={"model": plain}), adapt)
+    lora = {"r": 4, "alpha": 8, "use_rslora": True, "use_dora": True, "modules_to_save": ["connector"]}
+    recipe = tiny_recipe(tmp_path, "dora", model={"lora": lora})
+    model = trained(recipe)
     expected = logps(model)
     run = finished_run(recipe, model)
-    names = load_file(run / "final" / ADAPTER_WEIGHTS)
-    assert {name.rsplit(".", 2)[-1] for name in names} >= {"lora_magnitude_vector", "weight"}
-    assert any("lm_head" in name for name in names)
-    assert any("modality_projection" in name for name in names)
+    names = set(load_file(run / "final" / ADAPTER_WEIGHTS))
+    assert any("lora_magnitude_vector" in name for name in names)
+    assert any("connector" in name for name in names)
     assert (logps(load_adapted(called_directly(recipe.model), run / "final", CPU, 1)) - expected).abs().max() < LOGPS
-    merged = plainly(export(run).uri)
-    assert (logps(merged) - expected).abs().max() < LOGPS
-    assert not merged.config.tie_word_embeddings
-    assert not torch.equal(merged.get_output_embeddings().weight, merged.get_input_embeddings().weight)
-
-
-def test_adapters_of_a_tied_head_leave_the_embeddings_alone(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, "head", model={"lora": {"r": 4, "target_modules": ["lm_head", "q_proj"]}})
-    model = trained(recipe)
-    run = finished_run(recipe, model)
-    assert (logps(plainly(export(run).uri)) - logps(model)).abs().max() < LOGPS
+    # Not from_pretrained of the folder: transformers 5.23 does not find DoRA's magnitudes, and says so.
+    alone = PeftModel.from_pretrained(plainly(resolve(recipe.model.id)), run / "final")
+    assert (logps(alone) - expected).abs().max() < LOGPS
+    assert (logps(plainly(export(run).uri)) - expected).abs().max() < LOGPS
+    check_vllm_layout(run / "export")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

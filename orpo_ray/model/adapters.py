@@ -82,6 +82,10 @@ def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -
     own = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     if own or result.unexpected_keys:
         raise _does_not_fit(folder, f"missing {own[:3]}, unexpected {list(result.unexpected_keys)[:3]}")
+    if not autocast:
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:  # those beside 4-bit weights were made in float32
+                parameter.data = parameter.data.to(adapted.get_base_model().dtype)
     return adapted
 
 
@@ -101,7 +105,9 @@ def quantized_base(section: ModelSection, dtype: str) -> dict[str, Any]:
 
     assert section.quantization is not None
     try:
-        config = AutoConfig.from_pretrained(resolve(section.id), revision=section.revision)
+        config = AutoConfig.from_pretrained(
+            resolve(section.id), revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be loaded: {error}", field="model.id", value=section.id) from None
     options = quantization_config(section.quantization, family_of(config.model_type), getattr(torch, dtype)).to_dict()

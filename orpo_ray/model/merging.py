@@ -15,7 +15,6 @@ from torch import nn
 from orpo_ray.errors import UserError
 from orpo_ray.model.adapters import with_adapter
 from orpo_ray.model.loading import load_model
-from orpo_ray.model.quantizing import is_quantized
 from orpo_ray.sections import ModelSection
 
 # Nothing is trained, and any model can do it.
@@ -38,12 +37,10 @@ def merged_model(section: ModelSection, folder: Path, seed: int) -> Any:
     dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
     # In float32 the sum is rounded once, when it becomes a weight of the base's type.
     adapted = with_adapter(base, folder, autocast=True)
-    _part_head_from_embeddings(adapted.get_base_model())
     model = adapted.merge_and_unload()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
         parameter.requires_grad_(False)
-    _say_whether_tied(model)
     model.config.use_cache = True  # off for training only
     return model.eval()
 
@@ -71,8 +68,9 @@ def trained_dtype(section: ModelSection, folder: Path) -> str:
 def dequantize(model: Any) -> None:
     """Make every 4-bit layer a plain one, on the CPU, with the weights that it multiplied by."""
     from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
-    for name in [name for name, module in model.named_modules() if is_quantized(module)]:
+    for name in [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]:
         layer = model.get_submodule(name)
         with torch.device("meta"):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
@@ -83,19 +81,3 @@ def dequantize(model: Any) -> None:
         model.set_submodule(name, plain)
     # Else transformers goes on taking it for a quantised one, and refuses to move it.
     model.hf_quantizer.remove_quantization_config(model)
-
-
-def _part_head_from_embeddings(model: Any) -> None:
-    """Adapters of a head that is tied to the embeddings are no change of the embeddings: give it its own weight."""
-    head = model.get_output_embeddings()
-    base = getattr(head, "base_layer", None)
-    if base is not None and base.weight is model.get_input_embeddings().weight:
-        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-
-
-def _say_whether_tied(model: Any) -> None:
-    """A head that was trained apart from the embeddings must not be tied to them again when it is loaded."""
-    text = model.config.get_text_config()
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is not embeddings.weight and (model.config.tie_word_embeddings or text.tie_word_embeddings):
-        model.config.tie_word_embeddings = text.tie_word_embeddings = False
