@@ -19,6 +19,8 @@ from orpo_ray.storage import is_remote, list_files, locate, patiently, read_byte
 DATA_CHECK = "data_check.json"
 # The file that is written last, of a whole model's folder and of an adapters' folder: where it stands, all does.
 LAST_OF_A_MODEL = ("config.json", "adapter_config.json")
+# A model is fetched in pieces, each tried again by itself: as a whole it would begin anew at every lost connection.
+PIECE_BYTES = 64 << 20
 
 
 class RunFolder:
@@ -61,17 +63,19 @@ class RunFolder:
     def pull(self, *names: str) -> None:
         """Bring files and folders, as far as they are there, to this machine."""
         for name in names:
-            kind = self._kind(name) if self.is_remote else pafs.FileType.NotFound
-            if kind != pafs.FileType.NotFound:
-                target = self.path / name
-                (target if kind == pafs.FileType.Directory else target.parent).mkdir(parents=True, exist_ok=True)
-                self._copy(self._there(name), self.path / name, here=True)
+            for file, size in self._files(name) if self.is_remote else []:
+                target = self.path / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as local:
+                    for offset in range(0, size, PIECE_BYTES):
+                        length = min(PIECE_BYTES, size - offset)
+                        local.write(read_bytes(f"{self.uri}/{file}", offset, length))
 
     def push(self, *names: str) -> None:
         """Write files of this machine to the folder, over what is there."""
         for name in names:
             if self.is_remote and (self.path / name).exists():
-                self._copy(self._there(name), self.path / name, here=False)
+                self._send(self.path / name, self._there(name))
 
     def place(self, scratch: Path, name: str) -> None:
         """Make a model's folder that was written at `scratch` the run's `name`: whole, or not there at all."""
@@ -83,8 +87,17 @@ class RunFolder:
             filesystem, _ = locate(self.uri, "checkpoint.storage")
             patiently(filesystem.delete_dir, self._there(name))
         for file in sorted(scratch.iterdir(), key=lambda file: file.name in LAST_OF_A_MODEL):
-            self._copy(self._there(f"{name}/{file.name}"), file, here=False)
+            self._send(file, self._there(f"{name}/{file.name}"))
         shutil.rmtree(scratch)
+
+    def _files(self, name: str) -> list[tuple[str, int]]:
+        """A file, or every file in a folder, with its size."""
+        filesystem, _ = locate(self.uri, "checkpoint.storage")
+        above = self._there(name)
+        found = [patiently(filesystem.get_file_info, above)]
+        if found[0].type == pafs.FileType.Directory:
+            found = patiently(filesystem.get_file_info, pafs.FileSelector(above, recursive=True))
+        return [(name + info.path.removeprefix(above), info.size) for info in found if info.type == pafs.FileType.File]
 
     def _there(self, name: str) -> str:
         """The path of a file on the folder's filesystem."""
@@ -94,9 +107,6 @@ class RunFolder:
         filesystem, _ = locate(self.uri, "checkpoint.storage")
         return patiently(filesystem.get_file_info, self._there(name)).type
 
-    def _copy(self, remote: str, local: Path, here: bool) -> None:
-        there, _ = locate(self.uri, "checkpoint.storage")
-        disk = pafs.LocalFileSystem()
-        source, target = (remote, str(local)) if here else (str(local), remote)
-        filesystems = (there, disk) if here else (disk, there)
-        patiently(pafs.copy_files, source, target, *filesystems)
+    def _send(self, local: Path, remote: str) -> None:
+        filesystem, _ = locate(self.uri, "checkpoint.storage")
+        patiently(pafs.copy_files, str(local), remote, pafs.LocalFileSystem(), filesystem)
