@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pairs_by_hand import make_pair, run_as, tiny_pair_model
+from pairs_by_hand import CROSS, make_pair, run_as, tiny_pair_model
 from typer.testing import CliRunner
 
 from orpo_ray.cli import app
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.model.known_shapes import KNOWN_SHAPES
+from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.planning import activations
 from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.planning.gpus import priced
+from orpo_ray.planning.plan import Options, plan
 from orpo_ray.planning.states import Weight, Weights, states
+from orpo_ray.recipe import parse_recipe
 
 
 @pytest.mark.parametrize("name", KNOWN_SHAPES)
@@ -123,3 +126,14 @@ def test_wrong_prices_are_one_message() -> None:
     for wrong in ("A100=2", "T4=1", "H100", "H100=cheap", "=1"):
         with pytest.raises(UserError):
             priced([wrong])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in TINY_FAMILIES if name not in CROSS])
+def test_every_family_that_shares_prefixes_is_planned_from_its_config_alone(family: str, tmp_path: Path) -> None:
+    TINY_FAMILIES[family]().config().save_pretrained(tmp_path)
+    raw = {"name": "x", "model": {"id": str(tmp_path)}, "data": {"train": "easy-vqa:train", "max_length": 16384}}
+    report = plan(parse_recipe(raw | {"checkpoint": {"storage": str(tmp_path)}}), Options())
+    assert report["model"]["parameters"] == sum(p.numel() for p in TINY_FAMILIES[family]().model().parameters())
+    assert report["step"]["pair"]["image"] > 0
+    assert all(memory["activations"] > 0 for memory in report["memory"].values())

@@ -27,11 +27,17 @@ def image_shape(config: Any, tokens: int | None = None) -> ImageShape:
     vision = config.vision_config
     if config.model_type.startswith("qwen"):
         return _by_patches(config, tokens)
-    side, patches = vision.image_size, vision.image_size // vision.patch_size
+    if vision.model_type == "pixtral":
+        return _by_rows(config, tokens)
+    side, patch = (value if isinstance(value, int) else value[0] for value in (vision.image_size, vision.patch_size))
+    patches = side // patch
     match config.model_type:
         case "smolvlm" | "idefics3":
             # A photo is enlarged and cut into 4 x 3 tiles, and comes whole besides.
             return _by_tiles(side, patches**2 // config.scale_factor**2, 13, tokens)
+        case "internvl":
+            # As many tiles as fit the shape of a photo, up to 12, and the whole.
+            return _by_tiles(side, int((patches * config.downsample_ratio) ** 2), 13, tokens)
         case "idefics2":
             latents = config.perceiver_config.resampler_n_latents
             pixels = np.zeros((1, 3, side * 3 // 4, side), np.uint8)
@@ -40,12 +46,7 @@ def image_shape(config: Any, tokens: int | None = None) -> ImageShape:
         case "gemma3":
             return _by_tiles(side, config.mm_tokens_per_image, 1, None)
         case "llava_next" | "llava_onevision":
-            # The whole image, and 2 x 2 tiles of which a photo fills three quarters, with a token at each line's end.
-            shape = _by_tiles(side, patches**2, 5, None)
-            lines = 2 * patches * 3 // 4
-            found = patches**2 + lines * (2 * patches + 1)
-            sizes = {"image_sizes": np.asarray([[HEIGHT, WIDTH]])}
-            return ImageShape(found, shape.vision | sizes, "5 tiles")
+            return _by_grid(config, side, patches)
         case _:
             return _by_tiles(side, patches**2, 1, None)
 
@@ -58,15 +59,44 @@ def _by_tiles(side: int, each: int, tiles: int, tokens: int | None) -> ImageShap
     return ImageShape(tiles * each, {"pixel_values": np.zeros((tiles, 3, side, side), np.uint8)}, how)
 
 
+def _by_grid(config: Any, side: int, patches: int) -> ImageShape:
+    """LLaVA-1.6: the whole image, and the tiles of the best grid without their padding, a token at each line's end."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    high, wide = select_best_resolution((HEIGHT, WIDTH), config.image_grid_pinpoints)
+    shape = _by_tiles(side, patches**2, 1 + (high // side) * (wide // side), None)
+    lines, columns = patches * high // side, patches * wide // side
+    if columns / lines < WIDTH / HEIGHT:
+        lines -= (lines - int(HEIGHT * columns / WIDTH)) // 2 * 2
+    else:
+        columns -= (columns - int(WIDTH * lines / HEIGHT)) // 2 * 2
+    sizes = {"image_sizes": np.asarray([[HEIGHT, WIDTH]])}
+    return ImageShape(patches**2 + lines * (columns + 1), shape.vision | sizes, shape.how)
+
+
+def _by_rows(config: Any, tokens: int | None) -> ImageShape:
+    """Pixtral: in its own size, one row of tokens below the other."""
+    cell = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+    width, height = _grid(WIDTH // cell, HEIGHT // cell, tokens)
+    pixels = np.zeros((1, 3, height * cell, width * cell), np.uint8)
+    sizes = np.asarray([[height * cell, width * cell]])
+    return ImageShape(width * height, {"pixel_values": pixels, "image_sizes": sizes}, f"{width} x {height} tokens")
+
+
+def _grid(width: int, height: int, tokens: int | None) -> tuple[int, int]:
+    """Of a photo, or of its shape with so many tokens."""
+    if tokens is None:
+        return max(1, width), max(1, height)
+    width = max(1, round((tokens * WIDTH / HEIGHT) ** 0.5))
+    return width, max(1, round(tokens / width))
+
+
 def _by_patches(config: Any, tokens: int | None) -> ImageShape:
     """As many patches as the image has room for."""
     vision = config.vision_config
     merge = vision.spatial_merge_size
     cell = vision.patch_size * merge
-    width, height = round(WIDTH / cell), round(HEIGHT / cell)
-    if tokens is not None:
-        width = max(1, round((tokens * WIDTH / HEIGHT) ** 0.5))
-        height = max(1, round(tokens / width))
+    width, height = _grid(round(WIDTH / cell), round(HEIGHT / cell), tokens)
     count = width * height * merge**2
     pixels = np.zeros((count, 3 * vision.temporal_patch_size * vision.patch_size**2), np.uint8)
     grid = np.asarray([[1, height * merge, width * merge]])
