@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ def ready_to_train(model: Any, section: ModelSection, seed: int) -> torch.nn.Mod
         model = add_adapters(model, section, family, seed)
     if section.gradient_checkpointing:
         # Non-reentrant: the reentrant one drops gradients when no input of a block requires one (frozen embeddings).
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in all versions that are supported
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
 

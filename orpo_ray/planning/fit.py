@@ -14,6 +14,8 @@ CONTEXT, NCCL, FRAGMENTATION = 1.0 * GIB, 0.5 * GIB, 0.1
 # Of a GPU's peak, counting what is computed anew: what well-kept trainers reach with models of some billions.
 MFU = 0.30
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
+# Fuller than this is not advised: nothing here was compared with a GPU.
+ROOM = 0.9
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ class Planner:
         flops = full.flops / full.pairs * self.pairs_per_step * self.steps
         return flops / (setting.workers * gpu.flops * self.mfu) / 3600
 
-    def fits(self, gpu: Gpu, setting: Setting) -> bool:
-        """Whether a GPU holds it."""
-        return self.memory(setting).total <= gpu.memory * GIB
+    def fits(self, gpu: Gpu, setting: Setting, share: float = 1.0) -> bool:
+        """Whether this share of a GPU holds it."""
+        return self.memory(setting).total <= share * gpu.memory * GIB
 
     def fitting(self, gpu: Gpu, setting: Setting) -> Fitting:
         """With its time and price."""
@@ -112,6 +114,6 @@ class Planner:
                 for budget in (self.budget, self.budget // 2, self.budget // 4):
                     for stage in STAGES if workers > 1 else STAGES[:1]:
                         setting = Setting(workers, stage, checkpointing, budget)
-                        if not (self.quantized and stage == 3) and self.fits(gpu, setting):
+                        if not (self.quantized and stage == 3) and self.fits(gpu, setting, ROOM):
                             return self.fitting(gpu, setting)
         return None

@@ -67,7 +67,7 @@ def _assumed(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> 
     shape = PairShape(min(PROMPT, max(2, room // 3)), ANSWER, ANSWER, 1, image.tokens, image.vision)
     assumptions = [
         f"one image a pair, a photo of {WIDTH} x {HEIGHT}: {image.tokens:,} tokens ({image.how})",
-        f"{PROMPT} tokens of text in a prompt, {ANSWER} in an answer",
+        f"{shape.prompt} tokens of text in a prompt, {ANSWER} in an answer",
     ]
     if image.tokens + PROMPT + ANSWER > recipe.data.max_length:
         assumptions.append(

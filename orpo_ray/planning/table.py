@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from orpo_ray.planning.fit import ROOM
 from orpo_ray.planning.gpus import GIB
 
 _ROWS = {
@@ -73,17 +74,20 @@ def _memory(report: dict[str, Any]) -> Table:
 
 
 def _gpus(report: dict[str, Any]) -> tuple[Table, Table]:
-    """This recipe on each type of GPU, and the least that fits on it. Two tables, for terminals of 80 columns."""
+    """This recipe on each type of GPU, and the cheapest that fits on it. Two tables, for terminals of 80 columns."""
     recipe = Table(title="\nthis recipe", title_justify="left", box=None, padding=(0, 2))
     for name, left in {"GPU": True, "GiB": False, "$/h": False, "fits": True, "time": False, "cost": False}.items():
         recipe.add_column(name, justify="left" if left else "right", no_wrap=True)
-    least = Table(title="\nthe least that fits", title_justify="left", box=None, padding=(0, 2))
+    least = Table(
+        title="\nthe cheapest that fits each, at most 90% full", title_justify="left", box=None, padding=(0, 2)
+    )
     for name in ("GPU", "setting", "time", "cost"):
         least.add_column(name, justify="left" if name in ("GPU", "setting") else "right", no_wrap=True)
     needed = report["memory"][str(report["setting"]["stage"])]["total"] / GIB
     for each in report["gpus"]:
         mine, found = each["recipe"], each["cheapest"]
-        full = f"[green]fits[/green], {needed / each['memory_gib']:.0%} full"
+        share = needed / each["memory_gib"]
+        full = f"{'[green]fits[/green]' if share <= ROOM else '[yellow]tight[/yellow]'}, {share:.0%} full"
         facts = (each["gpu"], f"{each['memory_gib']:g}", f"{each['price_per_hour']:.2f}")
         recipe.add_row(*facts, full if mine else f"[red]no[/red], {needed:,.0f} GiB", *_time_and_cost(mine))
         style = "bold green" if found is not None and found == report["cheapest"] else None

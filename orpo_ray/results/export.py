@@ -39,7 +39,8 @@ _OF_THE_MODEL = (
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """adapter: the adapters alone instead of one merged model. output: a folder or URI, by default `<run>/export`.
+    """adapter: the adapters alone instead of one merged model. output: a folder or URI, by default `<run>/export`, of
+    adapters `<run>/export-adapter`.
 
     push: OWNER/NAME on the hub. public: for a repository that is new. max_shard_size: of one file of weights, `5GB`;
     by default transformers'. overwrite: an export that stands there.
@@ -83,7 +84,7 @@ def export_run(uri: str, options: ExportOptions, console: Console) -> Exported:
     with contextlib.redirect_stdout(sys.stderr):
         run = RunFolder(uri.rstrip("/"))
         recipe = _finished_recipe(run)
-        output = _output(run, options.output)
+        output = _output(run, options)
         target, name = RunFolder(parent(output)), output.rsplit("/", 1)[-1]
         _check_output(run, output, target, name, options.overwrite)
         if options.push:
@@ -100,6 +101,8 @@ def export_run(uri: str, options: ExportOptions, console: Console) -> Exported:
             scratch.mkdir(parents=True)
             _write(scratch, run, recipe, kind, options)
             written = [path for path in scratch.rglob("*") if path.is_file()]
+            for path in written:
+                path.chmod(0o644)  # safetensors writes for the owner alone
             files = sorted(str(path.relative_to(scratch)) for path in written)
             num_bytes = sum(path.stat().st_size for path in written)
             url, refused = _push(scratch, options)
@@ -126,8 +129,9 @@ def _finished_recipe(run: RunFolder) -> Recipe:
     return parse_recipe(read_mapping(path), source=str(path))
 
 
-def _output(run: RunFolder, given: str | None) -> str:
-    output = (given or f"{run.uri}/{EXPORT}").rstrip("/")
+def _output(run: RunFolder, options: ExportOptions) -> str:
+    own = f"{EXPORT}-adapter" if options.adapter else EXPORT
+    output = (options.output or f"{run.uri}/{own}").rstrip("/")
     return output if is_remote(output) else str(Path(output).expanduser().absolute())
 
 

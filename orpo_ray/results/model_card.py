@@ -75,6 +75,7 @@ def public_recipe(recipe: Recipe) -> str:
     raw = recipe.model_dump(mode="json", exclude_defaults=True)
     raw = {name: raw[name] for name in _SHOWN if name in raw}
     raw["model"]["id"] = public_name(recipe.model.id)
+    raw["model"].pop("vision_cache", None)
     for split in ("train", "eval"):
         if split in raw["data"]:
             raw["data"][split] = _public_mix(raw["data"][split])

@@ -22,7 +22,7 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model.loading import Attention, commit_of, pick_attention
 from orpo_ray.recipe import Recipe, parse_recipe, read_mapping
-from orpo_ray.results.tracking import last_metrics
+from orpo_ray.results.tracking import METRICS_FILE, last_metrics
 from orpo_ray.run_folder import RunFolder
 from orpo_ray.storage import is_remote, locate
 from orpo_ray.training.checkpoint import FINAL
@@ -33,7 +33,7 @@ from orpo_ray.training.worker import WorkerConfig, train_worker
 RECIPE_FILE = "recipe.yaml"
 DEFAULT_CHECKPOINTS = 10
 # May differ between a run's first start and its resumption: they change how it runs, not what it computes.
-MAY_CHANGE = ("scaling", "checkpoint", "tracking", "eval", "tune")
+MAY_CHANGE = ("scaling", "checkpoint", "tracking", "eval", "tune", "model.vision_cache")
 
 
 class TrainingFailed(OrpoRayError):
@@ -262,8 +262,10 @@ def _check_run_folder(recipe: Recipe, folder: RunFolder) -> Recipe | None:
         for section, value in now.items()
         if isinstance(value, dict) and section not in MAY_CHANGE
         for key in value
-        if saved[section][key] != value[key]
+        if saved[section][key] != value[key] and f"{section}.{key}" not in MAY_CHANGE
     ]
+    if differing and not folder.has(METRICS_FILE):
+        return None  # it ended before its first step: nothing is lost
     if differing:
         raise UserError(
             f"this run folder holds a run of another recipe; they differ in {', '.join(differing)}",
