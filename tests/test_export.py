@@ -229,7 +229,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(tmp_path: Path)
     run = finished_run(recipe, load_model(recipe.model, CPU, 0))
     first = export(run, adapter=True)
     with pytest.raises(UserError, match="stands there already"):
-        export(run)
+        export(run, adapter=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_text("dear")
     for overwrite, said in ((False, "stands there already"), (True, "not an export")):
@@ -241,9 +241,9 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(tmp_path: Path)
             export(run, output=str(own), overwrite=True)
     (run / "final" / ADAPTER_WEIGHTS).write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be"):
-        export(run, overwrite=True)
+        export(run, adapter=True, overwrite=True)
     assert sorted(path.name for path in Path(first.uri).iterdir()) == first.files, "the old one stands as it was"
-    assert not (run / ".export").exists()
+    assert not (run / ".export-adapter").exists()
 
 
 def test_an_unfinished_run_is_one_message(tmp_path: Path) -> None:
