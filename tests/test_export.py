@@ -241,7 +241,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(tmp_path: Path)
             export(run, output=str(own), overwrite=True)
     (run / "final" / ADAPTER_WEIGHTS).write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be"):
-        export(run, adapter=True, overwrite=True)
+        export(run, output=first.uri, overwrite=True)
     assert sorted(path.name for path in Path(first.uri).iterdir()) == first.files, "the old one stands as it was"
     assert not (run / ".export-adapter").exists()
 
