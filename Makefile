@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml
 	if command -v nvidia-smi >/dev/null; then \
 	  $(BIN)/pip install -q $(TORCH) torchvision; \
 	elif ! $(BIN)/python -c "import torch" 2>/dev/null; then \
-	  $(BIN)/pip install -q --retries 0 --index-url https://download.pytorch.org/whl/cpu $(TORCH) torchvision 2>/dev/null \
+	  $(BIN)/pip install -q --retries 0 --index-url https://download.pytorch.org/whl/cpu $(TORCH) 2>/dev/null \
 	    || $(BIN)/pip install -q $(TORCH); \
 	fi
 	$(BIN)/pip install -q -e ".[dev]"

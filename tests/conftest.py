@@ -37,6 +37,18 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every family's tiny model without its processor, which may need what is not installed."""
+    from orpo_ray.model.tiny_families import TINY_FAMILIES
+
+    found = {}
+    for name, family in TINY_FAMILIES.items():
+        found[name] = str(tmp_path_factory.mktemp(name))
+        family().model().save_pretrained(found[name])
+    return found
+
+
 def write_pairs(folder: Path, count: int, split: str = "train") -> Path:
     """`count` easy-vqa pairs as JSONL with image files beside it; returns the JSONL."""
     (folder / "images").mkdir(parents=True, exist_ok=True)

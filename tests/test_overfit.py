@@ -34,16 +34,6 @@ MODES: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every family's tiny model without its processor, which may need what is not installed."""
-    found = {}
-    for name, family in TINY_FAMILIES.items():
-        found[name] = str(tmp_path_factory.mktemp(name))
-        family().model().save_pretrained(found[name])
-    return found
-
-
 def batch_of(family: str, model: PairModel) -> PairBatch:
     rng = np.random.default_rng(0)
     pairs = [make_pair(family, rng, 1, 3, 3, 3, slot) for slot in range(32)]

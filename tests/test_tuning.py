@@ -50,16 +50,6 @@ def trained(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every family's tiny model without its processor, which may need what is not installed."""
-    found = {}
-    for name, family in TINY_FAMILIES.items():
-        found[name] = str(tmp_path_factory.mktemp(name))
-        family().model().save_pretrained(found[name])
-    return found
-
-
 class Test4Bit:
     @pytest.mark.parametrize("family", TINY_FAMILIES)
     def test_takes_the_language_models_linear_layers_and_nothing_else(
@@ -302,7 +292,16 @@ RISKY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+def test_in_bfloat16_no_sharding_steps_as_far_as_sharding(tmp_path: Path) -> None:
+    """Without clipping, which rounds otherwise, the same numbers from the first step on."""
+    sections = {"model": {"dtype": "bfloat16"}, "optim": {"max_grad_norm": 0}}
+    plain, sharded = curves([recipe_of(**sections, deepspeed={"zero_stage": n}) for n in (0, 1)], 1, tmp_path)
+    np.testing.assert_allclose(plain, sharded, rtol=1e-3)
+    assert plain[1][0] < plain[0][0] - 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_workers_on_every_zero_stage_have_the_curve_of_one(tmp_path: Path) -> None:
     """ZeRO-3 lets go of every weight as soon as it can, as it would in a model of billions."""
     one = dict(zip(RISKY, curves([recipe_of(**sections) for sections in RISKY.values()], 1, tmp_path), strict=True))

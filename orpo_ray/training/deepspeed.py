@@ -57,6 +57,10 @@ class Engine:
             config=deepspeed_config(recipe, dtype, config.get_text_config().hidden_size),
             dist_init_required=False,
         )
+        if recipe.deepspeed.zero_stage == 0 and dtype != torch.float32:
+            # Here DeepSpeed has stepped once with gradients of zero, to have all memory taken: Adam would count that
+            # step, and the first real one would be a quarter smaller than on the other stages.
+            optimizer.state.clear()
         if num_workers == 1 and recipe.deepspeed.zero_stage == 0:
             # Nobody to add gradients up with; DeepSpeed would copy all of them into one buffer and back.
             self.ds.enable_backward_allreduce = False
