@@ -128,13 +128,18 @@ def test_a_run_in_s3_is_exported_there(s3: Faults, tmp_path: Path) -> None:
     upload(finished_run(recipe, load_model(recipe.model, torch.device("cpu"), 0)), "runs/adapted")
     s3.active = True
     folder = RunFolder(f"s3://{BUCKET}/runs/adapted")
-    for options in (ExportOptions(), ExportOptions(adapter=True, overwrite=True)):
+    over = ExportOptions(adapter=True, overwrite=True, output=f"{folder.uri}/export")
+    for options, name in (
+        (ExportOptions(), "export"),
+        (over, "export"),
+        (ExportOptions(adapter=True), "export-adapter"),
+    ):
         exported = export_run(folder.uri, options, Console(file=io.StringIO()))
-        assert exported.uri == f"{folder.uri}/export"
+        assert exported.uri == f"{folder.uri}/{name}"
         again = RunFolder(folder.uri)
-        again.pull("export")
-        assert sorted(path.name for path in (again.path / "export").iterdir()) == exported.files
-        assert "1,234 pairs" in (again.path / "export" / "README.md").read_text()
+        again.pull(name)
+        assert sorted(path.name for path in (again.path / name).iterdir()) == exported.files
+        assert "1,234 pairs" in (again.path / name / "README.md").read_text()
     with pytest.raises(UserError, match="stands there already"):
         export_run(folder.uri, ExportOptions(), Console(file=io.StringIO()))
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import commit_of, load_model, load_processor, resolve
 from orpo_ray.recipe import Recipe
+from orpo_ray.results.tracking import METRICS_FILE
 from orpo_ray.run_folder import RunFolder
 from orpo_ray.sections import ModelSection
 from orpo_ray.training.data import encoder_of
@@ -124,12 +125,19 @@ def test_a_folder_without_weights_is_not_called_pickled(model: Path) -> None:
 
 
 def saved(tmp_path: Path, revision: str | None) -> RunFolder:
-    """A run's folder with the recipe that it was resolved to."""
+    """The folder of a run that has made steps, with the recipe that it was resolved to."""
     recipe = of(tmp_path, revision)
     folder = RunFolder(recipe.run_uri)
     folder.make()
     (folder.path / RECIPE_FILE).write_text(recipe.to_yaml())
+    (folder.path / METRICS_FILE).write_text("{}\n")
     return folder
+
+
+def test_a_run_that_made_no_step_may_be_another_recipe_s(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "main")
+    (folder.path / METRICS_FILE).unlink()
+    assert _check_run_folder(of(tmp_path, None), folder) is None
 
 
 def of(tmp_path: Path, revision: str | None) -> Recipe:
