@@ -94,7 +94,9 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter/--merged", help="The adapters alone, or one plain model with them merged in.")
     ] = False,
-    output: Annotated[str | None, typer.Option(help="Where to; RUN/export unless given.", show_default=False)] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Where to; RUN/export or RUN/export-adapter unless given.", show_default=False)
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the hub too.", show_default=False)
     ] = None,

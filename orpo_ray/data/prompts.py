@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from orpo_ray.data.cross_images import TOKEN_MASKS
 
 _TEXT_OUTPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
-# What the images look like that a processor makes when nothing but their sizes is left to it. Rescaling and
-# normalising wait for the device: uint8 is a quarter of float32 on the way there.
+# Rescaling and normalising wait for the device: uint8 is a quarter of float32 on the way there.
 _RAW = {"do_rescale": False, "do_normalize": False}
 
 
@@ -112,8 +112,6 @@ class PromptEncoder:
         places = np.flatnonzero(ids == self.image_token_ids[0])
         if len(places) != len(images):
             raise ValueError(f"{len(places)} placeholder(s) for {len(images)} image(s)")
-        import torch
-
         row = torch.from_numpy(ids.astype(np.int64)).unsqueeze(0)
         latest, _ = processing_idefics.image_attention_mask_for_packed_input_ids(row, self.tokenizer, "pt")
         mask = processing_idefics.incremental_to_binary_attention_mask(latest, "pt", num_classes=len(images))

@@ -114,6 +114,7 @@ class Planner:
                 for budget in (self.budget, self.budget // 2, self.budget // 4):
                     for stage in STAGES if workers > 1 else STAGES[:1]:
                         setting = Setting(workers, stage, checkpointing, budget)
+                        # 4-bit weights in parts train, but what they take was never compared with an engine's.
                         if not (self.quantized and stage == 3) and self.fits(gpu, setting, ROOM):
                             return self.fitting(gpu, setting)
         return None
