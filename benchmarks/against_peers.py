@@ -20,13 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.pairs import PreferencePair
-from orpo_ray.model.loading import PixelNorm, load_model, load_processor
+from orpo_ray.model.loading import load_model
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import orpo_loss
-from orpo_ray.objective.steps import StepPlanner
-from orpo_ray.recipe import Recipe, parse_recipe
+from orpo_ray.objective.step_planner import StepPlanner
+from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.processing.processor import load_processor
 from orpo_ray.training.deepspeed import Engine
 
 

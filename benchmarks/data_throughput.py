@@ -36,12 +36,12 @@ import ray
 from machine import provenance
 from PIL import Image
 
+from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
-from orpo_ray.data.stream import iter_steps
-from orpo_ray.model.loading import load_processor
-from orpo_ray.recipe import parse_recipe
-from orpo_ray.training.data import run_data
-from orpo_ray.training.launch import start_ray
+from orpo_ray.data.from_recipe import run_data
+from orpo_ray.processing.processor import load_processor
+from orpo_ray.ray_cluster import start_ray
+from orpo_ray.streaming.steps import iter_steps
 
 PAIRS_PER_STEP = 8
 ANY_LENGTH = 10**6
@@ -77,8 +77,8 @@ def stream(parquet: Path, processor: str, times: int, cores: int) -> Streamed:
         "optim": {"pairs_per_step": PAIRS_PER_STEP},
     }
     read, _ = run_data(parse_recipe(raw))
-    encoder = EncoderSpec(load_processor, processor, None, ANY_LENGTH)
-    steps = -(-read.last_slot // PAIRS_PER_STEP)
+    encoder = EncoderSpec(processor, None, ANY_LENGTH)
+    steps = -(-read.end_sample // PAIRS_PER_STEP)
     arrived: list[float] = []
     weights: list[tuple[int, int]] = []
     with PeakMemory() as memory:

@@ -54,14 +54,14 @@ def one(way: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from orpo_ray.config.schema import ModelConfig
     from orpo_ray.model.loading import pick_attention
     from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
     from orpo_ray.objective.orpo import Normaliser, orpo_loss
     from orpo_ray.planning.activations import NORM, PairShape, batch_of, measure, unloaded_model
-    from orpo_ray.sections import ModelSection
 
     torch.set_num_threads(2)
-    config, section = mid_size(), ModelSection(id="mid-size", **WAYS[way])
+    config, section = mid_size(), ModelConfig(id="mid-size", **WAYS[way])
     layout = pick_attention(section, config).layout
     shape = PairShape(60, 440, 400, 1, 64, {"pixel_values": np.zeros((4, 3, 256, 256), np.uint8)})
     batch = batch_of(shape, PAIRS, config, "response", layout)

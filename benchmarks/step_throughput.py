@@ -33,9 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import RESPONSE, PairBatch, build_batch
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.loading import PixelNorm, is_adapted, without_adapters
+from orpo_ray.model.loading import is_adapted, without_adapters
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel, normalise_pixels
 from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
+from orpo_ray.processing.pixel_norm import PixelNorm
 
 BETA = 0.1
 M_MMAP_THRESHOLD = -3  # malloc.h

@@ -25,21 +25,25 @@ from step_throughput import NORM, smolvlm_256m
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 
 def batch_of(config: Any, pairs: int, tiles: int, side: int, tokens: int, answer: int) -> PairBatch:
     """`pairs` of `tiles` each, 40 tokens of text, answers of `answer` tokens."""
     rng = np.random.default_rng(0)
     made = []
-    for slot in range(pairs):
+    for sample_index in range(pairs):
         text = rng.integers(20, 400, 40)
         ids = np.asarray([int(text[0])] + [config.image_token_id] * tokens * tiles + text[1:].tolist(), np.int32)
         answers = [rng.integers(20, 400, answer).astype(np.int32) for _ in range(2)]
         pixels = rng.integers(0, 256, (tiles, 3, side, side)).astype(np.uint8)
-        made.append(EncodedPair(str(slot), ids, *answers, ids != config.image_token_id, {"pixel_values": pixels}, slot))
+        made.append(
+            EncodedPair(
+                str(sample_index), ids, *answers, ids != config.image_token_id, {"pixel_values": pixels}, sample_index
+            )
+        )
     return build_batch(made, "response", "shared_prefix")
 
 

@@ -15,8 +15,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from orpo_ray.config.load import load_recipe
+from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.recipe import Recipe, load_recipe
 
 app = typer.Typer(
     help="Align vision-language models to preferences with ORPO, from a laptop to a cluster.",
@@ -79,7 +80,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score held-out pairs, with and without exchanged images."""
-    from orpo_ray.results.evaluate import evaluate_run
+    from orpo_ray.evaluation.evaluate import evaluate_run
 
     metrics = evaluate_run(run_or_model, overrides or [], console)
     if as_json:
@@ -108,7 +109,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a finished run's model as a folder for transformers and vLLM, with a model card."""
-    from orpo_ray.results.export import ExportOptions, export_run
+    from orpo_ray.export.export import ExportOptions, export_run
 
     options = ExportOptions(adapter, output, push, public, max_shard_size, overwrite)
     exported = export_run(run, options, console)
@@ -126,7 +127,7 @@ app.add_typer(data_app, name="data")
 def data_check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check every row before any GPU is rented: bad rows, lengths, duplicates, biases, and a page to look at."""
     loaded = load_recipe(recipe, overrides or [])
-    from orpo_ray.results.data_check import check_data
+    from orpo_ray.data_report.check import check_data
 
     with contextlib.redirect_stdout(sys.stderr):
         report, page = check_data(loaded, console)
@@ -141,7 +142,7 @@ def data_check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson 
 def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the pairs that can be trained on once, as sharded parquet that training and sweeps stream from."""
     loaded = load_recipe(recipe, overrides or [])
-    from orpo_ray.results.data_prepare import prepare_data
+    from orpo_ray.data_report.prepare import prepare_data
 
     with contextlib.redirect_stdout(sys.stderr):
         written = prepare_data(loaded, console)
@@ -152,7 +153,7 @@ def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJso
         console.print(f"{name}: {shards}", highlight=False, soft_wrap=True)
     options = [*(overrides or []), *(f"data.{name}={split.uri}" for name, split in written.items())]
     # What was written is in one format with its own columns, split already, with its images in it.
-    options += ["data.format=auto", "data.columns={}", "data.eval_share=0", "data.image_root=null"]
+    options += ["data.format=auto", "data.columns={}", "data.eval_fraction=0", "data.image_root=null"]
     line = shlex.join(["orpo-ray", "train", str(recipe), *options])
     console.print(f"train from it:  {line}", highlight=False, soft_wrap=True)
 

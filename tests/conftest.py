@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from orpo_ray.data.easy_vqa import easy_vqa_rows
-from orpo_ray.recipe import Recipe, parse_recipe
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -26,7 +27,7 @@ def ray_cluster() -> Iterator[None]:
     """A Ray of four logical CPUs on loopback, ended with the session."""
     import ray
 
-    from orpo_ray.training.launch import own_address
+    from orpo_ray.ray_cluster import own_address
 
     os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"
     os.environ["RAY_worker_niceness"] = "0"
@@ -40,7 +41,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Every family's tiny model without its processor, which may need what is not installed."""
-    from orpo_ray.model.tiny_families import TINY_FAMILIES
+    from orpo_ray.tiny_models.families import TINY_FAMILIES
 
     found = {}
     for name, family in TINY_FAMILIES.items():
@@ -79,7 +80,7 @@ def tiny_recipe(storage: Path, name: str, **sections: Any) -> Recipe:
 
 def losses(run_dir: Path) -> dict[int, float]:
     """step -> train/loss, as a run wrote them; fails if a step stands there twice."""
-    from orpo_ray.results.tracking import read_jsonl
+    from orpo_ray.tracking.tracker import read_jsonl
 
     lines = [line for line in read_jsonl(run_dir / "metrics.jsonl") if "train/loss" in line]
     steps = [line["step"] for line in lines]

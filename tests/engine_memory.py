@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from pairs_by_hand import NORM, make_pair
 
+from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.packing import build_batch
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
-from orpo_ray.recipe import parse_recipe
 from orpo_ray.training.deepspeed import Engine
 
 FAMILY = "smolvlm"

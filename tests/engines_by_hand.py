@@ -15,12 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pairs_by_hand import NORM, make_pair
 
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import orpo_loss
-from orpo_ray.objective.steps import StepPlanner, reduce_sums
-from orpo_ray.recipe import Recipe, parse_recipe
+from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training import deepspeed
 from orpo_ray.training.deepspeed import Engine
 
@@ -46,7 +47,9 @@ def share_of(rank: int, num_workers: int) -> list[EncodedPair]:
     """Two pairs with an image each, dealt out."""
     rng = np.random.default_rng(0)
     lengths = [(12, 9), (5, 7)]
-    return [make_pair(FAMILY, rng, 1, 6, *both, slot) for slot, both in enumerate(lengths)][rank::num_workers]
+    return [make_pair(FAMILY, rng, 1, 6, *both, sample_index) for sample_index, both in enumerate(lengths)][
+        rank::num_workers
+    ]
 
 
 class Training:
@@ -55,9 +58,9 @@ class Training:
     def __init__(self, recipe: Recipe, rank: int, num_workers: int) -> None:
         self.model = PairModel(load_model(recipe.model, CPU, seed=0), NORM)
         config = self.model.model.config
-        fillers = share_of(0, 2) * 2
+        dummy_pairs = share_of(0, 2) * 2
         vocabulary = config.get_text_config().vocab_size
-        self.planner = StepPlanner("response", 8192, self.model.layout, vocabulary, fillers[0], fillers[1], CPU)
+        self.planner = StepPlanner("response", 8192, self.model.layout, vocabulary, dummy_pairs[0], dummy_pairs[1], CPU)
         self.engine = Engine(self.model, recipe, STEPS, num_workers)
         self.pairs = share_of(rank, num_workers)
 

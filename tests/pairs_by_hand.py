@@ -12,10 +12,11 @@ import torch
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, build_batch
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.loading import PixelNorm, without_adapters
-from orpo_ray.model.tiny_families import TINY_FAMILIES
+from orpo_ray.model.loading import without_adapters
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 # Whose language model looks at images by cross-attention.
 CROSS = ("idefics", "mllama")
@@ -56,7 +57,7 @@ def layouts_of(family: str) -> list[Layout]:
 
 
 def make_pair(
-    family: str, rng: np.random.Generator, images: int, prompt: int, chosen: int, rejected: int, slot: int = 0
+    family: str, rng: np.random.Generator, images: int, prompt: int, chosen: int, rejected: int, sample_index: int = 0
 ) -> EncodedPair:
     """`prompt` text tokens in all, some of them between the images."""
     image_token = image_token_of(family)
@@ -75,13 +76,13 @@ def make_pair(
             tensors["image_attention_mask"] = sees
         else:
             tensors["cross_attention_mask"] = sees[..., None] * tensors["aspect_ratio_mask"]
-    return EncodedPair(str(slot), prompt_ids, *answers, prompt_ids != image_token, tensors, slot)
+    return EncodedPair(str(sample_index), prompt_ids, *answers, prompt_ids != image_token, tensors, sample_index)
 
 
 def make_row(family: str, row: list[tuple[int, int, int, int]]) -> list[EncodedPair]:
     """Pairs of these (images, prompt, chosen, rejected)."""
     rng = np.random.default_rng(len(row))
-    return [make_pair(family, rng, *lengths, slot) for slot, lengths in enumerate(row)]
+    return [make_pair(family, rng, *lengths, sample_index) for sample_index, lengths in enumerate(row)]
 
 
 @cache

@@ -7,8 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from orpo_ray.data.blind import BlindText, blind_accuracy
-from orpo_ray.data.check import (
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.pairs import PreferencePair
+from orpo_ray.data_report.report import (
     PairFacts,
     SplitCheck,
     facts_from_json,
@@ -16,17 +17,20 @@ from orpo_ray.data.check import (
     images_on_both_sides,
     warnings_of,
 )
-from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.data.pairs import PreferencePair
+from orpo_ray.data_report.text_only_baseline import TextOnlyPair, text_only_accuracy
 
 
-def facts(slot: int, question: str = "q", chosen: str = "yes", rejected: str = "no", images: int = 1) -> PairFacts:
+def facts(
+    sample_index: int, question: str = "q", chosen: str = "yes", rejected: str = "no", images: int = 1
+) -> PairFacts:
     """Facts of a pair with a token a character, 10 for the prompt and 5 for each image."""
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    pair = PreferencePair(str(slot), [], [{"role": "user", "content": content}], chosen, rejected, f"a:{slot}")
+    pair = PreferencePair(
+        str(sample_index), [], [{"role": "user", "content": content}], chosen, rejected, f"a:{sample_index}"
+    )
     is_text = np.array([True] * 10 + [False] * 5 * images)
     ids = [np.zeros(length, np.int32) for length in (len(is_text), len(chosen), len(rejected))]
-    encoded = EncodedPair(str(slot), *ids, is_text, {}, slot)
+    encoded = EncodedPair(str(sample_index), *ids, is_text, {}, sample_index)
     return facts_of(pair, encoded, [f"{question}-{image}" for image in range(images)], [(64, 48)] * images)
 
 
@@ -65,7 +69,9 @@ def test_duplicates_and_contradictions() -> None:
 
 
 def test_the_same_answer_to_different_images_contradicts_nothing() -> None:
-    split = check(*(facts(slot, f"q{slot}", chosen="same", rejected="same") for slot in range(4)))
+    split = check(
+        *(facts(sample_index, f"q{sample_index}", chosen="same", rejected="same") for sample_index in range(4))
+    )
     assert split.report()["duplicates"]["contradictions"] == 0
 
 
@@ -87,7 +93,7 @@ def test_images_on_both_sides() -> None:
 
 
 def test_the_gallery_has_samples_and_extremes() -> None:
-    found = [facts(slot, f"q{slot}", chosen="x" * (slot + 1)) for slot in range(60)]
+    found = [facts(sample_index, f"q{sample_index}", chosen="x" * (sample_index + 1)) for sample_index in range(60)]
     gallery = check(*found, facts(60, "q0", chosen="x"), max_length=60).gallery()
     assert len(gallery["sample"]) == 36
     assert gallery["longest"][0] == 59
@@ -113,7 +119,7 @@ def test_facts_survive_their_way_as_json() -> None:
 COLORS = ["red", "green", "blue", "teal", "brown"]
 
 
-def texts(count: int, seed: int, leak: str) -> list[BlindText]:
+def texts(count: int, seed: int, leak: str) -> list[TextOnlyPair]:
     """Questions about colours. leak: nothing, a `length`, a favourite `word`, or `agreement` with the question."""
     rng = random.Random(seed)
     found = []
@@ -127,20 +133,20 @@ def texts(count: int, seed: int, leak: str) -> list[BlindText]:
         elif leak == "agreement":
             prompt = f"is it {chosen}?"
             chosen, rejected = f"it is {chosen}", f"it is {rejected}"
-        found.append(BlindText(str(number), prompt, chosen, rejected))
+        found.append(TextOnlyPair(str(number), prompt, chosen, rejected))
     return found
 
 
 @pytest.mark.parametrize("leak", ["length", "word", "agreement"])
 def test_what_gives_the_answer_away_is_found(leak: str) -> None:
-    found = blind_accuracy(texts(600, 0, leak))
+    found = text_only_accuracy(texts(600, 0, leak))
     assert found is not None
     assert found["accuracy"] > 0.95
     assert found["low"] <= found["accuracy"] <= found["high"]
 
 
 def test_where_nothing_gives_it_away_it_is_a_coin_toss() -> None:
-    found = blind_accuracy(texts(2000, 1, ""))
+    found = text_only_accuracy(texts(2000, 1, ""))
     assert found is not None
     assert abs(found["accuracy"] - 0.5) < 0.05
     assert found["pairs"] == 2000
@@ -149,12 +155,12 @@ def test_where_nothing_gives_it_away_it_is_a_coin_toss() -> None:
 def test_repeated_pairs_are_not_learnt_by_heart() -> None:
     """Each question ten times: told by memory alone, if folds did not keep its repetitions together."""
     few = texts(60, 2, "")
-    found = blind_accuracy(
-        [BlindText(text.group, f"picture {text.group}", *(text.chosen, text.rejected)) for text in few] * 10
+    found = text_only_accuracy(
+        [TextOnlyPair(text.group, f"picture {text.group}", *(text.chosen, text.rejected)) for text in few] * 10
     )
     assert found is not None
     assert abs(found["accuracy"] - 0.5) < 0.2
 
 
 def test_too_few_pairs_say_nothing() -> None:
-    assert blind_accuracy(texts(50, 0, "word")) is None
+    assert text_only_accuracy(texts(50, 0, "word")) is None

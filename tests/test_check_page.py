@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from orpo_ray.data import check_page
-from orpo_ray.data.check_page import number, percent, render_page
+from orpo_ray.data_report.page import number, percent, render_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = [
@@ -327,8 +327,8 @@ def of_one_length(report: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (set_in("eval", None), "Set data.eval or data.eval_share"),
-        (set_in("eval", nothing()), "Set data.eval or data.eval_share"),
+        (set_in("eval", None), "Set data.eval or data.eval_fraction"),
+        (set_in("eval", nothing()), "Set data.eval or data.eval_fraction"),
         (set_in("train", nothing()), "The recipe&#39;s data has no rows"),
         (set_in("train", nothing(9)), "No pair could be measured"),
         (set_in("train", a_split(100, 0)), "missing_image"),

@@ -17,14 +17,14 @@ from rich.console import Console
 from test_sources import read_all
 
 from orpo_ray.data.formats import to_pair
+from orpo_ray.data.from_recipe import all_data
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import pair_of
+from orpo_ray.data_report.check import check_data
+from orpo_ray.data_report.prepare import prepare_data
 from orpo_ray.errors import UserError
-from orpo_ray.results.data_check import check_data
-from orpo_ray.results.data_prepare import prepare_data
-from orpo_ray.results.evaluate import evaluate_run
-from orpo_ray.results.tracking import read_jsonl
-from orpo_ray.training.data import all_data
+from orpo_ray.evaluation.evaluate import evaluate_run
+from orpo_ray.tracking.tracker import read_jsonl
 from orpo_ray.training.launch import launch_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -48,7 +48,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_check_then_prepare_then_train(tmp_path: Path) -> None:
     path, broken = write_broken(tmp_path / "set", 120, 1)
     write_pairs(tmp_path / "set", 20, "test")
-    data: dict[str, Any] = {"train": str(path), "eval": str(tmp_path / "set" / "test.jsonl"), "max_bad_share": 0.0}
+    data: dict[str, Any] = {"train": str(path), "eval": str(tmp_path / "set" / "test.jsonl"), "max_bad_fraction": 0.0}
     recipe = tiny_recipe(tmp_path / "runs", "set", data=data)
     folder = tmp_path / "runs" / "set"
 
@@ -71,7 +71,7 @@ def test_check_then_prepare_then_train(tmp_path: Path) -> None:
         prepare_data(recipe, QUIET)
     with pytest.raises(UserError, match=r"data\.on_too_long"):
         prepare_data(tiny_recipe(tmp_path / "runs", "set", data=data | {"on_too_long": "error"}), QUIET)
-    recipe = tiny_recipe(tmp_path / "runs", "set", data=data | {"max_bad_share": 0.1})
+    recipe = tiny_recipe(tmp_path / "runs", "set", data=data | {"max_bad_fraction": 0.1})
     splits = prepare_data(recipe, QUIET)
     assert {name: split.rows for name, split in splits.items()} == {"train": 110, "eval": 20}
     manifest = json.loads((folder / "data" / "manifest.json").read_text())
@@ -112,7 +112,7 @@ def test_an_adapter_of_the_current_folder_works_in_every_process(tmp_path: Path)
     (tmp_path / "my_rows.py").write_text(ADAPTER)
     recipe = tiny_recipe(tmp_path / "runs", "adapted", data={"train": str(path), "format": "my_rows:to_pair"})
     (tmp_path / "adapted.yaml").write_text(recipe.to_yaml())
-    trained = command(tmp_path, "train", "adapted.yaml", "optim.max_steps=8", "data.max_bad_share=0.5")
+    trained = command(tmp_path, "train", "adapted.yaml", "optim.max_steps=8", "data.max_bad_fraction=0.5")
     assert trained.returncode == 0, trained.stderr
     (bad,) = read_jsonl(tmp_path / "runs" / "adapted" / "bad_rows.jsonl")
     assert (bad["source"], bad["reason"], bad["detail"]) == (f"{path}:line 5", "adapter_failed", "ValueError: boom")
@@ -124,7 +124,7 @@ def test_an_adapter_of_the_current_folder_works_in_every_process(tmp_path: Path)
 def test_a_share_is_held_out_of_the_training_rows(tmp_path: Path) -> None:
     """Also where evaluation splits anew: the same held-out pairs, so the same figures."""
     path = write_pairs(tmp_path, 60)
-    recipe = tiny_recipe(tmp_path / "runs", "split", data={"train": str(path), "eval_share": 0.2})
+    recipe = tiny_recipe(tmp_path / "runs", "split", data={"train": str(path), "eval_fraction": 0.2})
     said = io.StringIO()
     launch_training(recipe, Console(file=said, width=200))
     train, held = all_data(recipe)

@@ -16,9 +16,10 @@ from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import to_pair
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.errors import BadRow
-from orpo_ray.model.loading import PixelNorm, load_processor
-from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import normalise_pixels
+from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.processing.processor import load_processor
+from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 TINY = "orpo-ray/tiny-smolvlm"
 
@@ -133,8 +134,8 @@ def test_a_batch_encodes_as_its_pairs_alone(tiny: PairEncoder, tmp_path: Path) -
 def test_bytes_round_trip(tiny: PairEncoder, tmp_path: Path) -> None:
     (encoded,) = encode(tiny, tmp_path, pair([png(tmp_path, "a.png", (64, 64))]))
     assert isinstance(encoded, EncodedPair)
-    copy = EncodedPair.from_bytes(encoded.to_bytes(), slot=7)
-    assert (copy.id, copy.slot, copy.row_length) == ("1", 7, encoded.row_length)
+    copy = EncodedPair.from_bytes(encoded.to_bytes(), sample_index=7)
+    assert (copy.id, copy.sample_index, copy.row_length) == ("1", 7, encoded.row_length)
     np.testing.assert_array_equal(copy.prompt_ids, encoded.prompt_ids)
     np.testing.assert_array_equal(copy.images["pixel_values"], encoded.images["pixel_values"])
 
@@ -161,8 +162,8 @@ def test_bad_rows(tiny: PairEncoder, tmp_path: Path, change: dict[str, str], rea
 
 
 def test_fillers(tiny: PairEncoder) -> None:
-    assert tiny.filler(with_image=True).images["pixel_values"].shape == (1, 3, 64, 64)
-    assert tiny.filler(with_image=False).images == {}
+    assert tiny.dummy_pair(with_image=True).images["pixel_values"].shape == (1, 3, 64, 64)
+    assert tiny.dummy_pair(with_image=False).images == {}
 
 
 def test_an_empty_prompt_is_a_bad_row() -> None:

@@ -16,13 +16,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
 
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
+from orpo_ray.export.export import Exported, ExportOptions, export_run
 from orpo_ray.model.adapters import ADAPTER_WEIGHTS, load_adapted, save_adapter
-from orpo_ray.model.loading import is_adapted, load_model, load_processor, resolve
-from orpo_ray.recipe import Recipe
-from orpo_ray.results.export import Exported, ExportOptions, export_run
-from orpo_ray.run_folder import LAST_OF_A_MODEL
-from orpo_ray.sections import ModelSection
+from orpo_ray.model.loading import is_adapted, load_model
+from orpo_ray.processing.processor import load_processor
+from orpo_ray.storage.run_folder import LAST_OF_A_MODEL
+from orpo_ray.tiny_models.build import resolve
 
 CPU = torch.device("cpu")
 # What a merge may cost a log-prob in float32, where 2e-6 is seen. The same holds for a base in 4 bits, since merged and
@@ -44,7 +46,7 @@ def logps(model: Any) -> torch.Tensor:
         return log_softmax(model.eval()(input_ids=ids, pixel_values=pixels).logits[0], -1)
 
 
-def called_directly(section: ModelSection) -> ModelSection:
+def called_directly(section: ModelConfig) -> ModelConfig:
     """The shared-prefix attention wants the layout of a row; transformers' own does not."""
     return section.model_copy(update={"attention": "concatenated"})
 
@@ -73,7 +75,7 @@ def finished_run(recipe: Recipe, model: Any) -> Path:
     else:
         model.save_pretrained(final)
     load_processor(recipe.model.id, None).save_pretrained(final)
-    (run / "recipe.yaml").write_text(recipe.anchored().to_yaml())
+    (run / "recipe.yaml").write_text(recipe.with_absolute_paths().to_yaml())
     (run / "metrics.jsonl").write_text(json.dumps({"step": 10, "train/loss": 1.0}) + "\n" + json.dumps(METRICS) + "\n")
     bad = {"id": "7", "source": "/secret/mine.jsonl:7", "reason": "too_long", "detail": "900 tokens"}
     (run / "bad_rows.jsonl").write_text(json.dumps(bad) + "\n")

@@ -10,6 +10,7 @@ import torch
 from pairs_by_hand import NORM, assert_equal, image_token_of, layouts_of, make_pair, run, run_as, tiny_pair_model
 from PIL import Image
 
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.packing import build_batch
 from orpo_ray.data.pairs import PreferencePair
@@ -17,10 +18,11 @@ from orpo_ray.errors import UserError
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.derived_family import family_of
 from orpo_ray.model.families import FAMILIES
-from orpo_ray.model.loading import PixelNorm, _freeze, load_processor
-from orpo_ray.model.tiny_families import TINY_FAMILIES
+from orpo_ray.model.loading import _freeze
 from orpo_ray.objective.forward import PairModel, normalise_pixels
-from orpo_ray.sections import ModelSection
+from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.processing.processor import load_processor
+from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 
 def processor_of(family: str) -> Any:
@@ -119,7 +121,7 @@ def test_a_row_of_many_is_each_pair_alone(family: str) -> None:
     model = tiny_pair_model(family)
     rng = np.random.default_rng(0)
     lengths = [(1, 5, 7, 3), (0, 6, 5, 4), (3, 2, 1, 9), (2, 8, 4, 4)]
-    pairs = [make_pair(family, rng, *each, slot) for slot, each in enumerate(lengths)]
+    pairs = [make_pair(family, rng, *each, sample_index) for sample_index, each in enumerate(lengths)]
     for layout in layouts_of(family):
         whole = run(model, pairs, layout)[0]
         for index, pair in enumerate(pairs):
@@ -163,7 +165,7 @@ def test_placeholders_are_where_the_processor_put_images() -> None:
 def test_freezing_a_part_leaves_the_others(family: str, part: Any) -> None:
     model = TINY_FAMILIES[family]().model().requires_grad_(True)
     facts = family_of(model.config)
-    _freeze(model, ModelSection(id="x", freeze=[part]), facts)
+    _freeze(model, ModelConfig(id="x", freeze=[part]), facts)
 
     def part_of(name: str) -> str:  # the connector first: it may lie inside the vision part
         return next((p for p in ("connector", "vision") if name.startswith(facts.prefix(p))), "language")

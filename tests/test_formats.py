@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orpo_ray.config.schema import FORMATS
 from orpo_ray.data import formats
 from orpo_ray.data.formats import recognise, to_pair
 from orpo_ray.data.pairs import PreferencePair, extract_prompt
 from orpo_ray.errors import BadRow, UserError
-from orpo_ray.sections import FORMATS
 
 TEXT = {"type": "text", "text": "what is it?"}
 IMAGE = {"type": "image"}

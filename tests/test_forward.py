@@ -10,17 +10,19 @@ import torch
 from conftest import write_pairs
 from PIL import Image
 
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.containers import file_segments
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.order import Order
 from orpo_ray.data.packing import build_batch
 from orpo_ray.data.reading import ReadSpec, pair_of, read_window
 from orpo_ray.errors import UserError
-from orpo_ray.model.loading import PixelNorm, is_adapted, load_model, load_processor, without_adapters
+from orpo_ray.model.loading import is_adapted, load_model, without_adapters
 from orpo_ray.objective.forward import ImageNotUsed, PairModel, normalise_pixels
 from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
-from orpo_ray.objective.steps import StepPlanner
-from orpo_ray.sections import ModelSection
+from orpo_ray.objective.step_planner import StepPlanner
+from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.processing.processor import load_processor
 
 TINY = "orpo-ray/tiny-smolvlm"
 CPU = torch.device("cpu")
@@ -43,7 +45,7 @@ def pairs(encoder: PairEncoder, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def model_of(encoder: PairEncoder, **section: object) -> PairModel:
-    model = load_model(ModelSection(id=TINY, **section), CPU, seed=0)  # type: ignore[arg-type]
+    model = load_model(ModelConfig(id=TINY, **section), CPU, seed=0)  # type: ignore[arg-type]
     return PairModel(model, PixelNorm.of(encoder.processor))
 
 
@@ -97,18 +99,21 @@ def test_gradients_equal_the_plain_ones(
 
 
 def test_micro_batches_and_fillers_give_the_same_gradient(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
-    def gradients(budget: int, fillers: list[EncodedPair]) -> dict[str, torch.Tensor]:
+    def gradients(budget: int, dummy_pairs: list[EncodedPair]) -> dict[str, torch.Tensor]:
         model = model_of(encoder)
-        fillers_of = (encoder.filler(image) for image in (False, True))
+        fillers_of = (encoder.dummy_pair(image) for image in (False, True))
         planner = StepPlanner("prompt+response", budget, model.layout, 600, *fillers_of, CPU)
         plan = planner.plan(pairs, 0)
-        batches = [*plan.batches, *(build_batch([], "prompt+response", model.layout, [filler]) for filler in fillers)]
+        batches = [
+            *plan.batches,
+            *(build_batch([], "prompt+response", model.layout, [dummy_pair]) for dummy_pair in dummy_pairs),
+        ]
         for batch in batches:
             orpo_loss(model(batch), batch.weights, 0.5, plan.normaliser)[0].backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[misc]
 
     whole = gradients(1 << 20, [])
-    split = gradients(1, [encoder.filler(True), encoder.filler(False)])
+    split = gradients(1, [encoder.dummy_pair(True), encoder.dummy_pair(False)])
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -191,7 +196,7 @@ def test_lora_trains_adapters_of_the_language_model_only(encoder: PairEncoder) -
 )
 def test_what_cannot_be_loaded_is_one_clear_error(section: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"model\."):
-        load_model(ModelSection(**section), CPU, seed=0)  # type: ignore[arg-type]
+        load_model(ModelConfig(**section), CPU, seed=0)  # type: ignore[arg-type]
 
 
 def test_a_text_only_model_is_no_vlm(tmp_path: Path) -> None:
@@ -200,7 +205,7 @@ def test_a_text_only_model_is_no_vlm(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                  num_attention_heads=1)).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(UserError, match="not known"):
-        load_model(ModelSection(id=str(tmp_path)), CPU, seed=0)
+        load_model(ModelConfig(id=str(tmp_path)), CPU, seed=0)
 
 
 def test_qwen_s_flattened_patches_are_normalised_by_channel() -> None:

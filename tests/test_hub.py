@@ -121,7 +121,7 @@ from orpo_ray.errors import UserError
 answers = []
 for uri in sys.argv[1:]:
     try:
-        answers.append([ids_of(uri), list_sources({uri: 1.0}, "data.train")[0].segments[0].image_root])
+        answers.append([ids_of(uri), list_sources({uri: 1.0}, "data.train")[0].shards[0].image_root])
     except UserError as error:
         answers.append(str(error))
 print(json.dumps(answers))
@@ -160,9 +160,9 @@ def test_datasets_of_the_hub(hub: str, tmp_path: Path) -> None:
 COMMITS = """
 import json, sys
 from orpo_ray.model.loading import commit_of
-from orpo_ray.sections import ModelSection
+from orpo_ray.config.schema import ModelConfig
 revisions = [None if given == "none" else given for given in sys.argv[1:]]
-print(json.dumps([commit_of(ModelSection(id="owner/model", revision=revision)) for revision in revisions]))
+print(json.dumps([commit_of(ModelConfig(id="owner/model", revision=revision)) for revision in revisions]))
 """
 
 

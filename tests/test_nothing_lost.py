@@ -16,10 +16,10 @@ from broken_rows import KINDS, write_broken
 from conftest import losses, tiny_recipe
 from test_training import last_step, run, wait_until
 
-from orpo_ray.data.stream import iter_steps
-from orpo_ray.recipe import Recipe
-from orpo_ray.results.tracking import read_jsonl
-from orpo_ray.training.data import encoder_of, run_data
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.from_recipe import encoder_of, run_data
+from orpo_ray.streaming.steps import iter_steps
+from orpo_ray.tracking.tracker import read_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -57,7 +57,7 @@ def check(recipe: Recipe, broken: Broken) -> None:
 
 def test_every_good_row_once_an_epoch_for_any_number_of_workers(tmp_path: Path, broken: Broken) -> None:
     epochs = 2
-    recipe = recipe_of(tmp_path, "stream", broken, 1, epochs).anchored()
+    recipe = recipe_of(tmp_path, "stream", broken, 1, epochs).with_absolute_paths()
     read, _ = run_data(recipe)
     for workers in (1, 3):
         trained: Counter[tuple[int, str]] = Counter()
@@ -65,7 +65,7 @@ def test_every_good_row_once_an_epoch_for_any_number_of_workers(tmp_path: Path, 
         for rank in range(workers):
             mine = replace(read, rank=rank, num_workers=workers)
             for share in iter_steps(mine, encoder_of(recipe), 0, epochs * ROWS // PER_STEP, max_encoders=2):
-                trained.update((pair.slot // ROWS, pair.id) for pair in share.pairs)
+                trained.update((pair.sample_index // ROWS, pair.id) for pair in share.pairs)
                 bad.update(record.source for record in share.bad)
         assert set(trained.values()) == {1}
         assert len(trained) == epochs * (ROWS - OF_EACH * len(KINDS))

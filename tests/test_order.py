@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_ray.data.order import Order, owner, step_slots, total_slots
+from orpo_ray.data.order import Order, owner, step_samples, total_samples
 
-segments = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
+shards = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 seeds = st.none() | st.integers(0, 5)
 
 
@@ -16,15 +16,15 @@ def epoch_rows(order: Order, epoch: int) -> list[tuple[int, int]]:
     rows = []
     for number in range(order.windows_per_epoch):
         window = order.window(epoch, number)
-        assert window.first_slot == epoch * order.num_rows + len(rows)
-        rows += [(int(segment), int(row)) for segment, row in window.rows]
+        assert window.first_sample == epoch * order.num_rows + len(rows)
+        rows += [(int(shard), int(row)) for shard, row in window.rows]
     return rows
 
 
-@given(segments, seeds, st.integers(1, 40), st.integers(0, 3))
+@given(shards, seeds, st.integers(1, 40), st.integers(0, 3))
 def test_an_epoch_holds_every_row_once(sizes: list[int], seed: int | None, window: int, epoch: int) -> None:
     order = Order(tuple(sizes), seed, window)
-    everything = [(segment, row) for segment, size in enumerate(sizes) for row in range(size)]
+    everything = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
     rows = epoch_rows(order, epoch)
     assert sorted(rows) == everything
     if seed is None:
@@ -45,14 +45,14 @@ def test_a_mix_takes_rows_by_weight_and_none_twice_before_all_came(
     sizes = [size for sizes, _ in mix for size in sizes]
     source_of = [source for source, (sizes, _) in enumerate(mix) for _ in sizes]
     order = Order(tuple(sizes), seed, window, tuple(source_of), tuple(weight for _, weight in mix))
-    seen: dict[tuple[int, int], int] = {(segment, row): 0 for segment, size in enumerate(sizes) for row in range(size)}
+    seen: dict[tuple[int, int], int] = {(shard, row): 0 for shard, size in enumerate(sizes) for row in range(size)}
     for epoch in range(4):
         rows = epoch_rows(order, epoch)
         assert len(rows) == order.num_rows
         for row in rows:
             seen[row] += 1
         for source, (own, weight) in enumerate(mix):
-            counts = [count for (segment, _), count in seen.items() if source_of[segment] == source]
+            counts = [count for (shard, _), count in seen.items() if source_of[shard] == source]
             assert sum(counts) == (epoch + 1) * max(1, round(sum(own) * weight))
             assert max(counts) - min(counts) <= 1
 
@@ -73,17 +73,21 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert epoch_rows(order, 0) != epoch_rows(Order((50, 50), 1, 40), 0)
 
 
-@given(segments, st.integers(1, 20), st.data())
+@given(shards, st.integers(1, 20), st.data())
 def test_windows_cover_any_stretch_of_slots(sizes: list[int], window: int, data: st.DataObject) -> None:
     order = Order(tuple(sizes), 0, window)
     first = data.draw(st.integers(0, 3 * order.num_rows))
     last = data.draw(st.integers(first, 4 * order.num_rows))
-    slots: list[int] = []
+    sample_indices: list[int] = []
     for epoch, number in order.windows(first, last):
         found = order.window(epoch, number)
-        slots += range(found.first_slot, found.first_slot + len(found.rows))
-    assert slots == list(range(slots[0], slots[0] + len(slots))) if slots else first == last
-    assert set(range(first, last)) <= set(slots)
+        sample_indices += range(found.first_sample, found.first_sample + len(found.rows))
+    assert (
+        sample_indices == list(range(sample_indices[0], sample_indices[0] + len(sample_indices)))
+        if sample_indices
+        else first == last
+    )
+    assert set(range(first, last)) <= set(sample_indices)
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(0, 1000))
@@ -97,7 +101,13 @@ def test_shares_of_a_step_are_contiguous_and_even(pairs: int, workers: int, step
 
 
 def test_steps_straddle_epochs_and_the_last_may_be_smaller() -> None:
-    slots = total_slots(num_rows=10, epochs=2.5, pairs_per_step=8, max_steps=None)
-    assert slots == 25
-    assert [step_slots(step, 8, slots) for step in range(5)] == [(0, 8), (8, 16), (16, 24), (24, 25), (25, 25)]
-    assert total_slots(10, 2.5, 8, max_steps=2) == 16
+    sample_indices = total_samples(num_rows=10, epochs=2.5, pairs_per_step=8, max_steps=None)
+    assert sample_indices == 25
+    assert [step_samples(step, 8, sample_indices) for step in range(5)] == [
+        (0, 8),
+        (8, 16),
+        (16, 24),
+        (24, 25),
+        (25, 25),
+    ]
+    assert total_samples(10, 2.5, 8, max_steps=2) == 16

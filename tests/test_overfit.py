@@ -10,15 +10,15 @@ import pytest
 import torch
 from pairs_by_hand import NORM, layouts_of, make_pair, run_as
 
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.packing import PairBatch, build_batch
+from orpo_ray.export.merging import merged_model
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.adapters import save_adapter
 from orpo_ray.model.loading import load_model
-from orpo_ray.model.merging import merged_model
-from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
-from orpo_ray.sections import ModelSection
+from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ MODES: dict[str, tuple[dict[str, Any], float]] = {
 
 def batch_of(family: str, model: PairModel) -> PairBatch:
     rng = np.random.default_rng(0)
-    pairs = [make_pair(family, rng, 1, 3, 3, 3, slot) for slot in range(32)]
+    pairs = [make_pair(family, rng, 1, 3, 3, 3, sample_index) for sample_index in range(32)]
     return build_batch(pairs, "response", model.layout)
 
 
@@ -69,7 +69,7 @@ def test_learns_by_heart_and_is_the_same_when_exported(
     folders: dict[str, str], family: str, mode: str, tmp_path: Path
 ) -> None:
     options, learning_rate = MODES[mode]
-    section = ModelSection.model_validate({"id": folders[family], **options})
+    section = ModelConfig.model_validate({"id": folders[family], **options})
     model = PairModel(load_model(section, CPU, seed=0), NORM)
     assert model.layout == layouts_of(family)[0]
     batch = batch_of(family, model)
@@ -79,7 +79,7 @@ def test_learns_by_heart_and_is_the_same_when_exported(
     expected = logps(model, batch)
     if section.lora is None:
         model.model.save_pretrained(tmp_path / "final")
-        again = load_model(ModelSection(id=str(tmp_path / "final")), CPU, seed=0)
+        again = load_model(ModelConfig(id=str(tmp_path / "final")), CPU, seed=0)
     else:
         save_adapter(model.model, model.model.state_dict(), section, tmp_path / "final")
         again = merged_model(section, tmp_path / "final", seed=0)

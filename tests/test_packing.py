@@ -22,14 +22,14 @@ from orpo_ray.data.packing import (
 IMAGE = 99
 
 
-def make(prompt: list[int], chosen: list[int], rejected: list[int], slot: int = 0) -> EncodedPair:
+def make(prompt: list[int], chosen: list[int], rejected: list[int], sample_index: int = 0) -> EncodedPair:
     ids = [np.asarray(part, np.int32) for part in (prompt, chosen, rejected)]
-    images = {"pixel_values": np.full((1, 3, 2, 2), slot % 256, np.uint8)} if IMAGE in prompt else {}
-    return EncodedPair(str(slot), *ids, ids[0] != IMAGE, images, slot)
+    images = {"pixel_values": np.full((1, 3, 2, 2), sample_index % 256, np.uint8)} if IMAGE in prompt else {}
+    return EncodedPair(str(sample_index), *ids, ids[0] != IMAGE, images, sample_index)
 
 
 def of_lengths(lengths: list[int]) -> list[EncodedPair]:
-    return [make([1] * length, [2], [3], slot) for slot, length in enumerate(lengths)]
+    return [make([1] * length, [2], [3], sample_index) for sample_index, length in enumerate(lengths)]
 
 
 lengths = st.lists(st.integers(1, 50), max_size=20)
@@ -38,7 +38,7 @@ lengths = st.lists(st.integers(1, 50), max_size=20)
 @given(lengths, st.integers(1, 300))
 def test_every_pair_once_and_within_the_budget(sizes: list[int], budget: int) -> None:
     batches = plan_microbatches(of_lengths(sizes), budget, "concatenated")
-    assert sorted(pair.slot for batch in batches for pair in batch) == list(range(len(sizes)))
+    assert sorted(pair.sample_index for batch in batches for pair in batch) == list(range(len(sizes)))
     for batch in batches:
         tokens = 2 * len(batch) * max(pair.row_length for pair in batch)
         assert len(batch) == 1 or tokens <= budget
@@ -48,13 +48,13 @@ def test_every_pair_once_and_within_the_budget(sizes: list[int], budget: int) ->
 def test_packed_micro_batches_are_within_the_budget_and_level(
     sizes: list[tuple[int, int, int]], budget: int, more: int
 ) -> None:
-    pairs = [make([1] * p, [2] * c, [3] * r, slot) for slot, (p, c, r) in enumerate(sizes)]
+    pairs = [make([1] * p, [2] * c, [3] * r, sample_index) for sample_index, (p, c, r) in enumerate(sizes)]
     batches = plan_microbatches(pairs, budget, "shared_prefix")
     longest = max(map(packed_length, pairs), default=0)
     for count in (len(batches), len(batches) + more):
         spread_out = spread(batches, count, "shared_prefix")
         assert len(spread_out) == count
-        assert sorted(pair.slot for batch in spread_out for pair in batch) == list(range(len(sizes)))
+        assert sorted(pair.sample_index for batch in spread_out for pair in batch) == list(range(len(sizes)))
         tokens = [sum(map(packed_length, batch)) for batch in spread_out]
         assert tokens == sorted(tokens, reverse=True)
         assert all(len(batch) == 1 or size <= budget for batch, size in zip(spread_out, tokens, strict=True))
@@ -76,13 +76,13 @@ def test_spread_keeps_the_pairs_and_gives_the_count(sizes: list[int], budget: in
     batches = plan_microbatches(of_lengths(sizes), budget, "concatenated")
     wider = spread(batches, len(batches) + more, "concatenated")
     assert len(wider) == len(batches) + more
-    assert sorted(pair.slot for batch in wider for pair in batch) == list(range(len(sizes)))
+    assert sorted(pair.sample_index for batch in wider for pair in batch) == list(range(len(sizes)))
 
 
 def test_layout() -> None:
-    """Two pairs and a filler: every target is predicted by the hidden state just before it."""
+    """Two pairs and a dummy pair: every target is predicted by the hidden state just before it."""
     pairs = [make([5, IMAGE, 6], [7, 8], [9], 0), make([1, 2], [3], [4, 5, 6], 1)]
-    batch = build_batch(pairs, "response", "concatenated", fillers=[make([5, IMAGE], [1], [2], -1)])
+    batch = build_batch(pairs, "response", "concatenated", dummy_pairs=[make([5, IMAGE], [1], [2], -1)])
     assert batch.input_ids.tolist() == [
         [5, IMAGE, 6, 7, 8], [1, 2, 3, 0, 0], [5, IMAGE, 1, 0, 0],
         [5, IMAGE, 6, 9, 0], [1, 2, 4, 5, 6], [5, IMAGE, 2, 0, 0],
@@ -106,9 +106,9 @@ def test_prompt_tokens_as_targets_leave_out_placeholders_and_the_first() -> None
 
 
 def test_packed_layout() -> None:
-    """A pair, a text-only pair and a filler behind one another; both first answer tokens come after the prompt."""
+    """A pair, a text-only pair and a dummy pair behind one another; both first answer tokens come after the prompt."""
     pairs = [make([5, IMAGE, 6], [7, 8], [9], 0), make([1, 2], [3], [4, 5, 6], 1)]
-    batch = build_batch(pairs, "response", "shared_prefix", fillers=[make([5, IMAGE], [1], [2], -1)])
+    batch = build_batch(pairs, "response", "shared_prefix", dummy_pairs=[make([5, IMAGE], [1], [2], -1)])
     assert batch.input_ids.tolist() == [[5, IMAGE, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 5, IMAGE, 1, 2]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 2, 3, 4, 0, 1, 2, 2]]
     assert batch.token_kind.tolist() == [[0, 1, 0, 2, 2, 2, 0, 0, 2, 2, 2, 2, 0, 1, 2, 2]]

@@ -13,16 +13,16 @@ from pairs_by_hand import CROSS, make_pair, run_as, tiny_pair_model
 from typer.testing import CliRunner
 
 from orpo_ray.cli import app
+from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
-from orpo_ray.model.known_shapes import KNOWN_SHAPES
-from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.planning import activations
 from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.planning.gpus import priced
+from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.plan import Options, plan
 from orpo_ray.planning.states import Weight, Weights, states
-from orpo_ray.recipe import parse_recipe
+from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 
 @pytest.mark.parametrize("name", KNOWN_SHAPES)
@@ -38,7 +38,9 @@ def test_known_shapes_have_the_published_number_of_parameters(name: str) -> None
 
 def some_pairs(family: str) -> PairBatch:
     rng = np.random.default_rng(0)
-    return build_batch([make_pair(family, rng, 1, 60, 50, 40, slot) for slot in range(4)], "response", "shared_prefix")
+    return build_batch(
+        [make_pair(family, rng, 1, 60, 50, 40, sample_index) for sample_index in range(4)], "response", "shared_prefix"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_ray.model.loading import pick_attention, resolve
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.model.loading import pick_attention
 from orpo_ray.planning.activations import unloaded_model
 from orpo_ray.planning.states import Weights, states
-from orpo_ray.recipe import parse_recipe
+from orpo_ray.tiny_models.build import resolve
 
 MODEL = "orpo-ray/tiny-smolvlm"
 WAYS: dict[str, dict[str, Any]] = {

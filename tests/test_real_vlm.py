@@ -12,7 +12,7 @@ import pytest
 from conftest import SHARED, losses
 from rich.console import Console
 
-from orpo_ray.recipe import parse_recipe
+from orpo_ray.config.load import parse_recipe
 from orpo_ray.training.launch import launch_training
 
 pytestmark = pytest.mark.slow

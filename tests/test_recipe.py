@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo_ray.compatible import RULES, Rule
+from orpo_ray.config.load import load_recipe, parse_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.rules import RULES, Rule
 from orpo_ray.errors import BadRow, UserError
-from orpo_ray.recipe import Recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 MINIMAL: dict[str, Any] = {"name": "a", "model": {"id": "m"}, "data": {"train": "t.jsonl"}}
@@ -54,7 +55,10 @@ def test_defaults_are_trls() -> None:
         ({"eval": {"every_steps": 5}}, "eval.every_steps is set but data.eval is empty"),
         ({"name": "../up"}, "must be made of letters"),
         ({"data": {"train": "a", "format": "sharegtp"}}, "unknown format; did you mean 'sharegpt'?"),
-        ({"data": {"train": "a", "eval": "b", "eval_share": 0.1}}, "data.eval and data.eval_share are both given"),
+        (
+            {"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}},
+            "data.eval and data.eval_fraction are both given",
+        ),
         ({"checkpoint": {"storage": "ftp://bucket"}}, "must be a folder"),
         ({"tune": {"search": {"orpo.beta": {"low": 2, "high": 1}}}}, "low (2.0) must be below high (1.0)"),
         ({"tune": {"search": {"orpo.bet": {"low": 1, "high": 2}}}}, "'orpo.beta' or 'optim.learning_rate'"),
@@ -108,7 +112,7 @@ def test_sources_are_one_a_list_or_a_weighted_mix() -> None:
 
     assert train("a.jsonl") == {"a.jsonl": 1.0}
     assert train(["a.jsonl", "b.jsonl", "a.jsonl"]) == {"a.jsonl": 2.0, "b.jsonl": 1.0}
-    twice = parse_recipe(MINIMAL | {"data": {"train": ["a.jsonl", "./a.jsonl", ""]}}).anchored().data.train
+    twice = parse_recipe(MINIMAL | {"data": {"train": ["a.jsonl", "./a.jsonl", ""]}}).with_absolute_paths().data.train
     assert twice == {f"{Path.cwd()}/a.jsonl": 2.0, "": 1.0}
     assert train({"s3://bucket/a": 2, "b.jsonl": 0.5}) == {"s3://bucket/a": 2.0, "b.jsonl": 0.5}
     with pytest.raises(UserError, match="greater than 0"):
@@ -146,21 +150,21 @@ def test_anchored_paths_do_not_depend_on_the_folder(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vlm").mkdir()
     data = {"train": ["easy-vqa:train", "a/*.jsonl"], "eval": "b.parquet", "image_root": "images"}
-    anchored = parse_recipe({"name": "a", "model": {"id": "./vlm"}, "data": data}).anchored()
-    assert anchored.data.train == {"easy-vqa:train": 1.0, f"{tmp_path}/a/*.jsonl": 1.0}
-    assert anchored.data.eval == {f"{tmp_path}/b.parquet": 1.0}
-    assert anchored.data.image_root == str(tmp_path / "images")
-    assert anchored.model.id == str(tmp_path / "vlm")
-    assert anchored.run_uri == str(tmp_path / "runs" / "a")
-    assert anchored.anchored() == anchored
-    assert parse_recipe(MINIMAL | {"model": {"id": "org/name"}}).anchored().model.id == "org/name"
+    with_absolute_paths = parse_recipe({"name": "a", "model": {"id": "./vlm"}, "data": data}).with_absolute_paths()
+    assert with_absolute_paths.data.train == {"easy-vqa:train": 1.0, f"{tmp_path}/a/*.jsonl": 1.0}
+    assert with_absolute_paths.data.eval == {f"{tmp_path}/b.parquet": 1.0}
+    assert with_absolute_paths.data.image_root == str(tmp_path / "images")
+    assert with_absolute_paths.model.id == str(tmp_path / "vlm")
+    assert with_absolute_paths.run_uri == str(tmp_path / "runs" / "a")
+    assert with_absolute_paths.with_absolute_paths() == with_absolute_paths
+    assert parse_recipe(MINIMAL | {"model": {"id": "org/name"}}).with_absolute_paths().model.id == "org/name"
 
 
 def test_a_jobs_runs_outlive_its_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "working_dir_files" / "_ray_pkg_0"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    assert parse_recipe(MINIMAL).anchored().run_uri == str(Path.home() / "runs" / "a")
+    assert parse_recipe(MINIMAL).with_absolute_paths().run_uri == str(Path.home() / "runs" / "a")
     assert parse_recipe(MINIMAL | {"checkpoint": {"storage": "/shared"}}).run_uri == "/shared/a"
 
 

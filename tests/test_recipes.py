@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from orpo_ray.config.load import load_recipe
+from orpo_ray.data.from_recipe import all_data
 from orpo_ray.data.reading import pair_of, read_window
-from orpo_ray.model.known_shapes import KNOWN_SHAPES
-from orpo_ray.model.tiny import is_tiny
+from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.plan import Options, plan
-from orpo_ray.recipe import load_recipe
-from orpo_ray.training.data import all_data
+from orpo_ray.tiny_models.build import is_tiny
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MEMORY = re.compile(r"# Memory: ([0-9.]+) GiB")

@@ -12,11 +12,11 @@ from test_packing import make
 
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import UserError
+from orpo_ray.evaluation.scoring import Scores, grounding, score
 from orpo_ray.objective.orpo import PairLogps
-from orpo_ray.objective.steps import StepPlanner
-from orpo_ray.results.scoring import Scores, grounding, score
-from orpo_ray.results.tracking import Tracker, last_metrics, read_jsonl
-from orpo_ray.run_folder import RunFolder
+from orpo_ray.objective.step_planner import StepPlanner
+from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.tracking.tracker import Tracker, last_metrics, read_jsonl
 
 CPU = torch.device("cpu")
 
@@ -90,14 +90,14 @@ def test_wandb_offline_keeps_the_key_out_of_every_file(tmp_path: Path, monkeypat
 
 
 def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
-    pairs = [make([1, 2], [3], [4], slot) for slot in range(5)]
+    pairs = [make([1, 2], [3], [4], sample_index) for sample_index in range(5)]
     planner = StepPlanner("response", 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
 
     def forward(batch: PairBatch) -> PairLogps:
         """Slot s has log-probs -1 for the chosen answer and -(s + 0.5) / 2 for the rejected one."""
-        chosen = -torch.ones(len(batch.slots))
-        rejected = -(torch.tensor(batch.slots, dtype=torch.float) + 0.5) / 2
-        ones = torch.ones(len(batch.slots))
+        chosen = -torch.ones(len(batch.sample_indices))
+        rejected = -(torch.tensor(batch.sample_indices, dtype=torch.float) + 0.5) / 2
+        ones = torch.ones(len(batch.sample_indices))
         return PairLogps(chosen, rejected, -chosen, ones, ones, ones)
 
     seen = score(forward, [(pairs[:3], 1), (pairs[3:], 0)], planner, beta=0.5)

@@ -26,11 +26,11 @@ from test_training import last_step, wait_until
 from orpo_ray.data.images import load_image
 from orpo_ray.data.sources import list_sources
 from orpo_ray.errors import BadRow, UserError
+from orpo_ray.evaluation.evaluate import evaluate_run
+from orpo_ray.export.export import ExportOptions, export_run
 from orpo_ray.model.loading import load_model
-from orpo_ray.results.evaluate import evaluate_run
-from orpo_ray.results.export import ExportOptions, export_run
-from orpo_ray.run_folder import RunFolder
-from orpo_ray.storage import TooLarge, folder_of, locate, read_bytes
+from orpo_ray.storage.files import TooLarge, folder_of, locate, read_bytes
+from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.training.launch import launch_training
 
 

@@ -26,21 +26,17 @@ from pairs_by_hand import (
 )
 from transformers import LlavaConfig
 
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, PairSpan, build_batch
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.families import FAMILIES, PROVEN_LANGUAGE_MODELS, Bidirectional, why_not_shared_prefix
-from orpo_ray.model.loading import (
-    Attention,
-    load_model,
-    pick_attention,
-    resolve,
-)
+from orpo_ray.model.loading import Attention, load_model, pick_attention
 from orpo_ray.model.shared_prefix import PrefixLayout, VarlenIndex
-from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.sections import ModelSection
+from orpo_ray.tiny_models.build import resolve
+from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 # (images, prompt, chosen, rejected) of each pair of a row
 ROWS = {
@@ -81,8 +77,11 @@ def test_equals_it_with_lora_and_gradient_checkpointing(family: str, lora: bool,
 def test_answers_that_were_given_to_different_images(family: str) -> None:
     """A pair with a prompt for each answer, between ordinary ones: both layouts, and each answer by itself."""
     rng = np.random.default_rng(0)
-    plain = [make_pair(family, rng, *lengths, slot) for slot, lengths in enumerate([(1, 4, 3, 5), (0, 6, 2, 2)])]
-    one, other = make_pair(family, rng, 2, 5, 6, 4, slot=2), make_pair(family, rng, 2, 8, 6, 4, slot=3)
+    plain = [
+        make_pair(family, rng, *lengths, sample_index)
+        for sample_index, lengths in enumerate([(1, 4, 3, 5), (0, 6, 2, 2)])
+    ]
+    one, other = make_pair(family, rng, 2, 5, 6, 4, sample_index=2), make_pair(family, rng, 2, 8, 6, 4, sample_index=3)
     double = replace(one, rejected_prompt=other.prompt)
     pairs = [plain[0], double, plain[1]]
     model = tiny_pair_model(family)
@@ -91,7 +90,7 @@ def test_answers_that_were_given_to_different_images(family: str) -> None:
     alone = run(model, [one, replace(other, rejected_ids=one.rejected_ids)], "concatenated")
     torch.testing.assert_close(packed[0].chosen[1], alone[0].chosen[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed[0].rejected[1], alone[0].rejected[1], rtol=1e-5, atol=1e-5)
-    (again,) = [EncodedPair.from_bytes(pair.to_bytes(), pair.slot) for pair in pairs[1:2]]
+    (again,) = [EncodedPair.from_bytes(pair.to_bytes(), pair.sample_index) for pair in pairs[1:2]]
     torch.testing.assert_close(run(model, [plain[0], again, plain[1]], "shared_prefix")[1], packed[1])
 
 
@@ -265,23 +264,21 @@ def recurrent(tmp_path: Path) -> Path:
 
 
 def test_auto_shares_where_that_is_proven_and_says_where_not(recurrent: Path) -> None:
-    assert pick_attention(ModelSection(id="orpo-ray/tiny-gemma3")) == Attention("shared_prefix")
-    assert pick_attention(ModelSection(id="orpo-ray/tiny-gemma3", attention="concatenated")) == Attention(
-        "concatenated"
-    )
-    fallback = pick_attention(ModelSection(id=str(recurrent)))
+    assert pick_attention(ModelConfig(id="orpo-ray/tiny-gemma3")) == Attention("shared_prefix")
+    assert pick_attention(ModelConfig(id="orpo-ray/tiny-gemma3", attention="concatenated")) == Attention("concatenated")
+    fallback = pick_attention(ModelConfig(id=str(recurrent)))
     assert fallback.layout == "concatenated"
     assert "linear_attention" in (fallback.why or "")
 
 
 def test_what_cannot_share_a_prefix_is_refused_when_asked_to(recurrent: Path) -> None:
     with pytest.raises(UserError, match=r"model.attention.*linear_attention"):
-        pick_attention(ModelSection(id=str(recurrent), attention="shared_prefix"))
+        pick_attention(ModelConfig(id=str(recurrent), attention="shared_prefix"))
 
 
 @pytest.mark.parametrize("attention", ["shared_prefix", "concatenated"])
 def test_load_model_gives_the_attention_asked_for(attention: Any) -> None:
-    model = load_model(ModelSection(id="orpo-ray/tiny-paligemma", attention=attention), torch.device("cpu"), seed=0)
+    model = load_model(ModelConfig(id="orpo-ray/tiny-paligemma", attention=attention), torch.device("cpu"), seed=0)
     pair_model = PairModel(model, NORM)
     assert pair_model.layout == attention
     pairs = make_row("paligemma", ROWS["one pair"])

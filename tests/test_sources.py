@@ -1,4 +1,4 @@
-"""Sources -> segments -> rows, and windows of pairs out of them."""
+"""Sources -> shards -> rows, and windows of pairs out of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from orpo_ray.data import containers
-from orpo_ray.data.containers import Segment, read_rows
-from orpo_ray.data.easy_vqa import COLORS, SHAPES, easy_vqa_rows
+from orpo_ray.data.containers import Shard, read_rows
 from orpo_ray.data.order import Order
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_at, pair_of, read_window
 from orpo_ray.data.sources import first_rows, list_sources
 from orpo_ray.errors import BadRow, UserError
+from orpo_ray.tiny_models.easy_vqa import COLORS, SHAPES, easy_vqa_rows
 
 
 def rows(count: int, image: Any = None) -> list[dict[str, Any]]:
@@ -39,21 +39,21 @@ def read_all(spec: ReadSpec, epoch: int = 0) -> list[dict[str, Any]]:
     return [row for table in tables for row in table.to_pylist()]
 
 
-def list_segments(*uris: str) -> list[Segment]:
-    return [segment for source in list_sources(dict.fromkeys(uris, 1.0), "data.train") for segment in source.segments]
+def list_segments(*uris: str) -> list[Shard]:
+    return [shard for source in list_sources(dict.fromkeys(uris, 1.0), "data.train") for shard in source.shards]
 
 
 def ids_of(*uris: str) -> list[str]:
-    """The ids of all rows, segment by segment."""
-    segments = list_segments(*uris)
-    return [row["id"] for each in segments for row in read_rows(each, range(each.num_rows)) if isinstance(row, dict)]
+    """The ids of all rows, shard by shard."""
+    shards = list_segments(*uris)
+    return [row["id"] for each in shards for row in read_rows(each, range(each.num_rows)) if isinstance(row, dict)]
 
 
 def spec_of(uris: list[str], **changes: Any) -> ReadSpec:
-    segments = tuple(list_segments(*uris))
-    counts = tuple(segment.num_rows for segment in segments)
+    shards = tuple(list_segments(*uris))
+    counts = tuple(shard.num_rows for shard in shards)
     order = Order(counts, changes.pop("seed", 0), changes.pop("window", 7))
-    base = ReadSpec(segments, ("trl",) * len(segments), order, 4, 0, order.num_rows)
+    base = ReadSpec(shards, ("trl",) * len(shards), order, 4, 0, order.num_rows)
     return replace(base, **changes)
 
 
@@ -61,15 +61,15 @@ def test_parquet_row_groups_and_jsonl_stretches(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 4)
     pq.write_table(pa.Table.from_pylist(rows(10)), tmp_path / "a.parquet", row_group_size=4)
     write_jsonl(tmp_path / "b.jsonl", ["", *rows(3), "", *rows(6)[3:]])
-    segments = list_segments(str(tmp_path))
-    assert [(s.kind, s.first_row, s.num_rows) for s in segments] == [
+    shards = list_segments(str(tmp_path))
+    assert [(s.kind, s.first_row, s.num_rows) for s in shards] == [
         ("parquet", 0, 4), ("parquet", 4, 4), ("parquet", 8, 2), ("jsonl", 0, 4), ("jsonl", 4, 2),
     ]  # fmt: skip
     assert ids_of(str(tmp_path)) == [f"r{i}" for i in range(10)] + [f"r{i}" for i in range(6)]
-    picked = read_rows(segments[3], [2, 0])
+    picked = read_rows(shards[3], [2, 0])
     assert [row["id"] for row in picked if isinstance(row, dict)] == ["r2", "r0"]
-    for segment in (segments[0], segments[3]):
-        columns, first = first_rows(segment)
+    for shard in (shards[0], shards[3]):
+        columns, first = first_rows(shard)
         assert set(columns) == set(rows(1)[0])
         assert first[0]["id"] == "r0"
 
@@ -78,9 +78,9 @@ def test_a_json_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 4)
     path = tmp_path / "a.json"
     path.write_text(json.dumps([*rows(5), 3, rows(7)[6]]))
-    segments = list_segments(str(path))
-    assert [(s.first_row, s.num_rows) for s in segments] == [(0, 4), (4, 3)]
-    found = read_rows(segments[1], [2, 1, 0])
+    shards = list_segments(str(path))
+    assert [(s.first_row, s.num_rows) for s in shards] == [(0, 4), (4, 3)]
+    found = read_rows(shards[1], [2, 1, 0])
     assert [row["id"] if isinstance(row, dict) else row.reason for row in found] == ["r6", "malformed_row", "r4"]
     (tmp_path / "b.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="must hold a list of rows, found dict"):
@@ -108,16 +108,16 @@ def test_webdataset_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("a/4.txt", b"\xff"), ("a/4.seg.cls", b"0"),
         ("b/1.json", json.dumps({"id": "own"}).encode()),
     ]  # fmt: skip
-    segments = list_segments(str(write_tar(tmp_path / "a.tar", members)))
-    assert [(s.first_row, s.num_rows) for s in segments] == [(0, 2), (2, 2), (4, 1)]
-    first, broken = read_rows(segments[0], [0, 1])
+    shards = list_segments(str(write_tar(tmp_path / "a.tar", members)))
+    assert [(s.first_row, s.num_rows) for s in shards] == [(0, 2), (2, 2), (4, 1)]
+    first, broken = read_rows(shards[0], [0, 1])
     assert first == {"id": "a/1", "images": [b"one", b"two"], "prompt": "q", "chosen": "x", "rejected": "y"}
     assert isinstance(broken, BadRow)
-    binary, texts = read_rows(segments[1], [1, 0])
+    binary, texts = read_rows(shards[1], [1, 0])
     assert isinstance(binary, BadRow)
     assert texts == {"id": f"a/{long}", "prompt": "q", "chosen": "x", "rejected": "ü"}
-    assert read_rows(segments[2], [0]) == [{"id": "own"}]
-    assert first_rows(segments[0])[0] == ["id", "prompt", "chosen", "rejected", "images"]
+    assert read_rows(shards[2], [0]) == [{"id": "own"}]
+    assert first_rows(shards[0])[0] == ["id", "prompt", "chosen", "rejected", "images"]
 
 
 def test_what_save_to_disk_writes(tmp_path: Path) -> None:
@@ -138,10 +138,10 @@ def test_record_batches_are_read_by_their_place(tmp_path: Path) -> None:
     table = pa.Table.from_pylist(rows(10))
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
-    segments = list_segments(str(tmp_path))
-    assert [(s.first_row, s.num_rows) for s in segments] == [(0, 4), (4, 4), (8, 2)]
-    assert [row["id"] for row in read_rows(segments[1], [3, 0]) if isinstance(row, dict)] == ["r7", "r4"]
-    assert segments[1].describe(3) == f"{tmp_path}/a.arrow:row 7"
+    shards = list_segments(str(tmp_path))
+    assert [(s.first_row, s.num_rows) for s in shards] == [(0, 4), (4, 4), (8, 2)]
+    assert [row["id"] for row in read_rows(shards[1], [3, 0]) if isinstance(row, dict)] == ["r7", "r4"]
+    assert shards[1].describe(3) == f"{tmp_path}/a.arrow:row 7"
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_rows_that_are_no_objects_are_bad_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [b"{", b"[1]", b'{"a": 1}', b"\xff", b'{"a": ' + b"1" * 5000 + b"}", b"[" * 200_000]
     path.write_bytes(b"\n".join(lines))
-    (segment,) = list_segments(str(path))
-    kinds = [type(row) for row in read_rows(segment, range(6))]
+    (shard,) = list_segments(str(path))
+    kinds = [type(row) for row in read_rows(shard, range(6))]
     assert kinds == [BadRow, BadRow, dict, BadRow, BadRow, BadRow]
 
 
@@ -206,7 +206,7 @@ def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
     for name in (".hidden/a.jsonl", ".ipynb_checkpoints/b.jsonl", ".c.jsonl", "d.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_jsonl(tmp_path / name, rows(1))
-    assert [segment.path for segment in list_segments(str(tmp_path))] == [f"{tmp_path}/d.jsonl"]
+    assert [shard.path for shard in list_segments(str(tmp_path))] == [f"{tmp_path}/d.jsonl"]
     assert len(list_segments(f"{tmp_path}/.hidden")) == 1
 
 
@@ -217,7 +217,7 @@ def test_what_a_folder_says_of_itself_holds_for_itself(tmp_path: Path) -> None:
     Dataset.from_list(rows(3)).save_to_disk(tmp_path / "one")
     Dataset.from_list(rows(4)).save_to_disk(tmp_path / "two")
     write_jsonl(tmp_path / "a.jsonl", rows(2))
-    assert sum(segment.num_rows for segment in list_segments(str(tmp_path))) == 9
+    assert sum(shard.num_rows for shard in list_segments(str(tmp_path))) == 9
     DatasetDict(test=Dataset.from_list(rows(1))).save_to_disk(tmp_path / "deep" / "dict")
     with pytest.raises(UserError, match=r"(?s)several splits.*deep/dict/test"):
         list_segments(str(tmp_path))
@@ -230,12 +230,12 @@ def test_a_file_named_like_a_glob(tmp_path: Path) -> None:
 
 def test_columns_are_those_of_all_first_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["{", {"prompt": "p"}, *rows(2)])
-    (segment,) = list_segments(str(path))
-    assert set(first_rows(segment)[0]) == set(rows(1)[0])
+    (shard,) = list_segments(str(path))
+    assert set(first_rows(shard)[0]) == set(rows(1)[0])
     write_jsonl(path, ["{", "[1]"])
-    (segment,) = list_segments(str(path))
+    (shard,) = list_segments(str(path))
     with pytest.raises(UserError, match="none of the first rows"):
-        first_rows(segment)
+        first_rows(shard)
 
 
 def test_easy_vqa_has_only_what_questions_and_like_against_like() -> None:
@@ -255,14 +255,14 @@ def test_workers_shares_are_the_whole_and_disjoint(tmp_path: Path) -> None:
     assert sorted(whole) == sorted(f"r{i}" for i in range(50))
     for workers in (1, 2, 3):
         shares = [read_all(spec_of([str(tmp_path)], rank=rank, num_workers=workers)) for rank in range(workers)]
-        together = sorted((row["slot"], row["id"]) for share in shares for row in share)
+        together = sorted((row["sample_index"], row["id"]) for share in shares for row in share)
         assert [row_id for _, row_id in together] == whole
 
 
 def test_a_resumed_reader_starts_at_its_slot(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows(20)), tmp_path / "a.parquet")
     whole = read_all(spec_of([str(tmp_path)]))
-    tail = read_all(spec_of([str(tmp_path)], first_slot=9))
+    tail = read_all(spec_of([str(tmp_path)], first_sample=9))
     assert tail == whole[9:]
 
 
@@ -303,7 +303,7 @@ def test_exchanged_images_are_other_images_for_any_number_of_workers(tmp_path: P
     shares = [
         read_all(spec_of([str(path)], exchange_images=True, window=20, rank=rank, num_workers=2)) for rank in (0, 1)
     ]
-    key = lambda row: row["slot"]  # noqa: E731
+    key = lambda row: row["sample_index"]  # noqa: E731
     assert sorted(shares[0] + shares[1], key=key) == sorted(whole, key=key)
 
 
@@ -311,4 +311,4 @@ def test_a_pair_can_be_looked_up_by_its_slot(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "b.jsonl", rows(20))
     spec = spec_of([str(path)])
     for row in read_all(spec, epoch=1)[::7]:
-        assert pair_at(spec, row["slot"])[1].id == row["id"]
+        assert pair_at(spec, row["sample_index"])[1].id == row["id"]

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 from conftest import write_pairs
 
-from orpo_ray.data.containers import file_segments
+from orpo_ray.data.containers import file_shards
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import Order
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.data.stream import StepShare, iter_steps
-from orpo_ray.model.loading import load_processor
+from orpo_ray.streaming.steps import StepShard, iter_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
-ENCODER = EncoderSpec(load_processor, "orpo-ray/tiny-smolvlm", None, 128)
+ENCODER = EncoderSpec("orpo-ray/tiny-smolvlm", None, 128)
 PER_STEP = 8
 
 
@@ -32,34 +31,36 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
     lines[20] = json.dumps(json.loads(lines[20]) | {"images": ["images/none.png"]})
     lines[33] = json.dumps(json.loads(lines[33]) | {"rejected": ""})
     path.write_text("\n".join(lines))
-    (segment,) = file_segments(str(path), "data.train")
-    return ReadSpec((segment,), ("trl",), Order((50,), 3, 16), PER_STEP, 0, 100)
+    (shard,) = file_shards(str(path), "data.train")
+    return ReadSpec((shard,), ("trl",), Order((50,), 3, 16), PER_STEP, 0, 100)
 
 
-def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShare]:
-    return list(iter_steps(replace(spec, first_slot=first * PER_STEP), ENCODER, first, 13, max_encoders=1))
+def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShard]:
+    return list(iter_steps(replace(spec, first_sample=first * PER_STEP), ENCODER, first, 13, max_encoders=1))
 
 
-def ids(share: StepShare) -> list[str]:
+def ids(share: StepShard) -> list[str]:
     return [pair.id for pair in share.pairs]
 
 
 def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSpec) -> None:
-    slots: dict[int, str] = {}
+    sample_indices: dict[int, str] = {}
     for share in steps_of(spec):
         for pair in share.pairs:
-            assert pair.slot // PER_STEP == share.step
-            slots[pair.slot] = pair.id
+            assert pair.sample_index // PER_STEP == share.step
+            sample_indices[pair.sample_index] = pair.id
         for record in share.bad:
-            assert record.slot // PER_STEP == share.step
-            slots[record.slot] = record.reason
-    assert sorted(slots) == list(range(100))
+            assert record.sample_index // PER_STEP == share.step
+            sample_indices[record.sample_index] = record.reason
+    assert sorted(sample_indices) == list(range(100))
     bad = ["malformed_row", "missing_image", "empty_response"]
     for epoch in (0, 1):
-        names = [name for slot, name in slots.items() if slot // 50 == epoch]
+        names = [name for sample_index, name in sample_indices.items() if sample_index // 50 == epoch]
         assert sorted(name for name in names if name in bad) == sorted(bad)
         assert len(set(names)) == 50
-    assert [slots[slot] for slot in range(50)] != [slots[slot + 50] for slot in range(50)]
+    assert [sample_indices[sample_index] for sample_index in range(50)] != [
+        sample_indices[sample_index + 50] for sample_index in range(50)
+    ]
 
 
 def test_two_workers_share_the_same_steps(spec: ReadSpec) -> None:

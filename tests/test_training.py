@@ -21,10 +21,11 @@ import yaml
 from conftest import losses, tiny_recipe, write_pairs
 from rich.console import Console
 
+from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
-from orpo_ray.recipe import Recipe
-from orpo_ray.results.tracking import read_jsonl
-from orpo_ray.training.launch import RunSummary, launch_training, worker_resources
+from orpo_ray.tracking.tracker import read_jsonl
+from orpo_ray.training.launch import RunSummary, launch_training
+from orpo_ray.training.resources import worker_resources
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +68,7 @@ def test_workers_and_zero_stages_give_one_curve(
 
 
 def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster: None, tmp_path: Path) -> None:
-    """Two workers, five pairs a step, most without an image: some micro-batches are fillers alone."""
+    """Two workers, five pairs a step, most without an image: some micro-batches are dummy pairs alone."""
     path = write_pairs(tmp_path, 12)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows[::2] + rows[1:8:2]:
@@ -166,7 +167,7 @@ def test_final_loads_in_plain_transformers_and_differs_from_the_start(
 ) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from orpo_ray.model.loading import resolve
+    from orpo_ray.tiny_models.build import resolve
 
     final = storage / "reference" / "final"
     model = AutoModelForImageTextToText.from_pretrained(final)
@@ -182,7 +183,7 @@ def test_lora_trains_resumes_and_leaves_adapters(ray_cluster: None, tmp_path: Pa
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
 
-    from orpo_ray.model.loading import resolve
+    from orpo_ray.tiny_models.build import resolve
 
     section: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.1}, "gradient_checkpointing": True}
     optim = LONG
@@ -242,7 +243,7 @@ def test_bad_rows_are_skipped_and_written_down(
     ray_cluster: None, tmp_path: Path, with_bad_rows: tuple[Path, set[str]]
 ) -> None:
     path, broken = with_bad_rows
-    data = {"train": str(path), "max_bad_share": 0.2}
+    data = {"train": str(path), "max_bad_fraction": 0.2}
     optim = {"epochs": 2, "max_steps": None}
     summary = run(tiny_recipe(tmp_path, "skip", data=data, optim=optim, scaling={"num_workers": 2}))
     written = read_jsonl(Path(summary.run_uri) / "bad_rows.jsonl")
@@ -254,7 +255,7 @@ def test_bad_rows_are_skipped_and_written_down(
 
 
 @pytest.mark.parametrize(
-    ("data", "said"), [({"max_bad_share": 0.1}, "6 of 40 rows cannot be used"), ({"on_bad_row": "error"}, "line")]
+    ("data", "said"), [({"max_bad_fraction": 0.1}, "6 of 40 rows cannot be used"), ({"on_bad_row": "error"}, "line")]
 )
 def test_too_many_bad_rows_stop_the_run_with_one_clear_error(
     ray_cluster: None, tmp_path: Path, with_bad_rows: tuple[Path, set[str]], data: dict[str, Any], said: str

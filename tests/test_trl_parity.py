@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import build_batch, nll_token_count
-from orpo_ray.model.loading import PixelNorm, load_model
+from orpo_ray.model.loading import load_model
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, metrics_from_sums, orpo_loss
-from orpo_ray.sections import ModelSection
+from orpo_ray.processing.pixel_norm import PixelNorm
 
 BETA = 0.3
 ROWS = [
@@ -26,7 +27,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def model() -> PairModel:
-    section = ModelSection(id="orpo-ray/tiny-smolvlm", attention="concatenated")
+    section = ModelConfig(id="orpo-ray/tiny-smolvlm", attention="concatenated")
     return PairModel(load_model(section, torch.device("cpu"), seed=0), PixelNorm(1.0, (0.0,), (1.0,)))
 
 
@@ -37,7 +38,7 @@ def trainer(model: PairModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from transformers import AutoTokenizer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    from orpo_ray.model.loading import resolve
+    from orpo_ray.tiny_models.build import resolve
 
     folder: Path = tmp_path_factory.mktemp("trl")
     arguments = ORPOConfig(
@@ -63,7 +64,7 @@ def encoded(row: dict[str, Any]) -> EncodedPair:
 @pytest.fixture
 def packed(model: PairModel) -> PairModel:
     """The very same weights, run in the shared-prefix layout."""
-    packed = load_model(ModelSection(id="orpo-ray/tiny-smolvlm"), torch.device("cpu"), seed=0)
+    packed = load_model(ModelConfig(id="orpo-ray/tiny-smolvlm"), torch.device("cpu"), seed=0)
     packed.load_state_dict(model.model.state_dict())
     return PairModel(packed, PixelNorm(1.0, (0.0,), (1.0,)))
 

@@ -13,14 +13,15 @@ import torch
 from conftest import tiny_recipe
 from safetensors.torch import load_file
 
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.schema import ModelConfig
+from orpo_ray.data.from_recipe import encoder_of
 from orpo_ray.errors import UserError
-from orpo_ray.model.loading import commit_of, load_model, load_processor, resolve
-from orpo_ray.recipe import Recipe
-from orpo_ray.results.tracking import METRICS_FILE
-from orpo_ray.run_folder import RunFolder
-from orpo_ray.sections import ModelSection
-from orpo_ray.training.data import encoder_of
-from orpo_ray.training.launch import RECIPE_FILE, _check_run_folder, _pinned
+from orpo_ray.model.loading import commit_of, load_model
+from orpo_ray.processing.processor import load_processor
+from orpo_ray.storage.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
+from orpo_ray.tiny_models.build import resolve
+from orpo_ray.training.launch import _check_run_folder, _pinned
 
 TINY = "orpo-ray/tiny-llava"
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **section: Any) -> torch.nn.Module:
-    return load_model(ModelSection(id=str(folder), **section), CPU, seed=0)
+    return load_model(ModelConfig(id=str(folder), **section), CPU, seed=0)
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_model_that_is_its_own_code_says_which_field(with_code: tuple[Path, Pa
 
 def test_code_is_run_when_the_recipe_says_so(with_code: tuple[Path, Path]) -> None:
     folder, marker = with_code
-    commit_of(ModelSection(id=str(folder), trust_remote_code=True))
+    commit_of(ModelConfig(id=str(folder), trust_remote_code=True))
     assert marker.exists()
     encoder = encoder_of(tiny_recipe(folder.parent, "run", model={"id": str(folder), "trust_remote_code": True}))
     assert type(encoder.build().processor).__name__ == "OwnProcessor"
@@ -96,7 +97,7 @@ def test_pickled_weights_are_refused_unless_allowed(pickled: Path) -> None:
         load(pickled)
     assert error.value.field == "model.allow_pickle"
     allowed = load(pickled, allow_pickle=True).state_dict()
-    for name, value in load_model(ModelSection(id=TINY), CPU, seed=0).state_dict().items():
+    for name, value in load_model(ModelConfig(id=TINY), CPU, seed=0).state_dict().items():
         assert torch.equal(allowed[name], value), name
 
 

@@ -18,21 +18,21 @@ from pairs_by_hand import NORM, make_pair
 from rich.console import Console
 from torch import nn
 
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.model.derived_family import family_of
 from orpo_ray.model.loading import load_model, without_adapters
-from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
-from orpo_ray.sections import ModelSection
+from orpo_ray.tiny_models.families import TINY_FAMILIES
 from orpo_ray.training.launch import launch_training
 
 TINY = "orpo-ray/tiny-smolvlm"
 
 
 def load(model_id: str = TINY, **section: Any) -> Any:
-    return load_model(ModelSection.model_validate({"id": model_id, **section}), CPU, seed=0)
+    return load_model(ModelConfig.model_validate({"id": model_id, **section}), CPU, seed=0)
 
 
 def error_of(model_id: str = TINY, **section: Any) -> UserError:
@@ -43,7 +43,9 @@ def error_of(model_id: str = TINY, **section: Any) -> UserError:
 
 def two_pairs() -> PairBatch:
     rng = np.random.default_rng(0)
-    return build_batch([make_pair("smolvlm", rng, 1, 6, 9, 7, slot) for slot in range(2)], "response", "shared_prefix")
+    return build_batch(
+        [make_pair("smolvlm", rng, 1, 6, 9, 7, sample_index) for sample_index in range(2)], "response", "shared_prefix"
+    )
 
 
 def trained(model: nn.Module) -> set[str]:

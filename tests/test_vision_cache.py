@@ -11,8 +11,8 @@ from pairs_by_hand import NORM, make_row, tiny_pair_model
 
 from orpo_ray.data.packing import build_batch
 from orpo_ray.errors import UserError
-from orpo_ray.model.tiny_families import TINY_FAMILIES
 from orpo_ray.objective.forward import PairModel
+from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 MORE = ("idefics", "mllama", "llava_onevision", "qwen3_vl")
 ROW = [(2, 5, 7, 3), (0, 3, 2, 2), (1, 4, 3, 3), (3, 2, 2, 2)]

@@ -14,14 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pairs_by_hand import NORM, make_pair
 
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective import logps
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import orpo_loss
-from orpo_ray.objective.steps import StepPlanner, reduce_sums
-from orpo_ray.recipe import parse_recipe
-from orpo_ray.sections import ModelSection
+from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training.deepspeed import Engine
 
 STEPS = 3
@@ -30,7 +30,9 @@ STEPS = 3
 def share_of(family: str, rank: int, num_workers: int) -> list[EncodedPair]:
     """Rank 0 of two has the long answers."""
     rng = np.random.default_rng(0)
-    pairs = [make_pair(family, rng, 1, 6, *lengths, slot) for slot, lengths in enumerate([(30, 25), (2, 3)])]
+    pairs = [
+        make_pair(family, rng, 1, 6, *lengths, sample_index) for sample_index, lengths in enumerate([(30, 25), (2, 3)])
+    ]
     return pairs[rank::num_workers]
 
 
@@ -46,11 +48,11 @@ def train(rank: int, num_workers: int, port: int, family: str, stage: int, out: 
          "optim": {"learning_rate": 1e-3, "warmup": 0, "pairs_per_step": 2}}
     )  # fmt: skip
     device = torch.device("cpu")
-    model = PairModel(load_model(ModelSection(id=model_id), device, seed=0), NORM)
+    model = PairModel(load_model(ModelConfig(id=model_id), device, seed=0), NORM)
     vocabulary = model.model.config.get_text_config().vocab_size
     logps.CHUNK_BYTES = 16 * vocabulary * 4  # 16 targets a chunk
-    fillers = share_of(family, 0, 2) * 2
-    planner = StepPlanner("response", 8192, "shared_prefix", vocabulary, fillers[0], fillers[1], device)
+    dummy_pairs = share_of(family, 0, 2) * 2
+    planner = StepPlanner("response", 8192, "shared_prefix", vocabulary, dummy_pairs[0], dummy_pairs[1], device)
     engine = Engine(model, recipe, STEPS, num_workers)
     lines = []
     for _ in range(STEPS):

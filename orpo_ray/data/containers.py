@@ -1,6 +1,6 @@
-"""Kinds of files that hold rows: each is listed as segments once, and a segment's rows are read in one go.
+"""Kinds of files that hold rows: each is listed as shards once, and a shard's rows are read in one go.
 
-A segment is a row group of a parquet file, a stretch of lines of a JSONL file, of entries of a JSON list, of samples of
+A shard is a row group of a parquet file, a stretch of lines of a JSONL file, of entries of a JSON list, of samples of
 a webdataset tar, or a record batch of an Arrow file. Segments are small descriptions: the driver lists them, and any
 process that has one can read its rows, from a disk or from an object store.
 """
@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orpo_ray.data.easy_vqa import easy_vqa_rows
 from orpo_ray.errors import BadRow, UserError
-from orpo_ray.storage import is_remote, locate, parent, patiently, read_bytes
+from orpo_ray.storage.files import is_remote, locate, parent, read_bytes, with_retries
+from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 
 ROWS_PER_SEGMENT = 4096
 BYTES_PER_TAR_SEGMENT = 64 << 20
@@ -33,10 +33,10 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Segment:
+class Shard:
     """A run of `num_rows` rows of `path`, the first of which is row `first_row` of that file.
 
-    index: parquet's row group. offset, length: the bytes of the segment, where it is read by itself. first_line,
+    index: parquet's row group. offset, length: the bytes of the shard, where it is read by itself. first_line,
     blanks: of lines: the number of the first one, and before which rows there is an empty one.
     num_bytes: about what its rows weigh as they are stored, without the files that paths in them name.
     """
@@ -53,7 +53,7 @@ class Segment:
     blanks: tuple[int, ...] = ()
 
     def describe(self, row: int) -> str:
-        """Where row `row` of this segment stands, as a user would look for it."""
+        """Where row `row` of this shard stands, as a user would look for it."""
         if self.kind == "jsonl":
             return f"{self.path}:line {self.first_line + row + bisect_right(self.blanks, row)}"
         return f"{self.path}:row {self.first_row + row}"
@@ -64,11 +64,11 @@ class Segment:
         return None if self.kind == "easy-vqa" else parent(self.path)
 
 
-def file_segments(path: str, field: str) -> list[Segment]:
-    """The segments of one file, by its suffix. Raises UserError if it cannot be read."""
+def file_shards(path: str, field: str) -> list[Shard]:
+    """The shards of one file, by its suffix. Raises UserError if it cannot be read."""
     kind = _KINDS[PurePosixPath(path).suffix]
     try:
-        return list(patiently(lambda: list(_LISTED[kind](path))) if is_remote(path) else _LISTED[kind](path))
+        return list(with_retries(lambda: list(_LISTED[kind](path))) if is_remote(path) else _LISTED[kind](path))
     except (OSError, pa.ArrowException, tarfile.TarError, ValueError, RecursionError) as error:
         raise UserError(f"cannot be read: {error}", field=field, value=path) from None
 
@@ -78,47 +78,47 @@ def is_readable(path: str) -> bool:
     return PurePosixPath(path).suffix in _KINDS
 
 
-def easy_vqa_segment(uri: str) -> Segment:
-    """The one segment of a split of easy-vqa, `easy-vqa:train`."""
-    return Segment("easy-vqa", uri, 0, len(easy_vqa_rows(uri.removeprefix(EASY_VQA))), num_bytes=4 << 20)
+def easy_vqa_shard(uri: str) -> Shard:
+    """The one shard of a split of easy-vqa, `easy-vqa:train`."""
+    return Shard("easy-vqa", uri, 0, len(easy_vqa_rows(uri.removeprefix(EASY_VQA))), num_bytes=4 << 20)
 
 
-def read_rows(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
-    """Rows `rows` of a segment, in that order; one that is not a mapping of columns comes as a BadRow."""
-    if is_remote(segment.path):
-        return patiently(_READ[segment.kind], segment, rows)
-    return _READ[segment.kind](segment, rows)
+def read_rows(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+    """Rows `rows` of a shard, in that order; one that is not a mapping of columns comes as a BadRow."""
+    if is_remote(shard.path):
+        return with_retries(_READ[shard.kind], shard, rows)
+    return _READ[shard.kind](shard, rows)
 
 
-def _list_parquet(path: str) -> Iterator[Segment]:
+def _list_parquet(path: str) -> Iterator[Shard]:
     filesystem, inner = locate(path)
     with filesystem.open_input_file(inner) as file:
         metadata = pq.read_metadata(file)
     first = 0
     for group in range(metadata.num_row_groups):
         facts = metadata.row_group(group)
-        yield Segment("parquet", path, first, facts.num_rows, num_bytes=facts.total_byte_size, index=group)
+        yield Shard("parquet", path, first, facts.num_rows, num_bytes=facts.total_byte_size, index=group)
         first += facts.num_rows
 
 
-def _read_parquet(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
-    filesystem, path = locate(segment.path)
+def _read_parquet(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+    filesystem, path = locate(shard.path)
     with filesystem.open_input_file(path) as file:
         # A row group in one request a column: without buffering each column chunk would be fetched page by page.
-        group = pq.ParquetFile(file, pre_buffer=True).read_row_group(segment.index)
+        group = pq.ParquetFile(file, pre_buffer=True).read_row_group(shard.index)
     found: list[Row | BadRow] = group.take(pa.array(rows, pa.int64())).to_pylist()
     return found
 
 
-def _list_jsonl(path: str) -> Iterator[Segment]:
+def _list_jsonl(path: str) -> Iterator[Shard]:
     """Blank lines are no rows."""
     filesystem, inner = locate(path)
     first = count = offset = start = line_number = 0
     first_line, blanks = 1, list[int]()
 
-    def segment() -> Segment:
+    def shard() -> Shard:
         size = offset - start
-        return Segment(
+        return Shard(
             "jsonl", path, first, count, size, offset=start, length=size, first_line=first_line, blanks=tuple(blanks)
         )
 
@@ -131,15 +131,15 @@ def _list_jsonl(path: str) -> Iterator[Segment]:
             else:
                 blanks.append(count)
             if count == ROWS_PER_SEGMENT:
-                yield segment()
+                yield shard()
                 first, count, start, first_line = first + count, 0, offset, line_number + 1
                 blanks.clear()
     if count:
-        yield segment()
+        yield shard()
 
 
-def _read_jsonl(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
-    data = read_bytes(segment.path, segment.offset, segment.length)
+def _read_jsonl(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+    data = read_bytes(shard.path, shard.offset, shard.length)
     # Split as `_list_jsonl` counts: a lone carriage return is white space within a row.
     lines = [line for line in data.split(b"\n") if line.strip()]
     return [_json_row(lines[row]) for row in rows]
@@ -159,17 +159,17 @@ def _object(row: Any) -> Row | BadRow:
     return BadRow("malformed_row", f"a row must be a JSON object, found {repr(row)[:80]}")
 
 
-def _list_json(path: str) -> Iterator[Segment]:
+def _list_json(path: str) -> Iterator[Shard]:
     count = len(_json_list(path))
     size = len(read_bytes(path)) if count else 0
     for first in range(0, count, ROWS_PER_SEGMENT):
         here = min(ROWS_PER_SEGMENT, count - first)
-        yield Segment("json", path, first, here, num_bytes=size * here // count)
+        yield Shard("json", path, first, here, num_bytes=size * here // count)
 
 
-def _read_json(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
-    everything = _json_list(segment.path)
-    return [_object(everything[segment.first_row + row]) for row in rows]
+def _read_json(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+    everything = _json_list(shard.path)
+    return [_object(everything[shard.first_row + row]) for row in rows]
 
 
 @lru_cache(maxsize=2)
@@ -185,7 +185,7 @@ def _json_list(path: str) -> list[Any]:
     return rows
 
 
-def _list_arrow(path: str) -> Iterator[Segment]:
+def _list_arrow(path: str) -> Iterator[Shard]:
     """A file of `datasets.save_to_disk`: a stream of record batches, each found again by its offset."""
     filesystem, inner = locate(path)
     with filesystem.open_input_file(inner) as file:
@@ -197,21 +197,21 @@ def _list_arrow(path: str) -> Iterator[Segment]:
             except StopIteration:
                 return
             size = file.tell() - offset
-            yield Segment("arrow", path, first, batch.num_rows, num_bytes=size, offset=offset, length=size)
+            yield Shard("arrow", path, first, batch.num_rows, num_bytes=size, offset=offset, length=size)
             first, offset = first + batch.num_rows, file.tell()
 
 
-def _read_arrow(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
-    filesystem, path = locate(segment.path)
+def _read_arrow(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+    filesystem, path = locate(shard.path)
     with filesystem.open_input_file(path) as file:
         schema = pa.ipc.open_stream(file).schema
-    data = read_bytes(segment.path, segment.offset, segment.length)
+    data = read_bytes(shard.path, shard.offset, shard.length)
     batch = pa.ipc.read_record_batch(pa.ipc.read_message(data), schema)
     found: list[Row | BadRow] = batch.take(pa.array(rows, pa.int64())).to_pylist()
     return found
 
 
-def _list_tar(path: str) -> Iterator[Segment]:
+def _list_tar(path: str) -> Iterator[Shard]:
     """Stretches of whole samples; a sample is a run of members with one key."""
     filesystem, inner = locate(path)
     first = count = start = end = 0
@@ -227,16 +227,16 @@ def _list_tar(path: str) -> Iterator[Segment]:
             if here != key:
                 if count == ROWS_PER_SEGMENT or member.offset - start > BYTES_PER_TAR_SEGMENT:
                     size = member.offset - start
-                    yield Segment("tar", path, first, count, num_bytes=size, offset=start, length=size)
+                    yield Shard("tar", path, first, count, num_bytes=size, offset=start, length=size)
                     first, count, start = first + count, 0, member.offset
                 key, count = here, count + 1
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if count:
-        yield Segment("tar", path, first, count, num_bytes=end - start, offset=start, length=end - start)
+        yield Shard("tar", path, first, count, num_bytes=end - start, offset=start, length=end - start)
 
 
-def _read_tar(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
-    data = read_bytes(segment.path, segment.offset, segment.length)
+def _read_tar(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+    data = read_bytes(shard.path, shard.offset, shard.length)
     samples: list[tuple[str, list[tuple[str, bytes]]]] = []
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:
@@ -279,20 +279,20 @@ def _sample(key: str, members: list[tuple[str, bytes]]) -> Row | BadRow:
     return row | ({"images": images} if images else {})
 
 
-def _read_easy_vqa(segment: Segment, rows: Sequence[int]) -> list[Row | BadRow]:
-    everything = easy_vqa_rows(segment.path.removeprefix(EASY_VQA))
+def _read_easy_vqa(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+    everything = easy_vqa_rows(shard.path.removeprefix(EASY_VQA))
     return [everything[row] for row in rows]
 
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json", ".arrow": "arrow", ".tar": "tar"}
-_LISTED: dict[str, Callable[[str], Iterator[Segment]]] = {
+_LISTED: dict[str, Callable[[str], Iterator[Shard]]] = {
     "parquet": _list_parquet,
     "jsonl": _list_jsonl,
     "json": _list_json,
     "arrow": _list_arrow,
     "tar": _list_tar,
 }
-_READ: dict[str, Callable[[Segment, Sequence[int]], list[Row | BadRow]]] = {
+_READ: dict[str, Callable[[Shard, Sequence[int]], list[Row | BadRow]]] = {
     "parquet": _read_parquet,
     "jsonl": _read_jsonl,
     "json": _read_json,

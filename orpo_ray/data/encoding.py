@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from PIL import Image
 
 from orpo_ray.data.images import ImageRoot, load_image
 from orpo_ray.data.pairs import Message, PreferencePair
-from orpo_ray.data.prompts import EncodedPrompt, PromptEncoder
 from orpo_ray.errors import BadRow, UserError
+from orpo_ray.processing.processor import load_processor
+from orpo_ray.processing.prompts import EncodedPrompt, PromptEncoder
 
 Root = Path | ImageRoot | None  # what image paths are relative to
 
@@ -32,8 +33,9 @@ class EncodedPair:
     prompt_ids [P], chosen_ids [C], rejected_ids [R]: int32, no padding; the answers end as the chat template ends them.
     prompt_is_text [P]: bool, False at image placeholders, which are never NLL targets.
     images: what the model's vision input takes (`pixel_values` as uint8 [tiles, 3, H, W], ...); empty without images.
-    slot: its place in the order of the run (`data/order.py`); -1 for a filler. rejected_prompt: what the rejected
-    answer was given to, where that has images of its own. truncated: tokens that were cut from the answers.
+    sample_index: position in the order of the run (`data/order.py`); -1 for a dummy pair.
+    rejected_prompt: the prompt of the rejected answer, if it has images of its own.
+    truncated: number of tokens cut from the answers.
     """
 
     id: str
@@ -42,7 +44,7 @@ class EncodedPair:
     rejected_ids: np.ndarray
     prompt_is_text: np.ndarray
     images: dict[str, np.ndarray]
-    slot: int = -1
+    sample_index: int = -1
     rejected_prompt: EncodedPrompt | None = None
     truncated: int = 0
 
@@ -74,8 +76,8 @@ class EncodedPair:
         return safetensors.numpy.save(tensors)
 
     @classmethod
-    def from_bytes(cls, data: Any, slot: int) -> EncodedPair:
-        """The inverse of `to_bytes`, of any buffer; the slot travels beside it. Arrays are views of the buffer."""
+    def from_bytes(cls, data: Any, sample_index: int) -> EncodedPair:
+        """Read what `to_bytes` wrote. Arrays are views of the buffer; the sample index is stored beside it."""
         tensors = _views(data)
         second = None
         if "rejected_prompt.ids" in tensors:
@@ -85,7 +87,7 @@ class EncodedPair:
             id=tensors.pop("id").tobytes().decode(),
             images=_taken(tensors, "images."),
             truncated=int(tensors.pop("truncated")[0]),
-            slot=slot,
+            sample_index=sample_index,
             rejected_prompt=second,
             **tensors,
         )
@@ -93,13 +95,8 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What an encoder is, small and hashable: it travels to the processes that encode, which keep one each.
+    """What an encoder is, small and hashable: it travels to the processes that encode, which keep one each."""
 
-    load_processor(model_id, revision, trust_remote_code) -> processor: handed in, since loading stands on a higher
-    floor.
-    """
-
-    load_processor: Callable[[str, str | None, bool], Any]
     model_id: str
     revision: str | None
     max_length: int
@@ -109,7 +106,7 @@ class EncoderSpec:
 
     def build(self) -> PairEncoder:
         """Load the processor (seconds) and make the encoder."""
-        processor = self.load_processor(self.model_id, self.revision, self.trust_remote_code)
+        processor = load_processor(self.model_id, self.revision, self.trust_remote_code)
         return PairEncoder(processor, self.max_length, self.truncate, self.allow_http)
 
 
@@ -169,11 +166,11 @@ class PairEncoder:
             for index, draft in enumerate(drafts)
         ]
 
-    def filler(self, with_image: bool) -> EncodedPair:
+    def dummy_pair(self, with_image: bool) -> EncodedPair:
         """A pair that stands in with weight 0 where a worker must run a forward and has nothing of its own."""
         images = [Image.new("RGB", (64, 64), "gray")] if with_image else []
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
-        pair = PreferencePair("filler", [], [{"role": "user", "content": content}], "a", "b")
+        pair = PreferencePair("dummy_pair", [], [{"role": "user", "content": content}], "a", "b")
         draft = _Draft(pair, images, None, *self._texts(pair))
         encoded = self._finish(draft, self.prompts.encode([(draft.prompt, images)])[0], None)
         if isinstance(encoded, BadRow):

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from orpo_ray.data.fetch import fetch, shown
 from orpo_ray.errors import BadRow
-from orpo_ray.storage import TooLarge
+from orpo_ray.storage.files import TooLarge
 
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 64_000_000  # a decompression bomb is a small file that says it is larger than this

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from orpo_ray.data.cross_images import cross_images, looks_by_cross_attention
 from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.data.prompts import EncodedPrompt
+from orpo_ray.processing.cross_images import cross_images, looks_by_cross_attention
+from orpo_ray.processing.prompts import EncodedPrompt
 
 Layout = Literal["shared_prefix", "concatenated"]
 
@@ -55,10 +55,10 @@ class PairBatch:
     spans: where the pairs lie in the row, in their order; empty in the concatenated layout.
     target_position: int64 [M], into the flattened hidden states: the token before each target.
     target_ids: int64 [M]. target_answer: int64 [M], the answer of each. target_in_response: bool [M].
-    weights: float32 [B], 1 for a pair, 0 for a filler. slots: the pairs' slots, [B].
+    weights: float32 [B], 1 for a pair, 0 for a dummy pair. sample indices: the pairs' sample indices, [B].
     images: the vision input of all pairs, in the order of the row; empty if none has an image. images_shared: both rows
     of a pair take the same images, which stand there once; False where some pair of the concatenated layout does not.
-    trains_on_images: whether any of it belongs to a pair, not just to a filler.
+    trains_on_images: whether any of it belongs to a pair, not just to a dummy pair.
     head_chunks: into how many parts the targets are cut for the output head; the same on every worker.
     """
 
@@ -72,14 +72,14 @@ class PairBatch:
     target_in_response: torch.Tensor
     weights: torch.Tensor
     images: dict[str, torch.Tensor]
-    slots: tuple[int, ...]
+    sample_indices: tuple[int, ...]
     trains_on_images: bool
     images_shared: bool = True
     head_chunks: int = 1
 
     @property
     def num_pairs(self) -> int:
-        """B, fillers included."""
+        """B, dummy pairs included."""
         return len(self.weights)
 
     def to(self, device: torch.device) -> PairBatch:
@@ -90,10 +90,10 @@ class PairBatch:
 
 
 def build_batch(
-    pairs: Sequence[EncodedPair], nll: str, layout: Layout, fillers: Sequence[EncodedPair] = ()
+    pairs: Sequence[EncodedPair], nll: str, layout: Layout, dummy_pairs: Sequence[EncodedPair] = ()
 ) -> PairBatch:
-    """The tensors of one forward over `pairs` and, with weight 0, `fillers`. nll: `response | prompt+response`."""
-    everything = [*pairs, *fillers]
+    """The tensors of one forward over `pairs` and, with weight 0, `dummy_pairs`. nll: `response | prompt+response`."""
+    everything = [*pairs, *dummy_pairs]
     rows = _Rows(everything, nll)
     shared = layout == "shared_prefix" or not any(pair.rejected_prompt for pair in everything)
     if layout == "shared_prefix":
@@ -109,9 +109,9 @@ def build_batch(
         target_ids=torch.from_numpy(np.concatenate(rows.target_ids)),
         target_answer=torch.from_numpy(np.concatenate(rows.target_answer)),
         target_in_response=torch.from_numpy(np.concatenate(rows.target_in_response)),
-        weights=torch.tensor([1.0] * len(pairs) + [0.0] * len(fillers)),
+        weights=torch.tensor([1.0] * len(pairs) + [0.0] * len(dummy_pairs)),
         images=_collate_images(_images_in_order(everything, layout, shared), rows.width),
-        slots=tuple(pair.slot for pair in everything),
+        sample_indices=tuple(pair.sample_index for pair in everything),
         trains_on_images=any(pair.images for pair in pairs),
         images_shared=shared,
     )

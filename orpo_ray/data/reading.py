@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from orpo_ray.data.containers import Segment, read_rows
+from orpo_ray.data.containers import Shard, read_rows
 from orpo_ray.data.formats import id_of, to_pair
 from orpo_ray.data.order import Order, owner
 from orpo_ray.data.pairs import Image, PreferencePair
@@ -31,7 +31,7 @@ BYTES_OF_A_PATH = 128 << 10  # a guess at the file behind a path
 _IMAGES = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
 SCHEMA = pa.schema(
     [
-        ("slot", pa.int64()),
+        ("sample_index", pa.int64()),
         ("id", pa.string()),
         ("source", pa.string()),
         ("image_root", pa.string()),
@@ -49,39 +49,40 @@ SCHEMA = pa.schema(
 class ReadSpec:
     """Which rows one worker reads, and how.
 
-    Slots [first_slot, last_slot) that `rank` of `num_workers` owns. format_names: the format of each segment. kept: of
-    segments that are read in part (`data/split.py`), the rows; the order counts only those.
+    Samples [first_sample, end_sample) that `rank` of `num_workers` owns.
+    format_names: the format of each shard.
+    row_indices: for shards that are read in part (`data/split.py`), the rows to read; the order counts only those.
     exchange_images: give each pair the images of another pair of its window, to see whether they matter.
     """
 
-    segments: tuple[Segment, ...]
+    shards: tuple[Shard, ...]
     format_names: tuple[str, ...]
     order: Order
     pairs_per_step: int
-    first_slot: int
-    last_slot: int
+    first_sample: int
+    end_sample: int
     rank: int = 0
     num_workers: int = 1
     columns: Mapping[str, str] = field(default_factory=dict)
-    kept: Mapping[int, np.ndarray] = field(default_factory=dict)
+    row_indices: Mapping[int, np.ndarray] = field(default_factory=dict)
     image_root: str | None = None
     exchange_images: bool = False
 
     @property
     def digest(self) -> str:
         """The same for the same files of rows, wherever they lie."""
-        facts = [(PurePosixPath(each.path).name, each.num_rows, each.num_bytes) for each in self.segments]
-        kept = [hashlib.sha256(rows.tobytes()).hexdigest() for rows in self.kept.values()]
+        facts = [(PurePosixPath(each.path).name, each.num_rows, each.num_bytes) for each in self.shards]
+        kept = [hashlib.sha256(rows.tobytes()).hexdigest() for rows in self.row_indices.values()]
         return hashlib.sha256(json.dumps([facts, kept, self.order.weights]).encode()).hexdigest()[:16]
 
-    def root_of(self, segment: Segment) -> str | None:
-        """What image paths of a segment's rows are relative to."""
-        return self.image_root or segment.image_root
+    def root_of(self, shard: Shard) -> str | None:
+        """What image paths of a shard's rows are relative to."""
+        return self.image_root or shard.image_root
 
-    def owned(self, slots: np.ndarray) -> np.ndarray:
-        """Which of these slots this worker trains on: bool, same shape."""
-        mine = owner(slots, self.pairs_per_step, self.num_workers) == self.rank
-        return mine & (slots >= self.first_slot) & (slots < self.last_slot)
+    def owned(self, sample_indices: np.ndarray) -> np.ndarray:
+        """Which of these sample indices this worker trains on: bool, same shape."""
+        mine = owner(sample_indices, self.pairs_per_step, self.num_workers) == self.rank
+        return mine & (sample_indices >= self.first_sample) & (sample_indices < self.end_sample)
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,22 @@ class Refused:
 
 
 def read_window(spec: ReadSpec, epoch: int, number: int) -> Iterator[pa.Table]:
-    """Tables of `SCHEMA` with this worker's rows of one window, in the order of their slots."""
+    """Tables of `SCHEMA` with this worker's rows of one window, in the order of their sample indices."""
     window = spec.order.window(epoch, number)
-    slots = window.first_slot + np.arange(len(window.rows))
-    owned = spec.owned(slots)
+    sample_indices = window.first_sample + np.arange(len(window.rows))
+    owned = spec.owned(sample_indices)
     # A pair's new images may come from any row of the window, whoever owns it: that keeps them the same for any
     # number of workers.
     wanted = np.ones_like(owned) if spec.exchange_images else owned
-    pairs = _read_window(spec, slots[wanted], window.rows[wanted])
+    pairs = _read_window(spec, sample_indices[wanted], window.rows[wanted])
     if spec.exchange_images:
         pairs = _exchange(spec, pairs)
-    yield from _tables(spec, [(int(slot), *pairs[slot]) for slot in slots[owned]])
+    yield from _tables(spec, [(int(sample_index), *pairs[sample_index]) for sample_index in sample_indices[owned]])
 
 
-def read_pairs(spec: ReadSpec, segment: int, rows: np.ndarray) -> list[PreferencePair | Refused]:
-    """Rows of a segment as pairs, or as what is wrong with them."""
-    there, format_name = spec.segments[segment], spec.format_names[segment]
+def read_pairs(spec: ReadSpec, shard: int, rows: np.ndarray) -> list[PreferencePair | Refused]:
+    """Rows of a shard as pairs, or as what is wrong with them."""
+    there, format_name = spec.shards[shard], spec.format_names[shard]
     pairs: list[PreferencePair | Refused] = []
     for row, raw in zip(rows.tolist(), read_rows(there, rows.tolist()), strict=True):
         where = there.describe(row)
@@ -128,12 +129,12 @@ def _writable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def pair_at(spec: ReadSpec, slot: int) -> tuple[Segment, PreferencePair | Refused]:
-    """The pair of one slot, whoever owns it."""
-    ((epoch, number),) = spec.order.windows(slot, slot + 1)
+def pair_at(spec: ReadSpec, sample_index: int) -> tuple[Shard, PreferencePair | Refused]:
+    """The pair of one sample index, whoever owns it."""
+    ((epoch, number),) = spec.order.windows(sample_index, sample_index + 1)
     window = spec.order.window(epoch, number)
-    place = slot - window.first_slot
-    return _read_window(spec, np.array([slot]), window.rows[place : place + 1])[slot]
+    place = sample_index - window.first_sample
+    return _read_window(spec, np.array([sample_index]), window.rows[place : place + 1])[sample_index]
 
 
 def image_fingerprint(image: Image, root: str | None) -> str:
@@ -147,52 +148,52 @@ def image_fingerprint(image: Image, root: str | None) -> str:
 
 
 def _read_window(
-    spec: ReadSpec, slots: np.ndarray, rows: np.ndarray
-) -> dict[int, tuple[Segment, PreferencePair | Refused]]:
-    """slot -> (segment, pair or what is wrong). Each segment is read once."""
-    pairs: dict[int, tuple[Segment, PreferencePair | Refused]] = {}
+    spec: ReadSpec, sample_indices: np.ndarray, rows: np.ndarray
+) -> dict[int, tuple[Shard, PreferencePair | Refused]]:
+    """sample index -> (shard, pair or what is wrong). Each shard is read once."""
+    pairs: dict[int, tuple[Shard, PreferencePair | Refused]] = {}
     for index in np.unique(rows[:, 0]).tolist():
         here = rows[:, 0] == index
         wanted = rows[here, 1]
-        if index in spec.kept:
-            wanted = spec.kept[index][wanted]
-        for slot, pair in zip(slots[here].tolist(), read_pairs(spec, index, wanted), strict=True):
-            pairs[slot] = (spec.segments[index], pair)
+        if index in spec.row_indices:
+            wanted = spec.row_indices[index][wanted]
+        for sample_index, pair in zip(sample_indices[here].tolist(), read_pairs(spec, index, wanted), strict=True):
+            pairs[sample_index] = (spec.shards[index], pair)
     return pairs
 
 
 def _exchange(
     spec: ReadSpec,
-    pairs: dict[int, tuple[Segment, PreferencePair | Refused]],
-) -> dict[int, tuple[Segment, PreferencePair | Refused]]:
+    pairs: dict[int, tuple[Shard, PreferencePair | Refused]],
+) -> dict[int, tuple[Shard, PreferencePair | Refused]]:
     """Give every pair the images of the next pair with as many, but other, images; a BadRow where there is none."""
     groups: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
-    for slot, (segment, pair) in pairs.items():
+    for sample_index, (shard, pair) in pairs.items():
         if isinstance(pair, PreferencePair) and pair.images:
             groups[len(pair.images), len(pair.rejected_images or ())].append(
-                (slot, _fingerprint(pair, spec.root_of(segment)))
+                (sample_index, _fingerprint(pair, spec.root_of(shard)))
             )
     out = dict(pairs)
-    for slot, (segment, pair) in pairs.items():
+    for sample_index, (shard, pair) in pairs.items():
         if isinstance(pair, PreferencePair) and not pair.images:
-            out[slot] = (
-                segment,
+            out[sample_index] = (
+                shard,
                 Refused(pair.id, pair.source, BadRow("no_image_to_exchange", "the pair has no image")),
             )
     for group in groups.values():
-        for place, (slot, fingerprint) in enumerate(group):
-            segment, pair = pairs[slot]
+        for place, (sample_index, fingerprint) in enumerate(group):
+            shard, pair = pairs[sample_index]
             assert isinstance(pair, PreferencePair)
             followers = (group[(place + step) % len(group)] for step in range(1, len(group)))
             other = next((there for there, theirs in followers if theirs != fingerprint), None)
             if other is None:
                 nothing = BadRow("no_image_to_exchange", "no other images to exchange with")
-                out[slot] = (segment, Refused(pair.id, pair.source, nothing))
+                out[sample_index] = (shard, Refused(pair.id, pair.source, nothing))
                 continue
             other_segment, other_pair = pairs[other]
             assert isinstance(other_pair, PreferencePair)
             swapped = replace(pair, images=other_pair.images, rejected_images=other_pair.rejected_images)
-            out[slot] = (other_segment, swapped)
+            out[sample_index] = (other_segment, swapped)
     return out
 
 
@@ -201,11 +202,11 @@ def _fingerprint(pair: PreferencePair, root: str | None) -> str:
     return " ".join(image_fingerprint(image, root) for image in pair.images)
 
 
-def _tables(spec: ReadSpec, rows: list[tuple[int, Segment, PreferencePair | Refused]]) -> Iterator[pa.Table]:
+def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | Refused]]) -> Iterator[pa.Table]:
     block: list[dict[str, object]] = []
     size = 0
-    for slot, segment, pair in rows:
-        base: dict[str, object] = {"slot": slot, "image_root": spec.root_of(segment)}
+    for sample_index, shard, pair in rows:
+        base: dict[str, object] = {"sample_index": sample_index, "image_root": spec.root_of(shard)}
         if isinstance(pair, PreferencePair):
             named = ("id", "source", "images", "rejected_images", "chosen", "rejected")
             block.append(base | {name: getattr(pair, name) for name in named} | {"prompt": json.dumps(pair.prompt)})

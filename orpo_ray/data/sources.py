@@ -1,4 +1,4 @@
-"""Where rows come from: what a recipe's `data.train` names -> the segments of its files.
+"""Where rows come from: what a recipe's `data.train` names -> the shards of its files.
 
 A source is one URI of the mix: a file, folder or glob, here or in an object store, a dataset of the Hugging Face hub,
 or a split of easy-vqa.
@@ -17,9 +17,9 @@ from urllib.parse import parse_qsl
 
 import pyarrow.parquet as pq
 
-from orpo_ray.data.containers import EASY_VQA, Row, Segment, easy_vqa_segment, file_segments, is_readable, read_rows
+from orpo_ray.data.containers import EASY_VQA, Row, Shard, easy_vqa_shard, file_shards, is_readable, read_rows
 from orpo_ray.errors import UserError
-from orpo_ray.storage import list_files, locate, parent, read_bytes
+from orpo_ray.storage.files import list_files, locate, parent, read_bytes
 
 HUB = "hf://"
 ROWS_TO_KNOW_A_FORMAT = 64
@@ -37,39 +37,39 @@ class Source:
 
     uri: str
     weight: float
-    segments: tuple[Segment, ...]
+    shards: tuple[Shard, ...]
 
 
 def list_sources(mix: Mapping[str, float], field: str) -> list[Source]:
     """The sources of a mix, listed. `field` names the recipe's key in errors. Raises UserError."""
-    sources = [Source(uri, weight, tuple(_segments_of(uri, field))) for uri, weight in mix.items()]
+    sources = [Source(uri, weight, tuple(_shards_of(uri, field))) for uri, weight in mix.items()]
     for source in sources:
-        if not any(segment.num_rows for segment in source.segments):
+        if not any(shard.num_rows for shard in source.shards):
             raise UserError("there are no rows", field=field, value=source.uri)
     return sources
 
 
-def first_rows(segment: Segment) -> tuple[list[str], list[Row]]:
-    """The column names of a segment and its first rows, by which a format is recognised. Raises UserError."""
-    if segment.kind == "parquet":
-        filesystem, path = locate(segment.path)
+def first_rows(shard: Shard) -> tuple[list[str], list[Row]]:
+    """The column names of a shard and its first rows, by which a format is recognised. Raises UserError."""
+    if shard.kind == "parquet":
+        filesystem, path = locate(shard.path)
         with filesystem.open_input_file(path) as file:
             table = pq.ParquetFile(file)
-            batches = table.iter_batches(batch_size=ROWS_TO_KNOW_A_FORMAT, row_groups=[segment.index])
+            batches = table.iter_batches(batch_size=ROWS_TO_KNOW_A_FORMAT, row_groups=[shard.index])
             rows: list[Row] = [row for batch in islice(batches, 1) for row in batch.to_pylist()]
             return list(table.schema_arrow.names), rows
-    found = read_rows(segment, range(min(segment.num_rows, ROWS_TO_KNOW_A_FORMAT)))
+    found = read_rows(shard, range(min(shard.num_rows, ROWS_TO_KNOW_A_FORMAT)))
     rows = [row for row in found if isinstance(row, dict)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
-        raise UserError("none of the first rows is a JSON object", field=segment.path, fix="one JSON object per line")
+        raise UserError("none of the first rows is a JSON object", field=shard.path, fix="one JSON object per line")
     return names, rows
 
 
-def _segments_of(uri: str, field: str) -> list[Segment]:
+def _shards_of(uri: str, field: str) -> list[Shard]:
     if uri.startswith(EASY_VQA):
-        return [easy_vqa_segment(uri)]
-    return [segment for path in _files_of(uri, field) for segment in file_segments(path, field)]
+        return [easy_vqa_shard(uri)]
+    return [shard for path in _files_of(uri, field) for shard in file_shards(path, field)]
 
 
 def _files_of(uri: str, field: str) -> list[str]:

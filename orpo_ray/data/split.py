@@ -30,41 +30,41 @@ def split_off(spec: ReadSpec, share: float) -> tuple[ReadSpec, ReadSpec]:
     A bad row stays in training, where it is counted. Raises UserError where nothing can be held out.
     """
     if spec.order.num_rows == 0:
-        raise UserError("there are no rows to hold out", field="data.eval_share", value=share)
+        raise UserError("there are no rows to hold out", field="data.eval_fraction", value=share)
     with ThreadPoolExecutor(READERS) as pool:
-        numbers = range(len(spec.segments))
+        numbers = range(len(spec.shards))
         by_segment = dict(zip(numbers, pool.map(lambda number: _keys(spec, number), numbers), strict=True))
     held = _held_out(by_segment, share)
-    everything = {number: np.arange(spec.segments[number].num_rows) for number in numbers}
+    everything = {number: np.arange(spec.shards[number].num_rows) for number in numbers}
     train = {number: np.setdiff1d(rows, held[number]) for number, rows in everything.items()}
     return _part(spec, train, spec.order.weights), _part(spec, held, (1.0,) * len(spec.order.weights))
 
 
 def _part(spec: ReadSpec, kept: Mapping[int, np.ndarray], weights: tuple[float, ...]) -> ReadSpec:
-    counts = tuple(len(kept[number]) for number in range(len(spec.segments)))
-    order: Order = replace(spec.order, segment_rows=counts, weights=weights)
-    partly = {number: rows for number, rows in kept.items() if len(rows) < spec.segments[number].num_rows}
-    return replace(spec, kept=partly, order=order, last_slot=order.num_rows)
+    counts = tuple(len(kept[number]) for number in range(len(spec.shards)))
+    order: Order = replace(spec.order, shard_rows=counts, weights=weights)
+    partly = {number: rows for number, rows in kept.items() if len(rows) < spec.shards[number].num_rows}
+    return replace(spec, row_indices=partly, order=order, end_sample=order.num_rows)
 
 
 def _keys(spec: ReadSpec, number: int) -> list[tuple[str, ...]]:
-    """What each row of a segment shares with others: its images, or its prompt; nothing for a bad row."""
-    segment = spec.segments[number]
+    """What each row of a shard shares with others: its images, or its prompt; nothing for a bad row."""
+    shard = spec.shards[number]
     keys: list[tuple[str, ...]] = []
-    for pair in read_pairs(spec, number, np.arange(segment.num_rows)):
+    for pair in read_pairs(spec, number, np.arange(shard.num_rows)):
         if not isinstance(pair, PreferencePair):
             keys.append(())
             continue
         images = [*pair.images, *(pair.rejected_images or ())]
         if images:
-            keys.append(tuple(image_fingerprint(image, spec.root_of(segment)) for image in images))
+            keys.append(tuple(image_fingerprint(image, spec.root_of(shard)) for image in images))
         else:
             keys.append((hashlib.sha256(json.dumps(pair.prompt).encode()).hexdigest(),))
     return keys
 
 
 def _held_out(by_segment: Mapping[int, list[tuple[str, ...]]], share: float) -> dict[int, np.ndarray]:
-    """The rows of every segment that are held out."""
+    """The rows of every shard that are held out."""
     groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
     find = _Together(keys for rows in by_segment.values() for keys in rows)
     total = 0
@@ -85,7 +85,7 @@ def _held_out(by_segment: Mapping[int, list[tuple[str, ...]]], share: float) -> 
         )
         raise UserError(
             f"of the {total} rows no such share can be held out: {why}",
-            field="data.eval_share",
+            field="data.eval_fraction",
             value=share,
             fix="give held-out pairs with data.eval, or set it to 0",
         )

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
 from orpo_ray.model.derived_family import family_of
-from orpo_ray.model.loading import load_model, resolve
-from orpo_ray.model.quantizing import quantization_config
-from orpo_ray.sections import ModelSection
+from orpo_ray.model.loading import load_model
+from orpo_ray.model.quantization import quantization_config
+from orpo_ray.tiny_models.build import resolve
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -42,7 +43,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def save_adapter(model: Any, state: Mapping[str, torch.Tensor], section: ModelSection, folder: Path) -> None:
+def save_adapter(model: Any, state: Mapping[str, torch.Tensor], section: ModelConfig, folder: Path) -> None:
     """Write the adapters of a peft model, and the modules that were trained in full beside them.
 
     state: the model's own names -> tensors, gathered; weights of the base may be missing from it.
@@ -89,14 +90,14 @@ def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -
     return adapted
 
 
-def load_adapted(section: ModelSection, folder: Path, device: torch.device, seed: int) -> torch.nn.Module:
+def load_adapted(section: ModelConfig, folder: Path, device: torch.device, seed: int) -> torch.nn.Module:
     """The base model that a recipe names, quantised if it says so, with a folder's adapters. Raises UserError."""
     plain = section.model_copy(update={"lora": None, "freeze": [], "gradient_checkpointing": False})
     adapted: torch.nn.Module = with_adapter(load_model(plain, device, seed), folder)
     return adapted
 
 
-def quantized_base(section: ModelSection, dtype: str) -> dict[str, Any]:
+def quantized_base(section: ModelConfig, dtype: str) -> dict[str, Any]:
     """The options of transformers' BitsAndBytesConfig that load a recipe's base model as it was in training.
 
     Raises UserError where the base model cannot be found.

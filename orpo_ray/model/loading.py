@@ -11,63 +11,21 @@ from typing import Any
 
 import torch
 
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
-from orpo_ray.model.chat_templates import give_template
 from orpo_ray.model.derived_family import family_of
 from orpo_ray.model.families import Family, why_not_shared_prefix
 from orpo_ray.model.lora import add_adapters
-from orpo_ray.model.quantizing import check_quantized, check_saved_quantization, quantization_config
+from orpo_ray.model.quantization import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import register
-from orpo_ray.model.tiny import is_tiny, tiny_model_path
-from orpo_ray.sections import ModelSection
+from orpo_ray.processing.processor import cannot_load
+from orpo_ray.tiny_models.build import resolve
 
 if not torch.cuda.is_available():
     # transformers looks for DeepSpeed, which warns in every process that it has to guess this.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-SAFE_WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class PixelNorm:
-    """What the image processor would have done to 0..255: (x * rescale - mean) / std, per channel."""
-
-    rescale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, processor: Any) -> PixelNorm:
-        """Read off a processor's own image processor."""
-        image = processor.image_processor
-        rescale = float(image.rescale_factor) if image.do_rescale else 1.0
-        if not image.do_normalize:
-            return cls(rescale, (0.0,), (1.0,))
-        return cls(rescale, tuple(image.image_mean), tuple(image.image_std))
-
-
-def resolve(model_id: str) -> str:
-    """What transformers can load: tiny models become their folder on this machine, all else stays."""
-    return str(tiny_model_path(model_id)) if is_tiny(model_id) else model_id
-
-
-def load_processor(model_id: str, revision: str | None, trust_remote_code: bool = False) -> Any:
-    """The model's processor. Raises UserError where there is none."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(
-            resolve(model_id), revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load("processor", model_id, error) from None
-    if not hasattr(processor, "image_processor"):
-        raise UserError("has no image processor: it is not a vision-language model", field="model.id", value=model_id)
-    give_template(processor)
-    return processor
 
 
 def layout_of(model: torch.nn.Module) -> Layout:
@@ -89,7 +47,7 @@ class Attention:
     why: str | None = None
 
 
-def pick_attention(section: ModelSection, config: Any = None) -> Attention:
+def pick_attention(section: ModelConfig, config: Any = None) -> Attention:
     """What `model.attention` means for this model. Raises UserError if it cannot be had, or the model can't.
 
     config: the model's, where it is at hand.
@@ -106,7 +64,12 @@ def pick_attention(section: ModelSection, config: Any = None) -> Attention:
     return Attention("concatenated", why) if why else Attention("shared_prefix")
 
 
-def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.nn.Module:
+def concatenated_because(why: str) -> str:
+    """The one line that says why a run does not share prefixes."""
+    return f"attention is concatenated, about twice the work of a shared prefix: {why}"
+
+
+def load_model(section: ModelConfig, device: torch.device, seed: int) -> torch.nn.Module:
     """The model on `device`, ready to train: parts frozen, adapters added. Raises UserError."""
     from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
@@ -135,7 +98,7 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
             **quantized,
         )
     except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
-        raise _cannot_load("model", section.id, error) from None
+        raise cannot_load("model", section.id, error) from None
     if section.quantization is not None:
         check_quantized(model, section.quantization)
     model = ready_to_train(model, section, seed)
@@ -144,7 +107,7 @@ def load_model(section: ModelSection, device: torch.device, seed: int) -> torch.
     return model
 
 
-def ready_to_train(model: Any, section: ModelSection, seed: int) -> torch.nn.Module:
+def ready_to_train(model: Any, section: ModelConfig, seed: int) -> torch.nn.Module:
     """A model as transformers made it: parts frozen, adapters added, gradient checkpointing on. Raises UserError."""
     family = family_of(model.config)
     model.config.use_cache = False
@@ -180,7 +143,7 @@ def is_adapted(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def commit_of(section: ModelSection) -> str | None:
+def commit_of(section: ModelConfig) -> str | None:
     """The commit that a model of the hub is taken from, by where its config lies in the cache; None for a folder.
 
     Raises UserError.
@@ -196,7 +159,7 @@ def commit_of(section: ModelSection) -> str | None:
     return commit
 
 
-def _config(section: ModelSection) -> Any:
+def _config(section: ModelConfig) -> Any:
     """The model's config alone."""
     from transformers import AutoConfig
 
@@ -205,11 +168,11 @@ def _config(section: ModelSection) -> Any:
             resolve(section.id), revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise _cannot_load("model", section.id, error) from None
+        raise cannot_load("model", section.id, error) from None
 
 
 def _quantized(
-    section: ModelSection, config: Any, family: Family, dtype: torch.dtype, device: torch.device
+    section: ModelConfig, config: Any, family: Family, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """What from_pretrained is told to load the model in 4 bits, or one that is saved so."""
     saved = check_saved_quantization(config, section)
@@ -228,7 +191,7 @@ def own_attention(config: Any) -> str:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
-def _freeze(model: torch.nn.Module, section: ModelSection, family: Family) -> None:
+def _freeze(model: torch.nn.Module, section: ModelConfig, family: Family) -> None:
     for part in section.freeze:
         prefix = family.prefix(part)
         # Qwen2.5-VL's connector lies inside its vision part.
@@ -244,39 +207,3 @@ def _freeze(model: torch.nn.Module, section: ModelSection, family: Family) -> No
             parameter.requires_grad_(False)
     if "language" in section.freeze:
         model.get_output_embeddings().requires_grad_(False)  # type: ignore[operator]
-
-
-def _cannot_load(what: str, model_id: str, error: Exception) -> UserError:
-    text = str(error).strip()
-    if "trust_remote_code" in text:
-        return UserError(
-            f"the {what} is Python code that comes with it, which would be run",
-            field="model.trust_remote_code",
-            value=False,
-            fix=f"read the code of {model_id}; if you trust it, pin model.revision and set this to true",
-        )
-    if isinstance(error, pickle.UnpicklingError):
-        return UserError(
-            "the weights' pickle holds more than tensors, and is not read", field="model.id", value=model_id
-        )
-    if what == "model" and _only_pickled(model_id, text):
-        return UserError(
-            "there are no safetensors weights, only pickled ones (.bin), which may run code when read",
-            field="model.allow_pickle",
-            value=False,
-            fix=f"convert {model_id} to safetensors, or set this to true if you trust it",
-        )
-    return UserError(
-        f"the {what} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}",
-        field="model.id",
-        value=model_id,
-        fix="give a folder in Hugging Face layout, a name on the hub (and a network), or orpo-ray/tiny-smolvlm",
-    )
-
-
-def _only_pickled(model_id: str, text: str) -> bool:
-    """Whether loading failed for want of safetensors alone."""
-    folder = Path(resolve(model_id))
-    if folder.is_dir():
-        return SAFE_WEIGHTS in text and any(folder.glob("pytorch_model*.bin"))
-    return SAFE_WEIGHTS in text and "use_safetensors" in text

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from orpo_ray.config.schema import PARTS, LoraConfig, ModelConfig
 from orpo_ray.errors import UserError
 from orpo_ray.model.families import Family
-from orpo_ray.sections import PARTS, LoraSection, ModelSection
 
 TARGETS = "model.lora.target_modules"
 SAVED = "model.lora.modules_to_save"
 
 
-def add_adapters(model: Any, section: ModelSection, family: Family, seed: int) -> Any:
+def add_adapters(model: Any, section: ModelConfig, family: Family, seed: int) -> Any:
     """The model wrapped by peft: its weights frozen, adapters and `modules_to_save` trained. Raises UserError."""
     from peft import LoraConfig, get_peft_model
 
@@ -94,7 +94,7 @@ class _Parts:
         return None
 
 
-def _targets(parts: _Parts, lora: LoraSection, section: ModelSection) -> list[str]:
+def _targets(parts: _Parts, lora: LoraConfig, section: ModelConfig) -> list[str]:
     linears = [
         name
         for name, module in parts.modules.items()
@@ -119,7 +119,7 @@ def _targets(parts: _Parts, lora: LoraSection, section: ModelSection) -> list[st
     return list(found)
 
 
-def _modules_to_save(parts: _Parts, lora: LoraSection, section: ModelSection) -> list[str]:
+def _modules_to_save(parts: _Parts, lora: LoraConfig, section: ModelConfig) -> list[str]:
     found: dict[str, None] = {}
     for wanted in lora.modules_to_save:
         if wanted in PARTS:
@@ -174,7 +174,7 @@ def _refuse_tied(parts: _Parts, name: str, field: str) -> None:
         )
 
 
-def _names_nothing(wanted: str, field: str, what: str, paths: list[str], section: ModelSection) -> UserError:
+def _names_nothing(wanted: str, field: str, what: str, paths: list[str], section: ModelConfig) -> UserError:
     leaves = [*PARTS, *sorted({path.rsplit(".", 1)[-1] for path in paths if path})]
     near = difflib.get_close_matches(wanted, leaves, n=1, cutoff=0.5)
     where = f" outside what model.freeze names ({', '.join(section.freeze)})" if section.freeze else ""

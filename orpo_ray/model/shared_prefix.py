@@ -22,8 +22,8 @@ from torch.nn.attention import varlen
 
 from orpo_ray.data.packing import IMAGE, PairBatch, PairSpan
 from orpo_ray.errors import OrpoRayError
+from orpo_ray.model.cpu_flash_attention import CpuFlashAttention, Part
 from orpo_ray.model.families import Bidirectional
-from orpo_ray.model.packed_flash import PackedFlash, Part
 
 NAME = "orpo_ray_shared_prefix"
 # What models hand down to attention that changes nothing in it.
@@ -201,7 +201,7 @@ def shared_prefix_attention(
         if query.device.type == "cpu":
             states = (each.transpose(1, 2) for each in (query, key, value))
             parts = shared_prefix.parts(sliding_window, query.dtype)
-            return PackedFlash.apply(*states, parts, scaling), None
+            return CpuFlashAttention.apply(*states, parts, scaling), None
         if shared_prefix.bidirectional is None and _varlen_takes(query):
             return by_varlen(query, key, value, scaling, sliding_window, shared_prefix.sequences), None
     return by_segment(query, key, value, dropout, scaling, sliding_window, softcap, shared_prefix), None

@@ -15,12 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from orpo_ray.data.packing import IMAGE, RESPONSE, Layout, PairBatch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.derived_family import family_of
-from orpo_ray.model.loading import PixelNorm, layout_of, without_adapters
+from orpo_ray.model.loading import layout_of, without_adapters
 from orpo_ray.model.shared_prefix import PrefixLayout
 from orpo_ray.model.vision_cache import VisionCache
 from orpo_ray.objective.cross_attention import cross_hidden_states, encode_cross_images
 from orpo_ray.objective.logps import target_logps
 from orpo_ray.objective.orpo import PairLogps, sum_by_pair
+from orpo_ray.processing.pixel_norm import PixelNorm
 
 # For PairModel's `pixels_at_once`: enough to keep the device busy, by its type.
 PIXELS_AT_ONCE = {"cpu": 2**19, "cuda": 2**22}
@@ -61,7 +62,7 @@ class PairModel(nn.Module):
         self._image_gradient: torch.Tensor | None = None
 
     def forward(self, batch: PairBatch) -> PairLogps:
-        """Sums of log-probs per pair, fillers included."""
+        """Sums of log-probs per pair, dummy pairs included."""
         base = without_adapters(self.model)
         hidden = self._hidden(base, batch)
         selected = hidden.flatten(0, 1).index_select(0, batch.target_position)  # [M, D]

@@ -100,7 +100,7 @@ def orpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This micro-batch's part of the step's loss (parts add up), and the sums that metrics are made of.
 
-    weights [B]: 1 for a pair, 0 for a filler. The loss is a scalar; the sums are detached scalars by `SUM_NAMES`.
+    weights [B]: 1 for a pair, 0 for a dummy pair. The loss is a scalar; the sums are detached scalars by `SUM_NAMES`.
     """
     chosen = logps.chosen / logps.chosen_tokens
     rejected = logps.rejected / logps.rejected_tokens

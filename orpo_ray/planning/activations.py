@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, PairBatch, build_batch
-from orpo_ray.model.loading import PixelNorm, own_attention, ready_to_train, without_adapters
+from orpo_ray.model.loading import own_attention, ready_to_train, without_adapters
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import PrefixLayout, by_segment, by_varlen, varlen_shape
 from orpo_ray.model.shared_prefix import register as register_shared_prefix
@@ -20,7 +21,7 @@ from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.logps import count_chunks
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
 from orpo_ray.planning.dry_run import Live, dry_run
-from orpo_ray.sections import ModelSection
+from orpo_ray.processing.pixel_norm import PixelNorm
 
 AS_ON_CUDA = "orpo_ray_planned_for_cuda"
 # Layers of each part that are run of a deep model. Two, so that one is neither first nor last.
@@ -49,13 +50,15 @@ class PairShape:
             return prompt + self.chosen + self.rejected
         return 2 * (prompt + max(self.chosen, self.rejected))
 
-    def pair(self, image_token: int, slot: int) -> EncodedPair:
+    def pair(self, image_token: int, sample_index: int) -> EncodedPair:
         """Such a pair, of no meaning."""
         image = [1] + [image_token] * self.image_tokens if self.images else []
         ids = np.asarray([1] * max(0, self.prompt - self.images) + image * self.images, np.int32)
         chosen, rejected = np.ones(self.chosen, np.int32), np.ones(self.rejected, np.int32)
         images = {name: np.concatenate([value] * self.images) for name, value in self.vision.items()}
-        return EncodedPair(str(slot), ids, chosen, rejected, ids != image_token, images if self.images else {}, slot)
+        return EncodedPair(
+            str(sample_index), ids, chosen, rejected, ids != image_token, images if self.images else {}, sample_index
+        )
 
 
 # Where a forward and backward may need the most, in their order; the output head belongs to the third.
@@ -108,7 +111,7 @@ class Activations:
 
 
 def unloaded_model(
-    section: ModelSection, config: Any, dtype: torch.dtype, layout: Layout, device: str = "cuda"
+    section: ModelConfig, config: Any, dtype: torch.dtype, layout: Layout, device: str = "cuda"
 ) -> torch.nn.Module:
     """The model on `meta`, ready to train, as `load_model` would have it on `device` (cpu or cuda)."""
     from transformers import AutoModelForImageTextToText
@@ -131,12 +134,12 @@ def unloaded_model(
 def batch_of(shape: PairShape, pairs: int, config: Any, nll: str, layout: Layout) -> PairBatch:
     """A micro-batch of so many such pairs."""
     vocabulary = config.get_text_config().vocab_size
-    batch = build_batch([shape.pair(config.image_token_id, slot) for slot in range(pairs)], nll, layout)
+    batch = build_batch([shape.pair(config.image_token_id, sample_index) for sample_index in range(pairs)], nll, layout)
     return replace(batch, head_chunks=count_chunks(len(batch.target_ids), vocabulary))
 
 
 def measure(
-    section: ModelSection, config: Any, dtype: torch.dtype, layout: Layout, batch: PairBatch, bounded: bool, device: str
+    section: ModelConfig, config: Any, dtype: torch.dtype, layout: Layout, batch: PairBatch, bounded: bool, device: str
 ) -> Activations:
     """Forward and backward of a batch, dry. bounded: the vision part takes `PIXELS_AT_ONCE` (not under ZeRO-3).
 
@@ -156,7 +159,7 @@ def measure(
 
 
 def _measure(
-    section: ModelSection, config: Any, dtype: torch.dtype, layout: Layout, batch: PairBatch, bounded: bool, device: str
+    section: ModelConfig, config: Any, dtype: torch.dtype, layout: Layout, batch: PairBatch, bounded: bool, device: str
 ) -> Activations:
     model = unloaded_model(section, config, dtype, layout, device)
     with dry_run() as dry:

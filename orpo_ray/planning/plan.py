@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
 from orpo_ray.model.derived_family import family_of
-from orpo_ray.model.known_shapes import KNOWN_SHAPES
-from orpo_ray.model.loading import pick_attention, resolve
+from orpo_ray.model.loading import pick_attention
 from orpo_ray.planning.activations import Activations, batch_of, measure, unloaded_model
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, MFU, NCCL, Fitting, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, priced
+from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.states import STAGES, Weights
 from orpo_ray.planning.step import Workload, pairs_at_once, workload
-from orpo_ray.recipe import Recipe
-from orpo_ray.sections import ModelSection
+from orpo_ray.tiny_models.build import resolve
 
 # Pairs of a micro-batch that are really run through; more of them only repeat these.
 PAIRS_RUN = 1
@@ -97,7 +98,7 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     }
 
 
-def _config(section: ModelSection) -> tuple[Any, str]:
+def _config(section: ModelConfig) -> tuple[Any, str]:
     """The model's config, and where it is from: the folder, the hub, or known shapes where the hub does not answer."""
     from transformers import AutoConfig
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from orpo_ray.sections import ModelSection
+from orpo_ray.config.schema import ModelConfig
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
@@ -57,7 +57,7 @@ class Weights:
     hidden: int
 
     @classmethod
-    def of(cls, model: torch.nn.Module, section: ModelSection, dtype: torch.dtype, hidden: int) -> Weights:
+    def of(cls, model: torch.nn.Module, section: ModelConfig, dtype: torch.dtype, hidden: int) -> Weights:
         """Of a model on any device (`meta` will do) that is ready to train."""
         packed = _quantized_names(model, section)
         each = []
@@ -147,7 +147,7 @@ def _held_gradients(weights: Weights, workers: int) -> int:
     return max(held)
 
 
-def _packed_bytes(elements: int, section: ModelSection) -> int:
+def _packed_bytes(elements: int, section: ModelConfig) -> int:
     """A weight in 4 bits: two in a byte, a scale a block; double quantisation holds the scales in 8 bits.
 
     bitsandbytes' QuantState: absmax, code (16 float32), and with double quantisation offset and a state2 (256 float32).
@@ -160,7 +160,7 @@ def _packed_bytes(elements: int, section: ModelSection) -> int:
     return -(-elements // 2) + scales + 4 * 16
 
 
-def _quantized_names(model: Any, section: ModelSection) -> set[str]:
+def _quantized_names(model: Any, section: ModelConfig) -> set[str]:
     """Names of the parameters that are loaded in 4 bits."""
     if section.quantization is None:
         return set()
@@ -168,7 +168,7 @@ def _quantized_names(model: Any, section: ModelSection) -> set[str]:
 
     from orpo_ray.model.derived_family import family_of
     from orpo_ray.model.loading import without_adapters
-    from orpo_ray.model.quantizing import quantization_config
+    from orpo_ray.model.quantization import quantization_config
 
     base = without_adapters(model)
     dtype = next(model.parameters()).dtype

@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
 from orpo_ray.planning.activations import PairShape
 from orpo_ray.planning.images import HEIGHT, WIDTH, image_shape
-from orpo_ray.recipe import Recipe
-from orpo_ray.run_folder import DATA_CHECK, RunFolder
+from orpo_ray.storage.run_folder import DATA_CHECK, RunFolder
 
 # Without a data check: tokens of a question's text with the chat template, and of an answer; pairs of a usual set.
 PROMPT, ANSWER, PAIRS = 60, 120, 10_000

@@ -11,22 +11,22 @@ from pathlib import Path
 
 import ray.train
 
+from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
 from orpo_ray.model.adapters import save_adapter
-from orpo_ray.model.loading import is_adapted, load_processor
-from orpo_ray.recipe import Recipe
-from orpo_ray.run_folder import RunFolder
+from orpo_ray.model.loading import is_adapted
+from orpo_ray.processing.processor import load_processor
+from orpo_ray.storage.run_folder import FINAL, RunFolder
 from orpo_ray.training.deepspeed import Engine
 
 POSITION_FILE = "position.json"
-FINAL = "final"
 _TAG = "engine"
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: `step` steps are done, so all slots below step * pairs_per_step are consumed.
+    """Where a run stands: `step` steps are done, so all sample indices below step * pairs_per_step are consumed.
 
     bad and seen count rows so far. num_rows and data say which set it is, which the order depends on. num_workers and
     zero_stage say who can read the engine's state.

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.schema import OptimConfig
 from orpo_ray.model.loading import without_adapters
-from orpo_ray.recipe import Recipe
-from orpo_ray.sections import OptimSection
 
 
 def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Engine:
         return float(self.ds.optimizer.param_groups[0]["lr"])
 
 
-def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the trained parameters, moments in 32 or 8 bits; biases and norms do not decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -117,7 +117,7 @@ def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     return cast(torch.optim.Optimizer, kind(present, **options))
 
 
-def schedule(optimizer: torch.optim.Optimizer, optim: OptimSection, num_steps: int) -> Any:
+def schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int) -> Any:
     """transformers' linear, cosine or constant schedule after a linear warm-up."""
     from transformers import get_scheduler
 

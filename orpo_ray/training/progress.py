@@ -16,7 +16,7 @@ PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw on
 
 
 @ray.remote(num_cpus=0)
-class Board:
+class RunStatus:
     """Holds the latest state of a run and the error, if one, that no restart can cure."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Board:
         return self._fatal
 
 
-class Watch:
+class ProgressDisplay:
     """Context manager on the driver: shows a board's state until it is left. A bar on a terminal, lines elsewhere."""
 
     def __init__(self, board: Any, console: Console) -> None:
@@ -48,7 +48,7 @@ class Watch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProgressDisplay:
         self._thread.start()
         return self
 

@@ -14,21 +14,16 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 from rich.console import Console
 
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.schema import SearchRange
+from orpo_ray.data.from_recipe import run_data
 from orpo_ray.errors import UserError
-from orpo_ray.recipe import Recipe, parse_recipe
-from orpo_ray.run_folder import RunFolder
-from orpo_ray.sections import SearchRange
-from orpo_ray.training.data import run_data
-from orpo_ray.training.launch import (
-    TrainingFailed,
-    launch_training,
-    start_ray,
-    storage_of,
-    worker_resources,
-)
+from orpo_ray.ray_cluster import start_ray
+from orpo_ray.storage.run_folder import BEST_RECIPE_FILE, TRIALS, RunFolder
+from orpo_ray.training.launch import TrainingFailed, launch_training, storage_of
+from orpo_ray.training.resources import worker_resources
 
-TRIALS = "trials"
-BEST_RECIPE_FILE = "best_recipe.yaml"
 # A trial's driver only waits for its workers; it must leave them their CPUs.
 DRIVER_CPUS = 0.01
 
@@ -55,13 +50,13 @@ class Sweep:
 
 def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     """Search as `tune` says; every trial is an ordinary run in `<run folder>/trials/`. Raises UserError."""
-    recipe = recipe.anchored()
+    recipe = recipe.with_absolute_paths()
     section = recipe.tune
     if not recipe.has_held_out:
         raise UserError("a search ranks its trials on held-out pairs", field="data.eval", fix="give held-out pairs")
     # Everything that would make all trials fail alike is asked first, once.
-    num_steps = -(-run_data(recipe)[0].last_slot // recipe.optim.pairs_per_step)
-    # Tune's own report is a screenful for every few seconds; the lines of `_Say` and the table say what matters.
+    num_steps = -(-run_data(recipe)[0].end_sample // recipe.optim.pairs_per_step)
+    # Tune's own report is a screenful for every few seconds; the lines of `TrialLogger` and the table say what matters.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     start_ray()
     together = min(section.max_concurrent, section.num_trials)
@@ -119,12 +114,12 @@ def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tune
             **storage_of(base),
             verbose=0,
             log_to_file=False,
-            callbacks=[_Say(section.metric)],
+            callbacks=[TrialLogger(section.metric)],
         ),
     )
 
 
-class _Say(tune.Callback):
+class TrialLogger(tune.Callback):
     """One line on the console for every evaluation of every trial."""
 
     def __init__(self, metric: str) -> None:

@@ -13,20 +13,21 @@ import ray.train
 import ray.train.torch
 import torch
 
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, check_bad_fraction, refuse_rows
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
-from orpo_ray.data.order import step_slots
-from orpo_ray.data.pipeline import BadRecord
+from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.data.stream import StepShare, iter_steps
 from orpo_ray.errors import OrpoRayError
-from orpo_ray.model.loading import PixelNorm, load_model
+from orpo_ray.evaluation.scoring import Scores, grounding, score, with_prefix
+from orpo_ray.model.loading import load_model
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.orpo import SUM_NAMES, metrics_from_sums, orpo_loss
-from orpo_ray.objective.steps import StepPlan, StepPlanner, reduce_sums
-from orpo_ray.recipe import parse_recipe
-from orpo_ray.results.scoring import Scores, grounding, score, with_prefix
-from orpo_ray.results.tracking import Tracker
-from orpo_ray.training.bad_rows import BAD_ROWS_SHOWN, judge_share, refuse_rows
+from orpo_ray.objective.step_planner import StepPlan, StepPlanner, reduce_sums
+from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.streaming.pipeline import BadRecord
+from orpo_ray.streaming.steps import StepShard, iter_steps
+from orpo_ray.tracking.tracker import Tracker
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
 from orpo_ray.training.deepspeed import Engine
 
@@ -93,7 +94,7 @@ class Worker:
         for share, plan, waited, started in self._steps():
             metrics = self._train_step(plan)
             seconds = time.perf_counter() - started
-            metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_share": waited / seconds}
+            metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_fraction": waited / seconds}
             self._advance(share, plan, metrics)
             step = self.position.step
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
@@ -115,10 +116,10 @@ class Worker:
             self.tracker.push()
         save_checkpoint(self.engine, self.position, metrics)
 
-    def _steps(self) -> Iterator[tuple[StepShare, StepPlan, float, float]]:
+    def _steps(self) -> Iterator[tuple[StepShard, StepPlan, float, float]]:
         """Each step's share and plan, the seconds spent waiting for data, and when the step began."""
         recipe, first = self.recipe, self.position.step
-        read = self._mine(self.config.train, first_slot=first * recipe.optim.pairs_per_step)
+        read = self._mine(self.config.train, first_sample=first * recipe.optim.pairs_per_step)
         shares = self._iter_steps(read, first, self.config.num_steps)
         while True:
             started = time.perf_counter()
@@ -151,12 +152,12 @@ class Worker:
         metrics = metrics_from_sums(reduce_sums(sums, self.device), self.recipe.orpo.beta)
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def _advance(self, share: StepShare, plan: StepPlan, metrics: dict[str, float]) -> None:
+    def _advance(self, share: StepShard, plan: StepPlan, metrics: dict[str, float]) -> None:
         """The step is done: move the position, log, tell the driver, and see to bad rows."""
-        _, last_slot = step_slots(share.step, self.recipe.optim.pairs_per_step, self.config.train.last_slot)
+        _, end_sample = step_samples(share.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
         old = self.position
         self.position = replace(old, step=share.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs)
-        metrics |= {"epoch": last_slot / self.config.train.order.num_rows}
+        metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
         if plan.bad:
             records = self._log_bad_rows(share.bad)
             self.first_bad = [*self.first_bad, *records][:BAD_ROWS_SHOWN]
@@ -173,13 +174,13 @@ class Worker:
             torch.distributed.all_gather_object(everyone, [asdict(record) for record in mine])
         else:
             everyone[0] = [asdict(record) for record in mine]
-        records = sorted((record for part in everyone for record in part), key=lambda record: record["slot"])
+        records = sorted((record for part in everyone for record in part), key=lambda record: record["sample_index"])
         if self.tracker is not None:
             self.tracker.log_bad_rows({key: r[key] for key in ("id", "source", "reason", "detail")} for r in records)
         return records
 
     def _judge_bad_rows(self, at_end: bool) -> None:
-        judge_share(self.recipe, self.position.bad, self.position.seen, self.first_bad, at_end)
+        check_bad_fraction(self.recipe, self.position.bad, self.position.seen, self.first_bad, at_end)
 
     def _final_evaluation(self) -> dict[str, float]:
         if self.config.held_out is None:
@@ -197,7 +198,7 @@ class Worker:
         assert held_out is not None
         self._tell(phase="evaluating with exchanged images" if exchange else "evaluating")
         read = replace(self._mine(held_out), exchange_images=exchange)
-        steps = -(-held_out.last_slot // held_out.pairs_per_step)
+        steps = -(-held_out.end_sample // held_out.pairs_per_step)
         bad: list[BadRecord] = []
 
         def shares() -> Iterator[tuple[list[EncodedPair], int]]:
@@ -213,11 +214,11 @@ class Worker:
             self._log_bad_rows(bad)
         return scores
 
-    def _iter_steps(self, read: ReadSpec, first: int, end: int) -> Iterator[StepShare]:
+    def _iter_steps(self, read: ReadSpec, first: int, end: int) -> Iterator[StepShard]:
         return iter_steps(read, self.config.encoder, first, end, self.config.max_encoders)
 
-    def _mine(self, read: ReadSpec, first_slot: int = 0) -> ReadSpec:
-        return replace(read, rank=self.rank, num_workers=self.num_workers, first_slot=first_slot)
+    def _mine(self, read: ReadSpec, first_sample: int = 0) -> ReadSpec:
+        return replace(read, rank=self.rank, num_workers=self.num_workers, first_sample=first_sample)
 
     def _log_eval(self, metrics: dict[str, float]) -> None:
         if self.tracker is not None:

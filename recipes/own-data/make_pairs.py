@@ -13,7 +13,7 @@ import random
 import sys
 from pathlib import Path
 
-from orpo_ray.data.easy_vqa import easy_vqa_rows
+from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 
 SHAPES = {
     "ar": {"circle": "دائرة", "rectangle": "مستطيل", "triangle": "مثلث"},

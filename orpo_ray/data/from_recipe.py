@@ -1,0 +1,120 @@
+"""A recipe -> what a run reads: the order of the training pairs, the held-out ones, and how they are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.containers import Shard
+from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.formats import recognise
+from orpo_ray.data.order import Order, total_samples
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.sources import first_rows, list_sources
+from orpo_ray.data.split import split_off
+from orpo_ray.errors import UserError
+from orpo_ray.storage.files import is_remote
+
+# What a reader holds: rows as they are stored, and as much again while they are put in order.
+WINDOW_ROWS = 4096
+WINDOW_BYTES = 128 << 20
+SMALLEST_WINDOW = 64
+
+
+def run_data(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
+    """What a run trains on, all of it, and what it evaluates on, if anything. Raises UserError.
+
+    A worker takes its share by `rank` and `num_workers`.
+    """
+    train, held_out = _splits(recipe)
+    optim = recipe.optim
+    sample_indices = total_samples(train.order.num_rows, optim.epochs, optim.pairs_per_step, optim.max_steps)
+    if not sample_indices:
+        raise UserError("less than one row would be trained on", field="optim.epochs", value=optim.epochs)
+    return replace(train, end_sample=sample_indices), None if held_out is None else _to_evaluate(recipe, held_out)
+
+
+def held_out_data(recipe: Recipe) -> ReadSpec | None:
+    """What evaluations read, or None where the recipe has no held-out pairs. Raises UserError."""
+    if recipe.data.eval:
+        return _to_evaluate(recipe, _listed(recipe, dict.fromkeys(recipe.data.eval, 1.0), "data.eval"))
+    return run_data(recipe)[1] if recipe.data.eval_fraction else None
+
+
+def all_data(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
+    """Every row of the training set and of the held-out set once, as they lie in their files. Raises UserError."""
+    train, held_out = _splits(recipe)
+    return _in_order(train), None if held_out is None else _in_order(held_out)
+
+
+def _splits(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
+    data = recipe.data
+    train = _listed(recipe, data.train, "data.train")
+    if data.eval_fraction:
+        return split_off(train, data.eval_fraction)
+    return train, _listed(recipe, dict.fromkeys(data.eval, 1.0), "data.eval") if data.eval else None
+
+
+def _in_order(spec: ReadSpec) -> ReadSpec:
+    order = replace(spec.order, seed=None, weights=(1.0,) * len(spec.order.weights))
+    return replace(spec, order=order, end_sample=order.num_rows)
+
+
+def _to_evaluate(recipe: Recipe, spec: ReadSpec) -> ReadSpec:
+    # Always shuffled: exchanged images should come from anywhere, and max_pairs take a fair sample.
+    order = replace(spec.order, seed=0)
+    return replace(spec, order=order, end_sample=min(order.num_rows, recipe.eval.max_pairs or order.num_rows))
+
+
+def encoder_of(recipe: Recipe) -> EncoderSpec:
+    """How the recipe's pairs are encoded."""
+    data, model = recipe.data, recipe.model
+    return EncoderSpec(
+        model.id,
+        model.revision,
+        data.max_length,
+        truncate=data.on_too_long == "truncate_response",
+        allow_http=data.allow_http,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _listed(recipe: Recipe, mix: Mapping[str, float], field: str) -> ReadSpec:
+    """Every row of a mix of sources, in the recipe's order."""
+    data = recipe.data
+    sources = list_sources(mix, field)
+    formats: dict[str, str] = {}
+    for shard in (shard for source in sources for shard in source.shards):
+        if shard.path not in formats:
+            columns, rows = first_rows(shard)
+            formats[shard.path] = recognise(columns, rows, data.columns, data.format, shard.path)
+    root = data.image_root
+    if root is not None and not is_remote(root) and not Path(root).is_dir():
+        raise UserError("no such folder", field="data.image_root", value=root)
+    shards = tuple(shard for source in sources for shard in source.shards)
+    order = Order(
+        shard_rows=tuple(shard.num_rows for shard in shards),
+        seed=data.shuffle_seed,
+        window_rows=data.shuffle_window or _window_rows(shards),
+        shard_source=tuple(number for number, source in enumerate(sources) for _ in source.shards),
+        weights=tuple(source.weight for source in sources),
+    )
+    return ReadSpec(
+        shards=shards,
+        format_names=tuple(formats[shard.path] for shard in shards),
+        order=order,
+        pairs_per_step=recipe.optim.pairs_per_step,
+        first_sample=0,
+        end_sample=order.num_rows,
+        columns=data.columns,
+        image_root=root,
+    )
+
+
+def _window_rows(shards: tuple[Shard, ...]) -> int:
+    """As many rows as a reader should hold, going by the heaviest source file."""
+    heaviest = max((shard.num_bytes / max(1, shard.num_rows) for shard in shards), default=0)
+    fitting = int(WINDOW_BYTES / max(heaviest, 1))
+    return max(SMALLEST_WINDOW, min(WINDOW_ROWS, fitting))

@@ -1,0 +1,124 @@
+"""`orpo-ray data check`: the whole set before any GPU is rented, as a report, and as a page with plots and pairs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import Progress
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.from_recipe import all_data, encoder_of
+from orpo_ray.data.images import load_image
+from orpo_ray.data.pairs import Image, PreferencePair
+from orpo_ray.data.reading import ReadSpec, pair_at
+from orpo_ray.data_report.page import render_page
+from orpo_ray.data_report.report import PairFacts, SplitCheck, images_on_both_sides, warnings_of
+from orpo_ray.data_report.scan import iter_checked
+from orpo_ray.errors import BadRow
+from orpo_ray.ray_cluster import start_ray
+from orpo_ray.storage.files import folder_of
+from orpo_ray.storage.run_folder import DATA_CHECK, RunFolder
+from orpo_ray.tracking.tracker import write_bad_rows
+
+PAGE_FILE = "data_check.html"
+THUMBNAIL = 480  # pixels of the longer side
+# Lengths are measured first and compared with the recipe's afterwards, so that the page can say how long is too long.
+ANY_LENGTH = 10**9
+
+
+def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
+    """The report, and where the page is. Raises UserError."""
+    recipe = recipe.with_absolute_paths()
+    train, held_out = all_data(recipe)
+    encoder = replace(encoder_of(recipe), max_length=ANY_LENGTH)
+    encoder.build()
+    folder = RunFolder(recipe.run_uri)
+    folder.make()
+    start_ray()
+    splits = {"train": train} | ({"eval": held_out} if held_out else {})
+    checks = {name: _check_split(recipe, read, encoder, console, name) for name, read in splits.items()}
+    report = {
+        "name": recipe.name,
+        "model": recipe.model.id,
+        "max_length": recipe.data.max_length,
+        "train": checks["train"].report(),
+        "eval": checks["eval"].report() if held_out else None,
+        "images_on_both_sides": images_on_both_sides(checks["train"], checks.get("eval")),
+    }
+    gallery = list(_gallery(recipe, train, checks["train"]))
+    (folder.path / PAGE_FILE).write_text(render_page(report, gallery), encoding="utf-8")
+    (folder.path / DATA_CHECK).write_text(json.dumps(report, indent=2), encoding="utf-8")
+    folder.push(PAGE_FILE, DATA_CHECK)
+    write_bad_rows(folder, (record for check in checks.values() for record in check.bad_records()))
+    return report, f"{recipe.run_uri}/{PAGE_FILE}"
+
+
+def _check_split(recipe: Recipe, read: ReadSpec, encoder: EncoderSpec, console: Console, name: str) -> SplitCheck:
+    formats: Counter[str] = Counter()
+    for rows, kind in zip(read.order.shard_rows, read.format_names, strict=True):
+        formats[kind] += rows
+    check = SplitCheck(recipe.data.max_length, recipe.data.on_too_long, dict(formats))
+    encoders = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"reading {name}", total=read.end_sample)
+        for facts in iter_checked(read, encoder, encoders):
+            check.add(facts)
+            progress.advance(task)
+    check.sort()
+    return check
+
+
+def _gallery(recipe: Recipe, read: ReadSpec, check: SplitCheck) -> Iterator[dict[str, Any]]:
+    """The pairs worth a look, with their images; each once, under the first reason that it has."""
+    facts = {each.sample_index: each for each in check.facts}
+    shown: set[int] = set()
+    for why, sample_indices in check.gallery().items():
+        for sample_index in sample_indices:
+            if sample_index not in shown:
+                shown.add(sample_index)
+                shard, pair = pair_at(read, sample_index)
+                if isinstance(pair, PreferencePair):
+                    yield _shown(recipe, pair, read.root_of(shard), facts[sample_index], why)
+
+
+def _shown(recipe: Recipe, pair: PreferencePair, root: str | None, facts: PairFacts, why: str) -> dict[str, Any]:
+    prompt, image, chosen, rejected = facts.tokens
+    return {
+        "id": pair.id,
+        "source": pair.source,
+        "why": why,
+        "images": [_thumbnail(image, root, recipe.data.allow_http) for image in pair.images],
+        "rejected_images": [_thumbnail(image, root, recipe.data.allow_http) for image in pair.rejected_images or ()],
+        "prompt": [
+            {
+                "role": turn["role"],
+                "text": "\n".join(part["text"] for part in turn["content"] if part["type"] == "text"),
+            }
+            for turn in pair.prompt
+        ],
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "tokens": {"prompt": prompt, "image": image, "chosen": chosen, "rejected": rejected},
+        "warnings": warnings_of(facts, recipe.data.max_length),
+    }
+
+
+def _thumbnail(image: Image, root: str | None, allow_http: bool) -> str:
+    """A small JPEG as a data URI; empty if the image went away since it was checked."""
+    try:
+        picture = load_image(image, folder_of(root), allow_http)
+    except BadRow:
+        return ""
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

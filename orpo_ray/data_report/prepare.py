@@ -1,0 +1,165 @@
+"""`orpo-ray data prepare`: the pairs that can be trained on, written once as sharded parquet with a manifest.
+
+Training and sweeps then stream from it: nothing is left to be fetched, found broken or recognised.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import ray
+from rich.console import Console
+from rich.progress import Progress
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.bad_rows import check_bad_fraction, refuse_rows
+from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.from_recipe import all_data, encoder_of
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.sources import MANIFEST_FILE
+from orpo_ray.data_report.scan import CLEAN_SCHEMA, iter_clean
+from orpo_ray.errors import UserError
+from orpo_ray.ray_cluster import start_ray
+from orpo_ray.storage.files import locate, with_retries
+from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.streaming.pipeline import BadRecord
+from orpo_ray.tracking.tracker import write_bad_rows
+
+PREPARED = "data"
+# A row group is what a reader holds at least, a shard what one upload is.
+GROUP_ROWS, GROUP_BYTES = 1024, 32 << 20
+SHARD_BYTES = 512 << 20
+
+
+@dataclass
+class Prepared:
+    """One split as written. shards: file name -> rows."""
+
+    uri: str
+    shards: dict[str, int] = field(default_factory=dict)
+    bad: list[BadRecord] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Pairs that were written."""
+        return sum(self.shards.values())
+
+
+def prepare_data(recipe: Recipe, console: Console) -> dict[str, Prepared]:
+    """Write the recipe's clean pairs below its run folder; split -> what was written. Raises UserError."""
+    recipe = recipe.with_absolute_paths()
+    folder = RunFolder(recipe.run_uri)
+    if folder.has(f"{PREPARED}/{MANIFEST_FILE}"):
+        fix = "delete the folder, or give another name (name=...)"
+        raise UserError("the prepared data is there already", field=f"{folder.uri}/{PREPARED}", fix=fix)
+    train, held_out = all_data(recipe)
+    encoder = encoder_of(recipe)
+    encoder.build()
+    folder.make()
+    start_ray()
+    splits = {"train": train} | ({"eval": held_out} if held_out else {})
+    written = {
+        name: _write_split(f"{folder.uri}/{PREPARED}/{name}", read, encoder, console) for name, read in splits.items()
+    }
+    records = {name: [_record(bad) for bad in split.bad] for name, split in written.items()}
+    write_bad_rows(folder, (record for split in records.values() for record in split))
+    refuse_rows(recipe, records["train"])
+    check_bad_fraction(recipe, len(records["train"]), train.end_sample, records["train"], at_end=True)
+    # Last, so that a folder with a manifest is whole.
+    _write_text(f"{folder.uri}/{PREPARED}/{MANIFEST_FILE}", json.dumps(_manifest(recipe, written), indent=2))
+    return written
+
+
+def _record(bad: BadRecord) -> dict[str, Any]:
+    """A line of `bad_rows.jsonl`."""
+    return {key: value for key, value in asdict(bad).items() if key != "sample_index"}
+
+
+def _write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Console) -> Prepared:
+    filesystem, path = locate(uri, "checkpoint.storage")
+    with_retries(filesystem.create_dir, path, recursive=True)
+    with_retries(filesystem.delete_dir_contents, path)  # of an attempt that was cut off
+    split, writer = Prepared(uri), _Shards(filesystem, path)
+    encoders = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"preparing {uri.rpartition('/')[2]}", total=read.end_sample)
+        for table, bad in iter_clean(read, encoder, encoders):
+            writer.add(table)
+            split.bad += bad
+            progress.advance(task, table.num_rows + len(bad))
+    split.shards = writer.close()
+    return split
+
+
+class _Shards:
+    """Tables in, parquet files of about SHARD_BYTES out, in row groups small enough to be read one by one."""
+
+    def __init__(self, filesystem: pafs.FileSystem, folder: str) -> None:
+        self.filesystem, self.folder = filesystem, folder
+        self.shards: dict[str, int] = {}
+        self._tables: list[pa.Table] = []
+        self._group_rows = self._group_bytes = self._shard_bytes = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def add(self, table: pa.Table) -> None:
+        """More rows."""
+        self._tables.append(table)
+        self._group_rows += table.num_rows
+        self._group_bytes += table.nbytes
+        if self._group_rows >= GROUP_ROWS or self._group_bytes >= GROUP_BYTES:
+            self._write_group()
+
+    def close(self) -> dict[str, int]:
+        """Write what is left; file name -> rows."""
+        if self._group_rows:
+            self._write_group()
+        self._end_shard()
+        return self.shards
+
+    def _write_group(self) -> None:
+        if self._writer is None:
+            name = f"{len(self.shards):05d}.parquet"
+            # Images are compressed already; of the texts zstd makes a third.
+            self._writer = pq.ParquetWriter(
+                f"{self.folder}/{name}", CLEAN_SCHEMA, filesystem=self.filesystem, compression="zstd"
+            )
+            self.shards[name] = 0
+        self._writer.write_table(pa.concat_tables(self._tables), row_group_size=self._group_rows)
+        self.shards[list(self.shards)[-1]] += self._group_rows
+        self._shard_bytes += self._group_bytes
+        self._tables, self._group_rows, self._group_bytes = [], 0, 0
+        if self._shard_bytes >= SHARD_BYTES:
+            self._end_shard()
+
+    def _end_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self._shard_bytes = None, 0
+
+
+def _manifest(recipe: Recipe, written: dict[str, Prepared]) -> dict[str, Any]:
+    """What was written, and from what; enough to make it again."""
+    return {
+        "format": "trl",
+        "model": recipe.model.id,
+        "data": recipe.model_dump(mode="json")["data"],
+        "splits": {
+            name: {"rows": split.rows, "bad_rows": len(split.bad), "shards": split.shards}
+            for name, split in written.items()
+        },
+    }
+
+
+def _write_text(uri: str, text: str) -> None:
+    filesystem, path = locate(uri, "checkpoint.storage")
+
+    def write() -> None:
+        with filesystem.open_output_stream(path) as file:
+            file.write(text.encode())
+
+    with_retries(write)

@@ -1,0 +1,116 @@
+"""`orpo-ray evaluate`: score held-out pairs with what a run ended with, or with any model or adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from rich.console import Console
+
+from orpo_ray.config.load import apply_overrides, parse_recipe, read_mapping
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.schema import ModelConfig
+from orpo_ray.data.from_recipe import encoder_of, held_out_data
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.errors import UserError
+from orpo_ray.evaluation.scoring import Scores, grounding, score, with_prefix
+from orpo_ray.model.adapters import ADAPTER_CONFIG, adapter_config, is_adapter, load_adapted
+from orpo_ray.model.loading import concatenated_because, load_model, pick_attention
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.step_planner import StepPlanner
+from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.ray_cluster import start_ray
+from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
+from orpo_ray.streaming.steps import iter_steps
+
+# Where one stands, a folder has a processor of its own.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def evaluate_run(uri: str, overrides: list[str], console: Console) -> dict[str, float]:
+    """Metrics of the held-out pairs as `eval/...`, with `eval/grounding_gap`. Raises UserError.
+
+    uri: of a run's folder (its recipe and `final/` are used), a model's or peft adapters' (then `data.eval=...` says
+    what to score). Adapters are applied to the base model as it is loaded by the recipe, in 4 bits if that says so.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        folder = RunFolder(uri.rstrip("/"))  # what it mirrors of a remote run is gone when it goes
+        recipe, model = _recipe_of(folder, overrides)
+        section = _section(recipe, model)
+        held_out = held_out_data(recipe)
+        if held_out is None:
+            raise UserError("there are no held-out pairs", field="data.eval", fix="add data.eval=FILE to the command")
+        start_ray()
+        if why := pick_attention(section).why:
+            console.print(concatenated_because(why), highlight=False, soft_wrap=True)
+        console.print(f"scoring {held_out.end_sample:,} pairs with {model}", highlight=False, soft_wrap=True)
+        return with_prefix(_evaluate(recipe, section, model, held_out), "eval")
+
+
+def _section(recipe: Recipe, folder: Path) -> ModelConfig:
+    """What is loaded besides adapters: the recipe's base model, or the folder's own."""
+    if is_adapter(folder):
+        return recipe.model
+    whole: dict[str, Any] = {"id": str(folder), "revision": None, "lora": None, "freeze": [], "quantization": None}
+    return recipe.model.model_copy(update=whole)
+
+
+def _evaluate(recipe: Recipe, section: ModelConfig, folder: Path, held_out: ReadSpec) -> dict[str, float]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Of adapters without a processor beside them the base model's is taken.
+    own_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
+    spec = encoder_of(recipe)
+    if own_processor:
+        spec = replace(spec, model_id=str(folder), revision=None)
+    encoder = spec.build()
+    seed = recipe.optim.seed
+    loaded = load_adapted(section, folder, device, seed) if is_adapter(folder) else load_model(section, device, seed)
+    model = PairModel(loaded, PixelNorm.of(encoder.processor)).eval()
+    planner = StepPlanner.of(recipe, encoder, model, device)
+    steps = -(-held_out.end_sample // held_out.pairs_per_step)
+    max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+
+    def one_pass(exchange: bool) -> Scores:
+        read = replace(held_out, exchange_images=exchange)
+        shares = ((share.pairs, len(share.bad)) for share in iter_steps(read, spec, 0, steps, max_encoders))
+        return score(model, shares, planner, recipe.orpo.beta)
+
+    seen = one_pass(exchange=False)
+    if not recipe.eval.grounding:
+        return seen.metrics
+    return seen.metrics | grounding(seen, one_pass(exchange=True), device)
+
+
+def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, Path]:
+    """The recipe to evaluate by, and the folder of the model or the adapters."""
+    raw: dict[str, Any]
+    uri = folder.uri
+    if folder.has(RECIPE_FILE):
+        folder.pull(RECIPE_FILE, FINAL)
+        raw = read_mapping(folder.path / RECIPE_FILE)
+        model = folder.path / FINAL
+        if not model.is_dir():
+            raise UserError(
+                "the run has no final model yet", field=uri, fix="let it end: the same train command resumes it"
+            )
+    elif folder.has(ADAPTER_CONFIG) and not folder.is_remote:
+        model = folder.path
+        config = adapter_config(model)
+        base = {"id": config["base_model_name_or_path"], "revision": config.get("revision"), "lora": {}}
+        raw = {"name": "evaluation", "model": base, "data": {"train": "none"}}
+    elif folder.has("config.json") and not folder.is_remote:
+        raw = {"name": "evaluation", "model": {"id": uri}, "data": {"train": "none"}}
+        model = folder.path
+    else:
+        missing = f"no {RECIPE_FILE}) nor a model (no config.json or {ADAPTER_CONFIG})"
+        raise UserError(f"is neither a run ({missing}", field=uri)
+    # Adapters name a base model that may have moved; a whole model is what it is.
+    if not is_adapter(model) and any(override.startswith("model.id=") for override in overrides):
+        raise UserError("the model is the folder's", field="model.id", fix="give the folder of the model to evaluate")
+    apply_overrides(raw, overrides)
+    return parse_recipe(raw, source=uri).with_absolute_paths(), model.resolve()

@@ -1,0 +1,114 @@
+"""The frozen language model in 4 bits (bitsandbytes), all else as it is: what QLoRA trains adapters on.
+
+peft's `prepare_model_for_kbit_training` is left out on purpose. It makes every unquantised weight float32: vision part,
+embeddings and head too, which cost more than 4 bits save, and which then meet activations of another type. Norms
+compute in float32 inside whatever they are stored in, adapters keep the model's dtype as without quantisation
+(ZeRO gathers one type), the base is frozen by peft itself, and gradient checkpointing is the recipe's to turn on
+(non-reentrant, so that the inputs need no gradient).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from orpo_ray.config.schema import ModelConfig, QuantizationConfig
+from orpo_ray.errors import UserError
+from orpo_ray.model.families import Family
+
+_DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_HEADS = ("lm_head",)
+
+
+def quantization_config(section: QuantizationConfig, family: Family, dtype: torch.dtype) -> Any:
+    """transformers' config of it for a model of `dtype`. Raises UserError.
+
+    Only linear layers of the language model are taken, without the output head: it is tied to the embeddings in many
+    families, and an error in it is an error in every log-prob.
+    """
+    from transformers import BitsAndBytesConfig
+
+    storage = _DTYPES[section.quant_storage]
+    if storage not in (torch.uint8, dtype):
+        # The engine casts floating point weights to the model's dtype, and packed bits are no numbers.
+        raise UserError(
+            f"packed weights can't be held in another floating point type than the model's {_name(dtype)}",
+            field="model.quantization.quant_storage",
+            value=section.quant_storage,
+            fix=f"set it to uint8 or {_name(dtype)}",
+        )
+    # transformers matches each as a regular expression from the start of a name to the end of one of its parts.
+    outside = rf"(?!{'|'.join(map(re.escape, family.language))}).*"
+    parts = [re.escape(prefix.removesuffix(".")) for prefix in (*family.vision, *family.connector)]
+    named = [rf"(?:.*\.)?{re.escape(name)}" for name in (*_HEADS, *section.skip_modules)]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quant_type,
+        bnb_4bit_use_double_quant=section.use_double_quant,
+        bnb_4bit_compute_dtype=dtype if section.compute_dtype == "auto" else _DTYPES[section.compute_dtype],
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=[outside, *parts, *named],
+    )
+
+
+def check_saved_quantization(config: Any, section: ModelConfig) -> bool:
+    """Whether the model's weights are 4-bit on disk already. Raises UserError where they are not as the recipe says."""
+    saved = getattr(config, "quantization_config", None)
+    if saved is None:
+        return False
+    saved = saved if isinstance(saved, dict) else saved.to_dict()
+    what = saved.get("quant_method") or "unknown"
+    if not saved.get("load_in_4bit", saved.get("_load_in_4bit")):
+        raise UserError(
+            f"the model's weights are quantised already ({what}), and not in bitsandbytes' 4 bits: adapters cannot be "
+            "trained on them here",
+            field="model.id",
+            value=section.id,
+            fix="take the model it was made from, with model.quantization: {} if it is to be quantised",
+        )
+    if section.quantization is None:
+        raise UserError(
+            "the model's weights are in 4 bits already, and the recipe does not say so",
+            field="model.quantization",
+            fix="add model.quantization and model.lora, or take the model it was made from",
+        )
+    wanted = {
+        "quant_type": section.quantization.quant_type,
+        "use_double_quant": section.quantization.use_double_quant,
+        "quant_storage": section.quantization.quant_storage,
+    }
+    defaults = {"quant_type": "fp4", "use_double_quant": False, "quant_storage": "uint8"}
+    found = {name: saved.get(f"bnb_4bit_{name}", default) for name, default in defaults.items()}
+    if differing := [name for name in wanted if wanted[name] != found[name]]:
+        raise UserError(
+            f"the model's weights are in 4 bits already, with {', '.join(f'{n} {found[n]}' for n in differing)}",
+            field=f"model.quantization.{differing[0]}",
+            value=wanted[differing[0]],
+            fix=f"set model.quantization.{differing[0]} to {found[differing[0]]}",
+        )
+    return True
+
+
+def check_quantized(model: nn.Module, section: QuantizationConfig) -> None:
+    """Raises UserError if nothing became 4-bit, or a module to skip is none; readies what became so for training."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    names = [name for name, _ in model.named_modules()]
+    for skipped in section.skip_modules:
+        if not any(name == skipped or name.endswith(f".{skipped}") for name in names):
+            raise UserError("no module has this name", field="model.quantization.skip_modules", value=skipped)
+    quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if not quantized:
+        raise UserError(
+            "no linear layer is left to quantise", field="model.quantization.skip_modules", value=section.skip_modules
+        )
+    for module in quantized:
+        # On some CPUs evaluation would pack the weights anew, in a layout that training can't read.
+        module.support_avx512bf16_for_cpu = False
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
