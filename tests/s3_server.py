@@ -65,7 +65,7 @@ def s3_server(environment: pytest.MonkeyPatch) -> Iterator[Faults]:
         ).create_dir(BUCKET)
         yield faults
     finally:
-        from orpo_ray import storage
+        from orpo_ray.storage import files as storage
 
         storage._remote.cache_clear()  # the next server is at another port
         server.shutdown()

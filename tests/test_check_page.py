@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from orpo_ray.data import check_page
+from orpo_ray.data_report import page as check_page
 from orpo_ray.data_report.page import number, percent, render_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

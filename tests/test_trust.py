@@ -21,7 +21,7 @@ from orpo_ray.model.loading import commit_of, load_model
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.storage.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 from orpo_ray.tiny_models.build import resolve
-from orpo_ray.training.launch import _check_run_folder, _pinned
+from orpo_ray.training.resume import check_run_folder, pinned
 
 TINY = "orpo-ray/tiny-llava"
 CPU = torch.device("cpu")
@@ -138,7 +138,7 @@ def saved(tmp_path: Path, revision: str | None) -> RunFolder:
 def test_a_run_that_made_no_step_may_be_another_recipe_s(tmp_path: Path) -> None:
     folder = saved(tmp_path, "main")
     (folder.path / METRICS_FILE).unlink()
-    assert _check_run_folder(of(tmp_path, None), folder) is None
+    assert check_run_folder(of(tmp_path, None), folder) is None
 
 
 def of(tmp_path: Path, revision: str | None) -> Recipe:
@@ -147,17 +147,17 @@ def of(tmp_path: Path, revision: str | None) -> Recipe:
 
 @pytest.mark.parametrize("asked", [None, "main", "v1.0", COMMIT])
 def test_a_run_goes_on_with_the_commit_that_it_began_with(tmp_path: Path, asked: str | None) -> None:
-    run = _check_run_folder(of(tmp_path, asked), saved(tmp_path, COMMIT))
+    run = check_run_folder(of(tmp_path, asked), saved(tmp_path, COMMIT))
     assert run is not None
-    assert _pinned(of(tmp_path, asked), run).model.revision == COMMIT
+    assert pinned(of(tmp_path, asked), run).model.revision == COMMIT
 
 
 @pytest.mark.parametrize(("began", "asked"), [(COMMIT, "d" * 40), ("main", None), (None, COMMIT)])
 def test_another_revision_is_another_recipe(tmp_path: Path, began: str | None, asked: str | None) -> None:
     with pytest.raises(UserError, match=r"model\.revision"):
-        _check_run_folder(of(tmp_path, asked), saved(tmp_path, began))
+        check_run_folder(of(tmp_path, asked), saved(tmp_path, began))
 
 
 def test_a_folder_has_no_commit(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
-    assert _pinned(recipe, None) == recipe
+    assert pinned(recipe, None) == recipe
