@@ -14,7 +14,7 @@ quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offl
 test: lint fast slow  ## everything
 
 fast: $(INSTALLED)  ## tests that take seconds
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow" -n 2
 
 .PHONY: slow
 slow: $(INSTALLED)  ## whole runs on a real Ray
