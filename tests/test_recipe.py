@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, and one clear message for what is not."""
+"""Recipes: which ones are accepted, and the error messages for all others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def message(raw: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_are_valid_and_say_what_they_need(path: Path) -> None:
+def test_shipped_recipes_are_valid_and_state_their_requirements(path: Path) -> None:
     recipe = load_recipe(path)
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
     comment = path.read_text().split("\nname:")[0].lower()
@@ -38,7 +38,7 @@ def test_defaults_are_trls() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"orpo": {"betta": 0.1}}, "orpo.betta: unknown key; did you mean 'beta'?"),
         ({"modle": {}}, "modle: unknown key; did you mean 'model'?"),
@@ -49,15 +49,15 @@ def test_defaults_are_trls() -> None:
         ({"optim": {"learning_rate": "fast"}}, "optim.learning_rate: Input should be a valid number"),
         ({"optim": {"pairs_per_step": 1.5}}, "optim.pairs_per_step"),
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage"),
-        ({"data": {}}, "data.train: is required"),
+        ({"data": {}}, "data.train: this field is required"),
         ({"scaling": {"num_workers": 64}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
         ({"model": {"id": "m", "freeze": ["vision", "connector", "language"]}}, "nothing would be trained"),
-        ({"eval": {"every_steps": 5}}, "eval.every_steps is set but data.eval is empty"),
-        ({"name": "../up"}, "must be made of letters"),
+        ({"eval": {"every_steps": 5}}, "eval.every_steps is set but there are no held-out pairs"),
+        ({"name": "../up"}, "must consist of letters"),
         ({"data": {"train": "a", "format": "sharegtp"}}, "unknown format; did you mean 'sharegpt'?"),
         (
             {"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}},
-            "data.eval and data.eval_fraction are both given",
+            "data.eval and data.eval_fraction are both set",
         ),
         ({"checkpoint": {"storage": "ftp://bucket"}}, "must be a folder"),
         ({"tune": {"search": {"orpo.beta": {"low": 2, "high": 1}}}}, "low (2.0) must be below high (1.0)"),
@@ -65,11 +65,11 @@ def test_defaults_are_trls() -> None:
         ({"optim": {"learning_rate": float("nan")}}, "finite number"),
     ],
 )
-def test_errors_name_field_value_and_what_is_allowed(change: dict[str, Any], said: str) -> None:
-    assert said in message(MINIMAL | change)
+def test_errors_name_field_value_and_what_is_allowed(change: dict[str, Any], expected: str) -> None:
+    assert expected in message(MINIMAL | change)
 
 
-def test_all_problems_are_said_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     text = message(MINIMAL | {"orpo": {"beta": -1, "bta": 2}, "optim": {"epochs": 0}})
     assert "3 problems" in text
     assert all(field in text for field in ("orpo.beta", "orpo.bta", "optim.epochs"))
@@ -99,14 +99,14 @@ def test_malformed_overrides(recipe_file: Path, override: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00", ""])
-def test_a_file_that_is_no_recipe(tmp_path: Path, content: str) -> None:
+def test_file_that_is_no_recipe(tmp_path: Path, content: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(UserError, match=r"recipe\.yaml"):
         load_recipe(path)
 
 
-def test_sources_are_one_a_list_or_a_weighted_mix() -> None:
+def test_sources_are_a_uri_a_list_or_a_weighted_mapping() -> None:
     def train(value: object) -> dict[str, float]:
         return parse_recipe(MINIMAL | {"data": {"train": value}}).data.train
 
@@ -146,7 +146,7 @@ def test_errors_survive_pickling(error: Exception) -> None:
     assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
 
 
-def test_anchored_paths_do_not_depend_on_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_paths_do_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vlm").mkdir()
     data = {"train": ["easy-vqa:train", "a/*.jsonl"], "eval": "b.parquet", "image_root": "images"}
@@ -169,20 +169,20 @@ def test_a_jobs_runs_outlive_its_working_dir(tmp_path: Path, monkeypatch: pytest
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a cache of features that training changes": (
+    "vision_cache with a trained vision encoder or connector": (
         {"model": {"vision_cache": "seen", "freeze": ["vision"]}},
         "freeze: [vision, connector]",
     ),
-    "a cache of features with ZeRO-3": (
+    "vision_cache with ZeRO-3": (
         {"model": {"vision_cache": "seen", "lora": {}}, "deepspeed": {"zero_stage": 3}},
         "zero_stage: 2",
     ),
-    "quantisation without LoRA": ({"model": {"quantization": {}}}, "add model.lora"),
-    "packed weights in another floating point type than the model's": (
+    "quantization without LoRA": ({"model": {"quantization": {}}}, "add model.lora"),
+    "quant_storage differs from the model's dtype": (
         {"model": {"lora": {}, "dtype": "bfloat16", "quantization": {"quant_storage": "float32"}}},
         "quant_storage: uint8",
     ),
-    "quantisation and the language model trained in full": (
+    "the quantized language model in modules_to_save": (
         {"model": {"lora": {"target_modules": "vision", "modules_to_save": "language"}, "quantization": {}}},
         "target_modules: [language]",
     ),
@@ -190,27 +190,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"lora": {"use_dora": True}, "quantization": {}}, "deepspeed": {"zero_stage": 3}},
         "zero_stage: 2, or use_dora: false",
     ),
-    "adapters on a frozen part": ({"model": {"lora": {}, "freeze": "language"}}, "leave the part out of model.freeze"),
-    "a frozen part trained in full": (
+    "adapters on a frozen part": ({"model": {"lora": {}, "freeze": "language"}}, "remove the part from model.freeze"),
+    "a frozen part in modules_to_save": (
         {"model": {"lora": {"modules_to_save": "connector"}, "freeze": ["vision", "connector"]}},
-        "leave the part out of one of the two",
+        "remove the part from one of the two lists",
     ),
-    "the same modules adapted and trained in full": (
+    "the same modules in target_modules and modules_to_save": (
         {"model": {"lora": {"target_modules": ["q_proj", "connector"], "modules_to_save": "connector"}}},
-        "leave them out of modules_to_save",
+        "remove the modules from one of the two lists",
     ),
 }
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.what)
-def test_what_cannot_go_together_is_refused_with_the_nearest_that_does(rule: Rule) -> None:
-    change, nearest = REFUSED[rule.what]
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.combination)
+def test_conflicting_options_are_refused_with_an_alternative(rule: Rule) -> None:
+    change, alternative = REFUSED[rule.combination]
     raw = MINIMAL | change | {"model": {"id": "m"} | change["model"]}
-    said = message(raw)
-    assert f"recipe: {rule.field}: {rule.what} (" in said
-    assert rule.why in said
-    assert f"nearest that works: {nearest}" in said
-    assert rule.finds(parse_recipe(MINIMAL)) == []
+    text = message(raw)
+    assert f"recipe: {rule.field}: {rule.combination} (" in text
+    assert rule.reason in text
+    assert f"instead: {alternative}" in text
+    assert rule.find(parse_recipe(MINIMAL)) == []
 
 
 @pytest.mark.parametrize(
@@ -223,11 +223,11 @@ def test_what_cannot_go_together_is_refused_with_the_nearest_that_does(rule: Rul
         {"model": {"id": "m", "lora": {"target_modules": "vision"}, "freeze": "language"}},
     ],
 )
-def test_what_goes_together_is_taken(change: dict[str, Any]) -> None:
+def test_compatible_options_are_accepted(change: dict[str, Any]) -> None:
     assert parse_recipe(MINIMAL | change)
 
 
-def test_the_docs_say_what_is_refused() -> None:
+def test_docs_list_every_refused_combination() -> None:
     docs = (ROOT / "docs" / "tuning.md").read_text()
     for rule in RULES:
-        assert f"| {rule.what} | {rule.why} | {rule.nearest} |" in docs
+        assert f"| {rule.combination} | {rule.reason} | {rule.alternative} |" in docs

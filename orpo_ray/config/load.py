@@ -1,4 +1,4 @@
-"""YAML plus dotted overrides -> a validated `Recipe`, or one error that names every wrong field."""
+"""Load a recipe: YAML plus dotted overrides become a validated `Recipe`, or one error that names every wrong field."""
 
 from __future__ import annotations
 
@@ -17,39 +17,59 @@ from orpo_ray.errors import UserError
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `section.key=value` overrides (values are YAML). Raises UserError."""
+    """Read a recipe file and apply overrides.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` strings; the values are YAML.
+
+    Raises:
+        UserError: the file or an override cannot be read, or a field is wrong. Names all wrong fields.
+    """
     raw = read_mapping(Path(path))
     apply_overrides(raw, overrides)
     return parse_recipe(raw, source=str(path))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A recipe file's raw mapping. Raises UserError if it is not one."""
+    """Read a recipe file as a mapping, without validation.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not a YAML mapping.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError("no such recipe", field=str(path), fix="give the path of a YAML file") from None
+        raise UserError("no such recipe file", field=str(path), fix="give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", field=str(path)) from None
     except yaml.YAMLError as error:
-        raise UserError(f"is not valid YAML: {error}", field=str(path)) from None
+        raise UserError(f"not valid YAML: {error}", field=str(path)) from None
     if not isinstance(raw, dict):
-        raise UserError("a recipe is a mapping of sections", field=str(path), value=type(raw).__name__)
+        raise UserError("a recipe must be a mapping of sections", field=str(path), value=type(raw).__name__)
     return raw
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Put `section.key=value` overrides into a recipe's mapping. Raises UserError."""
+    """Apply `section.key=value` overrides to a raw recipe, in place. Raises UserError."""
     for override in overrides:
         _apply_override(raw, override)
 
 
 def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Validate a recipe given as a mapping. Raises one UserError that names every wrong field."""
+    """Validate a raw recipe.
+
+    Args:
+        raw: the recipe as a mapping.
+        source: name of the file, for error messages.
+
+    Raises:
+        UserError: one error that names all wrong fields.
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(dict(item)) for item in error.errors()]
+        lines = [_describe_error(dict(item)) for item in error.errors()]
         body = lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines)
         raise UserError(body, field=source) from None
 
@@ -57,33 +77,33 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not key:
-        raise UserError("an override is section.key=value", field="command line", value=override)
+        raise UserError("an override must have the form section.key=value", field="command line", value=override)
     try:
-        value = _number_like(yaml.safe_load(text))
+        value = _parse_exponent(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise UserError(f"the value is not valid YAML: {error}", field=key, value=text) from None
+        raise UserError(f"the override's value is not valid YAML: {error}", field=key, value=text) from None
     *parents, last = key.split(".")
-    here = raw
+    section = raw
     for parent in parents:
-        child = here.get(parent)
+        child = section.get(parent)
         if child is None:
-            child = here[parent] = {}
+            child = section[parent] = {}
         if not isinstance(child, dict):
-            raise UserError(f"'{parent}' is a value, not a section", field=key, value=child)
-        here = child
-    here[last] = value
+            raise UserError(f"'{parent}' holds a value, so it cannot have keys", field=key, value=child)
+        section = child
+    section[last] = value
 
 
-def _number_like(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as text; users mean the number."""
+def _parse_exponent(value: Any) -> Any:
+    """Convert text such as `1e-4` to a number, which YAML 1.1 reads as a string."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)
     return value
 
 
-def _explain(item: dict[str, Any]) -> str:
-    """One line for one of pydantic's findings: field, what is wrong, the value, the nearest known key."""
-    location = [str(part) for part in item["loc"] if part != "[key]"]
+def _describe_error(item: dict[str, Any]) -> str:
+    """Describe one pydantic error in a line: the field, what is wrong, the value, the nearest known key."""
+    location = [str(key) for key in item["loc"] if key != "[key]"]
     field, kind, context = ".".join(location), item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -91,9 +111,9 @@ def _explain(item: dict[str, Any]) -> str:
         hint = f"did you mean '{near[0]}'?" if near else f"known keys here: {', '.join(known)}"
         return f"{field}: unknown key; {hint}"
     if kind == "missing":
-        return f"{field}: is required"
+        return f"{field}: this field is required"
     message = context["error"] if kind == "value_error" else item["msg"]
-    if not field:  # a combination of fields, which the message names
+    if not field:  # a combination of fields; the message names them
         return str(message)
     value = item["input"]
     shown = f" (found {value!r})" if not isinstance(value, dict | BaseModel) else ""
@@ -102,8 +122,8 @@ def _explain(item: dict[str, Any]) -> str:
 
 def _known_keys(location: list[str]) -> list[str]:
     section: type[BaseModel] = Recipe
-    for part in location:
-        field = section.model_fields.get(part)
+    for key in location:
+        field = section.model_fields.get(key)
         if field is None:
             break
         for candidate in (field.annotation, *typing.get_args(field.annotation)):

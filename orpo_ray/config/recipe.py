@@ -1,6 +1,6 @@
-"""The typed recipe: YAML plus dotted overrides become one validated `Recipe`. Imports neither torch nor ray.
+"""The validated recipe of a run. Its sections are in `schema.py`; imports neither torch nor Ray.
 
-The fields are in `sections.py`; `Recipe.model_json_schema()` is the schema for editors.
+`Recipe.model_json_schema()` is the schema for editors (`orpo-ray schema`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from orpo_ray.config.rules import refusals
+from orpo_ray.config.rules import find_conflicts
 from orpo_ray.config.schema import (
     CheckpointConfig,
     Config,
@@ -29,58 +29,70 @@ from orpo_ray.config.schema import (
 
 
 class Recipe(Config):
-    """Everything that a run is, in one file."""
+    """All settings of a run."""
 
     name: str = Field(min_length=1)
-    """Name of the run and of its folder."""
+    """Name of the run. The run is stored in `<checkpoint.storage>/<name>`."""
     model: ModelConfig
+    """The vision-language model to train."""
     data: DataConfig
+    """Sources of the preference pairs."""
     orpo: OrpoConfig = Field(default_factory=OrpoConfig)
+    """The objective."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    """Optimizer, learning-rate schedule, and size of a step."""
     deepspeed: DeepspeedConfig = Field(default_factory=DeepspeedConfig)
+    """How DeepSpeed distributes the training state."""
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
+    """Number of workers, and the resources of each."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Where runs are stored, and how often checkpoints are saved."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Evaluation on the held-out pairs."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """Trackers that receive metrics."""
     tune: TuneConfig = Field(default_factory=TuneConfig)
+    """Hyperparameter search."""
 
     @field_validator("name")
     @classmethod
-    def _name_is_a_folder(cls, value: str) -> str:
+    def _check_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", value):
-            raise ValueError("must be made of letters, digits, '.', '_' and '-' (it names the run's folder)")
+            raise ValueError("must consist of letters, digits, '.', '_' and '-', since it names the run folder")
         return value
 
     @model_validator(mode="after")
-    def _combinations(self) -> Recipe:
+    def _check_combinations(self) -> Recipe:
         if self.scaling.num_workers > self.optim.pairs_per_step:
             raise ValueError(
                 f"scaling.num_workers ({self.scaling.num_workers}) exceeds optim.pairs_per_step "
-                f"({self.optim.pairs_per_step}): a worker would have nothing to do in a step"
+                f"({self.optim.pairs_per_step}), so some workers would get no pair; lower it or raise pairs_per_step"
             )
         if self.eval.every_steps and not self.has_held_out:
-            raise ValueError("eval.every_steps is set but data.eval is empty: give held-out pairs, or leave it out")
+            raise ValueError(
+                "eval.every_steps is set but there are no held-out pairs; set data.eval or data.eval_fraction"
+            )
         if self.data.eval and self.data.eval_fraction:
-            raise ValueError("data.eval and data.eval_fraction are both given: held-out pairs come from one of them")
-        if refused := refusals(self):
-            raise ValueError("\n  - ".join(refused))
+            raise ValueError("data.eval and data.eval_fraction are both set; remove one of them")
+        if conflicts := find_conflicts(self):
+            raise ValueError("\n  - ".join(conflicts))
         return self
 
     @property
     def has_held_out(self) -> bool:
-        """Whether there are pairs to evaluate on."""
+        """Whether the recipe has pairs to evaluate on."""
         return bool(self.data.eval or self.data.eval_fraction)
 
     @property
     def run_uri(self) -> str:
-        """The run's folder, `<checkpoint.storage>/<name>`: an absolute path, or a URI."""
+        """The run folder, `<checkpoint.storage>/<name>`, as an absolute path or a URI."""
         storage = self.checkpoint.storage.rstrip("/")
         if "://" not in storage:
-            storage = str((_lasting_folder() / Path(storage).expanduser()).resolve())
+            storage = str((_base_folder() / Path(storage).expanduser()).resolve())
         return f"{storage}/{self.name}"
 
     def with_absolute_paths(self) -> Recipe:
-        """The same recipe with every local path absolute: workers and trials run in folders of their own."""
+        """Return a copy with absolute local paths, since workers and trials run in other working directories."""
         raw = self.model_dump(mode="json")
         raw["checkpoint"]["storage"] = self.run_uri.removesuffix(f"/{self.name}")
         if self.model.vision_cache is not None:
@@ -88,27 +100,30 @@ class Recipe(Config):
         if self.data.image_root is not None:
             raw["data"]["image_root"] = _absolute(self.data.image_root)
         for split in ("train", "eval"):
-            mix: dict[str, float] = {}
+            sources: dict[str, float] = {}
             for source, weight in raw["data"][split].items():
-                # One file may be named in two ways.
-                mix[_absolute(source)] = mix.get(_absolute(source), 0.0) + weight
-            raw["data"][split] = mix
+                # Two spellings of one path (`a.jsonl`, `./a.jsonl`) become one source.
+                sources[_absolute(source)] = sources.get(_absolute(source), 0.0) + weight
+            raw["data"][split] = sources
         if Path(self.model.id).expanduser().is_dir():
             raw["model"]["id"] = str(Path(self.model.id).expanduser().resolve())
         return Recipe.model_validate(raw)
 
     def to_yaml(self) -> str:
-        """The resolved recipe; reading it back gives an equal one."""
+        """Return all fields as YAML. Parsing the result gives an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _lasting_folder() -> Path:
-    """What a relative storage is relative to: this folder, but not a submitted job's, which Ray deletes."""
+def _base_folder() -> Path:
+    """Return the folder that relative storage paths start from.
+
+    This is the working directory, except in a submitted Ray job: Ray deletes that directory with the job.
+    """
     return Path.home() if "working_dir_files" in Path.cwd().parts else Path.cwd()
 
 
 def _absolute(source: str) -> str:
-    """A source that is a path made absolute; `scheme:...` stays."""
+    """Make a source that is a path absolute; return `scheme:...` unchanged."""
     if not source.strip() or re.match(r"[a-z0-9+-]{2,}:", source):
         return source
     return os.path.abspath(Path(source).expanduser())

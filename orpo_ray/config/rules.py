@@ -1,7 +1,7 @@
-"""Which ways of tuning cannot go together, why, and the nearest that can. The recipe asks here as it is read.
+"""Combinations of tuning options that are not supported, each with the reason and an alternative.
 
-What stands here was tried: each rule is a run that fails or that trains something else than it says. What is not
-here works, and the tests show it (`tests/test_tuning.py`).
+A recipe is checked against these rules when it is read. Each rule stands for a run that was seen to fail or to train
+something else than the recipe says. Combinations without a rule are tested to work (`test_tuning.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Protocol
 from orpo_ray.config.schema import DeepspeedConfig, ModelConfig
 
 
-class Sections(Protocol):
-    """What of a recipe the rules look at."""
+class TuningOptions(Protocol):
+    """The sections of a recipe that the rules read."""
 
     model: ModelConfig
     deepspeed: DeepspeedConfig
@@ -22,149 +22,150 @@ class Sections(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """One combination that is refused.
+    """One combination of options that is refused."""
 
-    what: the combination. field: the recipe key to change. why, nearest: the reason, and what to write instead.
-    finds: the names in a recipe that make the combination up; none if it does not have it.
-    """
-
-    what: str
+    combination: str
+    """The combination, in words."""
     field: str
-    why: str
-    nearest: str
-    finds: Callable[[Sections], Sequence[str]]
+    """Recipe key to change."""
+    reason: str
+    """Why the combination does not work."""
+    alternative: str
+    """The nearest setting that works."""
+    find: Callable[[TuningOptions], Sequence[str]]
+    """Returns the names in a recipe that form the combination; empty if the recipe does not have it."""
 
-    def message(self, found: Sequence[str]) -> str:
-        """For the user: field, what was found, why, and the nearest that works."""
-        return f"{self.field}: {self.what} ({', '.join(found)}): {self.why}; nearest that works: {self.nearest}"
+    def describe(self, found: Sequence[str]) -> str:
+        """Return the error message for the names that `find` returned."""
+        return f"{self.field}: {self.combination} ({', '.join(found)}): {self.reason}; instead: {self.alternative}"
 
 
-def _quantized_without_adapters(recipe: Sections) -> Sequence[str]:
+def find_conflicts(recipe: TuningOptions) -> list[str]:
+    """Return an error message for each rule that a recipe breaks."""
+    return [rule.describe(found) for rule in RULES if (found := rule.find(recipe))]
+
+
+def _quantized_without_adapters(recipe: TuningOptions) -> Sequence[str]:
     model = recipe.model
     return ["no model.lora"] if model.quantization is not None and model.lora is None else []
 
 
-def _storage_of_another_type(recipe: Sections) -> Sequence[str]:
+def _storage_type_differs(recipe: TuningOptions) -> Sequence[str]:
     quantization, dtype = recipe.model.quantization, recipe.model.dtype
     if quantization is None or quantization.quant_storage == "uint8" or dtype in ("auto", quantization.quant_storage):
         return []
     return [f"{quantization.quant_storage} in a {dtype} model"]
 
 
-def _quantized_and_saved(recipe: Sections) -> Sequence[str]:
+def _quantized_and_saved(recipe: TuningOptions) -> Sequence[str]:
     lora = recipe.model.lora
     if recipe.model.quantization is None or lora is None:
         return []
     return [name for name in lora.modules_to_save if name == "language"]
 
 
-def _dora_on_4_bits_sharded(recipe: Sections) -> Sequence[str]:
+def _quantized_dora_with_zero3(recipe: TuningOptions) -> Sequence[str]:
     model = recipe.model
     if model.quantization is None or model.lora is None or not model.lora.use_dora:
         return []
     return ["zero_stage 3"] if recipe.deepspeed.zero_stage == 3 else []
 
 
-def _adapters_on_frozen(recipe: Sections) -> Sequence[str]:
-    return [name for name in _targets(recipe) if name in recipe.model.freeze]
+def _adapted_and_frozen(recipe: TuningOptions) -> Sequence[str]:
+    return [name for name in _target_modules(recipe) if name in recipe.model.freeze]
 
 
-def _saved_in_frozen(recipe: Sections) -> Sequence[str]:
+def _saved_and_frozen(recipe: TuningOptions) -> Sequence[str]:
     lora = recipe.model.lora
     return [name for name in lora.modules_to_save if name in recipe.model.freeze] if lora is not None else []
 
 
-def _adapted_and_saved(recipe: Sections) -> Sequence[str]:
+def _adapted_and_saved(recipe: TuningOptions) -> Sequence[str]:
     lora = recipe.model.lora
-    return [name for name in lora.modules_to_save if name in _targets(recipe)] if lora is not None else []
+    return [name for name in lora.modules_to_save if name in _target_modules(recipe)] if lora is not None else []
 
 
-def _cached_and_sharded(recipe: Sections) -> Sequence[str]:
+def _cached_with_zero3(recipe: TuningOptions) -> Sequence[str]:
     return ["zero_stage 3"] if recipe.model.vision_cache is not None and recipe.deepspeed.zero_stage == 3 else []
 
 
-def _cached_and_trained(recipe: Sections) -> Sequence[str]:
+def _cached_and_trained(recipe: TuningOptions) -> Sequence[str]:
     model = recipe.model
     if model.vision_cache is None:
         return []
     if model.lora is None:
         return [f"{part} is trained" for part in ("vision", "connector") if part not in model.freeze]
-    wanted = (*_targets(recipe), *model.lora.modules_to_save)
-    return [f"{part} is trained" for part in ("vision", "connector") if part in wanted]
+    trained = (*_target_modules(recipe), *model.lora.modules_to_save)
+    return [f"{part} is trained" for part in ("vision", "connector") if part in trained]
 
 
-def _targets(recipe: Sections) -> Sequence[str]:
+def _target_modules(recipe: TuningOptions) -> Sequence[str]:
     lora = recipe.model.lora
     return [] if lora is None else lora.target_modules or ["language"]
 
 
 RULES = (
     Rule(
-        "quantisation without LoRA",
+        "quantization without LoRA",
         "model.quantization",
-        "4-bit weights cannot be trained themselves, only adapters on them",
-        "add model.lora, or leave model.quantization out",
+        "4-bit weights cannot be trained; only adapters on them can",
+        "add model.lora, or remove model.quantization",
         _quantized_without_adapters,
     ),
     Rule(
-        "packed weights in another floating point type than the model's",
+        "quant_storage differs from the model's dtype",
         "model.quantization.quant_storage",
-        "the engine casts floating point weights to the model's type, and packed bits are no numbers",
+        "the engine casts floating-point tensors to the model's dtype, which would corrupt packed 4-bit weights",
         "quant_storage: uint8",
-        _storage_of_another_type,
+        _storage_type_differs,
     ),
     Rule(
-        "quantisation and the language model trained in full",
+        "the quantized language model in modules_to_save",
         "model.lora.modules_to_save",
-        "its weights are in 4 bits, which cannot be trained themselves",
+        "4-bit weights cannot be trained; only adapters on them can",
         "target_modules: [language]",
         _quantized_and_saved,
     ),
     Rule(
         "DoRA on 4-bit weights with ZeRO-3",
         "deepspeed.zero_stage",
-        "DoRA unpacks a layer's weight outside the layer, where ZeRO-3 has not gathered it",
+        "DoRA reads a layer's weight outside the layer's forward pass, where ZeRO-3 has not gathered it",
         "zero_stage: 2, or use_dora: false",
-        _dora_on_4_bits_sharded,
+        _quantized_dora_with_zero3,
     ),
     Rule(
         "adapters on a frozen part",
         "model.freeze",
-        "with LoRA every weight is frozen anyway, and model.freeze names the parts that take no adapter",
-        "leave the part out of model.freeze, or name other parts in model.lora.target_modules",
-        _adapters_on_frozen,
+        "with LoRA, model.freeze names the parts of the model that get no adapter",
+        "remove the part from model.freeze or from model.lora.target_modules",
+        _adapted_and_frozen,
     ),
     Rule(
-        "a frozen part trained in full",
+        "a frozen part in modules_to_save",
         "model.freeze",
-        "model.lora.modules_to_save trains it",
-        "leave the part out of one of the two",
-        _saved_in_frozen,
+        "model.lora.modules_to_save trains the part that model.freeze freezes",
+        "remove the part from one of the two lists",
+        _saved_and_frozen,
     ),
     Rule(
-        "the same modules adapted and trained in full",
+        "the same modules in target_modules and modules_to_save",
         "model.lora.modules_to_save",
-        "an adapter adds nothing to a weight that is trained itself",
-        "leave them out of modules_to_save, or name other target_modules",
+        "a weight that is trained in full gains nothing from an adapter",
+        "remove the modules from one of the two lists",
         _adapted_and_saved,
     ),
     Rule(
-        "a cache of features that training changes",
+        "vision_cache with a trained vision encoder or connector",
         "model.vision_cache",
-        "features change with the weights that make them",
-        "freeze: [vision, connector], or leave model.vision_cache out",
+        "cached features are outdated as soon as these weights change",
+        "freeze: [vision, connector], or remove model.vision_cache",
         _cached_and_trained,
     ),
     Rule(
-        "a cache of features with ZeRO-3",
+        "vision_cache with ZeRO-3",
         "model.vision_cache",
-        "the vision part is gathered from all workers whenever one of them runs it, and they miss other images",
-        "zero_stage: 2, or leave model.vision_cache out",
-        _cached_and_sharded,
+        "under ZeRO-3 all workers must run the vision encoder together, but they have different images to compute",
+        "zero_stage: 2, or remove model.vision_cache",
+        _cached_with_zero3,
     ),
 )
-
-
-def refusals(recipe: Sections) -> list[str]:
-    """One message for every rule that a recipe breaks."""
-    return [rule.message(found) for rule in RULES if (found := rule.finds(recipe))]

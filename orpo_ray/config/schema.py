@@ -1,6 +1,7 @@
-"""The sections of a recipe: every field typed, bounded and documented where it is defined.
+"""The fields of a recipe, one class per section, each field with its type, its bounds and its documentation.
 
-Names follow TRL's `ORPOConfig` and transformers' `TrainingArguments` where those have one.
+The docstring under a field is its entry in the reference documentation and in the JSON schema. Names follow TRL's
+`ORPOConfig` and transformers' `TrainingArguments` where those have one.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-_AsList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-Names = Annotated[list[str], _AsList]
-PARTS = ("language", "connector", "vision")
+
+def _string_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def _as_weighted_sources(value: Any) -> Any:
@@ -27,135 +27,159 @@ def _as_weighted_sources(value: Any) -> Any:
     return value
 
 
+def _check_format(value: str) -> str:
+    if value == "auto" or value in FORMATS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        return value
+    near = difflib.get_close_matches(value, FORMATS, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"use auto, {', '.join(FORMATS)}, or module:function"
+    raise ValueError(f"unknown format; {hint}")
+
+
+PARTS = ("language", "connector", "vision")
+FORMATS = ("trl", "plain", "sharegpt", "alpaca", "swift", "rlaif-v", "rlhf-v", "vlfeedback", "mmpr", "nemo-rl")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Names = Annotated[list[str], BeforeValidator(_string_as_list)]
+FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
+RowFormat = Annotated[str, AfterValidator(_check_format)]
 Weight = Annotated[float, Field(gt=0, le=1000)]
 WeightedSources = Annotated[
     dict[str, Weight], BeforeValidator(_as_weighted_sources, json_schema_input_type=str | list[str] | dict[str, Weight])
 ]
-FORMATS = ("trl", "plain", "sharegpt", "alpaca", "swift", "rlaif-v", "rlhf-v", "vlfeedback", "mmpr", "nemo-rl")
-
-
-def _known_format(value: str) -> str:
-    if value == "auto" or value in FORMATS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        return value
-    near = difflib.get_close_matches(value, FORMATS, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"one of auto, {', '.join(FORMATS)}, or module:function"
-    raise ValueError(f"unknown format; {hint}")
-
-
-RowFormat = Annotated[str, AfterValidator(_known_format)]
 
 
 class Config(BaseModel):
-    """A part of the recipe: unknown keys are errors, and a field's docstring is its documentation."""
+    """Base class of all sections: unknown keys are errors, and field docstrings become the documentation."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class LoraConfig(Config):
-    """Low-rank adapters (peft). Without this section the model is fully fine-tuned."""
+    """Train low-rank adapters (LoRA, with peft). Without this section, the model is fully fine-tuned."""
 
     r: int = Field(16, ge=1)
-    """Rank of the adapters."""
+    """Rank of the adapters. A higher rank can learn more and takes more memory."""
     alpha: float = Field(32, gt=0)
-    """Scale of the adapters: their output is multiplied by alpha / r."""
+    """Scale of the adapters: their output is multiplied by `alpha / r`."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapters' input."""
+    """Dropout probability on the adapters' input during training."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r) instead, so that a higher rank does not train less (rsLoRA)."""
+    """Scale the adapters by `alpha / sqrt(r)` instead of `alpha / r` (rsLoRA). Use this for high ranks, which otherwise
+    learn more slowly."""
     use_dora: bool = False
-    """Train magnitude and direction of each weight apart (DoRA): a little better at low ranks, and slower."""
+    """Train the magnitude and the direction of each weight separately (DoRA). Slower than LoRA; can improve results at
+    low ranks."""
     target_modules: Names = Field(default_factory=list)
-    """Names of the linear layers to adapt (`q_proj`: wherever one is called so, outside `model.freeze`), or parts:
-    `language`, `connector`, `vision` stand for all of a part's. Empty is `language`. Never the output head, unless
-    named."""
+    """Linear layers that get an adapter. Give layer names (`q_proj` matches every layer with that name outside
+    `model.freeze`) or parts of the model: `language`, `connector` and `vision` each stand for all linear layers of that
+    part. By default, `language`. The output head gets an adapter only if it is named."""
     modules_to_save: Names = Field(default_factory=list)
-    """Modules or parts (`connector`) that are trained in full beside the adapters, on a copy of their weights."""
+    """Modules or parts of the model (`connector`) to train in full next to the adapters. Training changes a copy of
+    their weights."""
 
 
 class QuantizationConfig(Config):
-    """The frozen base model in 4 bits (bitsandbytes), adapters trained on it: QLoRA. Needs `model.lora`."""
+    """Hold the frozen base model in 4 bits (bitsandbytes) and train adapters on it (QLoRA). Requires `model.lora`."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit NormalFloat, or 4-bit float."""
+    """4-bit data type: `nf4` (NormalFloat, suited to normally distributed weights) or `fp4` (floating point)."""
     use_double_quant: bool = True
-    """Quantise the scales too: 0.4 bits a weight less."""
+    """Quantize the quantization scales too. Saves 0.4 bits per weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What weights are multiplied in; auto is `model.dtype`."""
+    """Type in which dequantized weights are multiplied. `auto` uses `model.dtype`."""
     quant_storage: Literal["uint8", "float32", "bfloat16"] = "uint8"
-    """Type of the tensors that hold the packed weights: uint8, or the model's own type."""
+    """Type of the tensors that store the packed 4-bit weights: `uint8`, or the same type as `model.dtype`."""
     skip_modules: Names = Field(default_factory=list)
-    """Modules that stay unquantised, besides the output head and all outside the language model."""
+    """Additional modules to leave unquantized. The output head and all modules outside the language model are never
+    quantized."""
 
 
 class ModelConfig(Config):
     """The vision-language model to train."""
 
     id: str = Field(min_length=1)
-    """A folder, a name on the Hugging Face hub, or a small offline model (`orpo-ray/tiny-smolvlm`)."""
+    """Model to start from: a local folder, a name on the Hugging Face hub, or a small model that is built offline
+    (`orpo-ray/tiny-smolvlm`)."""
     revision: str | None = None
-    """Branch, tag or commit on the hub; pin a commit for a reproducible run."""
+    """Branch, tag or commit of the model on the hub. By default, the main branch. Set a commit to make runs
+    reproducible."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights and compute; auto is bfloat16 on a GPU that has it and float32 elsewhere."""
+    """Type of the weights and of the computation. `auto` uses bfloat16 on GPUs that support it, and float32
+    elsewhere."""
     attention: Literal["auto", "shared_prefix", "concatenated"] = "auto"
-    """shared_prefix computes prompt and image once for both answers; concatenated runs prompt + answer twice, as other
-    trainers do. auto shares wherever that is proven equal for the model's family."""
-    freeze: Annotated[list[Literal["vision", "connector", "language"]], _AsList] = Field(default_factory=list)
-    """Parts that are not trained; with LoRA, which freezes every weight, parts that take no adapter."""
+    """How the two answers of a pair are computed. `shared_prefix` computes prompt and images once for both answers.
+    `concatenated` computes the prompt twice, once per answer, as other trainers do. `auto` uses `shared_prefix` for
+    model families that are tested to give the same result with it, and `concatenated` for all others."""
+    freeze: FrozenParts = Field(default_factory=list)
+    """Parts of the model that are not trained. With LoRA, which freezes all base weights, the parts that get no
+    adapter."""
     gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
+    """Recompute activations during the backward pass instead of storing them. Reduces memory; a step takes about a
+    third longer."""
     lora: LoraConfig | None = None
-    """Train adapters instead of the weights."""
+    """Train LoRA adapters instead of all weights. `{}` uses the defaults."""
     quantization: QuantizationConfig | None = None
-    """Hold the frozen base model in 4 bits; `{}` takes NF4 with double quantisation."""
+    """Hold the frozen base model in 4 bits. `{}` uses NF4 with double quantization."""
     vision_cache: str | None = None
-    """Folder in which features of a frozen vision part and connector are kept, for further epochs, runs and trials."""
+    """Folder for the output of a frozen vision encoder and connector. Later epochs, runs and trials read the features
+    of an image from this folder instead of computing them again. By default, features are not cached."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Never needed for the families in the README."""
+    """Run Python code that comes with the model. Read that code first. None of the documented families needs it."""
     allow_pickle: bool = False
-    """Read weights that are pickled (`.bin`), which may run code when read. safetensors needs none of it."""
+    """Read weights from pickle files (`.bin`). Pickle files can run code when they are read; safetensors files
+    cannot."""
 
     @model_validator(mode="after")
-    def _something_is_trained(self) -> ModelConfig:
+    def _check_something_is_trained(self) -> ModelConfig:
         if self.lora is None and set(self.freeze) == {"vision", "connector", "language"}:
-            raise ValueError("every part is frozen and there is no lora section: nothing would be trained")
+            raise ValueError(
+                "vision, connector and language are all frozen, so nothing would be trained; unfreeze one or add lora"
+            )
         return self
 
 
 class DataConfig(Config):
-    """Where the preference pairs come from, and what happens to rows that cannot be used."""
+    """Sources of the preference pairs, and what to do with rows that cannot be used."""
 
     train: WeightedSources = Field(min_length=1)
-    """Where the pairs are: a URI, a list, or a mapping of URIs to weights (how often an epoch takes their rows: 0.5 is
-    every second of them). A URI is a file (`.parquet`, `.jsonl`, `.json`, webdataset `.tar`), a folder or glob of
-    them, or what `datasets.save_to_disk` wrote; here or in `s3://`, `gs://`, `hf://datasets/owner/name`; or
-    `easy-vqa:train`."""
+    """Sources of the training pairs: a URI, a list of URIs, or a mapping from URI to weight. A weight is the number of
+    times an epoch uses each row of that source; 0.5 uses every second row. A URI names a file (`.parquet`, `.jsonl`,
+    `.json`, webdataset `.tar`), a folder or glob of such files, or the output of `datasets.save_to_disk`. It can be a
+    local path, `s3://`, `gs://`, `hf://datasets/owner/name`, or `easy-vqa:train`."""
     eval: WeightedSources = Field(default_factory=dict)
-    """Held-out pairs, likewise; weights count for nothing here."""
+    """Sources of the held-out pairs, given as for `train`. Weights are ignored."""
     eval_fraction: float = Field(0.0, ge=0, lt=1)
-    """Without `eval`: hold out this share of the training rows, always the same ones, with no image on both sides."""
+    """Fraction of the training rows to hold out for evaluation when `eval` is not set. The selection is deterministic,
+    and no image occurs on both sides of the split."""
     format: RowFormat = "auto"
-    """Layout of a row; auto recognises it from the columns. `module:function` names an adapter of your own: it takes a
-    raw row and returns one in any of these formats."""
+    """Format of the rows. `auto` detects it from the columns and the first rows of each source. `module:function` names
+    your own adapter, a function that takes a raw row and returns a row in one of the known formats."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames: the format's name of a column -> its name in your data, e.g. `{chosen: good_answer}`."""
+    """Columns to rename, as a mapping from the name that the format expects to the name in your data, for example
+    `{chosen: good_answer}`."""
     image_root: str | None = None
-    """Folder or URI that image paths are relative to and never leave; by default the folder of the file that names
-    them."""
+    """Folder or URI that image paths are relative to. Paths that lead out of it are refused. By default, the folder of
+    the file that contains the row."""
     allow_http: bool = False
-    """Fetch images that rows name by http(s) address; never from private addresses."""
+    """Download images whose rows give an http or https URL. Private, loopback and link-local addresses are always
+    refused."""
     max_length: int = Field(1024, ge=8)
-    """Longest prompt + response in tokens, image tokens included."""
+    """Maximum length of prompt plus answer in tokens, including image tokens. `orpo-ray data check` shows how many
+    pairs are longer."""
     on_too_long: Literal["skip", "truncate_response", "error"] = "skip"
-    """A longer pair is a bad row, or has its answers cut (never its prompt), or ends the run."""
+    """What to do with a pair that exceeds `max_length`: `skip` treats it as a bad row, `truncate_response` cuts the end
+    of its answers (never the prompt), `error` stops the run."""
     on_bad_row: Literal["skip", "error"] = "skip"
-    """A row that can't be used is skipped and written to `bad_rows.jsonl`, or ends the run."""
+    """What to do with a row that cannot be used: `skip` leaves it out and records it in `bad_rows.jsonl`, `error` stops
+    the run."""
     max_bad_fraction: Fraction = 0.05
-    """A larger share of bad rows among those seen stops the run (judged once ten rows were bad, and at the end)."""
+    """Stop the run if more than this fraction of the rows read so far is bad. Checked from the tenth bad row on, and at
+    the end."""
     shuffle_seed: int | None = Field(0, ge=0)
-    """Seed of the order, which differs by epoch; null keeps the order of the files."""
+    """Seed for the order of the rows. The order differs from epoch to epoch. `null` keeps the order of the files."""
     shuffle_window: int | None = Field(None, ge=1)
-    """Rows are shuffled within windows of this many, files and row groups among each other. It is what a reader holds
-    in memory; by default 4096 rows, or fewer where those weigh more than 128 MB."""
+    """Number of rows in a shuffle window: rows are shuffled within a window, and files and row groups among each other.
+    A reader holds one window in memory. By default 4096, or fewer if these rows exceed 128 MB."""
 
 
 class OrpoConfig(Config):
@@ -169,75 +193,80 @@ class OrpoConfig(Config):
 
 
 class OptimConfig(Config):
-    """Optimizer, schedule, and the size of a step."""
+    """Optimizer, learning-rate schedule, and size of a step."""
 
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """adamw_8bit holds both moments in 8 bits (bitsandbytes): 2 bytes a trained weight instead of 8. paged_ lets them
-    go to the CPU's memory when the GPU's is short; on a CPU it is the same as adamw_8bit."""
+    """`adamw`, or 8-bit AdamW from bitsandbytes, which stores both moments in 8 bits (2 instead of 8 bytes per trained
+    weight). `paged_adamw_8bit` can also move them to CPU memory when GPU memory runs out; without a GPU it equals
+    `adamw_8bit`."""
     learning_rate: float = Field(1e-6, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate. Usual values for pretrained models: 1e-6 to 1e-5, with LoRA 1e-5 to 1e-4."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the learning rate after warm-up; linear and cosine end at 0."""
+    """Learning rate after the warm-up: `linear` and `cosine` decay to 0, `constant` stays at the peak."""
     warmup: float = Field(0.03, ge=0)
-    """Warm-up: a share of all steps if below 1, else a number of steps."""
+    """Length of the warm-up: a fraction of all steps if below 1, otherwise a number of steps."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay (not on biases and norms)."""
+    """Decoupled weight decay. Not applied to biases and norms."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
-    """AdamW's first moment decay."""
+    """Decay rate of AdamW's first moment."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    """AdamW's second moment decay."""
+    """Decay rate of AdamW's second moment."""
     adam_epsilon: float = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
+    """Term that AdamW adds to the denominator for numerical stability."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Clip the global gradient norm to this; 0 does not clip."""
+    """Maximum norm of the gradients over all parameters; larger gradients are scaled down. 0 disables clipping."""
     epochs: float = Field(1.0, gt=0)
-    """Passes over the training pairs."""
+    """Number of passes over the training pairs. Can be a fraction."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after this many steps, if that is earlier."""
+    """Maximum number of optimizer steps. By default, `epochs` alone determines the length of the run."""
     pairs_per_step: int = Field(32, ge=1)
-    """Pairs per optimizer step over all workers, whatever their number."""
+    """Pairs per optimizer step, summed over all workers. Changing the number of workers does not change it."""
     tokens_per_microbatch: int = Field(8192, ge=1)
-    """Most tokens (prompt, both answers, image tokens) that one forward holds on one worker; memory follows it. Where
-    attention is concatenated, a prompt counts twice, and padding counts."""
+    """Maximum number of tokens (prompt, both answers, image tokens) in one micro-batch of a worker. Lower it if a GPU
+    runs out of memory; the loss of a
+    step does not depend on it. With concatenated attention, prompts count twice and padding
+    counts."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of the adapters' initialisation and of dropout."""
+    """Seed of the adapters' initial weights and of dropout."""
 
 
 class DeepspeedConfig(Config):
-    """How training state is spread over the workers."""
+    """How DeepSpeed distributes the training state over the workers."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """0 replicates, 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    """ZeRO stage. 0 replicates everything on each worker; 1 shards the optimizer states; 2 shards gradients as well; 3
+    shards parameters as well. A higher stage needs less memory and more communication."""
 
 
 class ScalingConfig(Config):
-    """Workers and what each of them holds."""
+    """Number of workers, and the resources of each."""
 
     num_workers: int = Field(1, ge=1)
-    """Training processes, one GPU each where GPUs are used."""
+    """Number of training processes. Each uses one GPU, or only CPUs if there are no GPUs."""
     gpus_per_worker: Literal["auto", 0, 1] = "auto"
-    """1, 0, or auto: 1 if the cluster has GPUs."""
+    """GPUs per worker. `auto` is 1 if the cluster has GPUs, otherwise 0."""
     cpus_per_worker: float | None = Field(None, gt=0)
-    """CPUs reserved per worker; by default 1, or less where that would leave none for the data."""
+    """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
     max_failures: int = Field(3, ge=0)
-    """Worker failures after which a run gives up; each one before resumes from the latest checkpoint."""
+    """Number of worker failures after which the run ends. Before that, the run resumes from the latest checkpoint."""
 
 
 class CheckpointConfig(Config):
-    """What is kept of a run, and where."""
+    """Where runs are stored, and how often checkpoints are saved."""
 
     storage: str = Field("runs", min_length=1)
-    """Folder of all runs, which every node must see, or `s3://` or `gs://`; the run's own is `<storage>/<name>`."""
+    """Folder that holds all runs: a path that every node can access, `s3://bucket/...` or `gs://bucket/...`. A run is
+    stored in `<storage>/<name>`."""
     every_steps: int | None = Field(None, ge=1)
-    """Steps between checkpoints; by default about ten in a run."""
+    """Steps between checkpoints. By default, about ten checkpoints per run."""
     keep: int = Field(2, ge=1)
-    """How many checkpoints are kept."""
+    """Number of most recent checkpoints to keep."""
 
     @field_validator("storage")
     @classmethod
-    def _known_store(cls, value: str) -> str:
+    def _check_storage(cls, value: str) -> str:
         if "://" in value and not re.match(r"(s3|gs)://[^/]", value):
-            raise ValueError("must be a folder that every node sees, or s3://bucket/... or gs://bucket/...")
+            raise ValueError("must be a folder that every node can access, s3://bucket/... or gs://bucket/...")
         return value
 
 
@@ -245,61 +274,62 @@ class EvalConfig(Config):
     """Evaluation on the held-out pairs."""
 
     every_steps: int | None = Field(None, ge=1)
-    """Steps between evaluations during training; by default only at the end."""
+    """Steps between evaluations during training. By default, evaluation runs only at the end."""
     max_pairs: int | None = Field(None, ge=2)
-    """Evaluate this many pairs, the first of the (shuffled) held-out set; by default all."""
+    """Maximum number of held-out pairs to evaluate, taken from the start of the shuffled set. By default, all."""
     grounding: bool = True
-    """At the end also score the pairs with exchanged images, which proves that the images are used."""
+    """At the end of training, also score the pairs with images exchanged between pairs. The drop in accuracy
+    (`eval/grounding_gap`) shows whether the model uses the images."""
 
 
 class WandbConfig(Config):
-    """Weights & Biases. The key is read from WANDB_API_KEY or `wandb login`, never from a recipe."""
+    """Weights & Biases. The API key is read from `WANDB_API_KEY` or `wandb login`, never from a recipe."""
 
     enabled: bool | Literal["auto"] = "auto"
-    """auto: on if WANDB_API_KEY is set."""
+    """Whether to log to W&B. `auto` does if `WANDB_API_KEY` is set."""
     mode: Literal["online", "offline"] = "online"
-    """offline writes below the run folder; upload later with `wandb sync`."""
+    """`online` uploads during the run. `offline` writes to the run folder; upload later with `wandb sync`."""
     project: str = "orpo-ray"
     """W&B project."""
     entity: str | None = None
-    """W&B team or user."""
+    """W&B team or user. By default, the default entity of the account."""
 
 
 class TrackingConfig(Config):
-    """Where metrics go besides `metrics.jsonl`."""
+    """Trackers that receive metrics in addition to `metrics.jsonl`."""
 
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     """Weights & Biases."""
 
 
 class SearchRange(Config):
-    """One searched parameter: either `choices`, or a range from `low` to `high`."""
+    """Values to search for one parameter: either `choices`, or a range from `low` to `high`."""
 
     low: float | None = None
-    """Smallest value."""
+    """Lower bound of the range."""
     high: float | None = None
-    """Largest value."""
+    """Upper bound of the range."""
     log: bool = True
-    """Sample the range uniformly in the logarithm."""
+    """Sample the range uniformly on a logarithmic scale. `false` samples it uniformly."""
     choices: list[float] | None = None
-    """Sample from this list instead."""
+    """Values to choose from instead of a range."""
 
     @model_validator(mode="after")
-    def _range_or_choices(self) -> SearchRange:
+    def _check_range_or_choices(self) -> SearchRange:
         if self.choices:
             if self.low is not None or self.high is not None:
-                raise ValueError("give either choices or low and high, not both")
+                raise ValueError("choices and a range (low, high) are both given; give one of them")
         elif self.low is None or self.high is None:
-            raise ValueError("give low and high, or choices")
+            raise ValueError("the range is incomplete; give low and high, or choices")
         elif not self.low < self.high:
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
         elif self.log and self.low <= 0:
-            raise ValueError(f"low ({self.low}) must be above 0 on a logarithmic scale; or set log: false")
+            raise ValueError(f"low ({self.low}) must be above 0 on a logarithmic scale; raise it or set log: false")
         return self
 
 
 class TuneConfig(Config):
-    """A search with Ray Tune around the very same training (`orpo-ray tune`)."""
+    """Hyperparameter search with Ray Tune (`orpo-ray tune`). Each trial is a normal training run."""
 
     search: dict[Literal["orpo.beta", "optim.learning_rate"], SearchRange] = Field(
         default={
@@ -308,20 +338,20 @@ class TuneConfig(Config):
         },
         min_length=1,
     )
-    """What is searched: a recipe key -> its range."""
+    """Parameters to search, as a mapping from recipe key to range."""
     metric: Literal[
         "eval/rewards/accuracies", "eval/rewards/margins", "eval/loss", "eval/nll_loss", "eval/log_odds_ratio"
     ] = "eval/rewards/accuracies"
-    """The metric that ranks the trials; for the losses set `mode: min`."""
+    """Metric that ranks the trials. For a loss, set `mode: min`."""
     mode: Literal["max", "min"] = "max"
-    """Whether more of the metric is better."""
+    """Whether a higher (`max`) or lower (`min`) metric is better."""
     num_trials: int = Field(8, ge=1)
-    """Trials in all."""
+    """Number of trials."""
     max_concurrent: int = Field(1, ge=1)
-    """Trials at a time; each takes `scaling.num_workers` workers."""
+    """Number of trials to run at the same time. Each uses `scaling.num_workers` workers."""
     scheduler: Literal["asha", "none"] = "asha"
-    """asha stops the weak trials early, at evaluations; none runs all to the end."""
+    """`asha` stops weak trials early, after an evaluation. `none` runs every trial to the end."""
     grace_evals: int = Field(1, ge=1)
-    """Evaluations that every trial is given before asha may stop it."""
+    """Number of evaluations that every trial completes before `asha` may stop it."""
     seed: int = Field(0, ge=0)
     """Seed of the search."""
