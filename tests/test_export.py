@@ -23,7 +23,7 @@ from orpo_ray.export.export import Exported, ExportOptions, export_run
 from orpo_ray.model.adapters import ADAPTER_WEIGHTS, load_adapted, save_adapter
 from orpo_ray.model.loading import is_adapted, load_model
 from orpo_ray.processing.processor import load_processor
-from orpo_ray.storage.run_folder import LAST_OF_A_MODEL
+from orpo_ray.storage.run_folder import COMPLETION_FILES
 from orpo_ray.tiny_models.build import resolve
 
 CPU = torch.device("cpu")
@@ -251,7 +251,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(tmp_path: Path)
 def test_an_unfinished_run_is_one_message(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run", model={"lora": {"r": 4}})
     run = finished_run(recipe, load_model(recipe.model, CPU, 0))
-    for name in LAST_OF_A_MODEL:
+    for name in COMPLETION_FILES:
         (run / "final" / name).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"not finished(.|\n)*orpo-ray train"):
         export(run)

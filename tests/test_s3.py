@@ -29,7 +29,7 @@ from orpo_ray.errors import BadRow, UserError
 from orpo_ray.evaluation.evaluate import evaluate_run
 from orpo_ray.export.export import ExportOptions, export_run
 from orpo_ray.model.loading import load_model
-from orpo_ray.storage.files import TooLarge, folder_of, locate, read_bytes
+from orpo_ray.storage.files import TooLarge, image_folder, locate, read_bytes
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.training.launch import launch_training
 
@@ -70,13 +70,13 @@ def test_images_come_from_beside_their_rows_and_from_nowhere_else(s3: Faults, tm
     uri = f"s3://{BUCKET}/deep/set/train.jsonl"
     for row in read_all(spec_of([uri])):
         assert row["image_root"] == f"s3://{BUCKET}/deep/set"
-        assert load_image(row["images"][0], folder_of(row["image_root"])).size == (64, 64)
+        assert load_image(row["images"][0], image_folder(row["image_root"])).size == (64, 64)
         for path in ("../../other.png", "/bucket/deep/set/train.jsonl", "images/../../x.png", "s3://bucket/x.png"):
             with pytest.raises(BadRow) as error:
-                load_image({"bytes": None, "path": path}, folder_of(row["image_root"]))
+                load_image({"bytes": None, "path": path}, image_folder(row["image_root"]))
             assert error.value.reason in ("unsafe_path", "unsupported_url")
         with pytest.raises(BadRow) as error:
-            load_image({"bytes": None, "path": "images/none.png"}, folder_of(row["image_root"]))
+            load_image({"bytes": None, "path": "images/none.png"}, image_folder(row["image_root"]))
         assert error.value.reason == "missing_image"
 
 
@@ -89,9 +89,9 @@ def test_what_is_not_there_is_one_message(s3: Faults, uri: str) -> None:
 def test_a_large_object_is_not_read(s3: Faults, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(bytes(1000))
     upload(tmp_path, "large")
-    folder = folder_of(f"s3://{BUCKET}/large")
+    folder = image_folder(f"s3://{BUCKET}/large")
     assert len(folder.read("a.png", 1000)) == 1000
-    with pytest.raises(TooLarge, match="1000 bytes; at most 999 are read"):
+    with pytest.raises(TooLarge, match="1000 bytes exceed the limit of 999"):
         folder.read("a.png", 999)
 
 
@@ -105,7 +105,7 @@ def test_a_remote_run_folder_grows_by_pushes(s3: Faults, tmp_path: Path) -> None
     (folder.path / ".final").mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder.path / ".final" / name).write_text(name)
-    folder.place(folder.path / ".final", "final")
+    folder.move_model(folder.path / ".final", "final")
     again = RunFolder(folder.uri)
     assert again.has_model("final")
     assert not again.has_model("fin")
@@ -115,7 +115,7 @@ def test_a_remote_run_folder_grows_by_pushes(s3: Faults, tmp_path: Path) -> None
     # Another one in its place leaves nothing of it: a folder with both kinds would be read as either.
     (folder.path / ".final").mkdir()
     (folder.path / ".final" / "adapter_config.json").write_text("{}")
-    folder.place(folder.path / ".final", "final")
+    folder.move_model(folder.path / ".final", "final")
     assert again.has_model("final")
     assert not again.has("final/config.json")
     mirror = again.path

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orpo_ray.errors import BadRow, UserError
-from orpo_ray.storage.files import is_remote, locate, parent, read_bytes, with_retries
+from orpo_ray.storage.files import is_remote, locate, parent_folder, read_bytes, with_retries
 from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 
 ROWS_PER_SEGMENT = 4096
@@ -61,7 +61,7 @@ class Shard:
     @property
     def image_root(self) -> str | None:
         """The folder that image paths in these rows are relative to, unless the recipe says otherwise."""
-        return None if self.kind == "easy-vqa" else parent(self.path)
+        return None if self.kind == "easy-vqa" else parent_folder(self.path)
 
 
 def file_shards(path: str, field: str) -> list[Shard]:

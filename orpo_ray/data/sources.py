@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from orpo_ray.data.containers import EASY_VQA, Row, Shard, easy_vqa_shard, file_shards, is_readable, read_rows
 from orpo_ray.errors import UserError
-from orpo_ray.storage.files import list_files, locate, parent, read_bytes
+from orpo_ray.storage.files import list_files, locate, parent_folder, read_bytes
 
 HUB = "hf://"
 ROWS_TO_KNOW_A_FORMAT = 64
@@ -79,7 +79,7 @@ def _files_of(uri: str, field: str) -> list[str]:
     uris = _hub_files(uri, field) if is_repository else list_files(uri, field)
     by_folder: dict[str, dict[str, str]] = defaultdict(dict)
     for path in uris:
-        by_folder[parent(path)][PurePosixPath(path).name] = path
+        by_folder[parent_folder(path)][PurePosixPath(path).name] = path
     files = [path for folder in sorted(by_folder) for path in _files_of_folder(folder, by_folder[folder], field)]
     if not files:
         raise UserError("there is no file of rows", field=field, value=uri, fix=_FIX)

@@ -25,8 +25,8 @@ from orpo_ray.data_report.report import PairFacts, SplitCheck, images_on_both_si
 from orpo_ray.data_report.scan import iter_checked
 from orpo_ray.errors import BadRow
 from orpo_ray.ray_cluster import start_ray
-from orpo_ray.storage.files import folder_of
-from orpo_ray.storage.run_folder import DATA_CHECK, RunFolder
+from orpo_ray.storage.files import image_folder
+from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
 from orpo_ray.tracking.tracker import write_bad_rows
 
 PAGE_FILE = "data_check.html"
@@ -56,8 +56,8 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
     }
     gallery = list(_gallery(recipe, train, checks["train"]))
     (folder.path / PAGE_FILE).write_text(render_page(report, gallery), encoding="utf-8")
-    (folder.path / DATA_CHECK).write_text(json.dumps(report, indent=2), encoding="utf-8")
-    folder.push(PAGE_FILE, DATA_CHECK)
+    (folder.path / DATA_CHECK_FILE).write_text(json.dumps(report, indent=2), encoding="utf-8")
+    folder.push(PAGE_FILE, DATA_CHECK_FILE)
     write_bad_rows(folder, (record for check in checks.values() for record in check.bad_records()))
     return report, f"{recipe.run_uri}/{PAGE_FILE}"
 
@@ -115,7 +115,7 @@ def _shown(recipe: Recipe, pair: PreferencePair, root: str | None, facts: PairFa
 def _thumbnail(image: Image, root: str | None, allow_http: bool) -> str:
     """A small JPEG as a data URI; empty if the image went away since it was checked."""
     try:
-        picture = load_image(image, folder_of(root), allow_http)
+        picture = load_image(image, image_folder(root), allow_http)
     except BadRow:
         return ""
     picture.thumbnail((THUMBNAIL, THUMBNAIL))

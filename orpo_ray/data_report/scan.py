@@ -16,7 +16,7 @@ from orpo_ray.data.pairs import Image, PreferencePair
 from orpo_ray.data.reading import ReadSpec, image_fingerprint, pair_of
 from orpo_ray.data_report.report import PairFacts, facts_from_json, facts_of
 from orpo_ray.errors import BadRow
-from orpo_ray.storage.files import folder_of
+from orpo_ray.storage.files import image_folder
 from orpo_ray.streaming.pipeline import (
     BadRecord,
     bad_record,
@@ -69,7 +69,7 @@ def _check_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
                 continue
             pair = pair_of(row)
             assert isinstance(pair, PreferencePair)
-            images, root = [*pair.images, *(pair.rejected_images or ())], folder_of(row["image_root"])
+            images, root = [*pair.images, *(pair.rejected_images or ())], image_folder(row["image_root"])
             prints = [image_fingerprint(image, row["image_root"]) for image in images]
             sizes = [load_image(image, root, encoder.allow_http).size for image in images]
             facts.append(facts_of(pair, replace(item, sample_index=row["sample_index"]), prints, sizes))
@@ -91,7 +91,7 @@ def _clean_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
 
 
 def _clean_row(row: dict[str, Any], allow_http: bool) -> dict[str, Any]:
-    root = folder_of(row["image_root"])
+    root = image_folder(row["image_root"])
 
     def stored(images: list[Image] | None) -> list[Image] | None:
         if images is None:

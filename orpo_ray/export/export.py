@@ -19,7 +19,7 @@ from orpo_ray.export.hub import check_can_push, push
 from orpo_ray.export.merging import merged_model, trained_dtype, whole_model
 from orpo_ray.export.model_card import HERE, CardFacts, Kind, bad_by_reason, is_hub_id, model_card
 from orpo_ray.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, quantized_base
-from orpo_ray.storage.files import is_remote, parent
+from orpo_ray.storage.files import is_remote, parent_folder
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE, FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.tracker import last_metrics, read_jsonl
 from orpo_ray.training.checkpoint import POSITION_FILE
@@ -85,7 +85,7 @@ def export_run(uri: str, options: ExportOptions, console: Console) -> Exported:
         run = RunFolder(uri.rstrip("/"))
         recipe = _finished_recipe(run)
         output = _output(run, options)
-        target, name = RunFolder(parent(output)), output.rsplit("/", 1)[-1]
+        target, name = RunFolder(parent_folder(output)), output.rsplit("/", 1)[-1]
         _check_output(run, output, target, name, options.overwrite)
         if options.push:
             check_can_push(options.push)
@@ -106,7 +106,7 @@ def export_run(uri: str, options: ExportOptions, console: Console) -> Exported:
             files = sorted(str(path.relative_to(scratch)) for path in written)
             num_bytes = sum(path.stat().st_size for path in written)
             url, refused = _push(scratch, options)
-            target.place(scratch, name)
+            target.move_model(scratch, name)
         except OSError as error:
             raise UserError(f"cannot be written: {error}", field="--output", value=output) from None
         finally:
@@ -187,7 +187,7 @@ def _push(folder: Path, options: ExportOptions) -> tuple[str | None, UserError |
 def _facts(run: RunFolder, recipe: Recipe, kind: Kind, address: str) -> CardFacts:
     final = run.path / FINAL
     run.pull(BAD_ROWS_FILE)
-    position = run.last_of(f"checkpoint_*/{POSITION_FILE}")
+    position = run.read_last(f"checkpoint_*/{POSITION_FILE}")
     quantized = kind == "adapter" and recipe.model.quantization is not None
     return CardFacts(
         recipe=recipe,

@@ -12,7 +12,7 @@ from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
 from orpo_ray.planning.activations import PairShape
 from orpo_ray.planning.images import HEIGHT, WIDTH, image_shape
-from orpo_ray.storage.run_folder import DATA_CHECK, RunFolder
+from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
 
 # Without a data check: tokens of a question's text with the chat template, and of an answer; pairs of a usual set.
 PROMPT, ANSWER, PAIRS = 60, 120, 10_000
@@ -81,8 +81,8 @@ def _assumed(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> 
 
 def _data_check(recipe: Recipe) -> dict[str, Any] | None:
     folder = RunFolder(recipe.run_uri)
-    folder.pull(DATA_CHECK)
-    path = folder.path / DATA_CHECK
+    folder.pull(DATA_CHECK_FILE)
+    path = folder.path / DATA_CHECK_FILE
     if not path.exists():
         return None
     try:

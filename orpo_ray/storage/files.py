@@ -1,7 +1,7 @@
-"""Files wherever they are: a local path or a URI -> a filesystem and a path on it. Errors are retried, waits bounded.
+"""Read and list files by local path or URI. Requests to object stores are retried and have time limits.
 
 Credentials, region and endpoint come from the environment (`AWS_*`, `GOOGLE_APPLICATION_CREDENTIALS`, `HF_TOKEN`),
-as every client of those stores reads them; never from a recipe.
+never from a recipe.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_afte
 from orpo_ray.errors import UserError
 
 SCHEMES = ("s3", "gs", "hf")
-ATTEMPTS = 6  # of a whole file, on top of those that a client makes of each request
-PATIENCE_SECONDS = 30.0  # after which no further attempt is begun
+ATTEMPTS = 6  # per operation, in addition to the attempts that the client makes per request
+RETRY_SECONDS = 30.0  # no further attempt starts after this time
 REQUEST_ATTEMPTS = 3
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 60.0
@@ -32,37 +32,47 @@ T = TypeVar("T")
 
 
 def is_remote(uri: str) -> bool:
-    """Whether this is an address and not a path on this machine."""
+    """Whether this is a URI and not a local path."""
     return "://" in uri
 
 
 def locate(uri: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a path or URI, and the path on it. Raises UserError for a kind that is not supported."""
+    """Return the filesystem of a local path or URI, and the path on that filesystem.
+
+    Args:
+        uri: a local path or a URI.
+        field: recipe key or file name, for error messages.
+
+    Raises:
+        UserError: the URI's scheme is not supported.
+    """
     if not is_remote(uri):
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     scheme, _, path = uri.partition("://")
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise UserError("this kind of storage is not supported", field=field, value=uri, fix=f"a path, or {known}")
+        raise UserError(
+            f"unsupported storage: {scheme}://", field=field, value=uri, fix=f"use a local path, or {known}"
+        )
     return _remote(scheme), path.rstrip("/")
 
 
-def beside(uri: str, path: str) -> str:
-    """The URI of a path on the filesystem of `uri`."""
+def with_scheme_of(uri: str, path: str) -> str:
+    """Return a path on the filesystem of `uri` as a URI, or unchanged if that filesystem is local."""
     return f"{uri.partition('://')[0]}://{path}" if is_remote(uri) else path
 
 
-def parent(uri: str) -> str:
-    """The folder that holds a file."""
+def parent_folder(uri: str) -> str:
+    """Return the folder that contains a file, as a path or URI."""
     scheme, separator, path = uri.rpartition("://")
     return f"{scheme}{separator}{PurePosixPath(path).parent}"
 
 
 def with_retries(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Do it again where a store fails for the moment: a lost connection, a 5xx, an answer cut short."""
+    """Call `action` and retry after temporary failures of a store: a lost connection, a 5xx, an incomplete response."""
     attempts = Retrying(
-        retry=retry_if_exception(_passes),
-        stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(PATIENCE_SECONDS),
+        retry=retry_if_exception(_is_temporary),
+        stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(RETRY_SECONDS),
         wait=wait_random_exponential(multiplier=0.2, max=10),
         reraise=True,
     )
@@ -70,17 +80,29 @@ def with_retries(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 
 
 class TooLarge(OSError):
-    """A file is larger than what the caller would read."""
+    """The file is larger than the caller's limit."""
 
 
 def read_bytes(uri: str, offset: int = 0, length: int | None = None, at_most: int | None = None) -> bytes:
-    """A file, or `length` bytes of it from `offset`. Raises FileNotFoundError, TooLarge and OSError."""
+    """Read a file, or a range of its bytes.
+
+    Args:
+        uri: a local path or a URI.
+        offset: first byte to read.
+        length: number of bytes; by default, all from `offset` to the end.
+        at_most: size limit of the file in bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TooLarge: the file has more than `at_most` bytes.
+        OSError: the file cannot be read.
+    """
     filesystem, path = locate(uri)
 
     def read() -> bytes:
         with filesystem.open_input_file(path) as file:
             if at_most is not None and file.size() > at_most:
-                raise TooLarge(f"{file.size()} bytes; at most {at_most} are read")
+                raise TooLarge(f"{file.size()} bytes exceed the limit of {at_most}")
             data: bytes = file.read_at(file.size() - offset if length is None else length, offset)
             return data
 
@@ -88,44 +110,45 @@ def read_bytes(uri: str, offset: int = 0, length: int | None = None, at_most: in
 
 
 class RemoteFolder:
-    """A folder in an object store that image paths are relative to."""
+    """An image folder in an object store."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
 
     def read(self, path: str, at_most: int) -> bytes:
-        """The file at a path below the folder. Raises FileNotFoundError, TooLarge and OSError."""
+        """Read the file at a relative path. Raises FileNotFoundError, TooLarge or OSError."""
         return read_bytes(f"{self.uri}/{path}", at_most=at_most)
 
 
-def folder_of(root: str | None) -> Path | RemoteFolder | None:
-    """A folder by its path or URI."""
+def image_folder(root: str | None) -> Path | RemoteFolder | None:
+    """Return the folder that image paths are relative to, from its path or URI."""
     if root is None:
         return None
     return RemoteFolder(root) if is_remote(root) else Path(root)
 
 
 def list_files(uri: str, field: str) -> list[str]:
-    """The files that a path, folder or glob stands for, sorted, each as a path or URI; none that is hidden in them.
+    """List the files that a path, folder or glob matches, sorted, each as a path or URI. Hidden files are left out.
 
-    Raises UserError where there is nothing of that name.
+    Raises:
+        UserError: nothing matches, or the folder cannot be listed.
     """
     filesystem, path = locate(uri, field)
-    literal = not is_remote(uri) and os.path.lexists(path)  # a file may be named like a glob
-    fixed = path if literal else _without_glob(path)
+    is_literal = not is_remote(uri) and os.path.lexists(path)  # file names may contain `*` or `[`
+    root = path if is_literal else _folder_before_wildcard(path)
     try:
-        found = with_retries(lambda: list(_walk(filesystem, fixed)))
+        found = with_retries(lambda: list(_walk(filesystem, root)))
     except OSError as error:
-        raise UserError(f"cannot be listed: {_one_line(error)}", field=field, value=uri) from None
+        raise UserError(f"cannot list files: {_one_line(error)}", field=field, value=uri) from None
     try:
-        matches = re.compile(_glob_pattern(path)).fullmatch if fixed != path else None
+        matches = re.compile(_glob_pattern(path)).fullmatch if root != path else None
     except re.error as error:
-        raise UserError(f"is not a valid glob: {error}", field=field, value=uri) from None
-    visible = (name for name in found if not re.search(r"/\.", name[len(fixed) :]))
+        raise UserError(f"not a valid glob: {error}", field=field, value=uri) from None
+    visible = (name for name in found if not re.search(r"/\.", name[len(root) :]))
     files = sorted(name for name in visible if matches is None or matches(name))
-    if not files and filesystem.get_file_info(fixed).type == pafs.FileType.NotFound:
+    if not files and filesystem.get_file_info(root).type == pafs.FileType.NotFound:
         raise UserError("no such file or folder", field=field, value=uri)
-    return [beside(uri, name) for name in files]
+    return [with_scheme_of(uri, name) for name in files]
 
 
 @lru_cache(maxsize=8)
@@ -145,13 +168,13 @@ def _remote(scheme: str) -> pafs.FileSystem:
 
 
 def _s3_endpoint() -> dict[str, Any]:
-    """Where S3 is, for stores that speak its language (MinIO, R2, ...): what the other AWS tools read."""
+    """Return endpoint and region from the variables that AWS tools read, for S3-compatible stores (MinIO, R2, ...)."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     options: dict[str, Any] = {"region": region} if region else {}
     if endpoint:
-        parts = urlsplit(endpoint)
-        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        address = urlsplit(endpoint)
+        options |= {"endpoint_override": address.netloc, "scheme": address.scheme}
     return options
 
 
@@ -166,25 +189,25 @@ def _walk(filesystem: pafs.FileSystem, path: str) -> Iterator[str]:
             yield found.path
 
 
-def _without_glob(path: str) -> str:
-    """The part of a path before the first component with a wildcard."""
-    parts = path.split("/")
-    wild = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
-    return "/".join(parts[:wild])
+def _folder_before_wildcard(path: str) -> str:
+    """Return the path up to the first component with a wildcard."""
+    names = path.split("/")
+    first_wildcard = next((i for i, name in enumerate(names) if re.search(r"[*?\[]", name)), len(names))
+    return "/".join(names[:first_wildcard])
 
 
 def _glob_pattern(path: str) -> str:
-    """A glob as a regular expression: `**` any folders, `*` and `?` within one."""
-    tokens = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", path)
-    classes = (piece.replace("[!", "[^", 1) if piece.startswith("[") else re.escape(piece) for piece in pieces)
-    return "".join(tokens.get(piece) or text for piece, text in zip(pieces, classes, strict=True))
+    """Translate a glob to a regular expression. `**` matches any folders; `*` and `?` match within a name."""
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", path)
+    literals = (token.replace("[!", "[^", 1) if token.startswith("[") else re.escape(token) for token in tokens)
+    return "".join(wildcards.get(token) or text for token, text in zip(tokens, literals, strict=True))
 
 
-def _passes(error: BaseException) -> bool:
-    """Whether trying again may help. What is not there, or not allowed, stays so."""
-    lasting = (TooLarge, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, pa.ArrowInvalid)
-    return isinstance(error, OSError) and not isinstance(error, lasting) and not _REFUSED.search(str(error))
+def _is_temporary(error: BaseException) -> bool:
+    """Whether a retry may help. A missing file or a refused access will not change."""
+    permanent = (TooLarge, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, pa.ArrowInvalid)
+    return isinstance(error, OSError) and not isinstance(error, permanent) and not _REFUSED.search(str(error))
 
 
 _REFUSED = re.compile(r"ACCESS_DENIED|HTTP status 40[134]|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH")

@@ -23,7 +23,7 @@ from orpo_ray.data.encoding import EncodedPair, EncoderSpec, PairEncoder
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_of, read_window, stored_bytes
 from orpo_ray.errors import BadRow
-from orpo_ray.storage.files import folder_of
+from orpo_ray.storage.files import image_folder
 
 # A block is one row, and that row a whole chunk of pairs: Ray Data merges small blocks and splits large ones at row
 # borders, and a one-row block it can do neither to.
@@ -134,7 +134,7 @@ def portions(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[EncodedPair | BadRow]:
     """Every row encoded, or what is wrong with it; in their order."""
     read = [pair_of(row) for row in rows]
-    roots = [folder_of(row["image_root"]) for row in rows]
+    roots = [image_folder(row["image_root"]) for row in rows]
     good = [(pair, root) for pair, root in zip(read, roots, strict=True) if isinstance(pair, PreferencePair)]
     encoded = iter(encoder.encode_many([pair for pair, _ in good], [root for _, root in good]))
     return [pair if isinstance(pair, BadRow) else next(encoded) for pair in read]

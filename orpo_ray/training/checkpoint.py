@@ -116,4 +116,4 @@ def save_final(engine: Engine, recipe: Recipe) -> None:
         pair_model.model.config.use_cache = True  # off for training only
         pair_model.model.save_pretrained(scratch, state_dict={name: value.cpu() for name, value in state.items()})
     load_processor(recipe.model.id, recipe.model.revision, recipe.model.trust_remote_code).save_pretrained(scratch)
-    folder.place(scratch, FINAL)
+    folder.move_model(scratch, FINAL)
