@@ -27,8 +27,8 @@ class UserError(OrpoRayError):
         return (_rebuild_user_error, (type(self), self.problem, state))
 
 
-class BadRow(OrpoRayError):
-    """One row that cannot be trained on. Caught where rows are encoded; never ends a run by itself.
+class RowError(OrpoRayError):
+    """Raised while one row is read or encoded. The caller turns it into a `BadRow`; it never ends a run by itself.
 
     reason: a short stable word for counting (`unreadable_image`). detail: what was found, for the user.
     """

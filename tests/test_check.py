@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data_report.report import (
@@ -34,7 +35,7 @@ def facts(
     return facts_of(pair, encoded, [f"{question}-{image}" for image in range(images)], [(64, 48)] * images)
 
 
-def check(*found: PairFacts, max_length: int = 100, policy: str = "skip") -> SplitCheck:
+def check(*found: PairFacts | BadRow, max_length: int = 100, policy: str = "skip") -> SplitCheck:
     split = SplitCheck(max_length, policy, {"trl": len(found)})
     for each in found:
         split.add(each)
@@ -43,14 +44,18 @@ def check(*found: PairFacts, max_length: int = 100, policy: str = "skip") -> Spl
 
 
 def test_counts_lengths_and_bad_rows() -> None:
-    bad = PairFacts(3, "3", "a:3", ("missing_image", "no such file"))
+    bad = BadRow(3, "3", "a:3", "missing_image", "no such file")
     split = check(facts(2, chosen="x" * 40, images=0), bad, facts(0), facts(1, chosen="y" * 90, images=2))
     report = split.report()
     assert (report["rows"], report["pairs"]) == (4, 2)
     assert report["bad"]["by_reason"] == {"missing_image": 1}
     assert report["bad"]["share"] == 0.25
-    assert report["bad"]["examples"] == split.bad_records()
-    assert split.bad_records()[0] == {"id": "3", "source": "a:3", "reason": "missing_image", "detail": "no such file"}
+    assert report["bad"]["examples"][0] == {
+        "id": "3",
+        "source": "a:3",
+        "reason": "missing_image",
+        "detail": "no such file",
+    }
     assert report["images_per_pair"] == {"0": 1, "1": 1, "2": 1}
     assert report["image_sizes"]["width"]["max"] == 64
     assert (report["tokens"]["prompt"]["min"], report["tokens"]["prompt"]["max"]) == (10, 20)
@@ -82,9 +87,9 @@ def test_length_bias() -> None:
 
 
 def test_nothing_good_is_no_error() -> None:
-    report = check(PairFacts(0, "0", "a:0", ("malformed_row", "x"))).report()
+    report = check(BadRow(0, "0", "a:0", "malformed_row", "x")).report()
     assert (report["tokens"], report["blind"], report["length_bias"], report["image_sizes"]) == (None,) * 4
-    assert check(PairFacts(0, "0", "a:0", ("malformed_row", "x"))).gallery() == {}
+    assert check(BadRow(0, "0", "a:0", "malformed_row", "x")).gallery() == {}
 
 
 def test_images_on_both_sides() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import to_pair
 from orpo_ray.data.pairs import PreferencePair
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 from orpo_ray.objective.forward import normalise_pixels
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.processing.processor import load_processor
@@ -35,7 +35,7 @@ def pair(images: list[str], prompt: Any = "what is it?", chosen: str = "red", re
     return to_pair(row, "trl", {}, "1")
 
 
-def encode(encoder: PairEncoder, root: Path, *pairs: PreferencePair) -> list[EncodedPair | BadRow]:
+def encode(encoder: PairEncoder, root: Path, *pairs: PreferencePair) -> list[EncodedPair | RowError]:
     return encoder.encode_many(pairs, [root] * len(pairs))
 
 
@@ -124,7 +124,7 @@ def test_a_batch_encodes_as_its_pairs_alone(tiny: PairEncoder, tmp_path: Path) -
     together = encode(tiny, tmp_path, *pairs)
     for got, source in zip(together, pairs, strict=True):
         (alone,) = encode(tiny, tmp_path, source)
-        if isinstance(got, BadRow):
+        if isinstance(got, RowError):
             assert str(got) == str(alone)
             continue
         assert isinstance(alone, EncodedPair)
@@ -157,7 +157,7 @@ def test_no_answer_changes_the_prompts_tokens(tiny: PairEncoder, tmp_path: Path)
 )
 def test_bad_rows(tiny: PairEncoder, tmp_path: Path, change: dict[str, str], reason: str) -> None:
     (result,) = encode(tiny, tmp_path, pair([png(tmp_path, "a.png", (64, 64))], **change))
-    assert isinstance(result, BadRow)
+    assert isinstance(result, RowError)
     assert result.reason == reason
 
 
@@ -174,7 +174,7 @@ def test_an_empty_prompt_is_a_bad_row() -> None:
     )
     pair = PreferencePair("1", [], [{"role": "user", "content": [{"type": "text", "text": ""}]}], "a", "b")
     (bad,) = PairEncoder(processor, max_length=64).encode_many([pair], [None])
-    assert isinstance(bad, BadRow)
+    assert isinstance(bad, RowError)
     assert bad.reason == "empty_prompt"
 
 
@@ -222,7 +222,7 @@ def test_images_of_any_size_are_encoded_or_refused_row_by_row(family: str, tmp_p
     encoded = encode(encoder, tmp_path, *pairs)
     assert isinstance(encoded[5], EncodedPair)
     assert isinstance(encoded[6], EncodedPair)
-    assert {each.reason for each in encoded if isinstance(each, BadRow)} <= {"refused_by_processor"}
+    assert {each.reason for each in encoded if isinstance(each, RowError)} <= {"refused_by_processor"}
 
 
 def test_one_image_that_a_processor_refuses_is_one_bad_row(tiny: PairEncoder, tmp_path: Path) -> None:
@@ -240,5 +240,5 @@ def test_one_image_that_a_processor_refuses_is_one_bad_row(tiny: PairEncoder, tm
     Image.new("RGB", (64, 64)).save(tmp_path / "dark.png")
     names = [png(tmp_path, "a.png", (64, 64), 1), "dark.png", png(tmp_path, "b.png", (64, 64), 2)]
     found = encode(PairEncoder(Picky(), 256), tmp_path, *(pair([name]) for name in names))
-    assert [type(each) for each in found] == [EncodedPair, BadRow, EncodedPair]
+    assert [type(each) for each in found] == [EncodedPair, RowError, EncodedPair]
     assert "64 x 64: ValueError: too dark" in found[1].detail

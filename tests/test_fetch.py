@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from orpo_ray.data import fetch as fetch_module
 from orpo_ray.data.fetch import Address, Limits, fetch, is_public, shown
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 
 QUICK = Limits(size=10_000, seconds=5, timeout=2, attempts=3, pause=0.01)
 
@@ -118,8 +118,8 @@ def asked(site: Any) -> list[str]:
     return site.handler.asked
 
 
-def failure(url: str, is_allowed: Callable[[Address], bool] = anywhere, limits: Limits = QUICK) -> BadRow:
-    with pytest.raises(BadRow) as error:
+def failure(url: str, is_allowed: Callable[[Address], bool] = anywhere, limits: Limits = QUICK) -> RowError:
+    with pytest.raises(RowError) as error:
         fetch(url, is_allowed, limits)
     return error.value
 
@@ -171,7 +171,7 @@ def test_no_spelling_of_an_inside_address_is_asked(host: str, site: Any) -> None
 
 
 def test_the_default_refuses_loopback(site: Any) -> None:
-    with pytest.raises(BadRow, match="unsafe_url"):
+    with pytest.raises(RowError, match="unsafe_url"):
         fetch(site("/image.png"))
     assert not asked(site)
 
@@ -360,7 +360,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 def test_whatever_a_server_answers(answer: bytes) -> None:
     port, thread = serve_raw(answer)
     limits = Limits(size=10_000, seconds=5, timeout=2, attempts=1)
-    with suppress(BadRow):
+    with suppress(RowError):
         assert len(fetch(f"http://127.0.0.1:{port}/", only_loopback, limits)) <= limits.size
     thread.join()
 

@@ -18,7 +18,7 @@ from orpo_ray.config.schema import FORMATS
 from orpo_ray.data import formats
 from orpo_ray.data.formats import recognise, to_pair
 from orpo_ray.data.pairs import PreferencePair, extract_prompt
-from orpo_ray.errors import BadRow, UserError
+from orpo_ray.errors import RowError, UserError
 
 TEXT = {"type": "text", "text": "what is it?"}
 IMAGE = {"type": "image"}
@@ -31,7 +31,7 @@ def pair_of(row: dict[str, Any], format_name: str = "trl") -> PreferencePair:
 
 
 def bad(row: dict[str, Any], format_name: str = "trl") -> str:
-    with pytest.raises(BadRow) as error:
+    with pytest.raises(RowError) as error:
         pair_of(row, format_name)
     return error.value.reason
 
@@ -533,12 +533,12 @@ def test_half_a_character_in_a_path_of_the_rejected_side() -> None:
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A module `own_adapters` in the current folder."""
     (tmp_path / "own_adapters.py").write_text(
-        "from orpo_ray.errors import BadRow\n"
+        "from orpo_ray.errors import RowError\n"
         "def good(row):\n"
         "    return {'prompt': row.pop('q'), 'chosen': row['a'], 'rejected': row['b'], 'image': 'a.png'}\n"
         "def other(row):\n    return {'question': '<image>' + row['q'], **good(row)}\n"
         "def broken(row):\n    return 1 / 0\n"
-        "def picky(row):\n    raise BadRow('too_dull', 'seen before')\n"
+        "def picky(row):\n    raise RowError('too_dull', 'seen before')\n"
         "def leaves(row):\n    raise SystemExit(3)\n"
         "def nothing(row):\n    return None\n"
         "def unknown(row):\n    return {1: 2, 'chosen': 'x'}\n"
@@ -576,7 +576,7 @@ def test_an_adapter_of_the_users_own() -> None:
     ],
 )
 def test_what_an_adapter_does_wrong_is_a_bad_row(function: str, reason: str, said: str) -> None:
-    with pytest.raises(BadRow, match=said) as error:
+    with pytest.raises(RowError, match=said) as error:
         pair_of({"q": "hi"}, f"own_adapters:{function}")
     assert error.value.reason == reason
 
@@ -641,7 +641,7 @@ def test_any_row_is_a_pair_or_a_bad_row(name: str, data: st.DataObject) -> None:
     row = data.draw(broken_rows(name))
     try:
         pair = pair_of(row, name)
-    except BadRow:
+    except RowError:
         return
     parts = [part for message in pair.prompt for part in message["content"]]
     assert sum(part == IMAGE for part in parts) == len(pair.images)

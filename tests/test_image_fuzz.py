@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from orpo_ray.data.images import FORMATS, ImageRoot, load_image
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 
 # Pillow says in words what else it finds in broken files.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -99,7 +99,7 @@ def outcome(data: bytes | None, path: str | None = None, root: Path | ImageRoot 
     image, detail = None, ""
     try:
         image = load_image({"bytes": data, "path": path}, root)
-    except BadRow as bad:
+    except RowError as bad:
         detail = bad.detail
     assert time.monotonic() - start < 10
     assert detail.isprintable()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from orpo_ray.data import images
 from orpo_ray.data.images import ImageRoot, load_image
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 
 
 def png(size: int) -> bytes:
@@ -26,8 +26,8 @@ def load_path(path: str, root: Path | ImageRoot | None) -> Image.Image:
     return load_image({"bytes": None, "path": path}, root)
 
 
-def failure(path: str, root: Path | ImageRoot | None, allow_http: bool = False) -> BadRow:
-    with pytest.raises(BadRow) as error:
+def failure(path: str, root: Path | ImageRoot | None, allow_http: bool = False) -> RowError:
+    with pytest.raises(RowError) as error:
         load_image({"bytes": None, "path": path}, root, allow_http)
     assert error.value.detail.isprintable()
     assert len(error.value.detail) <= 200
@@ -159,7 +159,7 @@ def test_remote_failures() -> None:
     }
     for error, expected in errors.items():
         assert reason("a.png", Store(error)) == expected
-    assert reason("a.png", Store(BadRow("own", "reason"))) == "own"
+    assert reason("a.png", Store(RowError("own", "reason"))) == "own"
 
 
 @pytest.mark.parametrize("path", ["file:///etc/passwd", "s3://bucket/a", "ftp://a/b", "data:image/png;base64,AAAA"])

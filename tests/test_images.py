@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageFile, features
 
 from orpo_ray.data import images
 from orpo_ray.data.images import FORMATS, load_image
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 
 WHITE = (255, 255, 255)
 
@@ -31,8 +31,8 @@ def load(data: bytes) -> Image.Image:
     return load_image({"bytes": data, "path": None}, None)
 
 
-def failure(image: dict[str, object]) -> BadRow:
-    with pytest.raises(BadRow) as error:
+def failure(image: dict[str, object]) -> RowError:
+    with pytest.raises(RowError) as error:
         load_image(image, None)
     assert error.value.detail.isprintable()
     assert len(error.value.detail) <= 200
@@ -253,7 +253,7 @@ def test_pillow_does_not_warn_of_bombs() -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         reload(images)
-        with pytest.raises(BadRow):
+        with pytest.raises(RowError):
             images.load_image({"bytes": png(10_000, 9000), "path": None}, None)
     assert not seen
 

@@ -12,7 +12,7 @@ import yaml
 from orpo_ray.config.load import load_recipe, parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.rules import RULES, Rule
-from orpo_ray.errors import BadRow, UserError
+from orpo_ray.errors import RowError, UserError
 
 ROOT = Path(__file__).parent.parent
 MINIMAL: dict[str, Any] = {"name": "a", "model": {"id": "m"}, "data": {"train": "t.jsonl"}}
@@ -139,7 +139,7 @@ def test_every_field_is_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [UserError("bad", field="a.b", value=3, fix="do"), UserError("bad"), BadRow("reason", "detail")]
+    "error", [UserError("bad", field="a.b", value=3, fix="do"), UserError("bad"), RowError("reason", "detail")]
 )
 def test_errors_survive_pickling(error: Exception) -> None:
     copy = pickle.loads(pickle.dumps(error))

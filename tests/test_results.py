@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import tiny_recipe
 from test_packing import make
 
+from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.scoring import Scores, grounding, score
@@ -39,12 +41,12 @@ def test_metrics_after_the_resumed_step_are_taken_back(tmp_path: Path) -> None:
 def test_a_line_cut_off_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
     Path(recipe.run_uri).mkdir()
-    row = {"id": "1", "source": "a:1", "reason": "too_long", "detail": "x"}
-    (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(row) + '\n{"id": "2", "sou')
+    row = BadRow(0, "1", "a:1", "too_long", "x")
+    (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(row.as_line()) + '\n{"id": "2", "sou')
     (Path(recipe.run_uri) / "metrics.jsonl").write_text('{"step": 1, "tr')
     for source in ("a:2", "a:3"):
         tracker = Tracker(recipe, step=1)
-        tracker.log_bad_rows([row | {"source": source}])
+        tracker.log_bad_rows([replace(row, source=source)])
         tracker.close()
     assert [line["source"] for line in read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl")] == ["a:1", "a:2", "a:3"]
     assert read_jsonl(Path(recipe.run_uri) / "metrics.jsonl") == []
@@ -58,21 +60,23 @@ def test_no_usable_pair_is_an_error_not_a_zero() -> None:
 
 def test_a_bad_row_is_written_once(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
-    row = {"id": "é", "source": "a:1", "reason": "too_long", "detail": "x"}
+    row = BadRow(0, "é", "a:1", "too_long", "x")
     for step in (0, 1):
         tracker = Tracker(recipe, step)
         tracker.log_bad_rows([row, row])
         tracker.close()
-    assert read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl") == [row]
+    assert read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl") == [
+        {"id": "é", "source": "a:1", "reason": "too_long", "detail": "x"}
+    ]
 
 
 def test_a_new_run_forgets_what_a_check_wrote(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
     Path(recipe.run_uri).mkdir()
-    mended = {"id": "1", "source": "a:1", "reason": "too_long", "detail": "x"}
-    (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(mended) + "\n")
+    mended = BadRow(0, "1", "a:1", "too_long", "x")
+    (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(mended.as_line()) + "\n")
     tracker = Tracker(recipe, step=0)
-    tracker.log_bad_rows([mended | {"source": "a:2"}])
+    tracker.log_bad_rows([replace(mended, source="a:2")])
     tracker.close()
     assert [line["source"] for line in read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl")] == ["a:2"]
 

@@ -25,7 +25,7 @@ from test_training import last_step, wait_until
 
 from orpo_ray.data.images import load_image
 from orpo_ray.data.sources import list_sources
-from orpo_ray.errors import BadRow, UserError
+from orpo_ray.errors import RowError, UserError
 from orpo_ray.evaluation.evaluate import evaluate_run
 from orpo_ray.export.export import ExportOptions, export_run
 from orpo_ray.model.loading import load_model
@@ -72,10 +72,10 @@ def test_images_come_from_beside_their_rows_and_from_nowhere_else(s3: Faults, tm
         assert row["image_root"] == f"s3://{BUCKET}/deep/set"
         assert load_image(row["images"][0], image_folder(row["image_root"])).size == (64, 64)
         for path in ("../../other.png", "/bucket/deep/set/train.jsonl", "images/../../x.png", "s3://bucket/x.png"):
-            with pytest.raises(BadRow) as error:
+            with pytest.raises(RowError) as error:
                 load_image({"bytes": None, "path": path}, image_folder(row["image_root"]))
             assert error.value.reason in ("unsafe_path", "unsupported_url")
-        with pytest.raises(BadRow) as error:
+        with pytest.raises(RowError) as error:
             load_image({"bytes": None, "path": "images/none.png"}, image_folder(row["image_root"]))
         assert error.value.reason == "missing_image"
 

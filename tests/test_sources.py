@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from orpo_ray.data import containers
+from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.containers import Shard, read_rows
 from orpo_ray.data.order import Order
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_at, pair_of, read_window
 from orpo_ray.data.sources import first_rows, list_sources
-from orpo_ray.errors import BadRow, UserError
+from orpo_ray.errors import RowError, UserError
 from orpo_ray.tiny_models.easy_vqa import COLORS, SHAPES, easy_vqa_rows
 
 
@@ -112,9 +113,9 @@ def test_webdataset_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [(s.first_row, s.num_rows) for s in shards] == [(0, 2), (2, 2), (4, 1)]
     first, broken = read_rows(shards[0], [0, 1])
     assert first == {"id": "a/1", "images": [b"one", b"two"], "prompt": "q", "chosen": "x", "rejected": "y"}
-    assert isinstance(broken, BadRow)
+    assert isinstance(broken, RowError)
     binary, texts = read_rows(shards[1], [1, 0])
-    assert isinstance(binary, BadRow)
+    assert isinstance(binary, RowError)
     assert texts == {"id": f"a/{long}", "prompt": "q", "chosen": "x", "rejected": "ü"}
     assert read_rows(shards[2], [0]) == [{"id": "own"}]
     assert first_rows(shards[0])[0] == ["id", "prompt", "chosen", "rejected", "images"]
@@ -170,7 +171,7 @@ def test_rows_that_are_no_objects_are_bad_rows(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(lines))
     (shard,) = list_segments(str(path))
     kinds = [type(row) for row in read_rows(shard, range(6))]
-    assert kinds == [BadRow, BadRow, dict, BadRow, BadRow, BadRow]
+    assert kinds == [RowError, RowError, dict, RowError, RowError, RowError]
 
 
 def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
@@ -274,9 +275,9 @@ def test_bad_rows_say_who_they_are_and_where_they_stand(tmp_path: Path, monkeypa
     pairs = [pair_of(row) for row in read]
     assert isinstance(pairs[0], PreferencePair)
     assert pairs[0].source == f"{path}:line 2"
-    assert [(p.reason, row["id"], row["source"]) for p, row in zip(pairs[1:], read[1:], strict=True)] == [
-        ("malformed_row", f"{path}:line 5", f"{path}:line 5"),
-        ("empty_response", "7", f"{path}:line 7"),
+    assert [(bad.sample_index, bad.reason, bad.id, bad.source) for bad in pairs[1:] if isinstance(bad, BadRow)] == [
+        (1, "malformed_row", f"{path}:line 5", f"{path}:line 5"),
+        (2, "empty_response", "7", f"{path}:line 7"),
     ]
 
 
@@ -297,7 +298,7 @@ def test_exchanged_images_are_other_images_for_any_number_of_workers(tmp_path: P
     before = {row["id"]: row["images"] for row in items}
     for row in whole:
         if row["id"] in ("text", "two") or row["bad"]:
-            assert json.loads(row["bad"])[0] == "no_image_to_exchange"
+            assert row["bad"]["reason"] == "no_image_to_exchange"
         else:
             assert [image["path"] for image in row["images"]] != before[row["id"]]
     shares = [

@@ -1,12 +1,14 @@
-"""When rows that cannot be used end a run: what a recipe says of them, for training and for what is written down."""
+"""Rows that cannot be used: their one type, and when a recipe lets them end a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
 
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.errors import UserError
+from orpo_ray.errors import RowError, UserError
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE
 
 BAD_ROWS_BEFORE_JUDGING = 10
@@ -14,37 +16,79 @@ BAD_ROWS_SHOWN = 3
 SHOWN_CHARACTERS = 200
 
 
+NO_SAMPLE = -1  # the sample index of a row that has no place in a training order yet
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be trained on."""
+
+    sample_index: int
+    """Place in the training order; NO_SAMPLE where the row has none."""
+    id: str
+    """The row's own id, or its source."""
+    source: str
+    """File and position, for example `pairs.jsonl:line 7`."""
+    reason: str
+    """A short stable word for counting, for example `unreadable_image`."""
+    detail: str
+    """What was found."""
+
+    @classmethod
+    def of(cls, error: RowError, sample_index: int, row_id: str, source: str) -> BadRow:
+        """Attach an error to its row."""
+        return cls(sample_index, row_id, source, error.reason, error.detail)
+
+    def as_line(self) -> dict[str, str]:
+        """Return the line of `bad_rows.jsonl`: id, source, reason, detail."""
+        return {name: value for name, value in asdict(self).items() if name != "sample_index"}
+
+
+# How Arrow tables carry a BadRow: `asdict` in, `BadRow(**row)` out.
+BAD_ROW_TYPE = pa.struct(
+    [("sample_index", pa.int64()), *((name, pa.string()) for name in ("id", "source", "reason", "detail"))]
+)
+
+
 class TooManyBadRows(UserError):
-    """The share of rows that cannot be used exceeds `data.max_bad_fraction`, or any is one too many."""
+    """More rows are bad than `data.max_bad_fraction` allows, or one is bad where none may be."""
 
 
-def refuse_rows(recipe: Recipe, records: Sequence[Mapping[str, Any]]) -> None:
-    """Raise TooManyBadRows at a row that the recipe does not allow to be skipped. records: as in `bad_rows.jsonl`."""
+def refuse_rows(recipe: Recipe, rows: Sequence[BadRow]) -> None:
+    """Raise TooManyBadRows for the first row that the recipe does not allow to be skipped."""
     data = recipe.data
-    for record in records:
-        too_long = record["reason"] == "too_long" and data.on_too_long == "error"
+    for row in rows:
+        too_long = row.reason == "too_long" and data.on_too_long == "error"
         if too_long or data.on_bad_row == "error":
             field = "data.on_too_long" if too_long else "data.on_bad_row"
             raise TooManyBadRows(
-                f"this row cannot be used: {_shown(record)}",
-                field=record["source"],
-                value=record["id"],
-                fix=f"mend the row, or set {field} to skip",
+                f"this row cannot be used: {_shown(row)}",
+                field=row.source,
+                value=row.id,
+                fix=f"correct the row, or set {field} to skip",
             )
 
 
-def check_bad_fraction(recipe: Recipe, bad: int, seen: int, first: Sequence[Mapping[str, Any]], at_end: bool) -> None:
-    """Raise TooManyBadRows where more of the rows seen are bad than allowed. first: some of them, to be shown."""
+def check_bad_fraction(recipe: Recipe, bad: int, seen: int, first: Sequence[BadRow], at_end: bool) -> None:
+    """Raise TooManyBadRows if more than `data.max_bad_fraction` of the rows seen so far are bad.
+
+    Args:
+        recipe: names the allowed fraction and the run folder.
+        bad: number of bad rows.
+        seen: number of rows, bad ones included.
+        first: a few bad rows for the message.
+        at_end: judge any number of bad rows; before the end at least BAD_ROWS_BEFORE_JUDGING are needed.
+    """
     allowed = recipe.data.max_bad_fraction
     if bad > allowed * seen and (at_end or bad >= BAD_ROWS_BEFORE_JUDGING):
-        shown = "".join(f"\n  {record['source']}: {_shown(record)}" for record in first[:BAD_ROWS_SHOWN])
+        shown = "".join(f"\n  {row.source}: {_shown(row)}" for row in first[:BAD_ROWS_SHOWN])
         raise TooManyBadRows(
             f"{bad} of {seen} rows cannot be used ({bad / seen:.0%}; at most {allowed:.0%} are allowed)" + shown,
             field="data.max_bad_fraction",
-            fix=f"see {recipe.run_uri}/{BAD_ROWS_FILE} for each row's reason; orpo-ray data check shows all of them",
+            fix=f"read each row's reason in {recipe.run_uri}/{BAD_ROWS_FILE}, or run orpo-ray data check",
         )
 
 
-def _shown(record: Mapping[str, Any]) -> str:
-    text = f"{record['reason']}: {record['detail']}"
+def _shown(row: BadRow) -> str:
+    text = f"{row.reason}: {row.detail}"
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

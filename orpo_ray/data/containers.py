@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orpo_ray.errors import BadRow, UserError
+from orpo_ray.errors import RowError, UserError
 from orpo_ray.storage.files import is_remote, locate, parent_folder, read_bytes, with_retries
 from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 
@@ -83,8 +83,8 @@ def easy_vqa_shard(uri: str) -> Shard:
     return Shard("easy-vqa", uri, 0, len(easy_vqa_rows(uri.removeprefix(EASY_VQA))), num_bytes=4 << 20)
 
 
-def read_rows(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
-    """Rows `rows` of a shard, in that order; one that is not a mapping of columns comes as a BadRow."""
+def read_rows(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
+    """Rows `rows` of a shard, in that order; one that is not a mapping of columns comes as a RowError."""
     if is_remote(shard.path):
         return with_retries(_READ[shard.kind], shard, rows)
     return _READ[shard.kind](shard, rows)
@@ -101,12 +101,12 @@ def _list_parquet(path: str) -> Iterator[Shard]:
         first += facts.num_rows
 
 
-def _read_parquet(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+def _read_parquet(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
     filesystem, path = locate(shard.path)
     with filesystem.open_input_file(path) as file:
         # A row group in one request a column: without buffering each column chunk would be fetched page by page.
         group = pq.ParquetFile(file, pre_buffer=True).read_row_group(shard.index)
-    found: list[Row | BadRow] = group.take(pa.array(rows, pa.int64())).to_pylist()
+    found: list[Row | RowError] = group.take(pa.array(rows, pa.int64())).to_pylist()
     return found
 
 
@@ -138,25 +138,25 @@ def _list_jsonl(path: str) -> Iterator[Shard]:
         yield shard()
 
 
-def _read_jsonl(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+def _read_jsonl(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
     data = read_bytes(shard.path, shard.offset, shard.length)
     # Split as `_list_jsonl` counts: a lone carriage return is white space within a row.
     lines = [line for line in data.split(b"\n") if line.strip()]
     return [_json_row(lines[row]) for row in rows]
 
 
-def _json_row(text: bytes) -> Row | BadRow:
+def _json_row(text: bytes) -> Row | RowError:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers too long and nesting too deep to read
-        return BadRow("malformed_row", f"not valid JSON: {error}")
+        return RowError("malformed_row", f"not valid JSON: {error}")
     return _object(row)
 
 
-def _object(row: Any) -> Row | BadRow:
+def _object(row: Any) -> Row | RowError:
     if isinstance(row, dict):
         return row
-    return BadRow("malformed_row", f"a row must be a JSON object, found {repr(row)[:80]}")
+    return RowError("malformed_row", f"a row must be a JSON object, found {repr(row)[:80]}")
 
 
 def _list_json(path: str) -> Iterator[Shard]:
@@ -167,7 +167,7 @@ def _list_json(path: str) -> Iterator[Shard]:
         yield Shard("json", path, first, here, num_bytes=size * here // count)
 
 
-def _read_json(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+def _read_json(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
     everything = _json_list(shard.path)
     return [_object(everything[shard.first_row + row]) for row in rows]
 
@@ -201,13 +201,13 @@ def _list_arrow(path: str) -> Iterator[Shard]:
             first, offset = first + batch.num_rows, file.tell()
 
 
-def _read_arrow(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+def _read_arrow(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
     filesystem, path = locate(shard.path)
     with filesystem.open_input_file(path) as file:
         schema = pa.ipc.open_stream(file).schema
     data = read_bytes(shard.path, shard.offset, shard.length)
     batch = pa.ipc.read_record_batch(pa.ipc.read_message(data), schema)
-    found: list[Row | BadRow] = batch.take(pa.array(rows, pa.int64())).to_pylist()
+    found: list[Row | RowError] = batch.take(pa.array(rows, pa.int64())).to_pylist()
     return found
 
 
@@ -235,7 +235,7 @@ def _list_tar(path: str) -> Iterator[Shard]:
         yield Shard("tar", path, first, count, num_bytes=end - start, offset=start, length=end - start)
 
 
-def _read_tar(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+def _read_tar(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
     data = read_bytes(shard.path, shard.offset, shard.length)
     samples: list[tuple[str, list[tuple[str, bytes]]]] = []
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -258,7 +258,7 @@ def _split_name(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}", extension.lower()
 
 
-def _sample(key: str, members: list[tuple[str, bytes]]) -> Row | BadRow:
+def _sample(key: str, members: list[tuple[str, bytes]]) -> Row | RowError:
     """One row: the columns of its `.json`, a column for every text (`.prompt.txt`), and its images in order."""
     row: Row = {"id": key.lstrip("/")}
     images: list[bytes] = []
@@ -266,20 +266,20 @@ def _sample(key: str, members: list[tuple[str, bytes]]) -> Row | BadRow:
         kind = extension.rpartition(".")[2]
         if kind == "json":
             columns = _json_row(content)
-            if isinstance(columns, BadRow):
+            if isinstance(columns, RowError):
                 return columns
             row |= columns
         elif kind in ("txt", "text"):
             try:
                 row[extension.rpartition(".")[0] or "text"] = content.decode()
             except UnicodeDecodeError as error:
-                return BadRow("malformed_row", f"{extension} is not UTF-8: {error}")
+                return RowError("malformed_row", f"{extension} is not UTF-8: {error}")
         elif kind in IMAGE_SUFFIXES:
             images.append(content)
     return row | ({"images": images} if images else {})
 
 
-def _read_easy_vqa(shard: Shard, rows: Sequence[int]) -> list[Row | BadRow]:
+def _read_easy_vqa(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
     everything = easy_vqa_rows(shard.path.removeprefix(EASY_VQA))
     return [everything[row] for row in rows]
 
@@ -292,7 +292,7 @@ _LISTED: dict[str, Callable[[str], Iterator[Shard]]] = {
     "arrow": _list_arrow,
     "tar": _list_tar,
 }
-_READ: dict[str, Callable[[Shard, Sequence[int]], list[Row | BadRow]]] = {
+_READ: dict[str, Callable[[Shard, Sequence[int]], list[Row | RowError]]] = {
     "parquet": _read_parquet,
     "jsonl": _read_jsonl,
     "json": _read_json,

@@ -19,7 +19,7 @@ from PIL import Image
 
 from orpo_ray.data.images import ImageRoot, load_image
 from orpo_ray.data.pairs import Message, PreferencePair
-from orpo_ray.errors import BadRow, UserError
+from orpo_ray.errors import RowError, UserError
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.processing.prompts import EncodedPrompt, PromptEncoder
 
@@ -143,26 +143,26 @@ class PairEncoder:
                 "the processor has no chat template", field="model.id", fix="use an instruction-tuned model"
             )
 
-    def encode_many(self, pairs: Sequence[PreferencePair], roots: Sequence[Root]) -> list[EncodedPair | BadRow]:
-        """Encode pairs, each with the folder of its image paths; one that can't be trained on comes out as BadRow."""
-        drafts: list[_Draft | BadRow] = []
+    def encode_many(self, pairs: Sequence[PreferencePair], roots: Sequence[Root]) -> list[EncodedPair | RowError]:
+        """Encode pairs, each with the folder of its image paths; one that can't be trained on comes out as RowError."""
+        drafts: list[_Draft | RowError] = []
         groups: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = defaultdict(list)
         for index, (pair, root) in enumerate(zip(pairs, roots, strict=True)):
             try:
                 draft = self._draft(pair, root)
-            except BadRow as bad:
+            except RowError as bad:
                 drafts.append(bad)
                 continue
             drafts.append(draft)
             for side, images in enumerate(draft.image_lists):
                 groups[tuple(image.size for image in images)].append((index, side))
-        prompts: dict[tuple[int, int], EncodedPrompt | BadRow] = {}
+        prompts: dict[tuple[int, int], EncodedPrompt | RowError] = {}
         for places in groups.values():
             # Images of one size come out of the processor in one shape, so a batch can be taken apart again.
             asked = [(drafts[index].prompt, drafts[index].image_lists[side]) for index, side in places]  # type: ignore[union-attr]
             prompts |= dict(zip(places, self._prompts_or_bad(asked), strict=True))
         return [
-            draft if isinstance(draft, BadRow) else self._finish(draft, prompts[index, 0], prompts.get((index, 1)))
+            draft if isinstance(draft, RowError) else self._finish(draft, prompts[index, 0], prompts.get((index, 1)))
             for index, draft in enumerate(drafts)
         ]
 
@@ -173,7 +173,7 @@ class PairEncoder:
         pair = PreferencePair("dummy_pair", [], [{"role": "user", "content": content}], "a", "b")
         draft = _Draft(pair, images, None, *self._texts(pair))
         encoded = self._finish(draft, self.prompts.encode([(draft.prompt, images)])[0], None)
-        if isinstance(encoded, BadRow):
+        if isinstance(encoded, RowError):
             raise UserError(f"even the shortest pair is a bad row: {encoded}", field="data.max_length")
         return encoded
 
@@ -197,8 +197,8 @@ class PairEncoder:
         # A template that renders a finished turn otherwise than an open one.
         return answer + (self.tokenizer.eos_token or "")
 
-    def _prompts_or_bad(self, asked: list[tuple[str, list[Image.Image]]]) -> Sequence[EncodedPrompt | BadRow]:
-        """Encoded prompts, with a BadRow where the processor does not take the images, alone or together."""
+    def _prompts_or_bad(self, asked: list[tuple[str, list[Image.Image]]]) -> Sequence[EncodedPrompt | RowError]:
+        """Encoded prompts, with a RowError where the processor does not take the images, alone or together."""
         try:
             return self.prompts.encode(asked)
         # What processors raise on sizes that they were not made for.
@@ -207,39 +207,39 @@ class PairEncoder:
                 return [found for one in asked for found in self._prompts_or_bad([one])]
             sizes = ", ".join(f"{image.width} x {image.height}" for image in asked[0][1])
             problem = f"the processor refuses images of {sizes}: {type(error).__name__}: {error}"
-            return [BadRow("refused_by_processor", problem[:300])]
+            return [RowError("refused_by_processor", problem[:300])]
 
     def _finish(
-        self, draft: _Draft, prompt: EncodedPrompt | BadRow, other: EncodedPrompt | BadRow | None
-    ) -> EncodedPair | BadRow:
-        if isinstance(prompt, BadRow):
+        self, draft: _Draft, prompt: EncodedPrompt | RowError, other: EncodedPrompt | RowError | None
+    ) -> EncodedPair | RowError:
+        if isinstance(prompt, RowError):
             return prompt
-        if isinstance(other, BadRow):
+        if isinstance(other, RowError):
             return other
         # Tokenised apart from the prompt, so that no answer changes the prompt's tokens.
         chosen_ids, rejected_ids = self.prompts.tokenize([draft.chosen, draft.rejected])
         if not len(prompt.ids):
-            return BadRow("empty_prompt", "the prompt has no tokens: nothing predicts the answers' first ones")
+            return RowError("empty_prompt", "the prompt has no tokens: nothing predicts the answers' first ones")
         if not len(chosen_ids) or not len(rejected_ids):
-            return BadRow("empty_response", f"{'rejected' if len(chosen_ids) else 'chosen'} has no tokens")
+            return RowError("empty_response", f"{'rejected' if len(chosen_ids) else 'chosen'} has no tokens")
         encoded = EncodedPair(
             draft.pair.id, prompt.ids, chosen_ids, rejected_ids, prompt.is_text, prompt.images, rejected_prompt=other
         )
         return encoded if encoded.row_length <= self.max_length else self._too_long(encoded)
 
-    def _too_long(self, pair: EncodedPair) -> EncodedPair | BadRow:
+    def _too_long(self, pair: EncodedPair) -> EncodedPair | RowError:
         """The pair with shorter answers, if that is wanted and can be; prompts, with their images, are never cut."""
         prompt, second = pair.prompt, pair.rejected_prompt or pair.prompt
         room = self.max_length - max(len(prompt.ids), len(second.ids))
         if self.truncate and room > 0:
             chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
             if pair.rejected_prompt is None and np.array_equal(chosen, rejected):
-                return BadRow(
+                return RowError(
                     "identical_responses", f"within data.max_length ({self.max_length}) the answers are the same"
                 )
             cut = len(pair.chosen_ids) + len(pair.rejected_ids) - len(chosen) - len(rejected)
             return replace(pair, chosen_ids=chosen, rejected_ids=rejected, truncated=cut)
-        return BadRow(
+        return RowError(
             "too_long",
             f"prompt of {len(prompt.ids)} tokens ({int((~prompt.is_text).sum())} for images), answers of "
             f"{len(pair.chosen_ids)} and {len(pair.rejected_ids)}; data.max_length is {self.max_length}",
@@ -251,7 +251,7 @@ class PairEncoder:
                 messages, add_generation_prompt=add_generation_prompt, tokenize=False
             )
         except TemplateError as error:  # templates refuse role orders that they do not know
-            raise BadRow("refused_by_chat_template", str(error)) from None
+            raise RowError("refused_by_chat_template", str(error)) from None
 
     def _refuse_placeholders(self, pair: PreferencePair) -> None:
         """An image token in plain text would be taken for an image."""
@@ -260,7 +260,7 @@ class PairEncoder:
         texts = [part["text"] for message in pair.prompt for part in message["content"] if part["type"] == "text"]
         for text in (*texts, pair.chosen, pair.rejected):
             if found := sorted(token for token in tokens if token in text):
-                raise BadRow("placeholder_in_text", f"the text holds {found[0]!r}: {json.dumps(text[:80])}")
+                raise RowError("placeholder_in_text", f"the text holds {found[0]!r}: {json.dumps(text[:80])}")
 
 
 def _views(data: Any) -> dict[str, np.ndarray]:

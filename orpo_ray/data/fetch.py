@@ -22,7 +22,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_netw
 from typing import Any, cast
 from urllib.parse import quote, urljoin, urlsplit
 
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 
 Address = IPv4Address | IPv6Address
 MAX_REDIRECTS = 3
@@ -79,7 +79,7 @@ def is_public(address: Address) -> bool:
 
 
 def fetch(url: str, is_allowed: Callable[[Address], bool] = is_public, limits: Limits = LIMITS) -> bytes:
-    """Download what an http or https address gives. Raises BadRow.
+    """Download what an http or https address gives. Raises RowError.
 
     is_allowed: says of an IP address whether it may be connected to.
     """
@@ -94,14 +94,14 @@ def fetch(url: str, is_allowed: Callable[[Address], bool] = is_public, limits: L
         try:
             return _follow(url, is_allowed, limits, end)
         except ssl.SSLCertVerificationError as error:
-            raise BadRow("download_failed", f"{shown(url)}: {error.verify_message}") from None
+            raise RowError("download_failed", f"{shown(url)}: {error.verify_message}") from None
         except OSError as error:
             problem = str(error)
             if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
                 break
         except (http.client.HTTPException, ValueError) as error:  # ValueError: of a broken chunk
             problem = type(error).__name__  # without its text, which may repeat what was asked for
-    raise BadRow("download_failed", f"{shown(url)}: {problem}")
+    raise RowError("download_failed", f"{shown(url)}: {problem}")
 
 
 def shown(url: str) -> str:
@@ -123,19 +123,19 @@ def _follow(url: str, is_allowed: Callable[[Address], bool], limits: Limits, end
                 url = _redirected(url, location)
                 continue
             if response.status in (404, 410):
-                raise BadRow("missing_image", f"{asked}: HTTP {response.status}")
+                raise RowError("missing_image", f"{asked}: HTTP {response.status}")
             if response.status == 429 or response.status >= 500:
                 raise OSError(f"HTTP {response.status}")
             if response.status != 200:
-                raise BadRow("download_failed", f"{asked}: HTTP {response.status}")
+                raise RowError("download_failed", f"{asked}: HTTP {response.status}")
             return _body(response, asked, limits)
-    raise BadRow("download_failed", f"{asked}: more than {MAX_REDIRECTS} redirects")
+    raise RowError("download_failed", f"{asked}: more than {MAX_REDIRECTS} redirects")
 
 
 def _body(response: http.client.HTTPResponse, asked: str, limits: Limits) -> bytes:
     data = b"" if (response.length or 0) > limits.size else response.read(limits.size + 1)
     if (response.length or 0) > limits.size or len(data) > limits.size:
-        raise BadRow("image_too_large", f"{asked}: more than {limits.size} bytes")
+        raise RowError("image_too_large", f"{asked}: more than {limits.size} bytes")
     if response.length:  # bytes that were announced and never came: read() says nothing about them
         raise http.client.IncompleteRead(data, response.length)
     return data
@@ -146,14 +146,14 @@ def _redirected(url: str, location: str) -> str:
         # Headers arrive as latin-1 whatever they hold.
         return urljoin(url, quote(location, safe=string.punctuation, encoding="latin-1"))
     except ValueError:
-        raise BadRow("unsafe_url", f"{shown(url)} redirects to something that is no address") from None
+        raise RowError("unsafe_url", f"{shown(url)} redirects to something that is no address") from None
 
 
 def _checked(url: str, is_allowed: Callable[[Address], bool]) -> _Target:
     """Take the address apart, resolve its host, and check all that it resolves to."""
     # `urlsplit` drops line breaks, and some programs take a backslash for a slash.
     if len(url) > 8192 or re.search(r"[\x00-\x1f\x7f\\]", url):
-        raise BadRow("unsafe_url", f"{shown(url)} is no address")
+        raise RowError("unsafe_url", f"{shown(url)} is no address")
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -161,20 +161,20 @@ def _checked(url: str, is_allowed: Callable[[Address], bool]) -> _Target:
         path = quote(parts.path or "/", safe=string.punctuation)
         query = "?" + quote(parts.query, safe=string.punctuation) if parts.query else ""
     except ValueError:  # UnicodeError is one, too
-        raise BadRow("unsafe_url", f"{shown(url)} is no address") from None
+        raise RowError("unsafe_url", f"{shown(url)} is no address") from None
     if parts.scheme not in _PORTS:
-        raise BadRow("unsafe_url", f"{shown(url)}: only http and https are asked")
+        raise RowError("unsafe_url", f"{shown(url)}: only http and https are asked")
     if "@" in parts.netloc:
-        raise BadRow("unsafe_url", f"{shown(url)}: an address may not hold credentials")
+        raise RowError("unsafe_url", f"{shown(url)}: an address may not hold credentials")
     if not re.fullmatch(r"[a-z0-9_-][a-z0-9._-]*|[0-9a-f:.]*:[0-9a-f:.]*", host):
-        raise BadRow("unsafe_url", f"{shown(url)} is no address")
+        raise RowError("unsafe_url", f"{shown(url)} is no address")
     name = f"[{host}]" if ":" in host else host
     name_and_port = name if port is None else f"{name}:{port}"
     request = f"GET {path}{query} HTTP/1.1\r\nHost: {name_and_port}\r\n{_HEADERS}\r\n".encode("ascii")
     addresses = _resolve(host, _PORTS[parts.scheme] if port is None else port)
     for _, address in addresses:
         if not is_allowed(ip_address(address[0])):
-            raise BadRow("unsafe_url", f"{shown(url)} leads to {address[0]}, which is not on the public internet")
+            raise RowError("unsafe_url", f"{shown(url)} leads to {address[0]}, which is not on the public internet")
     return _Target(host, parts.scheme == "https", addresses, request)
 
 
@@ -233,5 +233,5 @@ class _Wire(io.RawIOBase):
         count = self._connection.recv_into(buffer)
         self._left -= count
         if self._left < 0:
-            raise BadRow("image_too_large", f"an answer of much more than {self._limits.size} bytes")
+            raise RowError("image_too_large", f"an answer of much more than {self._limits.size} bytes")
         return count

@@ -32,7 +32,7 @@ from orpo_ray.data.pairs import (
     user_turn,
     with_system,
 )
-from orpo_ray.errors import BadRow, UserError
+from orpo_ray.errors import RowError, UserError
 
 Row = Mapping[str, Any]
 _SHARED_COLUMNS = ("id", "idx", "images", "image")
@@ -72,14 +72,14 @@ def recognise(
 
 
 def to_pair(row: Row, format_name: str, renames: Mapping[str, str], fallback_id: str) -> PreferencePair:
-    """Turn one raw row into a pair. Raises BadRow if the row cannot be one."""
+    """Turn one raw row into a pair. Raises RowError if the row cannot be one."""
     row = _renamed(row, renames)
     try:
         if ":" in format_name:
             row, format_name = _adapted(row, format_name)
         return _FORMATS[format_name].read(row, _id_of(row, fallback_id), fallback_id)
     except RecursionError:
-        raise BadRow("malformed_row", "the values are nested too deep") from None
+        raise RowError("malformed_row", "the values are nested too deep") from None
 
 
 def id_of(row: Row, renames: Mapping[str, str], fallback_id: str) -> str:
@@ -116,9 +116,9 @@ def _from_sharegpt(row: Row, row_id: str, source: str) -> PreferencePair:
     prompt = read_messages(row.get("conversations"), "conversations", inline=True)
     roles = [message["role"] for message in prompt]
     if strange := sorted(set(roles) - {"system", "user", "assistant"}):
-        raise BadRow("malformed_row", f"conversations may hold human, gpt and system turns, found {shown(strange)}")
+        raise RowError("malformed_row", f"conversations may hold human, gpt and system turns, found {shown(strange)}")
     if roles[-1] != "user":
-        raise BadRow("malformed_row", f"conversations must end on a human turn, found {roles[-1]}")
+        raise RowError("malformed_row", f"conversations must end on a human turn, found {roles[-1]}")
     return _inline_pair(row, row_id, source, with_system(prompt, row.get("system")))
 
 
@@ -126,10 +126,10 @@ def _from_alpaca(row: Row, row_id: str, source: str) -> PreferencePair:
     """LLaMA-Factory's alpaca ranking rows: `instruction` and `input`, with earlier turns in `history`."""
     asked = [row[name] for name in ("instruction", "input") if row.get(name) not in (None, "")]
     if not all(isinstance(text, str) for text in asked):
-        raise BadRow("malformed_row", f"instruction and input must be strings, found {shown(asked)}")
+        raise RowError("malformed_row", f"instruction and input must be strings, found {shown(asked)}")
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in history):
-        raise BadRow("malformed_row", f"history must be a list of [question, answer], found {shown(history)}")
+        raise RowError("malformed_row", f"history must be a list of [question, answer], found {shown(history)}")
     prompt: list[Message] = []
     for question, answer in history:
         prompt += [user_turn(question, "history", inline=True)]
@@ -142,18 +142,18 @@ def _from_swift(row: Row, row_id: str, source: str) -> PreferencePair:
     """ms-swift: `messages` end on the chosen answer; the rejected side is another answer, other images, or both."""
     turns, rejected_turns = row.get("messages"), row.get("rejected_messages")
     if not isinstance(turns, list):
-        raise BadRow("malformed_row", f"messages must be a list, found {shown(turns)}")
+        raise RowError("malformed_row", f"messages must be a list, found {shown(turns)}")
     prompt = read_messages(turns[:-1], "messages before the answer", inline=True)
     chosen = rejected = read_answer(turns[-1:], "the last of messages", inline=True)
     rejected_images = read_images(row.get("rejected_images")) or None
     if rejected_turns is not None:
         if not isinstance(rejected_turns, list) or rejected_turns[:-1] != turns[:-1]:
-            raise BadRow("malformed_row", "rejected_messages must be as messages up to the answer")
+            raise RowError("malformed_row", "rejected_messages must be as messages up to the answer")
         rejected = read_answer(rejected_turns[-1:], "the last of rejected_messages", inline=True)
     elif row.get("rejected_response") is not None:
         rejected = read_answer(row["rejected_response"], "rejected_response", inline=True)
     elif rejected_images is None:
-        raise BadRow("malformed_row", "there is no rejected_response, rejected_messages or rejected_images")
+        raise RowError("malformed_row", "there is no rejected_response, rejected_messages or rejected_images")
     prompt = with_system(prompt, row.get("system"))
     return make_pair(row_id, source, row_images(row), prompt, chosen, rejected, rejected_images)
 
@@ -168,7 +168,7 @@ def _from_rlhf_v(row: Row, row_id: str, source: str) -> PreferencePair:
     parsed = _rlhf_v_text(row)
     if parsed is None:
         problem = f"text must be JSON with question, chosen and rejected, found {shown(row.get('text'))}"
-        raise BadRow("malformed_row", problem)
+        raise RowError("malformed_row", problem)
     return _one_turn({**row, **parsed}, row_id, source, parsed["question"], "question", inline=False)
 
 
@@ -177,7 +177,7 @@ def _from_vlfeedback(row: Row, row_id: str, source: str) -> PreferencePair:
     rated = []
     for completion in read_records(row.get("completions"), "completions"):
         if not isinstance(completion, Mapping):
-            raise BadRow("malformed_row", f"a completion must be a mapping, found {shown(completion)}")
+            raise RowError("malformed_row", f"a completion must be a mapping, found {shown(completion)}")
         mean = _mean_rating(completion.get("annotations"))
         if mean is not None and completion.get("response") not in (None, ""):
             rated.append((mean, completion["response"]))
@@ -197,7 +197,7 @@ def _from_nemo_rl(row: Row, row_id: str, source: str) -> PreferencePair:
     for completion in read_records(row.get("completions"), "completions"):
         rank = completion.get("rank") if isinstance(completion, Mapping) else None
         if isinstance(rank, bool) or not isinstance(rank, int | float) or rank != rank:  # NaN
-            raise BadRow("malformed_row", f"a completion must have a number as rank, found {shown(completion)}")
+            raise RowError("malformed_row", f"a completion must have a number as rank, found {shown(completion)}")
         ranked.append((-rank, completion.get("completion")))
     chosen, rejected = (read_answer(answer, "completion") for answer in best_and_worst(ranked))
     return make_pair(row_id, source, row_images(row), read_prompt(row.get("context"), "context"), chosen, rejected)
@@ -219,7 +219,7 @@ def _mean_rating(annotations: Any) -> float | None:
     if annotations is None:
         return None
     if not isinstance(annotations, Mapping):
-        raise BadRow("malformed_row", f"annotations must be a mapping of aspects, found {shown(annotations)}")
+        raise RowError("malformed_row", f"annotations must be a mapping of aspects, found {shown(annotations)}")
     ratings = []
     for aspect in annotations.values():
         rating = aspect.get("Rating") if isinstance(aspect, Mapping) else aspect
@@ -295,16 +295,16 @@ def _adapted(row: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
     function = _adapter(name)
     try:
         made = function(row)
-    except BadRow:
+    except RowError:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises is for the report of this row
-        raise BadRow("adapter_failed", f"{type(error).__name__}: {error}") from None
+        raise RowError("adapter_failed", f"{type(error).__name__}: {error}") from None
     if not isinstance(made, Mapping):
-        raise BadRow("adapter_failed", f"{name} returned no row: {shown(made)}")
+        raise RowError("adapter_failed", f"{name} returned no row: {shown(made)}")
     try:
         return ids | dict(made), recognise(made, [made], {}, "auto", name)
     except UserError as error:
-        raise BadRow("adapter_failed", f"{name} returned a row: {error.problem}") from None
+        raise RowError("adapter_failed", f"{name} returned a row: {error.problem}") from None
 
 
 @dataclass(frozen=True)

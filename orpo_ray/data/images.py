@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from orpo_ray.data.fetch import fetch, shown
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 from orpo_ray.storage.files import TooLarge
 
 MAX_BYTES = 256 * 2**20
@@ -52,41 +52,43 @@ def load_image(image: Mapping[str, Any], root: Path | ImageRoot | None, allow_ht
     """Decode one `{"bytes": ..., "path": ...}` to RGB, upright, over white where it is transparent.
 
     root: the folder that paths are relative to and must not leave (None: paths are refused). allow_http: download http
-    and https addresses. Raises BadRow, and nothing else.
+    and https addresses. Raises RowError, and nothing else.
     """
     try:
         return _decode(image_bytes(image, root, allow_http))
-    except BadRow as bad:
+    except RowError as bad:
         reason, detail = bad.reason, bad.detail
     # Raised anew out here, so that a bad row that is kept for the report does not keep the image's bytes as well.
-    raise BadRow(reason, _printable(detail))
+    raise RowError(reason, _printable(detail))
 
 
 def image_bytes(image: Mapping[str, Any], root: Path | ImageRoot | None, allow_http: bool = False) -> bytes:
-    """An image as it is stored, not decoded, under the same rules. Raises BadRow."""
+    """An image as it is stored, not decoded, under the same rules. Raises RowError."""
     data = image.get("bytes")
     if data is None:
         data = _read_path(image.get("path"), root, allow_http)
     if not isinstance(data, bytes):
-        raise BadRow("malformed_row", f"an image's bytes are {type(data).__name__}")
+        raise RowError("malformed_row", f"an image's bytes are {type(data).__name__}")
     if len(data) > MAX_BYTES:
-        raise BadRow("image_too_large", f"{len(data)} bytes; at most {MAX_BYTES} are read")
+        raise RowError("image_too_large", f"{len(data)} bytes; at most {MAX_BYTES} are read")
     return data
 
 
 def _read_path(path: Any, root: Path | ImageRoot | None, allow_http: bool) -> bytes:
     if not isinstance(path, str):
-        raise BadRow("malformed_row", f"an image has no bytes, and its path is {type(path).__name__}")
+        raise RowError("malformed_row", f"an image has no bytes, and its path is {type(path).__name__}")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://|data:", path)
     if scheme and (scheme[1] or "").lower() in ("http", "https"):
         if not allow_http:
-            raise BadRow("unsupported_url", f"{shown(path)}: addresses are not downloaded; set data.allow_http: true")
+            raise RowError("unsupported_url", f"{shown(path)}: addresses are not downloaded; set data.allow_http: true")
         return fetch(path)
     if scheme:
         kind = scheme[1] or "data"
-        raise BadRow("unsupported_url", f"images are read from files, bytes, http and https, not from {kind} addresses")
+        raise RowError(
+            "unsupported_url", f"images are read from files, bytes, http and https, not from {kind} addresses"
+        )
     if root is None:
-        raise BadRow("unsafe_path", f"{path}: image paths need data.image_root")
+        raise RowError("unsafe_path", f"{path}: image paths need data.image_root")
     return _read_local(path, root) if isinstance(root, Path) else _read_remote(path, root)
 
 
@@ -97,20 +99,20 @@ def _read_local(path: str, root: Path) -> bytes:
         descriptor = os.open(_inside(path, root), flags)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise BadRow("missing_image", f"no such file: {path}") from None
-        raise BadRow("unreadable_image", f"{path}: {error.strerror}") from None
+            raise RowError("missing_image", f"no such file: {path}") from None
+        raise RowError("unreadable_image", f"{path}: {error.strerror}") from None
     except (RuntimeError, ValueError) as error:  # links in a circle, NUL, half of a character
-        raise BadRow("unsafe_path", f"{path}: {error}") from None
+        raise RowError("unsafe_path", f"{path}: {error}") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise BadRow("unreadable_image", f"{path} is not a regular file")
+            raise RowError("unreadable_image", f"{path} is not a regular file")
         if status.st_size > MAX_BYTES:
-            raise BadRow("image_too_large", f"{path}: {status.st_size} bytes; at most {MAX_BYTES} are read")
+            raise RowError("image_too_large", f"{path}: {status.st_size} bytes; at most {MAX_BYTES} are read")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(status.st_size)
     except OSError as error:
-        raise BadRow("unreadable_image", f"{path}: {error.strerror}") from None
+        raise RowError("unreadable_image", f"{path}: {error.strerror}") from None
     finally:
         os.close(descriptor)
 
@@ -119,41 +121,41 @@ def _inside(path: str, root: Path) -> Path:
     """The real path of `path` below `root`. Links are followed before the comparison, so they cannot lead out."""
     full, root = (root / path).resolve(), root.resolve()
     if not full.is_relative_to(root):
-        raise BadRow("unsafe_path", f"{path} leads out of data.image_root ({root})")
+        raise RowError("unsafe_path", f"{path} leads out of data.image_root ({root})")
     return full
 
 
 def _read_remote(path: str, root: ImageRoot) -> bytes:
     if not path or path.startswith("/") or ".." in PurePosixPath(path).parts:
-        raise BadRow("unsafe_path", f"{path!r} leads out of data.image_root")
+        raise RowError("unsafe_path", f"{path!r} leads out of data.image_root")
     # Control characters, halves of characters, what some stores take for a slash, and how fsspec chains file systems.
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff\\]|://|::", path):
-        raise BadRow("unsafe_path", f"{path!r} is no plain path below data.image_root")
+        raise RowError("unsafe_path", f"{path!r} is no plain path below data.image_root")
     try:
         return root.read(path, MAX_BYTES)
-    except BadRow:
+    except RowError:
         raise
     except FileNotFoundError:
-        raise BadRow("missing_image", f"no such file: {path}") from None
+        raise RowError("missing_image", f"no such file: {path}") from None
     except TooLarge as error:
-        raise BadRow("image_too_large", f"{path}: {error}") from None
+        raise RowError("image_too_large", f"{path}: {error}") from None
     except Exception as error:  # noqa: BLE001 - stores raise their own kinds; a row must not end the run
-        raise BadRow("download_failed", f"{path}: {type(error).__name__}: {error}") from None
+        raise RowError("download_failed", f"{path}: {type(error).__name__}: {error}") from None
 
 
 def _decode(data: bytes) -> Image.Image:
     try:
         return _to_rgb(_upright(_open(data)))
-    except BadRow:
+    except RowError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadRow("image_too_large", str(error)) from None
+        raise RowError("image_too_large", str(error)) from None
     except UnidentifiedImageError:
-        raise BadRow("unreadable_image", f"no whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
+        raise RowError("unreadable_image", f"no whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
     # Pillow's readers trust the file in places: a broken one makes them raise anything, from struct.error over
     # SyntaxError (their word for a broken PNG chunk) to MemoryError.
     except Exception as error:  # noqa: BLE001
-        raise BadRow("unreadable_image", f"{type(error).__name__}: {error}") from None
+        raise RowError("unreadable_image", f"{type(error).__name__}: {error}") from None
 
 
 def _open(data: bytes) -> Image.Image:
@@ -161,12 +163,14 @@ def _open(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     long, short = max(image.size), min(image.size)
     if long * short > MAX_PIXELS:
-        raise BadRow("image_too_large", f"{image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
+        raise RowError("image_too_large", f"{image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
     if long > short * MAX_RATIO:
-        raise BadRow("extreme_aspect_ratio", f"{image.width} x {image.height} pixels; at most {MAX_RATIO} : 1 is read")
+        raise RowError(
+            "extreme_aspect_ratio", f"{image.width} x {image.height} pixels; at most {MAX_RATIO} : 1 is read"
+        )
     scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
     if scans * long * short > MAX_SCANNED_PIXELS:
-        raise BadRow("unreadable_image", f"a JPEG of {image.width} x {image.height} pixels in {scans} scans")
+        raise RowError("unreadable_image", f"a JPEG of {image.width} x {image.height} pixels in {scans} scans")
     image.load()
     return image
 

@@ -1,6 +1,6 @@
 """`PreferencePair`, and what every format builds one from: messages, parts, images, answers.
 
-Pure functions; nothing is decoded or tokenised here. A value that is not as it should be raises BadRow.
+Pure functions; nothing is decoded or tokenised here. A value that is not as it should be raises RowError.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 
 PLACEHOLDER = "<image>"  # in formats where images stand inline: one of these per image
 Image = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}
@@ -51,20 +51,20 @@ def make_pair(
     rejected: str,
     rejected_images: list[Image] | None = None,
 ) -> PreferencePair:
-    """The pair of these parts, after the checks that every format shares. Raises BadRow.
+    """The pair of these parts, after the checks that every format shares. Raises RowError.
 
     images: of the row itself; where it has none, those that the parts of the prompt carry.
     """
     if not chosen.strip() or not rejected.strip():
-        raise BadRow("empty_response", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
+        raise RowError("empty_response", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
     carried = [part["image"] for message in prompt for part in message["content"] if "image" in part]
     images = images or carried
     if rejected_images == images:
         rejected_images = None
     if chosen == rejected and rejected_images is None:
-        raise BadRow("identical_responses", f"chosen and rejected are the same: {chosen[:80]!r}")
+        raise RowError("identical_responses", f"chosen and rejected are the same: {chosen[:80]!r}")
     if rejected_images is not None and len(rejected_images) != len(images):
-        raise BadRow("image_count_mismatch", f"{len(rejected_images)} rejected image(s) for {len(images)} image(s)")
+        raise RowError("image_count_mismatch", f"{len(rejected_images)} rejected image(s) for {len(images)} image(s)")
     _refuse_empty_prompt(prompt)
     prompt = _place_images(_without_images(prompt), len(images))
     pair = PreferencePair(row_id, images, prompt, chosen, rejected, source, rejected_images)
@@ -76,7 +76,7 @@ def row_images(row: Mapping[str, Any], names: tuple[str, ...] = ("images", "imag
     """The images of a row, from the first of these columns that has any; null is a row without images."""
     for other in ("videos", "audios"):
         if row.get(other):
-            raise BadRow("unsupported_media", f"the row has {other}; only images are trained on")
+            raise RowError("unsupported_media", f"the row has {other}; only images are trained on")
     return next((images for name in names if (images := read_images(row.get(name)))), [])
 
 
@@ -95,7 +95,7 @@ def read_messages(value: Any, name: str, inline: bool = False) -> list[Message]:
     stands for an image. name: of the column, for errors.
     """
     if not isinstance(value, list) or not value:
-        raise BadRow("malformed_row", f"{name} must be a list of messages, found {shown(value)}")
+        raise RowError("malformed_row", f"{name} must be a list of messages, found {shown(value)}")
     return [_message(turn, name, inline) for turn in value]
 
 
@@ -119,19 +119,19 @@ def read_answer(value: Any, name: str, inline: bool = False) -> str:
         turns = read_messages([value] if isinstance(value, Mapping) else value, name)
         if len(turns) != 1 or turns[0]["role"] != "assistant":
             roles = [turn["role"] for turn in turns]
-            raise BadRow("malformed_row", f"{name} must be one assistant message, found roles {shown(roles)}")
+            raise RowError("malformed_row", f"{name} must be one assistant message, found roles {shown(roles)}")
         if any(part["type"] == "image" for part in turns[0]["content"]):
-            raise BadRow("malformed_row", f"{name} holds an image; only prompts may")
+            raise RowError("malformed_row", f"{name} holds an image; only prompts may")
         text = "".join(part["text"] for part in turns[0]["content"])
     if inline and PLACEHOLDER in text:
-        raise BadRow("placeholder_in_text", f"{name} holds {PLACEHOLDER}; only prompts may: {shown(text)}")
+        raise RowError("placeholder_in_text", f"{name} holds {PLACEHOLDER}; only prompts may: {shown(text)}")
     return text
 
 
 def read_text(value: Any, name: str) -> str:
     """A string, as it is."""
     if not isinstance(value, str):
-        raise BadRow("malformed_row", f"{name} must be a string, found {shown(value)}")
+        raise RowError("malformed_row", f"{name} must be a string, found {shown(value)}")
     return value
 
 
@@ -147,20 +147,20 @@ def read_records(value: Any, name: str) -> list[Any]:
     if isinstance(value, list):
         return value
     if not isinstance(value, Mapping):
-        raise BadRow("malformed_row", f"{name} must be a list or a mapping of lists, found {shown(value)}")
+        raise RowError("malformed_row", f"{name} must be a list or a mapping of lists, found {shown(value)}")
     columns = {key: read_records(column, name) for key, column in value.items() if column is not None}
     if len({len(column) for column in columns.values()}) > 1:
-        raise BadRow("malformed_row", f"{name} holds lists of different lengths: {shown(value)}")
+        raise RowError("malformed_row", f"{name} holds lists of different lengths: {shown(value)}")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def best_and_worst(scored: list[tuple[float, Any]]) -> tuple[Any, Any]:
     """The answers with the highest and the lowest score, the first of each."""
     if len(scored) < 2:
-        raise BadRow("no_preference", f"a pair takes two rated answers, found {len(scored)}")
+        raise RowError("no_preference", f"a pair takes two rated answers, found {len(scored)}")
     best, worst = max(scored, key=lambda item: item[0]), min(scored, key=lambda item: item[0])
     if best[0] == worst[0]:
-        raise BadRow("no_preference", f"all {len(scored)} answers are rated the same")
+        raise RowError("no_preference", f"all {len(scored)} answers are rated the same")
     return best[1], worst[1]
 
 
@@ -171,9 +171,9 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """
     if not any(isinstance(chosen, kind) and isinstance(rejected, kind) for kind in (str, list)):
         problem = f"without a prompt, chosen and rejected must be dialogues, found {shown(chosen)}, {shown(rejected)}"
-        raise BadRow("malformed_row", problem)
+        raise RowError("malformed_row", problem)
     if not chosen or not rejected:
-        raise BadRow("empty_response", f"{'rejected' if chosen else 'chosen'} is empty")
+        raise RowError("empty_response", f"{'rejected' if chosen else 'chosen'} is empty")
     pairs = enumerate(zip(chosen, rejected, strict=False))
     end = next((index for index, (ours, theirs) in pairs if ours != theirs), None)
     if end is None:
@@ -181,7 +181,7 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     elif end and chosen[end - 1] == " ":
         end -= 1
     if not end:
-        raise BadRow("empty_prompt", "chosen and rejected have no common beginning that could be the prompt")
+        raise RowError("empty_prompt", "chosen and rejected have no common beginning that could be the prompt")
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -198,9 +198,9 @@ def _image(value: Any) -> Image:
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
     if value is None or value in ("", _EMPTY_IMAGE):
-        raise BadRow("missing_image", "the list of images holds an empty entry")
+        raise RowError("missing_image", "the list of images holds an empty entry")
     if not isinstance(value, str):
-        raise BadRow("malformed_row", f"an image must be bytes, a path or both in a dict, found {shown(value)}")
+        raise RowError("malformed_row", f"an image must be bytes, a path or both in a dict, found {shown(value)}")
     if value[:5].lower() == "data:":
         return {"bytes": _data_uri(value), "path": None}
     return {"bytes": None, "path": value}
@@ -210,11 +210,11 @@ def _data_uri(uri: str) -> bytes:
     """The bytes of `data:image/png;base64,...`."""
     head, comma, body = uri.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise BadRow("unreadable_image", f"a data URI must be data:<type>;base64,<data>, found {shown(uri)}")
+        raise RowError("unreadable_image", f"a data URI must be data:<type>;base64,<data>, found {shown(uri)}")
     try:
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: letters outside ASCII
-        raise BadRow("unreadable_image", f"broken base64 in a data URI: {error}") from None
+        raise RowError("unreadable_image", f"broken base64 in a data URI: {error}") from None
 
 
 def _message(turn: Any, name: str, inline: bool) -> Message:
@@ -222,7 +222,7 @@ def _message(turn: Any, name: str, inline: bool) -> Message:
     role = given.get("role") if given.get("role") is not None else given.get("from")
     content = given.get("content") if given.get("content") is not None else given.get("value")
     if not isinstance(role, str) or content is None:
-        raise BadRow("malformed_row", f"a message of {name} must have role and content, found {shown(turn)}")
+        raise RowError("malformed_row", f"a message of {name} must have role and content, found {shown(turn)}")
     return {"role": _ROLES.get(role, role), "content": _parts(content, name, inline)}
 
 
@@ -230,7 +230,9 @@ def _parts(content: Any, name: str, inline: bool) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return _text_parts(content, inline)
     if not isinstance(content, list):
-        raise BadRow("malformed_row", f"content in {name} must be a string or a list of parts, found {shown(content)}")
+        raise RowError(
+            "malformed_row", f"content in {name} must be a string or a list of parts, found {shown(content)}"
+        )
     parts: list[dict[str, Any]] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -242,7 +244,7 @@ def _parts(content: Any, name: str, inline: bool) -> list[dict[str, Any]]:
         elif kind == "text" and isinstance(part.get("text"), str):
             parts.extend(_text_parts(part["text"], inline))
         else:
-            raise BadRow("malformed_row", f"a part in {name} must be an image or a text, found {shown(part)}")
+            raise RowError("malformed_row", f"a part in {name} must be an image or a text, found {shown(part)}")
     return parts
 
 
@@ -273,12 +275,12 @@ def _place_images(messages: list[Message], count: int) -> list[Message]:
     if placed == count:
         return messages
     if placed:
-        raise BadRow("image_count_mismatch", f"the prompt has {placed} image placeholder(s) for {count} image(s)")
+        raise RowError("image_count_mismatch", f"the prompt has {placed} image placeholder(s) for {count} image(s)")
     for index, message in enumerate(messages):
         if message["role"] == "user":
             content = [{"type": "image"}] * count + message["content"]
             return [*messages[:index], {**message, "content": content}, *messages[index + 1 :]]
-    raise BadRow("malformed_row", "the prompt has images but no user message to put them in")
+    raise RowError("malformed_row", "the prompt has images but no user message to put them in")
 
 
 def _refuse_empty_prompt(prompt: list[Message]) -> None:
@@ -286,7 +288,7 @@ def _refuse_empty_prompt(prompt: list[Message]) -> None:
     last = prompt[-1]
     asked = any(part["type"] == "image" or part["text"].strip() for part in last["content"])
     if not asked or last["role"] == "system":
-        raise BadRow("empty_prompt", "the prompt is empty")
+        raise RowError("empty_prompt", "the prompt is empty")
 
 
 def _refuse_half_characters(pair: PreferencePair) -> None:
@@ -296,4 +298,4 @@ def _refuse_half_characters(pair: PreferencePair) -> None:
         json.dumps(pair.prompt, ensure_ascii=False).encode()
         "".join((pair.id, pair.chosen, pair.rejected, *paths)).encode()
     except UnicodeEncodeError as error:
-        raise BadRow("malformed_row", f"the text holds half of a character: {error}") from None
+        raise RowError("malformed_row", f"the text holds half of a character: {error}") from None

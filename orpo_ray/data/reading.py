@@ -9,18 +9,19 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
 from orpo_ray.data.containers import Shard, read_rows
 from orpo_ray.data.formats import id_of, to_pair
 from orpo_ray.data.order import Order, owner
 from orpo_ray.data.pairs import Image, PreferencePair
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 
 # What one encoding task takes: a pair with a large photograph costs it some 150 ms and 10 MB of pixels, one with a
 # thumbnail 1 ms, and between two tasks a process idles for 100 ms or more.
@@ -40,7 +41,7 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),  # the messages, as JSON
         ("chosen", pa.string()),
         ("rejected", pa.string()),
-        ("bad", pa.string()),  # for a row that cannot be a pair: [reason, detail], as JSON
+        ("bad", BAD_ROW_TYPE),  # null for a pair
     ]
 )
 
@@ -85,15 +86,6 @@ class ReadSpec:
         return mine & (sample_indices >= self.first_sample) & (sample_indices < self.end_sample)
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A row that cannot be a pair. source: where it stands."""
-
-    id: str
-    source: str
-    bad: BadRow
-
-
 def read_window(spec: ReadSpec, epoch: int, number: int) -> Iterator[pa.Table]:
     """Tables of `SCHEMA` with this worker's rows of one window, in the order of their sample indices."""
     window = spec.order.window(epoch, number)
@@ -108,19 +100,19 @@ def read_window(spec: ReadSpec, epoch: int, number: int) -> Iterator[pa.Table]:
     yield from _tables(spec, [(int(sample_index), *pairs[sample_index]) for sample_index in sample_indices[owned]])
 
 
-def read_pairs(spec: ReadSpec, shard: int, rows: np.ndarray) -> list[PreferencePair | Refused]:
-    """Rows of a shard as pairs, or as what is wrong with them."""
+def read_pairs(spec: ReadSpec, shard: int, rows: np.ndarray) -> list[PreferencePair | BadRow]:
+    """Read rows of a shard. A row that cannot be a pair comes as a `BadRow` without a sample index."""
     there, format_name = spec.shards[shard], spec.format_names[shard]
-    pairs: list[PreferencePair | Refused] = []
+    pairs: list[PreferencePair | BadRow] = []
     for row, raw in zip(rows.tolist(), read_rows(there, rows.tolist()), strict=True):
         where = there.describe(row)
         try:
-            if isinstance(raw, BadRow):
+            if isinstance(raw, RowError):
                 raise raw
             pairs.append(replace(to_pair(raw, format_name, spec.columns, fallback_id=where), source=where))
-        except BadRow as bad:
-            row_id = where if isinstance(raw, BadRow) else id_of(raw, spec.columns, where)
-            pairs.append(Refused(_writable(row_id), where, bad))
+        except RowError as error:
+            row_id = where if isinstance(raw, RowError) else id_of(raw, spec.columns, where)
+            pairs.append(BadRow.of(error, NO_SAMPLE, _writable(row_id), where))
     return pairs
 
 
@@ -129,7 +121,7 @@ def _writable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def pair_at(spec: ReadSpec, sample_index: int) -> tuple[Shard, PreferencePair | Refused]:
+def pair_at(spec: ReadSpec, sample_index: int) -> tuple[Shard, PreferencePair | BadRow]:
     """The pair of one sample index, whoever owns it."""
     ((epoch, number),) = spec.order.windows(sample_index, sample_index + 1)
     window = spec.order.window(epoch, number)
@@ -149,23 +141,25 @@ def image_fingerprint(image: Image, root: str | None) -> str:
 
 def _read_window(
     spec: ReadSpec, sample_indices: np.ndarray, rows: np.ndarray
-) -> dict[int, tuple[Shard, PreferencePair | Refused]]:
+) -> dict[int, tuple[Shard, PreferencePair | BadRow]]:
     """sample index -> (shard, pair or what is wrong). Each shard is read once."""
-    pairs: dict[int, tuple[Shard, PreferencePair | Refused]] = {}
+    pairs: dict[int, tuple[Shard, PreferencePair | BadRow]] = {}
     for index in np.unique(rows[:, 0]).tolist():
         here = rows[:, 0] == index
         wanted = rows[here, 1]
         if index in spec.row_indices:
             wanted = spec.row_indices[index][wanted]
         for sample_index, pair in zip(sample_indices[here].tolist(), read_pairs(spec, index, wanted), strict=True):
+            if isinstance(pair, BadRow):
+                pair = replace(pair, sample_index=sample_index)
             pairs[sample_index] = (spec.shards[index], pair)
     return pairs
 
 
 def _exchange(
     spec: ReadSpec,
-    pairs: dict[int, tuple[Shard, PreferencePair | Refused]],
-) -> dict[int, tuple[Shard, PreferencePair | Refused]]:
+    pairs: dict[int, tuple[Shard, PreferencePair | BadRow]],
+) -> dict[int, tuple[Shard, PreferencePair | BadRow]]:
     """Give every pair the images of the next pair with as many, but other, images; a BadRow where there is none."""
     groups: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
     for sample_index, (shard, pair) in pairs.items():
@@ -176,10 +170,7 @@ def _exchange(
     out = dict(pairs)
     for sample_index, (shard, pair) in pairs.items():
         if isinstance(pair, PreferencePair) and not pair.images:
-            out[sample_index] = (
-                shard,
-                Refused(pair.id, pair.source, BadRow("no_image_to_exchange", "the pair has no image")),
-            )
+            out[sample_index] = (shard, _not_exchanged(sample_index, pair, "the pair has no image"))
     for group in groups.values():
         for place, (sample_index, fingerprint) in enumerate(group):
             shard, pair = pairs[sample_index]
@@ -187,8 +178,7 @@ def _exchange(
             followers = (group[(place + step) % len(group)] for step in range(1, len(group)))
             other = next((there for there, theirs in followers if theirs != fingerprint), None)
             if other is None:
-                nothing = BadRow("no_image_to_exchange", "no other images to exchange with")
-                out[sample_index] = (shard, Refused(pair.id, pair.source, nothing))
+                out[sample_index] = (shard, _not_exchanged(sample_index, pair, "no other images to exchange with"))
                 continue
             other_segment, other_pair = pairs[other]
             assert isinstance(other_pair, PreferencePair)
@@ -197,12 +187,16 @@ def _exchange(
     return out
 
 
+def _not_exchanged(sample_index: int, pair: PreferencePair, detail: str) -> BadRow:
+    return BadRow(sample_index, pair.id, pair.source, "no_image_to_exchange", detail)
+
+
 def _fingerprint(pair: PreferencePair, root: str | None) -> str:
     """The same for the same images in the same order."""
     return " ".join(image_fingerprint(image, root) for image in pair.images)
 
 
-def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | Refused]]) -> Iterator[pa.Table]:
+def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | BadRow]]) -> Iterator[pa.Table]:
     block: list[dict[str, object]] = []
     size = 0
     for sample_index, shard, pair in rows:
@@ -212,8 +206,7 @@ def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | Refuse
             block.append(base | {name: getattr(pair, name) for name in named} | {"prompt": json.dumps(pair.prompt)})
             size += stored_bytes(block[-1])
         else:
-            bad = json.dumps([pair.bad.reason, pair.bad.detail])
-            block.append(base | {"id": pair.id, "source": pair.source, "bad": bad})
+            block.append(base | {"id": pair.id, "source": pair.source, "bad": asdict(pair)})
         if len(block) >= ROWS_PER_CHUNK or size >= BYTES_PER_CHUNK:
             yield pa.Table.from_pylist(block, schema=SCHEMA)
             block, size = [], 0
@@ -228,9 +221,9 @@ def stored_bytes(row: Mapping[str, Any]) -> int:
 
 
 def pair_of(row: Mapping[str, Any]) -> PreferencePair | BadRow:
-    """A row of `SCHEMA` back as a pair, or as what was wrong with it."""
+    """Rebuild a pair, or a bad row, from a row of `SCHEMA`."""
     if row["bad"] is not None:
-        return BadRow(*json.loads(row["bad"]))
+        return BadRow(**row["bad"])
     return PreferencePair(
         id=row["id"],
         images=row["images"] or [],

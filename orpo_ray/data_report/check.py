@@ -23,7 +23,7 @@ from orpo_ray.data.reading import ReadSpec, pair_at
 from orpo_ray.data_report.page import render_page
 from orpo_ray.data_report.report import PairFacts, SplitCheck, images_on_both_sides, warnings_of
 from orpo_ray.data_report.scan import iter_checked
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import image_folder
 from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
@@ -58,7 +58,7 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
     (folder.path / PAGE_FILE).write_text(render_page(report, gallery), encoding="utf-8")
     (folder.path / DATA_CHECK_FILE).write_text(json.dumps(report, indent=2), encoding="utf-8")
     folder.push(PAGE_FILE, DATA_CHECK_FILE)
-    write_bad_rows(folder, (record for check in checks.values() for record in check.bad_records()))
+    write_bad_rows(folder, (row for check in checks.values() for row in check.bad))
     return report, f"{recipe.run_uri}/{PAGE_FILE}"
 
 
@@ -116,7 +116,7 @@ def _thumbnail(image: Image, root: str | None, allow_http: bool) -> str:
     """A small JPEG as a data URI; empty if the image went away since it was checked."""
     try:
         picture = load_image(image, image_folder(root), allow_http)
-    except BadRow:
+    except RowError:
         return ""
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

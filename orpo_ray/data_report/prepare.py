@@ -6,7 +6,7 @@ Training and sweeps then stream from it: nothing is left to be fetched, found br
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.data.bad_rows import check_bad_fraction, refuse_rows
+from orpo_ray.data.bad_rows import BadRow, check_bad_fraction, refuse_rows
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.from_recipe import all_data, encoder_of
 from orpo_ray.data.reading import ReadSpec
@@ -27,7 +27,6 @@ from orpo_ray.errors import UserError
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import locate, with_retries
 from orpo_ray.storage.run_folder import RunFolder
-from orpo_ray.streaming.pipeline import BadRecord
 from orpo_ray.tracking.tracker import write_bad_rows
 
 PREPARED = "data"
@@ -42,7 +41,7 @@ class Prepared:
 
     uri: str
     shards: dict[str, int] = field(default_factory=dict)
-    bad: list[BadRecord] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -66,18 +65,13 @@ def prepare_data(recipe: Recipe, console: Console) -> dict[str, Prepared]:
     written = {
         name: _write_split(f"{folder.uri}/{PREPARED}/{name}", read, encoder, console) for name, read in splits.items()
     }
-    records = {name: [_record(bad) for bad in split.bad] for name, split in written.items()}
-    write_bad_rows(folder, (record for split in records.values() for record in split))
-    refuse_rows(recipe, records["train"])
-    check_bad_fraction(recipe, len(records["train"]), train.end_sample, records["train"], at_end=True)
+    write_bad_rows(folder, (row for split in written.values() for row in split.bad))
+    bad = written["train"].bad
+    refuse_rows(recipe, bad)
+    check_bad_fraction(recipe, len(bad), train.end_sample, bad, at_end=True)
     # Last, so that a folder with a manifest is whole.
     _write_text(f"{folder.uri}/{PREPARED}/{MANIFEST_FILE}", json.dumps(_manifest(recipe, written), indent=2))
     return written
-
-
-def _record(bad: BadRecord) -> dict[str, Any]:
-    """A line of `bad_rows.jsonl`."""
-    return {key: value for key, value in asdict(bad).items() if key != "sample_index"}
 
 
 def _write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Console) -> Prepared:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data_report.text_only_baseline import TextOnlyPair, text_only_accuracy
@@ -27,9 +28,9 @@ GALLERY_EXTREMES = 8
 
 @dataclass(frozen=True)
 class PairFacts:
-    """What is known of one row after encoding; all but the first four fields are empty for a bad row.
+    """What is known of one pair after encoding.
 
-    bad: (reason, detail). tokens: of prompt, image placeholders in it, chosen, rejected. images: fingerprints. sizes:
+    tokens: of prompt, image placeholders in it, chosen, rejected. images: fingerprints. sizes:
     (width, height) of every image. question, pair: hashes of images + prompt, and of all; exchanged: of the pair with
     its answers exchanged. texts: prompt, chosen, rejected, shortened.
     """
@@ -37,7 +38,6 @@ class PairFacts:
     sample_index: int
     id: str
     source: str
-    bad: tuple[str, str] | None = None
     tokens: tuple[int, int, int, int] = (0, 0, 0, 0)
     images: tuple[str, ...] = ()
     question: str = ""
@@ -98,39 +98,40 @@ class SplitCheck:
     policy: str
     formats: dict[str, int]
     facts: list[PairFacts] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
 
-    def add(self, facts: PairFacts) -> None:
-        """One more row."""
-        self.facts.append(facts)
+    def add(self, row: PairFacts | BadRow) -> None:
+        """Add one row: the facts of a pair, or a bad row."""
+        if isinstance(row, BadRow):
+            self.bad.append(row)
+        else:
+            self.facts.append(row)
 
     def sort(self) -> None:
-        """Put the rows, which come as they are ready, into the order of the set."""
+        """Sort the rows, which arrive in any order, by sample index."""
         self.facts.sort(key=lambda facts: facts.sample_index)
-
-    def bad_records(self) -> list[dict[str, str]]:
-        """Lines of `bad_rows.jsonl`."""
-        return [_bad_record(facts) for facts in self.facts if facts.bad]
+        self.bad.sort(key=lambda row: row.sample_index)
 
     def report(self) -> dict[str, Any]:
         """The split as plain numbers, for `--json` and the page."""
-        bad = [facts for facts in self.facts if facts.bad]
-        good = [facts for facts in self.facts if not facts.bad]
+        bad, good = self.bad, self.facts
+        rows = len(good) + len(bad)
         too_long = sum(facts.sequence > self.max_length for facts in good)
         return {
-            "rows": len(self.facts),
+            "rows": rows,
             "pairs": len(good) - (too_long if self.policy == "skip" else 0),
             "bad": {
                 "total": len(bad),
-                "share": len(bad) / max(1, len(self.facts)),
-                "by_reason": dict(Counter(facts.bad[0] for facts in bad if facts.bad).most_common()),
-                "examples": self.bad_records()[:BAD_EXAMPLES],
+                "share": len(bad) / max(1, rows),
+                "by_reason": dict(Counter(row.reason for row in bad).most_common()),
+                "examples": [row.as_line() for row in bad[:BAD_EXAMPLES]],
             },
             "formats": self.formats,
             "images_per_pair": {str(n): c for n, c in sorted(Counter(len(facts.images) for facts in good).items())},
             "image_sizes": _image_sizes(good),
             "tokens": self._tokens(good),
             "histograms": self._histograms(good),
-            "too_long": {"count": too_long, "share": too_long / max(1, len(self.facts)), "policy": self.policy},
+            "too_long": {"count": too_long, "share": too_long / max(1, rows), "policy": self.policy},
             "duplicates": _duplicates(good),
             "length_bias": _length_bias(good),
             "blind": text_only_accuracy([TextOnlyPair(facts.question, *facts.texts) for facts in good]),
@@ -138,7 +139,7 @@ class SplitCheck:
 
     def gallery(self) -> dict[str, list[int]]:
         """Slots of pairs worth a look, by why."""
-        good = [facts for facts in self.facts if not facts.bad]
+        good = self.facts
         if not good:
             return {}
         places = np.unique(np.linspace(0, len(good) - 1, GALLERY_SAMPLE).round().astype(int))
@@ -188,11 +189,6 @@ def warnings_of(facts: PairFacts, max_length: int) -> list[str]:
     if not facts.images:
         found.append("no image")
     return found
-
-
-def _bad_record(facts: PairFacts) -> dict[str, str]:
-    assert facts.bad is not None
-    return {"id": facts.id, "source": facts.source, "reason": facts.bad[0], "detail": facts.bad[1]}
 
 
 def _lengths(good: Sequence[PairFacts]) -> dict[str, np.ndarray]:

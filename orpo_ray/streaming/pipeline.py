@@ -6,11 +6,9 @@ encoded pairs for training (`stream.py`), facts or clean rows for the `data` com
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -19,10 +17,11 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec, PairEncoder
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_of, read_window, stored_bytes
-from orpo_ray.errors import BadRow
+from orpo_ray.errors import RowError
 from orpo_ray.storage.files import image_folder
 
 # A block is one row, and that row a whole chunk of pairs: Ray Data merges small blocks and splits large ones at row
@@ -54,17 +53,6 @@ ENCODE_ENV = {
         "PILLOW_BLOCKS_MAX": "4",
     }
 }
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """A row that was not trained on: a line of `bad_rows.jsonl`."""
-
-    sample_index: int
-    id: str
-    source: str
-    reason: str
-    detail: str
 
 
 def least_cpus(num_pipelines: int) -> float:
@@ -132,17 +120,18 @@ def portions(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[EncodedPair | BadRow]:
-    """Every row encoded, or what is wrong with it; in their order."""
+    """Encode rows of `reading.SCHEMA`, in their order; a row that cannot be used comes as a BadRow."""
     read = [pair_of(row) for row in rows]
     roots = [image_folder(row["image_root"]) for row in rows]
     good = [(pair, root) for pair, root in zip(read, roots, strict=True) if isinstance(pair, PreferencePair)]
     encoded = iter(encoder.encode_many([pair for pair, _ in good], [root for _, root in good]))
-    return [pair if isinstance(pair, BadRow) else next(encoded) for pair in read]
-
-
-def bad_record(row: dict[str, Any], bad: BadRow) -> str:
-    """A `BadRecord` as JSON."""
-    return json.dumps(vars(BadRecord(row["sample_index"], row["id"], row["source"], bad.reason, bad.detail)))
+    out: list[EncodedPair | BadRow] = []
+    for row, pair in zip(rows, read, strict=True):
+        item = pair if isinstance(pair, BadRow) else next(encoded)
+        if isinstance(item, RowError):
+            item = BadRow.of(item, row["sample_index"], row["id"], row["source"])
+        out.append(item)
+    return out
 
 
 @lru_cache(maxsize=2)

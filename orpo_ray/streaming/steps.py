@@ -6,21 +6,19 @@ sample index is the position.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from orpo_ray.data.bad_rows import BAD_ROW_TYPE, BadRow
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.errors import BadRow
 from orpo_ray.streaming.pipeline import (
-    BadRecord,
-    bad_record,
     encode_rows,
     encoder_of_this_process,
     iter_blocks,
@@ -29,7 +27,7 @@ from orpo_ray.streaming.pipeline import (
 )
 
 _ENCODED_CHUNK = pa.schema(
-    [("sample_indices", pa.list_(pa.int64())), ("pairs", pa.list_(pa.large_binary())), ("bad", pa.list_(pa.string()))]
+    [("sample_indices", pa.list_(pa.int64())), ("pairs", pa.list_(pa.large_binary())), ("bad", pa.list_(BAD_ROW_TYPE))]
 )
 
 
@@ -39,7 +37,7 @@ class StepShard:
 
     step: int
     pairs: list[EncodedPair] = field(default_factory=list)
-    bad: list[BadRecord] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
 
 
 def iter_steps(
@@ -49,7 +47,7 @@ def iter_steps(
 
     max_encoders: encoding tasks at a time, for this worker.
     """
-    waiting: dict[int, EncodedPair | BadRecord] = {}
+    waiting: dict[int, EncodedPair | BadRow] = {}
     arrivals = _iter_encoded(read, encoder, max_encoders)
     for step in range(first_step, num_steps):
         share = StepShard(step)
@@ -58,25 +56,23 @@ def iter_steps(
             while sample_index not in waiting:
                 waiting.update(next(arrivals))
             item = waiting.pop(sample_index)
-            if isinstance(item, BadRecord):
+            if isinstance(item, BadRow):
                 share.bad.append(item)
             else:
                 share.pairs.append(item)
         yield share
 
 
-def _iter_encoded(
-    read: ReadSpec, encoder: EncoderSpec, max_encoders: int
-) -> Iterator[dict[int, EncodedPair | BadRecord]]:
+def _iter_encoded(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Iterator[dict[int, EncodedPair | BadRow]]:
     for block in iter_blocks(read, partial(_encode_chunk, encoder=encoder), max_encoders, ordered=True):
         for chunk in range(block.num_rows):
             sample_indices, pairs, bad = (block[name][chunk].values for name in ("sample_indices", "pairs", "bad"))
             yield dict(map(_arrived, sample_indices.to_pylist(), pairs, bad.to_pylist()))
 
 
-def _arrived(sample_index: int, pair: pa.Scalar, bad: str | None) -> tuple[int, EncodedPair | BadRecord]:
+def _arrived(sample_index: int, pair: pa.Scalar, bad: dict[str, Any] | None) -> tuple[int, EncodedPair | BadRow]:
     if bad is not None:
-        return sample_index, BadRecord(**json.loads(bad))
+        return sample_index, BadRow(**bad)
     # Its pixels stay where they are, in the object store's shared memory, until they are packed.
     return sample_index, EncodedPair.from_bytes(pair.as_buffer(), sample_index)
 
@@ -88,9 +84,6 @@ def _encode_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
         columns = {
             "sample_indices": [row["sample_index"] for row in rows],
             "pairs": [None if isinstance(item, BadRow) else item.to_bytes() for item in encoded],
-            "bad": [
-                bad_record(row, item) if isinstance(item, BadRow) else None
-                for row, item in zip(rows, encoded, strict=True)
-            ],
+            "bad": [asdict(item) if isinstance(item, BadRow) else None for item in encoded],
         }
         yield pa.Table.from_pylist([columns], schema=_ENCODED_CHUNK)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE, METRICS_FILE, RunFolder
 
 
@@ -40,13 +41,13 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
-    def log_bad_rows(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write the bad rows (`id, source, reason, detail`) that are not there yet."""
+    def log_bad_rows(self, rows: Iterable[BadRow]) -> None:
+        """Write the bad rows that the file does not hold yet."""
         with (self.run_dir / BAD_ROWS_FILE).open("a", encoding="utf-8") as file:
-            for record in records:
-                if record["source"] not in self._bad_sources:
-                    self._bad_sources.add(record["source"])
-                    file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
+            for row in rows:
+                if row.source not in self._bad_sources:
+                    self._bad_sources.add(row.source)
+                    file.write(json.dumps(row.as_line(), ensure_ascii=False) + "\n")
 
     def push(self) -> None:
         """Bring what was written so far to a run folder in an object store."""
@@ -71,10 +72,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line]
 
 
-def write_bad_rows(folder: RunFolder, records: Iterable[Mapping[str, Any]]) -> None:
+def write_bad_rows(folder: RunFolder, rows: Iterable[BadRow]) -> None:
     """Write `bad_rows.jsonl` before a run is; of one that is there, what it met stands and nothing is touched."""
     if not folder.has(METRICS_FILE):
-        lines = (json.dumps(dict(record), ensure_ascii=False) + "\n" for record in records)
+        lines = (json.dumps(row.as_line(), ensure_ascii=False) + "\n" for row in rows)
         (folder.path / BAD_ROWS_FILE).write_text("".join(lines), encoding="utf-8")
         folder.push(BAD_ROWS_FILE)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import ray.train.torch
 import torch
 
 from orpo_ray.config.load import parse_recipe
-from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, check_bad_fraction, refuse_rows
+from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, refuse_rows
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import ReadSpec
@@ -25,7 +25,6 @@ from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.orpo import SUM_NAMES, metrics_from_sums, orpo_loss
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner, reduce_sums
 from orpo_ray.processing.pixel_norm import PixelNorm
-from orpo_ray.streaming.pipeline import BadRecord
 from orpo_ray.streaming.steps import StepShard, iter_steps
 from orpo_ray.tracking.tracker import Tracker
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
@@ -85,7 +84,7 @@ class Worker:
         self.position = load_latest(self.engine, self.recipe, config.train)
         self.tracker = Tracker(self.recipe, self.position.step) if self.rank == 0 else None
         self.images_checked = False
-        self.first_bad: list[dict[str, Any]] = []
+        self.first_bad: list[BadRow] = []
 
     def run(self) -> None:
         """Train from the position to the end, then evaluate and write `final/`."""
@@ -159,25 +158,23 @@ class Worker:
         self.position = replace(old, step=share.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs)
         metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
         if plan.bad:
-            records = self._log_bad_rows(share.bad)
-            self.first_bad = [*self.first_bad, *records][:BAD_ROWS_SHOWN]
-            refuse_rows(self.recipe, records)
+            rows = self._log_bad_rows(share.bad)
+            self.first_bad = [*self.first_bad, *rows][:BAD_ROWS_SHOWN]
+            refuse_rows(self.recipe, rows)
         if self.tracker is not None:
             self.tracker.log(self.position.step, with_prefix(metrics, "train"))
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
         self._judge_bad_rows(at_end=False)
 
-    def _log_bad_rows(self, mine: list[BadRecord]) -> list[dict[str, Any]]:
-        """Bring all workers' bad rows to rank 0, which writes them down; returns them all. A collective."""
-        everyone: list[Any] = [None] * self.num_workers
+    def _log_bad_rows(self, mine: list[BadRow]) -> list[BadRow]:
+        """Gather all workers' bad rows, write them on rank 0, and return them in order. A collective."""
+        everyone = [mine] * self.num_workers
         if self.num_workers > 1:
-            torch.distributed.all_gather_object(everyone, [asdict(record) for record in mine])
-        else:
-            everyone[0] = [asdict(record) for record in mine]
-        records = sorted((record for part in everyone for record in part), key=lambda record: record["sample_index"])
+            torch.distributed.all_gather_object(everyone, mine)
+        rows = sorted((row for rows in everyone for row in rows), key=lambda row: row.sample_index)
         if self.tracker is not None:
-            self.tracker.log_bad_rows({key: r[key] for key in ("id", "source", "reason", "detail")} for r in records)
-        return records
+            self.tracker.log_bad_rows(rows)
+        return rows
 
     def _judge_bad_rows(self, at_end: bool) -> None:
         check_bad_fraction(self.recipe, self.position.bad, self.position.seen, self.first_bad, at_end)
@@ -199,7 +196,7 @@ class Worker:
         self._tell(phase="evaluating with exchanged images" if exchange else "evaluating")
         read = replace(self._mine(held_out), exchange_images=exchange)
         steps = -(-held_out.end_sample // held_out.pairs_per_step)
-        bad: list[BadRecord] = []
+        bad: list[BadRow] = []
 
         def shares() -> Iterator[tuple[list[EncodedPair], int]]:
             for share in self._iter_steps(read, 0, steps):
