@@ -14,11 +14,11 @@ quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offl
 test: lint fast slow  ## everything
 
 fast: $(INSTALLED)  ## tests that take seconds
-	$(BIN)/pytest -q -m "not slow" -n 2
+	$(BIN)/pytest -q tests/unit -n 2
 
 .PHONY: slow
 slow: $(INSTALLED)  ## whole runs on a real Ray
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q tests/integration
 
 lint: $(INSTALLED)  ## style, undefined names, types
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Configs of well-known models, so that a plan needs neither the hub nor weights: `orpo-ray plan` asks the hub first.
 
 The figures are those of each model's own config.json on the Hugging Face hub, as far as they decide sizes and shapes;
-what is left out is transformers' default for the class. Each is checked in tests/test_planning.py against the number
-of parameters that the hub publishes for the model's safetensors.
+what is left out is transformers' default for the class. tests/unit/planning/test_planning.py compares
+each with the number of parameters that the hub publishes for the model's safetensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a worker holds of a model between steps, in bytes: weights, gradients, optimizer states, by ZeRO stage.
 
 Counted as DeepSpeed 0.19.8 holds it with the config of `training/deepspeed.py`; its own files are named beside each.
-tests/test_planning_states.py compares each with the storages of real engines.
+tests/integration/test_planning_states.py compares each with the storages of real engines.
 """
 
 from __future__ import annotations

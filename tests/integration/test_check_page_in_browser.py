@@ -1,0 +1,208 @@
+"""The page of `orpo-ray data check` in a real browser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_ray.data_report.page import render_page
+from support.data_reports import (
+    a_gallery,
+    a_report,
+    hostile,
+    nothing,
+)
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright (pip install playwright)")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page in the browser, with what it asked for and complained of."""
+
+    def __init__(self, browser: Any, file: Path, **options: Any) -> None:
+        self.complaints, self.requests = list[str](), list[str]()
+        self.page = browser.new_page(**{"viewport": {"width": 1440, "height": 900}} | options)
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(file.as_uri())
+        self.address = file.as_uri()
+
+    def shown(self) -> list[str]:
+        return self.page.locator(".pair:visible h3").all_inner_texts()
+
+    def overflow(self) -> int:
+        return self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
+    """Opens a page; in the end none may have complained, or asked for anything but itself."""
+    pages: list[Opened] = []
+
+    def open_page(report: dict[str, Any], gallery: list[dict[str, Any]], **options: Any) -> Opened:
+        file = tmp_path / f"{len(pages)}.html"
+        file.write_text(render_page(report, gallery), "utf-8")
+        pages.append(Opened(browser, file, **options))
+        return pages[-1]
+
+    yield open_page
+    for one in pages:
+        assert one.complaints == []
+        assert [url for url in one.requests if url != one.address and not url.startswith("data:")] == []
+        one.page.close()
+
+
+def test_hostile_text_does_not_run(opened: Callable[..., Opened]) -> None:
+    for size in ({"width": 390, "height": 844}, {"width": 1440, "height": 900}):
+        one = opened(*hostile(), viewport=size)
+        one.page.evaluate("document.querySelectorAll('*').forEach((one) => one.dispatchEvent(new Event('mouseover')))")
+        assert one.page.evaluate("window.hacked === undefined && document.compatMode === 'CSS1Compat'")
+        assert one.overflow() <= 0
+
+
+def test_an_injected_script_is_stopped_by_the_policy(opened: Callable[..., Opened]) -> None:
+    one = opened(a_report(), a_gallery())
+    one.page.evaluate(
+        """() => {
+            const script = document.createElement("script");
+            script.textContent = "window.hacked = 1";
+            document.body.append(script);
+            const image = document.createElement("img");
+            image.src = "https://a.example/pixel.png";
+            document.body.append(image);
+        }"""
+    )
+    one.page.wait_for_timeout(200)
+    assert one.page.evaluate("window.hacked === undefined")
+    assert len(one.complaints) >= 2
+    assert all("Content Security Policy" in complaint for complaint in one.complaints)
+    one.complaints.clear()
+    one.requests.clear()  # the browser names those that it refused, too
+
+
+def test_images_are_all_shown(opened: Callable[..., Opened]) -> None:
+    one = opened(a_report(), a_gallery())
+    one.page.wait_for_function("[...document.images].every((image) => image.complete)")
+    assert one.page.evaluate("document.images.length") == 11
+    assert one.page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 768, 1440])
+def test_nothing_sticks_out(opened: Callable[..., Opened], width: int, scheme: str) -> None:
+    empty = {"eval": None, "train": nothing(5)}
+    for report, gallery in ((a_report(), a_gallery()), (a_report() | empty, [])):
+        one = opened(report, gallery, viewport={"width": width, "height": 900}, color_scheme=scheme)
+        assert one.overflow() <= 0
+        assert one.page.locator(".card p").evaluate_all("all => all.every((one) => one.scrollWidth <= one.clientWidth)")
+
+
+def test_filters_choose_what_is_shown(opened: Callable[..., Opened]) -> None:
+    one = opened(a_report(), a_gallery())
+
+    def press(text: str) -> None:
+        one.page.get_by_role("button", name=text).click()
+
+    assert len(one.shown()) == 10
+    press("longest")
+    assert one.shown() == ["pair-6", "pair-7"]
+    assert one.page.locator("#shown").inner_text() == "2 of 10 pairs"
+    assert one.page.locator('[data-value="longest"]').get_attribute("aria-pressed") == "true"
+    press("no image")
+    assert one.shown() == []
+    assert one.page.locator("#none-left").is_visible()
+    press("Show all pairs")
+    assert len(one.shown()) == 10
+    press("too long")
+    assert one.shown() == ["pair-6", "pair-7"]
+    press("too long")
+    press("any")
+    assert one.shown() == ["pair-6", "pair-7", "pair-8"]
+
+
+def test_search_looks_into_prompts_answers_and_ids(opened: Callable[..., Opened]) -> None:
+    one = opened(a_report(), a_gallery())
+    search = one.page.get_by_role("searchbox")
+    expected = {"picture 3": ["pair-3"], "ANOTHER": ["pair-7"], "pair-9": ["pair-9"], "no such thing": []}
+    for words, found in expected.items():
+        search.fill(words)
+        assert one.shown() == found
+    search.fill("")
+    assert len(one.shown()) == 10
+
+
+def test_long_texts_unfold(opened: Callable[..., Opened]) -> None:
+    one = opened(a_report(), a_gallery())
+    pair = one.page.locator(".pair", has_text="Another long answer")
+    text, more = pair.locator(".chosen .text"), pair.locator(".chosen .more")
+    folded = text.bounding_box()["height"]
+    assert pair.locator(".rejected .more").is_hidden()
+    more.focus()
+    one.page.keyboard.press("Enter")
+    assert more.get_attribute("aria-expanded") == "true"
+    assert text.bounding_box()["height"] > 3 * folded
+    more.click()
+    assert text.bounding_box()["height"] == folded
+
+
+def test_an_image_opens_large_and_closes(opened: Callable[..., Opened]) -> None:
+    one = opened(a_report(), a_gallery())
+    viewer, keyboard = one.page.locator("#viewer"), one.page.keyboard
+    assert viewer.is_hidden()
+    thumb = one.page.get_by_role("button", name="Enlarge image 2 of pair-9")
+    thumb.focus()
+    keyboard.press("Enter")
+    assert viewer.is_visible()
+    assert "Image 2 of pair-9" in viewer.inner_text()
+    keyboard.press("ArrowRight")
+    assert "Image 3 of pair-9" in viewer.inner_text()
+    keyboard.press("ArrowRight")
+    assert "Image 1 of pair-0" in viewer.inner_text()
+    keyboard.press("Escape")
+    assert viewer.is_hidden()
+    thumb.click()
+    one.page.mouse.click(5, 5)
+    assert viewer.is_hidden()
+
+
+def test_without_scripts_all_is_shown(opened: Callable[..., Opened]) -> None:
+    one = opened(a_report(), a_gallery(), java_script_enabled=False)
+    assert len(one.shown()) == 10
+    assert one.page.locator(".tools").is_hidden()
+    text = one.page.locator(".pair", has_text="Another long answer").locator(".chosen .text")
+    assert text.bounding_box()["height"] > 500
+
+
+def test_on_paper_all_is_shown(opened: Callable[..., Opened]) -> None:
+    one = opened(a_report(), a_gallery(), color_scheme="dark")
+    one.page.emulate_media(media="print")
+    text = one.page.locator(".pair", has_text="Another long answer").locator(".chosen .text")
+    assert text.bounding_box()["height"] > 300
+    assert one.page.locator(".tools").is_hidden()
+    assert one.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -1,0 +1,160 @@
+"""Whole runs by command: train, evaluate, export; a sweep; a submitted job."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from support.commands import orpo_ray
+from support.paths import ROOT
+from support.tiny_runs import losses, tiny_recipe
+
+TINY_OVERRIDES = [
+    "optim.max_steps=8",
+    "optim.pairs_per_step=4",
+    "eval.max_pairs=24",
+    "data.shuffle_window=64",
+]
+
+
+@pytest.fixture
+def dead_cluster() -> Iterator[dict[str, str]]:
+    """An environment in which Ray believes that a cluster, long dead, is running on this machine."""
+    # Not tmp_path: the paths of Ray's sockets would be longer than the system's 107 bytes.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        yield {"RAY_TMPDIR": folder}
+
+
+@pytest.mark.timeout(400)
+def test_train_then_evaluate(tmp_path: Path, dead_cluster: dict[str, str]) -> None:
+    quickstart = str(ROOT / "recipes/quickstart.yaml")
+    trained = orpo_ray("train", quickstart, *TINY_OVERRIDES, cwd=tmp_path, env=dead_cluster)
+    assert trained.returncode == 0, trained.stderr
+    run_dir = tmp_path / "runs" / "quickstart"
+    assert str(run_dir) in trained.stderr
+    assert "eval/grounding_gap" in trained.stderr
+    keys = {
+        "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/grounding_gap",
+        "eval/rewards/accuracies_exchanged", "eval/samples_per_second", "eval/steps_per_second", "eval/pairs",
+    }  # fmt: skip
+    results = []
+    for target in (run_dir, run_dir / "final"):
+        data = ["data.eval=easy-vqa:test", "data.shuffle_window=64"] if target.name == "final" else []
+        evaluated = orpo_ray("evaluate", str(target), *data, "eval.max_pairs=24", "--json", cwd=tmp_path)
+        assert evaluated.returncode == 0, evaluated.stderr
+        results.append(json.loads(evaluated.stdout))
+        assert keys <= set(results[-1])
+        assert results[-1]["eval/pairs"] == 24
+    logged = [line for line in map(json.loads, (run_dir / "metrics.jsonl").open()) if "eval/loss" in line][-1]
+    for name in ("eval/rewards/accuracies", "eval/nll_loss", "eval/grounding_gap"):
+        assert results[0][name] == pytest.approx(logged[name], abs=1e-5)
+    assert results[1]["eval/nll_loss"] == pytest.approx(results[0]["eval/nll_loss"], abs=1e-6)
+
+
+@pytest.mark.timeout(600)
+def test_train_adapters_then_export_them(tmp_path: Path, dead_cluster: dict[str, str]) -> None:
+    """Trained on a base in 4 bits; scored as it was in the run, as one merged model, and as adapters by themselves."""
+    quickstart = str(ROOT / "recipes/quickstart.yaml")
+    options = [*TINY_OVERRIDES, "model.lora.r=4", "model.quantization={}", "optim.learning_rate=1e-2"]
+    trained = orpo_ray("train", quickstart, *options, cwd=tmp_path, env=dead_cluster)
+    assert trained.returncode == 0, trained.stderr
+    run_dir = tmp_path / "runs" / "quickstart"
+    assert f"orpo-ray export {run_dir}" in trained.stderr
+    results = {}
+    for target, flags in (("merged", []), ("adapter", ["--adapter"])):
+        arguments = ["export", "runs/quickstart", *flags, "--output", target, "--json"]
+        exported = orpo_ray(*arguments, cwd=tmp_path)
+        assert exported.returncode == 0, exported.stderr
+        assert json.loads(exported.stdout)["uri"] == str(tmp_path / target)
+    data = ["data.eval=easy-vqa:test", "data.shuffle_window=64", "data.max_length=128", "orpo.beta=0.5"]
+    for target, extra in (
+        (str(run_dir), []), ("merged", data), ("adapter", [*data, "model.quantization={}"])
+    ):  # fmt: skip
+        evaluated = orpo_ray("evaluate", target, *extra, "eval.max_pairs=24", "--json", cwd=tmp_path)
+        assert evaluated.returncode == 0, evaluated.stderr
+        results[target] = json.loads(evaluated.stdout)
+    logged = [line for line in map(json.loads, (run_dir / "metrics.jsonl").open()) if "eval/loss" in line][-1]
+    for name in ("eval/rewards/accuracies", "eval/nll_loss", "eval/rewards/margins", "eval/grounding_gap"):
+        for scores in results.values():
+            assert scores[name] == pytest.approx(logged[name], abs=1e-4)
+
+
+@pytest.mark.timeout(600)
+def test_a_sweep_of_four_trials_leaves_nothing_behind(tmp_path: Path, dead_cluster: dict[str, str]) -> None:
+    """In a process and a Ray of its own, so that all its processes can be counted afterwards.
+
+    Trials that are stopped early must hand back their CPUs, whatever clusters there are or were on the machine.
+    """
+    session = tmp_path / "session"
+    recipe = tiny_recipe(
+        tmp_path / "runs", "sweep", data={"eval": "easy-vqa:test"}, eval={"max_pairs": 16, "every_steps": 2},
+        optim={"max_steps": 8}, tune={"num_trials": 4, "max_concurrent": 2},
+    )  # fmt: skip
+    path = tmp_path / "sweep.yaml"
+    path.write_text(recipe.to_yaml())
+    relative = f"checkpoint.storage={Path(recipe.checkpoint.storage).name}"
+    marker = {"ORPO_RAY_TEST_MARKER": str(session)}
+    result = orpo_ray("tune", str(path), relative, cwd=tmp_path, env=marker | dead_cluster)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"(?:finished|stopped early)", result.stderr)
+    assert len(rows) == 4, result.stderr
+    best = yaml.safe_load((tmp_path / "runs" / "sweep" / "best_recipe.yaml").read_text())
+    assert best["name"] == "sweep-best"
+    assert best["orpo"]["beta"] != recipe.orpo.beta
+    trials = list((tmp_path / "runs" / "sweep" / "trials").iterdir())
+    assert len(trials) == 4
+    assert all(losses(trial) for trial in trials)
+    deadline = time.monotonic() + 30  # Ray's own processes take a moment to notice that the driver ended
+    while left := processes_with(str(session)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def processes_with(marker: str) -> list[str]:
+    """Command lines of living processes whose environment holds `marker`."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            try:
+                if marker.encode() in (process / "environ").read_bytes():
+                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:  # it ended, or is not ours
+                continue
+    return found
+
+
+@pytest.mark.timeout(400)
+def test_a_submitted_job_succeeds(ray_cluster: None, tmp_path: Path) -> None:
+    """`ray job submit --working-dir . -- orpo-ray train recipes/quickstart.yaml`, against a head on this machine."""
+    import ray
+
+    dashboard = ray._private.worker.global_worker.node.webui_url  # type: ignore[attr-defined]
+    assert dashboard.startswith("127.0.0.1:")
+    working_dir = tmp_path / "project"
+    (working_dir / "recipes").mkdir(parents=True)
+    (working_dir / "recipes" / "quickstart.yaml").write_text((ROOT / "recipes/quickstart.yaml").read_text())
+    scripts = Path(sys.executable).parent
+    result = subprocess.run(
+        [
+            str(scripts / "ray"), "job", "submit", "--address", f"http://{dashboard}",
+            "--working-dir", str(working_dir),
+            "--", str(scripts / "orpo-ray"), "train", "recipes/quickstart.yaml", *TINY_OVERRIDES,
+            f"checkpoint.storage={tmp_path / 'runs'}",
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "succeeded" in result.stdout + result.stderr
+    assert (tmp_path / "runs" / "quickstart" / "final" / "config.json").is_file()

@@ -1,0 +1,92 @@
+"""2,000 rows, 40 of them broken in ten ways: those 40 are named, and all others trained on once an epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.from_recipe import encoder_of, run_data
+from orpo_ray.streaming.steps import iter_steps
+from orpo_ray.tracking.tracker import read_jsonl
+from support.broken_rows import KINDS, write_broken
+from support.runs import last_step, run, wait_until
+from support.tiny_runs import losses, tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+ROWS, OF_EACH, PER_STEP = 2000, 4, 100
+
+Broken = tuple[Path, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Broken:
+    return write_broken(tmp_path_factory.mktemp("broken"), ROWS, OF_EACH)
+
+
+def recipe_of(storage: Path, name: str, broken: Broken, workers: int, epochs: int = 1) -> Recipe:
+    sections: dict[str, Any] = {
+        "data": {"train": str(broken[0]), "shuffle_window": 512},
+        "optim": {"epochs": epochs, "max_steps": None, "pairs_per_step": PER_STEP},
+        "checkpoint": {"every_steps": 4},
+        "scaling": {"num_workers": workers},
+    }
+    return tiny_recipe(storage, name, **sections)
+
+
+def check(recipe: Recipe, broken: Broken) -> None:
+    """What a run of any fate must leave: the 40 rows with their reasons, each once, and a count of all others."""
+    folder = Path(recipe.run_uri)
+    written = read_jsonl(folder / "bad_rows.jsonl")
+    assert {row["source"]: row["reason"] for row in written} == broken[1]
+    assert len(written) == OF_EACH * len(KINDS)
+    assert sorted(losses(folder)) == list(range(1, ROWS // PER_STEP + 1))
+    position = json.loads(max(folder.glob("checkpoint_*/position.json")).read_text())
+    bad = OF_EACH * len(KINDS)
+    assert (position["step"], position["seen"], position["bad"]) == (ROWS // PER_STEP, ROWS, bad)
+
+
+def test_every_good_row_once_an_epoch_for_any_number_of_workers(tmp_path: Path, broken: Broken) -> None:
+    epochs = 2
+    recipe = recipe_of(tmp_path, "stream", broken, 1, epochs).with_absolute_paths()
+    read, _ = run_data(recipe)
+    for workers in (1, 3):
+        trained: Counter[tuple[int, str]] = Counter()
+        bad: Counter[str] = Counter()
+        for rank in range(workers):
+            mine = replace(read, rank=rank, num_workers=workers)
+            for share in iter_steps(mine, encoder_of(recipe), 0, epochs * ROWS // PER_STEP, max_encoders=2):
+                trained.update((pair.sample_index // ROWS, pair.id) for pair in share.pairs)
+                bad.update(record.source for record in share.bad)
+        assert set(trained.values()) == {1}
+        assert len(trained) == epochs * (ROWS - OF_EACH * len(KINDS))
+        assert bad == dict.fromkeys(broken[1], epochs)
+
+
+@pytest.mark.timeout(600)
+def test_a_kill_and_another_number_of_workers_change_nothing(tmp_path: Path, broken: Broken) -> None:
+    whole = recipe_of(tmp_path, "whole", broken, 1)
+    run(whole)
+    check(whole, broken)
+    killed = recipe_of(tmp_path, "killed", broken, 2)
+    path = tmp_path / "killed.yaml"
+    path.write_text(killed.to_yaml())
+    command = [sys.executable, "-m", "orpo_ray", "train", str(path)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    wait_until(lambda: last_step(Path(killed.run_uri)) >= 9, "step 9")
+    first.kill()
+    first.wait()
+    assert last_step(Path(killed.run_uri)) < ROWS // PER_STEP
+    run(recipe_of(tmp_path, "killed", broken, 1))
+    check(killed, broken)
+    assert losses(Path(killed.run_uri)) == pytest.approx(losses(Path(whole.run_uri)), abs=1e-4)

@@ -1,0 +1,90 @@
+"""Every family under every way of tuning learns 32 pairs by heart, and is the same model after export and reload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from orpo_ray.config.schema import ModelConfig
+from orpo_ray.data.packing import PairBatch, build_batch
+from orpo_ray.export.merging import merged_model
+from orpo_ray.model import shared_prefix
+from orpo_ray.model.adapters import save_adapter
+from orpo_ray.model.loading import load_model
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
+from orpo_ray.tiny_models.families import TINY_FAMILIES
+from support.pairs_by_hand import NORM, layouts_of, make_pair, run_as
+
+CPU = torch.device("cpu")
+LORA = {"r": 16, "alpha": 32}
+# model section, learning rate
+MODES: dict[str, tuple[dict[str, Any], float]] = {
+    "full": ({}, 3e-3),
+    "frozen vision": ({"freeze": ["vision"]}, 3e-3),
+    "lora": ({"lora": LORA}, 1e-2),
+    "dora, connector in full": ({"lora": LORA | {"use_dora": True, "modules_to_save": ["connector"]}}, 1e-2),
+    "qlora": ({"lora": LORA, "quantization": {}}, 1e-2),
+}
+
+
+def batch_of(family: str, model: PairModel) -> PairBatch:
+    rng = np.random.default_rng(0)
+    pairs = [make_pair(family, rng, 1, 3, 3, 3, sample_index) for sample_index in range(32)]
+    return build_batch(pairs, "response", model.layout)
+
+
+def learn(model: PairModel, batch: PairBatch, learning_rate: float) -> tuple[float, float, int]:
+    """NLL of the chosen answers at first and at last, and the steps that it took to fall below a tenth."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98))
+    first = last = 0.0
+    for step in range(120):
+        loss, sums = orpo_loss(model(batch), batch.weights, 0.1, Normaliser(32.0))
+        last = float(sums["nll"]) / 32
+        first = first or last
+        if last < 0.1 * first:
+            return first, last, step
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return first, last, 120
+
+
+@torch.no_grad()
+def logps(model: PairModel, batch: PairBatch) -> PairLogps:
+    return model.eval()(batch)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_learns_by_heart_and_is_the_same_when_exported(
+    folders: dict[str, str], family: str, mode: str, tmp_path: Path
+) -> None:
+    options, learning_rate = MODES[mode]
+    section = ModelConfig.model_validate({"id": folders[family], **options})
+    model = PairModel(load_model(section, CPU, seed=0), NORM)
+    assert model.layout == layouts_of(family)[0]
+    batch = batch_of(family, model)
+    first, last, steps = learn(model, batch, learning_rate)
+    assert last < 0.1 * first, f"{first:.3f} -> {last:.3f} in {steps} steps"
+
+    expected = logps(model, batch)
+    if section.lora is None:
+        model.model.save_pretrained(tmp_path / "final")
+        again = load_model(ModelConfig(id=str(tmp_path / "final")), CPU, seed=0)
+    else:
+        save_adapter(model.model, model.model.state_dict(), section, tmp_path / "final")
+        again = merged_model(section, tmp_path / "final", seed=0)
+    found = PairModel(again, NORM)
+    shared_prefix.register()
+    run_as(found, model.layout)
+    got = logps(found, batch)
+    # Merged from 4 bits, a weight is its dequantised value plus the adapters: what was multiplied in training.
+    for name in ("chosen", "rejected"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-4, msg=name)

@@ -1,0 +1,87 @@
+"""What a plan says of weights, gradients and optimizer states, against the storages of real engines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.model.loading import pick_attention
+from orpo_ray.planning.activations import unloaded_model
+from orpo_ray.planning.states import Weights, states
+from orpo_ray.tiny_models.build import resolve
+from support.paths import TESTS
+
+MODEL = "orpo-ray/tiny-smolvlm"
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "frozen vision": {"freeze": ["vision"]},
+    "lora": {"lora": {"r": 4}},
+    "qlora": {"lora": {"r": 4}, "quantization": {}},
+    "qlora, single scales": {"lora": {"r": 4}, "quantization": {"use_double_quant": False, "quant_type": "fp4"}},
+}
+
+
+def recipe(way: str, dtype: str, stage: int, workers: int) -> dict[str, Any]:
+    return {
+        "name": "planned",
+        "model": {"id": MODEL, "dtype": dtype, **WAYS[way]},
+        "data": {"train": "easy-vqa:train"},
+        "optim": {"pairs_per_step": 4, "learning_rate": 1e-3},
+        "deepspeed": {"zero_stage": stage},
+        "scaling": {"num_workers": workers},
+    }
+
+
+def measured(folder: Path, cases: list[dict[str, Any]], workers: int) -> list[dict[str, int]]:
+    """Of the first worker."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = str(TESTS / "support" / "engine_memory.py")
+    with (folder / "log").open("w") as log:
+        running = [
+            subprocess.Popen([sys.executable, script, str(rank), str(workers), str(folder)], stdout=log, stderr=log)
+            for rank in range(workers)
+        ]
+        codes = [process.wait(timeout=280) for process in running]
+    assert not any(codes), (folder / "log").read_text()[-3000:]
+    found: list[dict[str, int]] = json.loads((folder / "measured.json").read_text())
+    return found
+
+
+def predicted(raw: dict[str, Any]) -> dict[str, int]:
+    from transformers import AutoConfig
+
+    section = parse_recipe(raw).model
+    config = AutoConfig.from_pretrained(resolve(section.id))
+    dtype = torch.float32 if section.dtype == "float32" else torch.bfloat16
+    model = unloaded_model(section, config, dtype, pick_attention(section, config).layout)
+    weights = Weights.of(model, section, dtype, config.get_text_config().hidden_size)
+    found = states(weights, raw["deepspeed"]["zero_stage"], raw["scaling"]["num_workers"], "adamw")
+    return {"parameters": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_states_are_what_a_real_engine_holds(tmp_path: Path, workers: int) -> None:
+    stages = [0] if workers == 1 else [0, 1, 2, 3]
+    named = [
+        (way, dtype, stage)
+        for way in WAYS
+        for dtype in ("float32", "bfloat16")
+        for stage in stages
+        # Weights in 4 bits are not divided by ZeRO-3 here.
+        if not (way.startswith("qlora") and stage == 3)
+        if workers == 1 or way in ("full", "lora", "qlora")
+    ]
+    cases = [recipe(*each, workers) for each in named]
+    off = {}
+    for name, raw, real in zip(named, cases, measured(tmp_path, cases, workers), strict=True):
+        for what, size in predicted(raw).items():
+            if abs(size / real[what] - 1) > 0.02:
+                off[*name, what] = (size, real[what])
+    assert not off

@@ -1,0 +1,190 @@
+"""Object stores over a real client: data read from S3 and runs written there, while the server fails now and then."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rich.console import Console
+
+from orpo_ray.data.images import load_image
+from orpo_ray.data.sources import list_sources
+from orpo_ray.errors import RowError, UserError
+from orpo_ray.evaluation.evaluate import evaluate_run
+from orpo_ray.export.export import ExportOptions, export_run
+from orpo_ray.model.loading import load_model
+from orpo_ray.storage.files import TooLarge, image_folder, locate, read_bytes
+from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.training.launch import launch_training
+from support.finished_runs import finished_run
+from support.runs import last_step, wait_until
+from support.s3_server import BUCKET, Faults, s3_server
+from support.sources import ids_of, read_all, rows, spec_of, write_jsonl, write_tar
+from support.tiny_runs import losses, tiny_recipe, write_pairs
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    with s3_server(monkeypatch) as faults:
+        yield faults
+
+
+def upload(folder: Path, to: str) -> None:
+    filesystem, path = locate(f"s3://{BUCKET}/{to}")
+    pafs.copy_files(str(folder), path, destination_filesystem=filesystem)
+
+
+def test_every_kind_of_file_is_read_while_the_server_fails(s3: Faults, tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(rows(40)), tmp_path / "a.parquet", row_group_size=8)
+    write_jsonl(tmp_path / "b.jsonl", rows(20))
+    (tmp_path / "c.json").write_text(json.dumps(rows(10)))
+    members = [(f"{row['id']}.json", json.dumps(row).encode()) for row in rows(10)]
+    write_tar(tmp_path / "d.tar", members)
+    table = pa.Table.from_pylist(rows(10))
+    with pa.OSFile(str(tmp_path / "e.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    upload(tmp_path, "data")
+    s3.active = True
+    expected = [f"r{i}" for count in (40, 20, 10, 10, 10) for i in range(count)]
+    assert ids_of(f"s3://{BUCKET}/data") == expected
+    for _ in range(3):
+        assert ids_of(f"s3://{BUCKET}/data/*.parquet") == expected[:40]
+    assert all(s3.injected.values()), s3.injected
+
+
+def test_images_come_from_beside_their_rows_and_from_nowhere_else(s3: Faults, tmp_path: Path) -> None:
+    write_pairs(tmp_path, 12)
+    upload(tmp_path, "deep/set")
+    s3.active = True
+    uri = f"s3://{BUCKET}/deep/set/train.jsonl"
+    for row in read_all(spec_of([uri])):
+        assert row["image_root"] == f"s3://{BUCKET}/deep/set"
+        assert load_image(row["images"][0], image_folder(row["image_root"])).size == (64, 64)
+        for path in ("../../other.png", "/bucket/deep/set/train.jsonl", "images/../../x.png", "s3://bucket/x.png"):
+            with pytest.raises(RowError) as error:
+                load_image({"bytes": None, "path": path}, image_folder(row["image_root"]))
+            assert error.value.reason in ("unsafe_path", "unsupported_url")
+        with pytest.raises(RowError) as error:
+            load_image({"bytes": None, "path": "images/none.png"}, image_folder(row["image_root"]))
+        assert error.value.reason == "missing_image"
+
+
+@pytest.mark.parametrize("uri", [f"s3://{BUCKET}/none", "s3://no-such-bucket/a.jsonl", f"s3://{BUCKET}/none/*.parquet"])
+def test_what_is_not_there_is_one_message(s3: Faults, uri: str) -> None:
+    with pytest.raises(UserError, match=r"data\.train"):
+        list_sources({uri: 1.0}, "data.train")
+
+
+def test_a_large_object_is_not_read(s3: Faults, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(bytes(1000))
+    upload(tmp_path, "large")
+    folder = image_folder(f"s3://{BUCKET}/large")
+    assert len(folder.read("a.png", 1000)) == 1000
+    with pytest.raises(TooLarge, match="1000 bytes exceed the limit of 999"):
+        folder.read("a.png", 999)
+
+
+def test_a_remote_run_folder_grows_by_pushes(s3: Faults, tmp_path: Path) -> None:
+    s3.active = True
+    folder = RunFolder(f"s3://{BUCKET}/runs/a")
+    assert not folder.has("metrics.jsonl")
+    folder.pull("metrics.jsonl", "final")
+    (folder.path / "metrics.jsonl").write_text("1\n")
+    folder.push("metrics.jsonl", "bad_rows.jsonl")
+    (folder.path / ".final").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder.path / ".final" / name).write_text(name)
+    folder.move_model(folder.path / ".final", "final")
+    again = RunFolder(folder.uri)
+    assert again.has_model("final")
+    assert not again.has_model("fin")
+    again.pull("metrics.jsonl", "final")
+    assert (again.path / "metrics.jsonl").read_text() == "1\n"
+    assert (again.path / "final" / "model.safetensors").read_text() == "model.safetensors"
+    # Another one in its place leaves nothing of it: a folder with both kinds would be read as either.
+    (folder.path / ".final").mkdir()
+    (folder.path / ".final" / "adapter_config.json").write_text("{}")
+    folder.move_model(folder.path / ".final", "final")
+    assert again.has_model("final")
+    assert not again.has("final/config.json")
+    mirror = again.path
+    del again
+    assert not mirror.exists()
+
+
+def test_a_run_in_s3_is_exported_there(s3: Faults, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "adapted", model={"lora": {"r": 4}})
+    upload(finished_run(recipe, load_model(recipe.model, torch.device("cpu"), 0)), "runs/adapted")
+    s3.active = True
+    folder = RunFolder(f"s3://{BUCKET}/runs/adapted")
+    over = ExportOptions(adapter=True, overwrite=True, output=f"{folder.uri}/export")
+    for options, name in (
+        (ExportOptions(), "export"),
+        (over, "export"),
+        (ExportOptions(adapter=True), "export-adapter"),
+    ):
+        exported = export_run(folder.uri, options, Console(file=io.StringIO()))
+        assert exported.uri == f"{folder.uri}/{name}"
+        again = RunFolder(folder.uri)
+        again.pull(name)
+        assert sorted(path.name for path in (again.path / name).iterdir()) == exported.files
+        assert "1,234 pairs" in (again.path / name / "README.md").read_text()
+    with pytest.raises(UserError, match="stands there already"):
+        export_run(folder.uri, ExportOptions(), Console(file=io.StringIO()))
+
+
+def without_cluster() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def pushed_step(folder: RunFolder) -> int:
+    folder.pull("metrics.jsonl")
+    return last_step(folder.path)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> None:
+    """Data from S3, checkpoints and model to S3, interrupted and resumed, evaluated, all while the server fails."""
+    write_pairs(tmp_path / "data", 64)
+    write_pairs(tmp_path / "data", 16, "test")
+    upload(tmp_path / "data", "data")
+    sections: dict[str, Any] = {
+        "data": {"train": f"s3://{BUCKET}/data/train.jsonl", "eval": f"s3://{BUCKET}/data/test.jsonl"},
+        "checkpoint": {"storage": f"s3://{BUCKET}/runs", "every_steps": 5},
+        "optim": {"max_steps": 20},
+    }
+    recipe = tiny_recipe(tmp_path, "remote", **sections)
+    path = tmp_path / "remote.yaml"
+    path.write_text(recipe.to_yaml())
+    s3.active = True
+    folder = RunFolder(f"s3://{BUCKET}/runs/remote")
+    whole = [sys.executable, "-m", "orpo_ray", "train", str(path)]
+    first = subprocess.Popen(whole, env=without_cluster(), stderr=subprocess.DEVNULL)
+    wait_until(lambda: pushed_step(folder) >= 5, "the first checkpoint")
+    first.kill()
+    first.wait()
+    assert not folder.has("final/config.json")
+    again = subprocess.run(whole, env=without_cluster(), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"s3://{BUCKET}/runs/remote" in again.stderr
+    assert launch_training(recipe, Console(file=io.StringIO())).was_finished
+    folder.pull("metrics.jsonl", "final", "recipe.yaml")
+    assert sorted(losses(folder.path)) == list(range(1, 21))
+    assert (folder.path / "final" / "model.safetensors").stat().st_size > 10**6
+    scored = evaluate_run(folder.uri, [f"data.eval={tmp_path}/data/test.jsonl"], Console(file=io.StringIO()))
+    last = [line for line in map(json.loads, (folder.path / "metrics.jsonl").open()) if "eval/loss" in line][-1]
+    assert scored["eval/loss"] == pytest.approx(last["eval/loss"], abs=1e-4)
+    assert all(s3.injected.values()), s3.injected
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        assert b"test-secret-never-written" not in read_bytes(f"{folder.uri}/{name}")

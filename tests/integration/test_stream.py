@@ -1,0 +1,82 @@
+"""The stream on a real Ray: every pair once, in the same steps for any number of workers, from any position."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orpo_ray.data.containers import file_shards
+from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.order import Order
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.streaming.steps import StepShard, iter_steps
+from support.tiny_runs import write_pairs
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+ENCODER = EncoderSpec("orpo-ray/tiny-smolvlm", None, 128)
+PER_STEP = 8
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
+    """50 rows in windows of 16, three of them broken, for two epochs."""
+    folder = tmp_path_factory.mktemp("stream")
+    path = write_pairs(folder, 50)
+    lines = path.read_text().splitlines()
+    lines[7] = "{broken"
+    lines[20] = json.dumps(json.loads(lines[20]) | {"images": ["images/none.png"]})
+    lines[33] = json.dumps(json.loads(lines[33]) | {"rejected": ""})
+    path.write_text("\n".join(lines))
+    (shard,) = file_shards(str(path), "data.train")
+    return ReadSpec((shard,), ("trl",), Order((50,), 3, 16), PER_STEP, 0, 100)
+
+
+def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShard]:
+    return list(iter_steps(replace(spec, first_sample=first * PER_STEP), ENCODER, first, 13, max_encoders=1))
+
+
+def ids(share: StepShard) -> list[str]:
+    return [pair.id for pair in share.pairs]
+
+
+def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSpec) -> None:
+    sample_indices: dict[int, str] = {}
+    for share in steps_of(spec):
+        for pair in share.pairs:
+            assert pair.sample_index // PER_STEP == share.step
+            sample_indices[pair.sample_index] = pair.id
+        for record in share.bad:
+            assert record.sample_index // PER_STEP == share.step
+            sample_indices[record.sample_index] = record.reason
+    assert sorted(sample_indices) == list(range(100))
+    bad = ["malformed_row", "missing_image", "empty_response"]
+    for epoch in (0, 1):
+        names = [name for sample_index, name in sample_indices.items() if sample_index // 50 == epoch]
+        assert sorted(name for name in names if name in bad) == sorted(bad)
+        assert len(set(names)) == 50
+    assert [sample_indices[sample_index] for sample_index in range(50)] != [
+        sample_indices[sample_index + 50] for sample_index in range(50)
+    ]
+
+
+def test_two_workers_share_the_same_steps(spec: ReadSpec) -> None:
+    whole = steps_of(spec)
+    shares = [steps_of(replace(spec, rank=rank, num_workers=2)) for rank in (0, 1)]
+    for step, one, two in zip(whole, *shares, strict=True):
+        assert ids(step) == ids(one) + ids(two)
+
+
+@pytest.mark.parametrize("first", [1, 6, 12])
+def test_a_resumed_stream_is_the_tail_of_the_whole_one(spec: ReadSpec, first: int) -> None:
+    whole, tail = steps_of(spec), steps_of(spec, first)
+    assert [ids(share) for share in tail] == [ids(share) for share in whole[first:]]
+
+
+def test_a_processor_that_cannot_be_loaded_is_said_as_itself(spec: ReadSpec, tmp_path: Path) -> None:
+    broken = replace(ENCODER, model_id=str(tmp_path))
+    with pytest.raises(Exception, match="the processor cannot be loaded"):
+        next(iter(iter_steps(spec, broken, 0, 13, max_encoders=1)))

@@ -1,0 +1,70 @@
+"""The ways of tuning through real engines: every ZeRO stage, one worker and two."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from orpo_ray.training.launch import launch_training
+from support.engines_by_hand import curves, recipe_of, resumed
+from support.tiny_runs import losses, tiny_recipe
+
+RISKY: dict[str, dict[str, Any]] = {
+    "QLoRA": {"model": {"lora": {"r": 4}, "quantization": {}}},
+    "QLoRA packed in float32": {"model": {"lora": {"r": 4}, "quantization": {"quant_storage": "float32"}}},
+    "QLoRA recomputed": {"model": {"lora": {"r": 4}, "quantization": {}, "gradient_checkpointing": True}},
+    "DoRA": {"model": {"lora": {"r": 4, "use_dora": True}}},
+    "trained beside": {"model": {"lora": {"r": 4, "modules_to_save": ["connector", "vision"]}}},
+    "8 bits": {"model": {"lora": {"r": 16}}, "optim": {"optimizer": "adamw_8bit"}},
+}
+
+
+def test_in_bfloat16_no_sharding_steps_as_far_as_sharding(tmp_path: Path) -> None:
+    """Without clipping, which rounds otherwise, the same numbers from the first step on."""
+    sections = {"model": {"dtype": "bfloat16"}, "optim": {"max_grad_norm": 0}}
+    plain, sharded = curves([recipe_of(**sections, deepspeed={"zero_stage": n}) for n in (0, 1)], 1, tmp_path)
+    np.testing.assert_allclose(plain, sharded, rtol=1e-3)
+    assert plain[1][0] < plain[0][0] - 1
+
+
+@pytest.mark.timeout(600)
+def test_two_workers_on_every_zero_stage_have_the_curve_of_one(tmp_path: Path) -> None:
+    """ZeRO-3 lets go of every weight as soon as it can, as it would in a model of billions."""
+    one = dict(zip(RISKY, curves([recipe_of(**sections) for sections in RISKY.values()], 1, tmp_path), strict=True))
+    cases = [(name, stage) for name in RISKY for stage in (2, 3)] + [("QLoRA", 1), ("8 bits", 1)]
+    recipes = [recipe_of(**RISKY[name], deepspeed={"zero_stage": stage}) for name, stage in cases]
+    for (name, stage), curve in zip(cases, curves(recipes, 2, tmp_path), strict=True):
+        assert curve[-1][0] < 0.8 * curve[0][0], name
+        # Blocks of 64 moments share a scale in 8 bits, and a shard begins other blocks.
+        tolerance = 1e-3 if name == "8 bits" else 1e-4
+        assert curve == [pytest.approx(step, rel=tolerance) for step in one[name]], (name, stage)
+
+
+def test_8_bit_moments_are_8_bits_and_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    cases = [(name, stage) for name in ("adamw_8bit", "paged_adamw_8bit") for stage in (0, 1, 2, 3)]
+    recipes = [
+        recipe_of(model={"lora": {"r": 16}}, optim={"optimizer": name}, deepspeed={"zero_stage": stage})
+        for name, stage in cases
+    ]
+    for case, found in zip(cases, resumed(recipes, tmp_path), strict=True):
+        assert found["again"] == found["tail"], case
+        assert found["moments"] == ["torch.uint8"], case
+
+
+def test_qlora_on_two_workers_has_the_curve_of_one(ray_cluster: None, tmp_path: Path) -> None:
+    """The real program: 4-bit weights under adapters and a connector trained in full, two workers on ZeRO-2."""
+    model = {"lora": {"r": 8, "modules_to_save": ["connector"]}, "quantization": {}, "gradient_checkpointing": True}
+    found = []
+    for workers, stage in ((1, 0), (2, 2)):
+        recipe = tiny_recipe(
+            tmp_path, f"w{workers}", model=model, scaling={"num_workers": workers}, deepspeed={"zero_stage": stage}
+        )
+        found.append(losses(Path(launch_training(recipe, Console(file=io.StringIO())).run_uri)))
+    assert sorted(found[0]) == list(range(1, 11))
+    assert found[0][10] < found[0][1]
+    assert found[1] == pytest.approx(found[0], abs=1e-4)

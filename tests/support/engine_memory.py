@@ -1,0 +1,99 @@
+"""What a real engine holds after real steps, by unique storage; one process of it: `engine_memory.py RANK WORLD DIR`.
+
+Reads the cases from DIR/cases.json, a list of recipes' model and deepspeed sections, and writes DIR/measured.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.data.packing import build_batch
+from orpo_ray.model.loading import load_model
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.training.deepspeed import Engine
+from support.pairs_by_hand import NORM, make_pair
+
+FAMILY = "smolvlm"
+
+
+def measure(raw: dict[str, Any], world: int) -> dict[str, int]:
+    """Bytes on this worker of parameters, gradients after two micro-batches, optimizer states after a step."""
+    recipe = parse_recipe(raw)
+    model = PairModel(load_model(recipe.model, torch.device("cpu"), 0), NORM)
+    engine = Engine(model, recipe, 10, world)
+    rng = np.random.default_rng(0)
+    for step in range(2):
+        for _ in range(2):
+            batch = build_batch([make_pair(FAMILY, rng, 1, 12, 9, 7)], "response", model.layout)
+            loss, _ = orpo_loss(engine.forward(batch), batch.weights, 0.1, Normaliser(2.0))
+            engine.backward(loss)
+        gradients = _bytes(_gradients(engine)) if step == 1 else 0
+        engine.step()
+    parameters = list(_parameters(model))
+    held = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+    states = [t for t in _states(engine) if t.untyped_storage().data_ptr() not in held]
+    return {"parameters": _bytes(parameters), "gradients": gradients, "optimizer": _bytes(states)}
+
+
+def _parameters(model: torch.nn.Module) -> Iterable[torch.Tensor]:
+    for parameter in model.parameters():
+        yield parameter.data
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this worker's part of it
+            yield parameter.ds_tensor
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code)
+            if state.state2 is not None:
+                yield from (state.offset, state.state2.absmax, state.state2.code)
+
+
+def _gradients(engine: Engine) -> Iterable[torch.Tensor]:
+    zero = engine.ds.optimizer
+    for parameter in engine.ds.module.parameters():
+        yield from (g for g in (parameter.grad, getattr(parameter, "grad_accum", None)) if g is not None)
+    for name in ("averaged_gradients", "all_grad_tensors"):
+        for group in (getattr(zero, name, None) or {}).values():
+            yield from (tensor for tensor in group or [])
+    if getattr(zero, "grad_partitions_flat_buffer", None) is not None:
+        yield zero.grad_partitions_flat_buffer
+
+
+def _states(engine: Engine) -> Iterable[torch.Tensor]:
+    optimizer = engine.ds.basic_optimizer
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+    yield from getattr(engine.ds.optimizer, "fp32_partitioned_groups_flat", [])
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def main() -> None:
+    """Every case one after another, as one worker of `world`."""
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "store"), world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    cases = json.loads((folder / "cases.json").read_text())
+    measured = [measure(raw, world) for raw in cases]
+    if rank == 0:
+        (folder / "measured.json").write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Several recipes through the real engine, without Ray: their losses and gradient norms on any number of workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.model.loading import load_model
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.orpo import orpo_loss
+from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
+from orpo_ray.training import deepspeed
+from orpo_ray.training.deepspeed import Engine
+from support.pairs_by_hand import NORM, make_pair
+
+FAMILY = "smolvlm"
+STEPS = 4
+CPU = torch.device("cpu")
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    """A recipe for the tiny model: steps of 2 pairs."""
+    raw: dict[str, Any] = {
+        "name": "x",
+        "model": {"id": f"orpo-ray/tiny-{FAMILY}"},
+        "data": {"train": "none"},
+        "optim": {"learning_rate": 1e-2, "warmup": 0, "pairs_per_step": 2},
+    }
+    for section, values in sections.items():
+        raw[section] = {**raw.get(section, {}), **values}
+    return parse_recipe(raw)
+
+
+def share_of(rank: int, num_workers: int) -> list[EncodedPair]:
+    """Two pairs with an image each, dealt out."""
+    rng = np.random.default_rng(0)
+    lengths = [(12, 9), (5, 7)]
+    return [make_pair(FAMILY, rng, 1, 6, *both, sample_index) for sample_index, both in enumerate(lengths)][
+        rank::num_workers
+    ]
+
+
+class Training:
+    """One worker's model, planner and engine."""
+
+    def __init__(self, recipe: Recipe, rank: int, num_workers: int) -> None:
+        self.model = PairModel(load_model(recipe.model, CPU, seed=0), NORM)
+        config = self.model.model.config
+        dummy_pairs = share_of(0, 2) * 2
+        vocabulary = config.get_text_config().vocab_size
+        self.planner = StepPlanner("response", 8192, self.model.layout, vocabulary, dummy_pairs[0], dummy_pairs[1], CPU)
+        self.engine = Engine(self.model, recipe, STEPS, num_workers)
+        self.pairs = share_of(rank, num_workers)
+
+    def step(self) -> list[float]:
+        """[loss, gradient norm] of a step over all workers."""
+        plan = self.planner.plan(self.pairs, 0)
+        for batch in plan.batches:
+            loss, sums = orpo_loss(self.engine.forward(batch), batch.weights, 0.1, plan.normaliser)
+            self.engine.backward(loss)
+        norm = self.engine.step()
+        return [reduce_sums(sums, CPU)["loss"], norm]
+
+
+def curves(recipes: list[Recipe], num_workers: int, folder: Path) -> list[list[list[float]]]:
+    """Each recipe's [loss, norm] by step."""
+    found: list[list[list[float]]] = _spawned(_curve, recipes, num_workers, folder)
+    return found
+
+
+def resumed(recipes: list[Recipe], folder: Path) -> list[dict[str, Any]]:
+    """For each recipe, on one worker: `tail`, its steps 3 and 4; `again`, the same from a checkpoint of step 2; and
+    `moments`, the types of the optimizer's larger tensors after that.
+    """
+    found: list[dict[str, Any]] = _spawned(_resume, recipes, 1, folder)
+    return found
+
+
+def _spawned(worker: Callable[..., Any], recipes: list[Recipe], num_workers: int, folder: Path) -> list[Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    raw = [recipe.model_dump(mode="json") for recipe in recipes]
+    mp.spawn(_run, (worker, num_workers, port, raw, str(folder)), num_workers)
+    found: list[Any] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def _run(
+    rank: int, worker: Callable[..., Any], num_workers: int, port: int, raw: list[dict[str, Any]], folder: str
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_workers)}
+    dist.init_process_group("gloo", rank=rank, world_size=num_workers)
+    deepspeed.deepspeed_config = _keeping_nothing(deepspeed.deepspeed_config)
+    found = [worker(parse_recipe(recipe), rank, num_workers, f"{folder}/{n}") for n, recipe in enumerate(raw)]
+    if rank == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _curve(recipe: Recipe, rank: int, num_workers: int, _folder: str) -> list[list[float]]:
+    training = Training(recipe, rank, num_workers)
+    lines = [training.step() for _ in range(STEPS)]
+    training.engine.ds.destroy()
+    return lines
+
+
+def _resume(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[str, Any]:
+    training = Training(recipe, rank, num_workers)
+    for _ in range(2):
+        training.step()
+    training.engine.ds.save_checkpoint(folder, tag="engine", exclude_frozen_parameters=True)
+    tail = [training.step() for _ in range(2)]
+    training = Training(recipe, rank, num_workers)
+    training.engine.ds.load_checkpoint(folder, tag="engine", load_module_strict=False)
+    again = [training.step() for _ in range(2)]
+    tensors = [v for state in training.engine.ds.basic_optimizer.state.values() for v in state.values()]
+    moments = {str(v.dtype) for v in tensors if isinstance(v, torch.Tensor) and v.numel() >= 4096}
+    return {"tail": tail, "again": again, "moments": sorted(moments)}
+
+
+def _keeping_nothing(config: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The same, but ZeRO-3 lets go of weights after each use; it would keep a billion of them, and these are few."""
+    limits = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshold", "prefetch_bucket_size")
+
+    def strict(*arguments: Any) -> dict[str, Any]:
+        found = config(*arguments)
+        found["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits}
+        return found
+
+    return strict

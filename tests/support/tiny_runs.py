@@ -1,0 +1,49 @@
+"""Recipes and data sets that train in seconds, and the losses that their runs leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
+
+
+def write_pairs(folder: Path, count: int, split: str = "train") -> Path:
+    """`count` easy-vqa pairs as JSONL with image files beside it; returns the JSONL."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    path = folder / f"{split}.jsonl"
+    with path.open("w") as file:
+        for row in easy_vqa_rows(split)[:count]:
+            image = f"images/{row['id']}.png"
+            (folder / image).write_bytes(row["images"][0])
+            file.write(json.dumps(row | {"images": [image]}) + "\n")
+    return path
+
+
+def tiny_recipe(storage: Path, name: str, **sections: Any) -> Recipe:
+    """A recipe for the tiny model: 10 steps of 4 pairs unless `sections` say otherwise."""
+    raw: dict[str, Any] = {
+        "name": name,
+        "model": {"id": "orpo-ray/tiny-smolvlm"},
+        "data": {"train": "easy-vqa:train", "max_length": 128, "shuffle_window": 64},
+        "orpo": {"beta": 0.5},
+        "optim": {"learning_rate": 1e-3, "warmup": 2, "pairs_per_step": 4, "max_steps": 10, "epochs": 100},
+        "checkpoint": {"storage": str(storage), "every_steps": 100},
+        "eval": {"grounding": False},
+    }
+    for section, values in sections.items():
+        raw[section] = {**raw.get(section, {}), **values}
+    return parse_recipe(raw)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """step -> train/loss, as a run wrote them; fails if a step stands there twice."""
+    from orpo_ray.tracking.tracker import read_jsonl
+
+    lines = [line for line in read_jsonl(run_dir / "metrics.jsonl") if "train/loss" in line]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)), f"steps out of order or repeated: {steps}"
+    return {line["step"]: line["train/loss"] for line in lines}

@@ -1,0 +1,64 @@
+"""One worker of the test of the chunked head under ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.schema import ModelConfig
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.model.loading import load_model
+from orpo_ray.objective import logps
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.orpo import orpo_loss
+from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
+from orpo_ray.training.deepspeed import Engine
+from support.pairs_by_hand import NORM, make_pair
+
+STEPS = 3
+
+
+def share_of(family: str, rank: int, num_workers: int) -> list[EncodedPair]:
+    """Rank 0 of two has the long answers."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        make_pair(family, rng, 1, 6, *lengths, sample_index) for sample_index, lengths in enumerate([(30, 25), (2, 3)])
+    ]
+    return pairs[rank::num_workers]
+
+
+def train(rank: int, num_workers: int, port: int, family: str, stage: int, out: str) -> None:
+    """One worker: a few steps, its losses and gradient norms to a file."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_workers)}
+    dist.init_process_group("gloo", rank=rank, world_size=num_workers)
+    model_id = f"orpo-ray/tiny-{family}"
+    recipe = parse_recipe(
+        {"name": "x", "model": {"id": model_id}, "data": {"train": "none"}, "deepspeed": {"zero_stage": stage},
+         "optim": {"learning_rate": 1e-3, "warmup": 0, "pairs_per_step": 2}}
+    )  # fmt: skip
+    device = torch.device("cpu")
+    model = PairModel(load_model(ModelConfig(id=model_id), device, seed=0), NORM)
+    vocabulary = model.model.config.get_text_config().vocab_size
+    logps.CHUNK_BYTES = 16 * vocabulary * 4  # 16 targets a chunk
+    dummy_pairs = share_of(family, 0, 2) * 2
+    planner = StepPlanner("response", 8192, "shared_prefix", vocabulary, dummy_pairs[0], dummy_pairs[1], device)
+    engine = Engine(model, recipe, STEPS, num_workers)
+    lines = []
+    for _ in range(STEPS):
+        plan = planner.plan(share_of(family, rank, num_workers), 0)
+        (batch,) = plan.batches
+        loss, sums = orpo_loss(engine.forward(batch), batch.weights, 0.1, plan.normaliser)
+        engine.backward(loss)
+        norm = engine.step()
+        lines.append([reduce_sums(sums, device)["loss"], norm, batch.head_chunks])
+    if rank == 0:
+        Path(out).write_text(json.dumps(lines))
+    dist.destroy_process_group()

@@ -1,0 +1,222 @@
+"""The page of `orpo-ray data check`: hostile text stays text, nothing is loaded, and in a real browser it works."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from orpo_ray.data_report import page as check_page
+from orpo_ray.data_report.page import number, percent, render_page
+from support.data_reports import (
+    HOSTILE,
+    a_gallery,
+    a_pair,
+    a_report,
+    a_split,
+    hostile,
+    nothing,
+)
+
+
+class Structure(HTMLParser):
+    """Elements and the names of their attributes, what they refer to, and the text between them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements, self.references, self.text = set[tuple[str, ...]](), list[str](), ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.add((tag, *sorted(name for name, _ in attributes)))
+        self.references += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def levels(report: dict[str, Any]) -> dict[str, str]:
+    cards = re.findall(r'<article class="card (\w+)">\s*<header><h3>(.*?)</h3>', render_page(report, []))
+    return {title: level for level, title in cards}
+
+
+def verdict(report: dict[str, Any]) -> str:
+    found = re.search(r'<p class="verdict">(.*?)</p>', render_page(report, []))
+    assert found
+    return found[1]
+
+
+def test_hostile_text_stays_text() -> None:
+    """With every text poisoned the page has no element and no attribute that it has not with tame ones."""
+    tame, page = Structure(render_page(a_report(), a_gallery())), render_page(*hostile())
+    found = Structure(page)
+    assert found.elements <= tame.elements
+    assert page.count("<script") == page.count("</script>") == 1
+    for text in HOSTILE:
+        assert check_page.visible(text) in found.text
+    assert "{{ 7 * 7 }}{% raw %}" in found.text
+    page.encode()  # a file can hold it
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
+
+
+def test_the_page_refers_to_nothing_outside() -> None:
+    for report, gallery in ((a_report(), a_gallery()), hostile()):
+        page = render_page(report, gallery)
+        for reference in Structure(page).references:
+            assert reference.startswith(("data:", "#"))
+        style = page[page.index("<style>") : page.index("</style>")]
+        assert "url(" not in style
+        assert "@import" not in style
+    assert re.findall(r"http(?!-equiv)", render_page(a_report(), a_gallery())) == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://a.example/pixel.png",
+        "file:///etc/passwd",
+        "data:text/html;base64,AAAA",
+        "javascript:window.hacked = 1",
+        'data:image/png;base64,AA"><script>window.hacked = 1</script>',
+        "",
+    ],
+)
+def test_images_that_are_not_inline_are_left_out(address: str) -> None:
+    page = render_page(a_report(), [a_pair(0, images=[address])])
+    assert "<img" not in page
+    assert "Image 1 is not shown" in page
+
+
+def test_the_policy_names_the_one_script_and_the_one_style() -> None:
+    page = render_page(*hostile())
+    policy = re.search(r'Content-Security-Policy" content="(.*?)"', page)
+    assert policy
+    assert policy[1].startswith("default-src 'none'; img-src data:; ")
+    for tag in ("style", "script"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy[1]
+    assert "unsafe" not in policy[1]
+    assert " style=" not in render_page(a_report(), a_gallery())  # the policy would refuse it
+
+
+def test_the_page_stays_small() -> None:
+    """Images are what it weighs: endless texts are cut, with a word on how much is missing."""
+    assert len(render_page(a_report(), a_gallery())) < 100_000
+    page = render_page(a_report(), [a_pair(n, chosen="long " * 200_000) for n in range(80)])
+    assert len(page) < 80 * 2 * check_page.TEXT_SHOWN
+    assert "(and 980,000 more characters)" in page
+
+
+def test_verdicts() -> None:
+    report = a_report()
+    assert verdict(report) == "2,000 rows: 1,960 can be trained on, 40 cannot."
+    assert verdict(report | {"train": a_split(1, 0)}) == "1 row: all can be trained on."
+    assert verdict(report | {"train": nothing(7)}) == "7 rows: none can be trained on."
+    assert verdict(report | {"train": nothing()}) == "There are no rows."
+
+
+def test_a_sound_set_is_good() -> None:
+    report = a_report()
+    report["train"], report["eval"] = a_split(2000, 0), a_split(200, 0)
+    assert set(levels(report).values()) == {"good"}
+    assert len(levels(report)) == 8
+
+
+def set_in(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(report: dict[str, Any]) -> None:
+        *above, last = path.split(".")
+        for key in above:
+            report = report[key]
+        report[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("title", "path", "by_value"),
+    [
+        ("Bad rows", "train.bad", {0: "good", 20: "look", 200: "act"}),
+        ("Too long", "train.too_long.share", {0.01: "look", 0.2: "act"}),
+        ("Length bias", "train.length_bias.chosen_longer", {0.5: "good", 0.7: "good", 0.75: "look", 0.1: "look"}),
+        ("Blind guess", "train.blind.accuracy", {0.5: "good", 0.65: "good", 0.7: "look", 0.85: "act"}),
+        ("Repeated rows", "train.duplicates.pairs", {0: "good", 5: "look", 500: "act"}),
+        ("Contradictions", "train.duplicates.contradictions", {0: "good", 5: "look", 50: "act"}),
+        ("Images", "train.images_per_pair.0", {0: "good", 10: "good", 500: "look"}),
+        ("Held out", "images_on_both_sides", {0: "good", 1: "act"}),
+    ],
+)
+def test_judgements(title: str, path: str, by_value: dict[float, str]) -> None:
+    for value, level in by_value.items():
+        report = a_report() | {"eval": a_split(200, 0)}
+        report["train"]["too_long"]["count"] = 1
+        if path == "train.bad":
+            report["train"]["bad"] |= {"total": int(value), "share": value / 2000}
+        else:
+            set_in(path, value)(report)
+        assert levels(report)[title] == level, value
+
+
+def test_a_policy_that_ends_the_run_is_something_to_act_on() -> None:
+    report = a_report()
+    report["train"]["too_long"] = {"count": 1, "share": 0.0005, "policy": "error"}
+    assert levels(report)["Too long"] == "act"
+
+
+def test_held_out_pairs_are_judged_too() -> None:
+    report = a_report()
+    report["eval"]["blind"]["accuracy"] = 0.9
+    assert levels(report)["Blind guess"] == "act"
+    page = render_page(report, [])
+    assert "Held-out pairs: the better answer can mostly be told without the image" in page
+
+
+def test_what_needs_work_comes_first() -> None:
+    report = a_report()
+    report["images_on_both_sides"] = 3
+    assert next(iter(levels(report).items())) == ("Held out", "act")
+
+
+def without_images(report: dict[str, Any]) -> None:
+    report["train"] |= {"images_per_pair": {"0": 1960}, "image_sizes": None}
+
+
+def of_one_length(report: dict[str, Any]) -> None:
+    one = {"edges": [6.5, 7.5], "counts": [1960]}
+    report["train"]["histograms"] = dict.fromkeys(report["train"]["histograms"], one)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (set_in("eval", None), "Set data.eval or data.eval_fraction"),
+        (set_in("eval", nothing()), "Set data.eval or data.eval_fraction"),
+        (set_in("train", nothing()), "The recipe&#39;s data has no rows"),
+        (set_in("train", nothing(9)), "No pair could be measured"),
+        (set_in("train", a_split(100, 0)), "missing_image"),
+        (set_in("train.blind", None), "There are too few pairs to estimate"),
+        (set_in("max_length", 100_000), "max_length 100,000 →"),
+        (set_in("max_length", 8), "max_length 8"),
+        (without_images, "No pair has an image"),
+        (of_one_length, "7 tokens: 1,960 pairs (100\u00a0%)"),
+    ],
+)
+def test_what_is_not_there(change: Callable[[dict[str, Any]], None], says: str) -> None:
+    report = copy.deepcopy(a_report())
+    change(report)
+    for gallery in ([], a_gallery()):
+        page = render_page(report, gallery)
+        assert says in page
+        assert not re.search(r"\b(nan|inf|None|Undefined)\b", Structure(page).text)
+
+
+def test_numbers() -> None:
+    assert [number(value) for value in (0, 12.0, 3.14159, 1234567.8)] == ["0", "12", "3.1", "1,234,568"]
+    shares = {0: "0", 1: "100", 0.5: "50", 0.031: "3.1", 0.0999: "10", 0.123: "12", 1e-6: "<0.1", 0.99999: ">99.9"}
+    assert {share: percent(share) for share in shares} == {share: f"{text}\u00a0%" for share, text in shares.items()}

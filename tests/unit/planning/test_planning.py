@@ -1,0 +1,127 @@
+"""Plans: shapes of well-known models, the dry run against a real one, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from orpo_ray.cli import app
+from orpo_ray.data.packing import PairBatch, build_batch
+from orpo_ray.errors import UserError
+from orpo_ray.planning import activations
+from orpo_ray.planning.dry_run import Live, dry_run
+from orpo_ray.planning.gpus import priced
+from orpo_ray.planning.known_shapes import KNOWN_SHAPES
+from orpo_ray.planning.states import Weight, Weights, states
+from support.pairs_by_hand import make_pair, run_as, tiny_pair_model
+
+
+@pytest.mark.parametrize("name", KNOWN_SHAPES)
+def test_known_shapes_have_the_published_number_of_parameters(name: str) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    known = KNOWN_SHAPES[name]
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(known.config(), dtype=torch.bfloat16)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == pytest.approx(known.parameters, rel=0.01)
+
+
+def some_pairs(family: str) -> PairBatch:
+    rng = np.random.default_rng(0)
+    return build_batch(
+        [make_pair(family, rng, 1, 60, 50, 40, sample_index) for sample_index in range(4)], "response", "shared_prefix"
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("family", ["smolvlm", "gemma3"])
+def test_a_dry_run_needs_what_a_real_one_does(family: str, lora: bool, checkpointing: bool) -> None:
+    batch = some_pairs(family)
+
+    def prepared() -> Any:
+        model = tiny_pair_model(family, lora=lora, checkpointing=checkpointing)
+        run_as(model, "shared_prefix")
+        return model
+
+    real_model = prepared()
+    with Live() as live:
+        for parameter in real_model.parameters():
+            live.add(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        real = activations.step(real_model, batch, live)
+    dry_model = prepared()
+    with dry_run() as dry:
+        activations.without_numbers(dry_model)
+        for parameter in dry_model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        planned = activations.step(dry_model, batch, dry)
+    assert planned.peak == pytest.approx(real.peak, rel=0.05)
+    assert planned.saved == pytest.approx(real.saved, rel=0.05)
+    assert planned.flops > 0
+
+
+def test_states_by_hand() -> None:
+    """1,000,000 trained elements in bf16 on 4 workers, and 2,000,000 frozen ones."""
+    weights = Weights((Weight(10**6, 2 * 10**6, True, True), Weight(2 * 10**6, 4 * 10**6, False, True)), 2, 8)
+    plain = states(weights, 0, 4, "adamw")
+    assert (plain.weights, plain.gradients, plain.optimizer) == (6 * 10**6, 2 * 10**6, 12 * 10**6)
+    assert plain.step == 4 * 10**6  # gradients once more in float32
+    assert states(weights, 1, 4, "adamw").optimizer == 3 * 10**6
+    assert states(weights, 1, 4, "adamw").gradients == 2 * 10**6
+    assert states(weights, 2, 4, "adamw").gradients == 2 * 10**6  # one parameter: whole on whoever holds a part of it
+    sharded = states(weights, 3, 4, "adamw")
+    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (1.5 * 10**6, 5 * 10**5, 3 * 10**6)
+    assert sharded.start == 6 * 10**6
+    assert states(weights, 0, 1, "adamw_8bit").optimizer == 4 * 10**6 + 2 * (10**6 + 4 * 3907)
+    assert states(weights, 0, 1, "paged_adamw_8bit").optimizer == 4 * 10**6
+
+
+RECIPE = """
+name: planned
+model: {id: orpo-ray/tiny-smolvlm, lora: {r: 4}}
+data: {train: pairs.jsonl, max_length: 2048}
+"""
+
+
+def test_the_command_plans_from_the_data_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    point = {"mean": 30.0, "max": 80.0}
+    train = {
+        "pairs": 3200,
+        "images_per_pair": {"1": 3200},
+        "tokens": {"prompt": point, "image": {"mean": 16.0}, "chosen": point, "rejected": point, "sequence": point},
+    }
+    folder = tmp_path / "runs" / "planned"
+    folder.mkdir(parents=True)
+    (folder / "data_check.json").write_text(json.dumps({"model": "orpo-ray/tiny-smolvlm", "train": train}))
+    result = CliRunner().invoke(app, ["plan", "recipe.yaml", "--json", "--price-per-hour", "L4=0.5", "--mfu", "0.1"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["step"]["source"] == "the run folder's data check"
+    assert (report["step"]["steps"], report["step"]["pair"]["tokens"]) == (100, 90)
+    assert 0 < report["model"]["trained"] < report["model"]["parameters"]
+    l4 = report["gpus"][0]
+    hours = report["step"]["flops_per_step"] * 100 / (121e12 * 0.1) / 3600
+    assert (l4["gpu"], l4["fits"]["0"]) == ("L4", True)
+    assert l4["recipe"]["cost"] == pytest.approx(hours * 0.5)
+    for stage, memory in report["memory"].items():
+        parts = sum(size for name, size in memory.items() if name != "total")
+        assert parts == pytest.approx(memory["total"]), stage
+
+
+def test_wrong_prices_are_one_message() -> None:
+    assert next(gpu for gpu in priced(["h100=2.5"]) if gpu.name == "H100-80GB").price == 2.5
+    for wrong in ("A100=2", "T4=1", "H100", "H100=cheap", "=1"):
+        with pytest.raises(UserError):
+            priced([wrong])

@@ -1,0 +1,49 @@
+"""The commands as a user types them: exit codes, messages, JSON; a sweep; a submitted job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from support.commands import orpo_ray
+from support.paths import ROOT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "none.yaml"], "no such recipe"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "orpo.betta=1"], "did you mean 'beta'?"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "data.train=none.jsonl"], "no such file or folder"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "model.id=./none"], "model.id"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "data.image_root=/none"], "data.image_root: no such folder"),
+        (["train", str(ROOT / "recipes/quickstart.yaml"), "checkpoint.storage=file"], "checkpoint.storage"),
+        (["evaluate", "nowhere"], "is neither a run"),
+        (["export", "nowhere"], "is not a run"),
+        (["evaluate", "broken-run"], "is not valid YAML"),
+        (["tune", str(ROOT / "recipes/quickstart.yaml"), "data.eval=[]"], "held-out pairs"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "broken-run").mkdir()
+    (tmp_path / "broken-run" / "recipe.yaml").write_text("a: [")
+    result = orpo_ray(*arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_schema_is_json() -> None:
+    assert "optim" in json.loads(orpo_ray("schema").stdout)["properties"]
+
+
+def test_an_address_without_a_cluster_is_one_message(tmp_path: Path) -> None:
+    quickstart = str(ROOT / "recipes/quickstart.yaml")
+    result = orpo_ray("train", quickstart, cwd=tmp_path, env={"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)})
+    assert result.returncode == 2, result.stderr
+    assert "RAY_ADDRESS" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,49 @@
+"""The package's layers (`[tool.importlinter]` in pyproject.toml), and what stays free of Ray and DeepSpeed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+PACKAGE = ROOT / "orpo_ray"
+FREE_OF_RAY = ("errors", "config", "storage", "tiny_models", "processing", "data", "model", "objective", "planning")
+
+
+def modules(package: str) -> list[str]:
+    """Every module of a package, or the module itself."""
+    files = sorted((PACKAGE / package).rglob("*.py")) or [PACKAGE / f"{package}.py"]
+    return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+
+
+def test_layers_import_downwards_only() -> None:
+    lint = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("package", FREE_OF_RAY)
+def test_can_be_used_in_a_plain_loop(package: str) -> None:
+    code = f"import importlib, sys\nfor name in {modules(package)!r}:\n    importlib.import_module(name)\n"
+    code += "heavy = {'ray', 'deepspeed'} & set(sys.modules)\nassert not heavy, heavy\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from orpo_ray.cli import main\n"
+        f"sys.argv = ['orpo-ray', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'numpy', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout.lower()
