@@ -1,8 +1,8 @@
-"""Kinds of files that hold rows: each is listed as shards once, and a shard's rows are read in one go.
+"""List the shards of data files, and read the rows of a shard, for each file type.
 
-A shard is a row group of a parquet file, a stretch of lines of a JSONL file, of entries of a JSON list, of samples of
-a webdataset tar, or a record batch of an Arrow file. Segments are small descriptions: the driver lists them, and any
-process that has one can read its rows, from a disk or from an object store.
+A shard is a row group of a parquet file, a record batch of an Arrow file, or a range of rows of a JSONL file, JSON list
+or webdataset tar. The driver lists the shards once; any process can then read the rows of a shard, from a disk or from
+an object store.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from orpo_ray.errors import RowError, UserError
 from orpo_ray.storage.files import is_remote, locate, parent_folder, read_bytes, with_retries
 from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 
-ROWS_PER_SEGMENT = 4096
-BYTES_PER_TAR_SEGMENT = 64 << 20
+ROWS_PER_SHARD = 4096
+BYTES_PER_TAR_SHARD = 64 << 20
 EASY_VQA = "easy-vqa:"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 
@@ -34,57 +34,62 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of `num_rows` rows of `path`, the first of which is row `first_row` of that file.
-
-    index: parquet's row group. offset, length: the bytes of the shard, where it is read by itself. first_line,
-    blanks: of lines: the number of the first one, and before which rows there is an empty one.
-    num_bytes: about what its rows weigh as they are stored, without the files that paths in them name.
-    """
+    """A range of rows of a file."""
 
     kind: str
+    """File type: parquet, jsonl, json, arrow, tar or easy-vqa."""
     path: str
+    """Local path or URI of the file."""
     first_row: int
+    """Index in the file of the shard's first row."""
     num_rows: int
+    """Number of rows."""
     num_bytes: int = 0
+    """Approximate size of the rows as stored, without image files that they refer to by path."""
     index: int = 0
+    """Parquet: the row group."""
     offset: int = 0
+    """JSONL, Arrow, tar: position of the shard's first byte in the file."""
     length: int = 0
+    """JSONL, Arrow, tar: size of the shard in bytes."""
     first_line: int = 1
+    """JSONL: line number of the first row."""
     blanks: tuple[int, ...] = ()
+    """JSONL: for each blank line, the index in the shard of the row after it."""
 
     def describe(self, row: int) -> str:
-        """Where row `row` of this shard stands, as a user would look for it."""
+        """Return file and line, or file and row, of row `row` of this shard, for messages."""
         if self.kind == "jsonl":
             return f"{self.path}:line {self.first_line + row + bisect_right(self.blanks, row)}"
         return f"{self.path}:row {self.first_row + row}"
 
     @property
     def image_root(self) -> str | None:
-        """The folder that image paths in these rows are relative to, unless the recipe says otherwise."""
+        """Folder that image paths in these rows are relative to by default; the recipe can set another one."""
         return None if self.kind == "easy-vqa" else parent_folder(self.path)
 
 
-def file_shards(path: str, field: str) -> list[Shard]:
-    """The shards of one file, by its suffix. Raises UserError if it cannot be read."""
-    kind = _KINDS[PurePosixPath(path).suffix]
+def list_file_shards(path: str, field: str) -> list[Shard]:
+    """List the shards of a file; its suffix determines the file type. Raises UserError if it cannot be read."""
+    list_shards = _LIST[_KINDS[PurePosixPath(path).suffix]]
     try:
-        return list(with_retries(lambda: list(_LISTED[kind](path))) if is_remote(path) else _LISTED[kind](path))
+        return with_retries(lambda: list(list_shards(path))) if is_remote(path) else list(list_shards(path))
     except (OSError, pa.ArrowException, tarfile.TarError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot be read: {error}", field=field, value=path) from None
+        raise UserError(f"cannot read the file: {error}", field=field, value=path) from None
 
 
-def is_readable(path: str) -> bool:
-    """Whether a file's name says that it holds rows."""
+def has_data_suffix(path: str) -> bool:
+    """Whether the suffix of a file name is that of a data file."""
     return PurePosixPath(path).suffix in _KINDS
 
 
 def easy_vqa_shard(uri: str) -> Shard:
-    """The one shard of a split of easy-vqa, `easy-vqa:train`."""
+    """Return the shard of a split of easy-vqa, such as `easy-vqa:train`. A split is one shard."""
     return Shard("easy-vqa", uri, 0, len(easy_vqa_rows(uri.removeprefix(EASY_VQA))), num_bytes=4 << 20)
 
 
 def read_rows(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
-    """Rows `rows` of a shard, in that order; one that is not a mapping of columns comes as a RowError."""
+    """Read rows of a shard by their index in the shard, in the given order. An invalid row is a RowError."""
     if is_remote(shard.path):
         return with_retries(_READ[shard.kind], shard, rows)
     return _READ[shard.kind](shard, rows)
@@ -96,22 +101,22 @@ def _list_parquet(path: str) -> Iterator[Shard]:
         metadata = pq.read_metadata(file)
     first = 0
     for group in range(metadata.num_row_groups):
-        facts = metadata.row_group(group)
-        yield Shard("parquet", path, first, facts.num_rows, num_bytes=facts.total_byte_size, index=group)
-        first += facts.num_rows
+        row_group = metadata.row_group(group)
+        yield Shard("parquet", path, first, row_group.num_rows, num_bytes=row_group.total_byte_size, index=group)
+        first += row_group.num_rows
 
 
 def _read_parquet(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
     filesystem, path = locate(shard.path)
     with filesystem.open_input_file(path) as file:
-        # A row group in one request a column: without buffering each column chunk would be fetched page by page.
+        # pre_buffer reads each column chunk with one request instead of one per page.
         group = pq.ParquetFile(file, pre_buffer=True).read_row_group(shard.index)
     found: list[Row | RowError] = group.take(pa.array(rows, pa.int64())).to_pylist()
     return found
 
 
 def _list_jsonl(path: str) -> Iterator[Shard]:
-    """Blank lines are no rows."""
+    """List ranges of lines. Blank lines are not rows."""
     filesystem, inner = locate(path)
     first = count = offset = start = line_number = 0
     first_line, blanks = 1, list[int]()
@@ -130,7 +135,7 @@ def _list_jsonl(path: str) -> Iterator[Shard]:
                 count += 1
             else:
                 blanks.append(count)
-            if count == ROWS_PER_SEGMENT:
+            if count == ROWS_PER_SHARD:
                 yield shard()
                 first, count, start, first_line = first + count, 0, offset, line_number + 1
                 blanks.clear()
@@ -140,53 +145,53 @@ def _list_jsonl(path: str) -> Iterator[Shard]:
 
 def _read_jsonl(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
     data = read_bytes(shard.path, shard.offset, shard.length)
-    # Split as `_list_jsonl` counts: a lone carriage return is white space within a row.
+    # Split at line feeds only, as `_list_jsonl` counts: a lone carriage return is white space within a row.
     lines = [line for line in data.split(b"\n") if line.strip()]
-    return [_json_row(lines[row]) for row in rows]
+    return [_parse_json_row(lines[row]) for row in rows]
 
 
-def _json_row(text: bytes) -> Row | RowError:
+def _parse_json_row(text: bytes) -> Row | RowError:
     try:
         row = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers too long and nesting too deep to read
+    except (ValueError, RecursionError) as error:  # ValueError includes numbers that are too long
         return RowError("malformed_row", f"not valid JSON: {error}")
-    return _object(row)
+    return _check_object(row)
 
 
-def _object(row: Any) -> Row | RowError:
+def _check_object(row: Any) -> Row | RowError:
     if isinstance(row, dict):
         return row
     return RowError("malformed_row", f"a row must be a JSON object, found {repr(row)[:80]}")
 
 
 def _list_json(path: str) -> Iterator[Shard]:
-    count = len(_json_list(path))
+    count = len(_read_json_list(path))
     size = len(read_bytes(path)) if count else 0
-    for first in range(0, count, ROWS_PER_SEGMENT):
-        here = min(ROWS_PER_SEGMENT, count - first)
-        yield Shard("json", path, first, here, num_bytes=size * here // count)
+    for first in range(0, count, ROWS_PER_SHARD):
+        num_rows = min(ROWS_PER_SHARD, count - first)
+        yield Shard("json", path, first, num_rows, num_bytes=size * num_rows // count)
 
 
 def _read_json(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
-    everything = _json_list(shard.path)
-    return [_object(everything[shard.first_row + row]) for row in rows]
+    all_rows = _read_json_list(shard.path)
+    return [_check_object(all_rows[shard.first_row + row]) for row in rows]
 
 
 @lru_cache(maxsize=2)
-def _json_list(path: str) -> list[Any]:
-    """A JSON list can only be read whole; large sets should be JSONL."""
+def _read_json_list(path: str) -> list[Any]:
+    """Read a JSON list, which is possible only as a whole. Large data sets should be JSONL."""
     try:
         rows = json.loads(read_bytes(path))
     except json.JSONDecodeError as error:
-        hint = "; one JSON object a line is a .jsonl file" if error.msg == "Extra data" else ""
+        hint = "; a file with one JSON object per line must be named .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"not valid JSON: {error}{hint}") from None
     if not isinstance(rows, list):
-        raise ValueError(f"a .json file must hold a list of rows, found {type(rows).__name__}")
+        raise ValueError(f"a .json file must contain a list of rows, found {type(rows).__name__}")
     return rows
 
 
 def _list_arrow(path: str) -> Iterator[Shard]:
-    """A file of `datasets.save_to_disk`: a stream of record batches, each found again by its offset."""
+    """List the record batches of a file that `datasets.save_to_disk` wrote, with the offset of each."""
     filesystem, inner = locate(path)
     with filesystem.open_input_file(inner) as file:
         reader = pa.ipc.open_stream(file)
@@ -212,7 +217,7 @@ def _read_arrow(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
 
 
 def _list_tar(path: str) -> Iterator[Shard]:
-    """Stretches of whole samples; a sample is a run of members with one key."""
+    """List ranges of complete samples. A sample is a sequence of members with the same key."""
     filesystem, inner = locate(path)
     first = count = start = end = 0
     key = None
@@ -223,13 +228,13 @@ def _list_tar(path: str) -> Iterator[Shard]:
         for member in tar:
             if not member.isfile():
                 continue
-            here = _split_name(member.name)[0]
-            if here != key:
-                if count == ROWS_PER_SEGMENT or member.offset - start > BYTES_PER_TAR_SEGMENT:
+            member_key = _split_name(member.name)[0]
+            if member_key != key:
+                if count == ROWS_PER_SHARD or member.offset - start > BYTES_PER_TAR_SHARD:
                     size = member.offset - start
                     yield Shard("tar", path, first, count, num_bytes=size, offset=start, length=size)
                     first, count, start = first + count, 0, member.offset
-                key, count = here, count + 1
+                key, count = member_key, count + 1
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if count:
         yield Shard("tar", path, first, count, num_bytes=end - start, offset=start, length=end - start)
@@ -248,24 +253,24 @@ def _read_tar(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
             content = tar.extractfile(member)
             assert content is not None
             samples[-1][1].append((extension, content.read()))
-    return [_sample(*samples[row]) for row in rows]
+    return [_row_of_sample(*samples[row]) for row in rows]
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """webdataset's convention: the key ends at the first dot of the last component."""
+    """Split a member's name into key and extension, at the first dot of its last component (webdataset convention)."""
     folder, _, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
     return f"{folder}/{stem}", extension.lower()
 
 
-def _sample(key: str, members: list[tuple[str, bytes]]) -> Row | RowError:
-    """One row: the columns of its `.json`, a column for every text (`.prompt.txt`), and its images in order."""
+def _row_of_sample(key: str, members: list[tuple[str, bytes]]) -> Row | RowError:
+    """Make a row from the members of a sample: columns from `.json`, a column per text (`.prompt.txt`), and images."""
     row: Row = {"id": key.lstrip("/")}
     images: list[bytes] = []
     for extension, content in members:
         kind = extension.rpartition(".")[2]
         if kind == "json":
-            columns = _json_row(content)
+            columns = _parse_json_row(content)
             if isinstance(columns, RowError):
                 return columns
             row |= columns
@@ -280,12 +285,12 @@ def _sample(key: str, members: list[tuple[str, bytes]]) -> Row | RowError:
 
 
 def _read_easy_vqa(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
-    everything = easy_vqa_rows(shard.path.removeprefix(EASY_VQA))
-    return [everything[row] for row in rows]
+    all_rows = easy_vqa_rows(shard.path.removeprefix(EASY_VQA))
+    return [all_rows[row] for row in rows]
 
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json", ".arrow": "arrow", ".tar": "tar"}
-_LISTED: dict[str, Callable[[str], Iterator[Shard]]] = {
+_LIST: dict[str, Callable[[str], Iterator[Shard]]] = {
     "parquet": _list_parquet,
     "jsonl": _list_jsonl,
     "json": _list_json,

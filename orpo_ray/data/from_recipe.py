@@ -9,11 +9,11 @@ from pathlib import Path
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.containers import Shard
 from orpo_ray.data.encoding import EncoderSpec
-from orpo_ray.data.formats import recognise
+from orpo_ray.data.formats import detect_format
 from orpo_ray.data.order import Order, total_samples
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.data.sources import first_rows, list_sources
-from orpo_ray.data.split import split_off
+from orpo_ray.data.sources import list_sources, read_first_rows
+from orpo_ray.data.split import split_held_out
 from orpo_ray.errors import UserError
 from orpo_ray.storage.files import is_remote
 
@@ -53,7 +53,7 @@ def _splits(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
     data = recipe.data
     train = _listed(recipe, data.train, "data.train")
     if data.eval_fraction:
-        return split_off(train, data.eval_fraction)
+        return split_held_out(train, data.eval_fraction)
     return train, _listed(recipe, dict.fromkeys(data.eval, 1.0), "data.eval") if data.eval else None
 
 
@@ -88,8 +88,8 @@ def _listed(recipe: Recipe, mix: Mapping[str, float], field: str) -> ReadSpec:
     formats: dict[str, str] = {}
     for shard in (shard for source in sources for shard in source.shards):
         if shard.path not in formats:
-            columns, rows = first_rows(shard)
-            formats[shard.path] = recognise(columns, rows, data.columns, data.format, shard.path)
+            columns, rows = read_first_rows(shard)
+            formats[shard.path] = detect_format(columns, rows, data.columns, data.format, shard.path)
     root = data.image_root
     if root is not None and not is_remote(root) and not Path(root).is_dir():
         raise UserError("no such folder", field="data.image_root", value=root)

@@ -1,6 +1,6 @@
-"""`PreferencePair`, and what every format builds one from: messages, parts, images, answers.
+"""`PreferencePair`, and the functions that all formats use to build one from messages, images and answers.
 
-Pure functions; nothing is decoded or tokenised here. A value that is not as it should be raises RowError.
+Images are not decoded and texts not tokenized here. Functions raise RowError for values that cannot be used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from orpo_ray.errors import RowError
 
-PLACEHOLDER = "<image>"  # in formats where images stand inline: one of these per image
+PLACEHOLDER = "<image>"  # position of an image, in formats with inline images
 Image = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}
 Message = dict[str, Any]  # {"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}, ...]}
 
@@ -24,22 +24,22 @@ _EMPTY_IMAGE = {"bytes": None, "path": None}
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One image-text preference, in the one form that the rest of the project knows.
-
-    id: unique and stable, for the user to find the row. images: `{"bytes": ..., "path": ...}` with one of them None,
-    in the order of their placeholders. prompt: messages up to the answer, content always a list of parts. chosen,
-    rejected: text of the better and the worse answer. source: where the row came from. rejected_images: for rows whose
-    rejected side looks at other images (the text of the answers may then be the same), as many as `images`; None where
-    both sides see the same.
-    """
+    """One image-text preference, independent of the format of its row."""
 
     id: str
+    """Unique and stable, so that the user can find the row."""
     images: list[Image]
+    """`{"bytes": ..., "path": ...}` with one of them None, in the order of their placeholders in the prompt."""
     prompt: list[Message]
+    """Messages before the answer; content is a list of `{"type": "image"}` and `{"type": "text", "text": ...}`."""
     chosen: str
+    """Text of the better answer."""
     rejected: str
+    """Text of the worse answer."""
     source: str = field(default="", compare=False)
+    """File and line or row."""
     rejected_images: list[Image] | None = None
+    """Images of the rejected side if they differ, as many as `images`; the two texts may then be equal."""
 
 
 def make_pair(
@@ -51,66 +51,80 @@ def make_pair(
     rejected: str,
     rejected_images: list[Image] | None = None,
 ) -> PreferencePair:
-    """The pair of these parts, after the checks that every format shares. Raises RowError.
+    """Make a pair and check it.
 
-    images: of the row itself; where it has none, those that the parts of the prompt carry.
+    Args:
+        row_id: id of the row.
+        source: file and line or row.
+        images: images in the row's own column; if empty, the images inside the prompt's messages are used.
+        prompt: messages before the answer.
+        chosen: text of the better answer.
+        rejected: text of the worse answer.
+        rejected_images: images of the rejected side, if they differ.
+
+    Raises:
+        RowError: the parts do not form a pair.
     """
     if not chosen.strip() or not rejected.strip():
         raise RowError("empty_response", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
-    carried = [part["image"] for message in prompt for part in message["content"] if "image" in part]
-    images = images or carried
+    images = images or [part["image"] for message in prompt for part in message["content"] if "image" in part]
     if rejected_images == images:
         rejected_images = None
     if chosen == rejected and rejected_images is None:
-        raise RowError("identical_responses", f"chosen and rejected are the same: {chosen[:80]!r}")
+        raise RowError("identical_responses", f"chosen and rejected are equal: {chosen[:80]!r}")
     if rejected_images is not None and len(rejected_images) != len(images):
         raise RowError("image_count_mismatch", f"{len(rejected_images)} rejected image(s) for {len(images)} image(s)")
-    _refuse_empty_prompt(prompt)
+    _check_prompt_not_empty(prompt)
     prompt = _place_images(_without_images(prompt), len(images))
     pair = PreferencePair(row_id, images, prompt, chosen, rejected, source, rejected_images)
-    _refuse_half_characters(pair)
+    _check_encodable(pair)
     return pair
 
 
 def row_images(row: Mapping[str, Any], names: tuple[str, ...] = ("images", "image")) -> list[Image]:
-    """The images of a row, from the first of these columns that has any; null is a row without images."""
+    """Read the images of a row from the first of these columns that has any; an empty list if none has."""
     for other in ("videos", "audios"):
         if row.get(other):
-            raise RowError("unsupported_media", f"the row has {other}; only images are trained on")
+            raise RowError("unsupported_media", f"the row has {other}; only images are supported")
     return next((images for name in names if (images := read_images(row.get(name)))), [])
 
 
 def read_images(value: Any) -> list[Image]:
-    """One image or a list of them."""
-    # What writers put where there is no image: null, a struct of nulls (parquet), an empty string (JSON).
+    """Read one image or a list of images."""
+    # Missing images are written as null, a struct of nulls (parquet) or an empty string (JSON).
     if value is None or value in ("", [], _EMPTY_IMAGE):
         return []
     return [_image(image) for image in (value if isinstance(value, list | tuple) else [value])]
 
 
 def read_messages(value: Any, name: str, inline: bool = False) -> list[Message]:
-    """A list of `{role, content}` or `{from, value}` as messages whose content is a list of parts.
+    """Read a list of `{role, content}` or `{from, value}` as messages whose content is a list of parts.
 
-    An image part that brings its own image holds it under `image`, until `make_pair`. inline: `<image>` in a text
-    stands for an image. name: of the column, for errors.
+    Args:
+        value: the column's value.
+        name: the column's name, for error messages.
+        inline: whether `<image>` in a text marks the position of an image.
+
+    Returns:
+        Messages. An image part that contains its image has it under the key `image`, until `make_pair` collects it.
     """
     if not isinstance(value, list) or not value:
-        raise RowError("malformed_row", f"{name} must be a list of messages, found {shown(value)}")
+        raise RowError("malformed_row", f"{name} must be a list of messages, found {preview(value)}")
     return [_message(turn, name, inline) for turn in value]
 
 
 def user_turn(value: Any, name: str, inline: bool = False) -> Message:
-    """A user's message of one string."""
+    """Make a user message from a string."""
     return {"role": "user", "content": _text_parts(read_text(value, name), inline)}
 
 
 def read_prompt(value: Any, name: str) -> list[Message]:
-    """A prompt that is either a string or a list of messages."""
+    """Read a prompt that is a string or a list of messages."""
     return [user_turn(value, name)] if isinstance(value, str) else read_messages(value, name)
 
 
 def read_answer(value: Any, name: str, inline: bool = False) -> str:
-    """The text of an answer: a string, or one assistant message, in a list or not."""
+    """Read the text of an answer: a string, an assistant message, or a list with one assistant message."""
     if value == []:
         return ""
     if isinstance(value, str):
@@ -119,74 +133,77 @@ def read_answer(value: Any, name: str, inline: bool = False) -> str:
         turns = read_messages([value] if isinstance(value, Mapping) else value, name)
         if len(turns) != 1 or turns[0]["role"] != "assistant":
             roles = [turn["role"] for turn in turns]
-            raise RowError("malformed_row", f"{name} must be one assistant message, found roles {shown(roles)}")
+            raise RowError("malformed_row", f"{name} must be one assistant message, found roles {preview(roles)}")
         if any(part["type"] == "image" for part in turns[0]["content"]):
-            raise RowError("malformed_row", f"{name} holds an image; only prompts may")
+            raise RowError("malformed_row", f"{name} contains an image; only prompts can contain images")
         text = "".join(part["text"] for part in turns[0]["content"])
     if inline and PLACEHOLDER in text:
-        raise RowError("placeholder_in_text", f"{name} holds {PLACEHOLDER}; only prompts may: {shown(text)}")
+        raise RowError(
+            "placeholder_in_text", f"{name} contains {PLACEHOLDER}; only prompts can contain it: {preview(text)}"
+        )
     return text
 
 
 def read_text(value: Any, name: str) -> str:
-    """A string, as it is."""
+    """Check that a value is a string, and return it unchanged."""
     if not isinstance(value, str):
-        raise RowError("malformed_row", f"{name} must be a string, found {shown(value)}")
+        raise RowError("malformed_row", f"{name} must be a string, found {preview(value)}")
     return value
 
 
 def with_system(messages: list[Message], system: Any) -> list[Message]:
-    """The messages below a row's `system` text, unless there is none or they begin with a system message."""
+    """Put a row's `system` text before the messages, unless it is empty or they start with a system message."""
     if system is None or messages[0]["role"] == "system" or not read_text(system, "system").strip():
         return messages
     return [{"role": "system", "content": _text_parts(system, inline=False)}, *messages]
 
 
 def read_records(value: Any, name: str) -> list[Any]:
-    """A list of records, also when it comes as a mapping of lists (how `datasets` stores them), whatever its depth."""
+    """Read a list of records, given as a list or as a mapping of lists (as `datasets` stores them), at any depth."""
     if isinstance(value, list):
         return value
     if not isinstance(value, Mapping):
-        raise RowError("malformed_row", f"{name} must be a list or a mapping of lists, found {shown(value)}")
+        raise RowError("malformed_row", f"{name} must be a list or a mapping of lists, found {preview(value)}")
     columns = {key: read_records(column, name) for key, column in value.items() if column is not None}
     if len({len(column) for column in columns.values()}) > 1:
-        raise RowError("malformed_row", f"{name} holds lists of different lengths: {shown(value)}")
+        raise RowError("malformed_row", f"{name} contains lists of different lengths: {preview(value)}")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def best_and_worst(scored: list[tuple[float, Any]]) -> tuple[Any, Any]:
-    """The answers with the highest and the lowest score, the first of each."""
+    """Return the answers with the highest and with the lowest score; of equal scores, the first."""
     if len(scored) < 2:
-        raise RowError("no_preference", f"a pair takes two rated answers, found {len(scored)}")
+        raise RowError("no_preference", f"a pair needs two rated answers, found {len(scored)}")
     best, worst = max(scored, key=lambda item: item[0]), min(scored, key=lambda item: item[0])
     if best[0] == worst[0]:
-        raise RowError("no_preference", f"all {len(scored)} answers are rated the same")
+        raise RowError("no_preference", f"all {len(scored)} answers have the same rating")
     return best[1], worst[1]
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Of two whole dialogues (lists of messages, or strings): prompt, chosen, rejected, as TRL splits them.
+    """Split two complete dialogues (lists of messages, or strings) into prompt, chosen and rejected, as TRL does.
 
-    The common beginning is the prompt, but for the last element, even if one side is a beginning of the other.
+    The prompt is the longest common prefix. If one dialogue is a prefix of the other, its last element is left out of
+    the prompt.
     """
     if not any(isinstance(chosen, kind) and isinstance(rejected, kind) for kind in (str, list)):
-        problem = f"without a prompt, chosen and rejected must be dialogues, found {shown(chosen)}, {shown(rejected)}"
-        raise RowError("malformed_row", problem)
+        found = f"{preview(chosen)}, {preview(rejected)}"
+        raise RowError("malformed_row", f"without prompt, chosen and rejected must be dialogues, found {found}")
     if not chosen or not rejected:
         raise RowError("empty_response", f"{'rejected' if chosen else 'chosen'} is empty")
     pairs = enumerate(zip(chosen, rejected, strict=False))
-    end = next((index for index, (ours, theirs) in pairs if ours != theirs), None)
+    end = next((index for index, (left, right) in pairs if left != right), None)
     if end is None:
         end = min(len(chosen), len(rejected)) - 1
     elif end and chosen[end - 1] == " ":
         end -= 1
     if not end:
-        raise RowError("empty_prompt", "chosen and rejected have no common beginning that could be the prompt")
+        raise RowError("empty_prompt", "chosen and rejected have no common prefix to use as the prompt")
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def shown(value: Any) -> str:
-    """A value for an error, at most 80 characters."""
+def preview(value: Any) -> str:
+    """Format a value for an error message, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -198,31 +215,33 @@ def _image(value: Any) -> Image:
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
     if value is None or value in ("", _EMPTY_IMAGE):
-        raise RowError("missing_image", "the list of images holds an empty entry")
+        raise RowError("missing_image", "the list of images has an empty entry")
     if not isinstance(value, str):
-        raise RowError("malformed_row", f"an image must be bytes, a path or both in a dict, found {shown(value)}")
+        raise RowError("malformed_row", f"an image must be bytes, a path, or a dict of both, found {preview(value)}")
     if value[:5].lower() == "data:":
         return {"bytes": _data_uri(value), "path": None}
     return {"bytes": None, "path": value}
 
 
 def _data_uri(uri: str) -> bytes:
-    """The bytes of `data:image/png;base64,...`."""
+    """Decode `data:image/png;base64,...` to bytes."""
     head, comma, body = uri.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise RowError("unreadable_image", f"a data URI must be data:<type>;base64,<data>, found {shown(uri)}")
+        raise RowError(
+            "unreadable_image", f"a data URI must have the form data:<type>;base64,<data>, found {preview(uri)}"
+        )
     try:
         return base64.b64decode("".join(body.split()), validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: letters outside ASCII
-        raise RowError("unreadable_image", f"broken base64 in a data URI: {error}") from None
+    except (binascii.Error, ValueError) as error:  # ValueError: characters outside ASCII
+        raise RowError("unreadable_image", f"invalid base64 in a data URI: {error}") from None
 
 
 def _message(turn: Any, name: str, inline: bool) -> Message:
-    given = turn if isinstance(turn, Mapping) else {}
-    role = given.get("role") if given.get("role") is not None else given.get("from")
-    content = given.get("content") if given.get("content") is not None else given.get("value")
+    fields = turn if isinstance(turn, Mapping) else {}
+    role = fields.get("role") if fields.get("role") is not None else fields.get("from")
+    content = fields.get("content") if fields.get("content") is not None else fields.get("value")
     if not isinstance(role, str) or content is None:
-        raise RowError("malformed_row", f"a message of {name} must have role and content, found {shown(turn)}")
+        raise RowError("malformed_row", f"a message of {name} must have role and content, found {preview(turn)}")
     return {"role": _ROLES.get(role, role), "content": _parts(content, name, inline)}
 
 
@@ -231,7 +250,7 @@ def _parts(content: Any, name: str, inline: bool) -> list[dict[str, Any]]:
         return _text_parts(content, inline)
     if not isinstance(content, list):
         raise RowError(
-            "malformed_row", f"content in {name} must be a string or a list of parts, found {shown(content)}"
+            "malformed_row", f"content in {name} must be a string or a list of parts, found {preview(content)}"
         )
     parts: list[dict[str, Any]] = []
     for part in content:
@@ -244,25 +263,25 @@ def _parts(content: Any, name: str, inline: bool) -> list[dict[str, Any]]:
         elif kind == "text" and isinstance(part.get("text"), str):
             parts.extend(_text_parts(part["text"], inline))
         else:
-            raise RowError("malformed_row", f"a part in {name} must be an image or a text, found {shown(part)}")
+            raise RowError("malformed_row", f"a part in {name} must be an image or a text, found {preview(part)}")
     return parts
 
 
 def _text_parts(text: str, inline: bool) -> list[dict[str, Any]]:
-    """A text as parts: one, or where images stand inline, the pieces between them (white space as it is)."""
+    """Split a text at its inline images into text and image parts. White space is unchanged."""
     if not inline or PLACEHOLDER not in text:
         return [{"type": "text", "text": text}]
     parts: list[dict[str, Any]] = []
-    for index, piece in enumerate(text.split(PLACEHOLDER)):
+    for index, between in enumerate(text.split(PLACEHOLDER)):
         if index:
             parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
+        if between:
+            parts.append({"type": "text", "text": between})
     return parts
 
 
 def _without_images(messages: list[Message]) -> list[Message]:
-    """The messages with bare placeholders, in place of those that carry their image."""
+    """Replace image parts that contain their image by plain placeholders."""
     return [
         {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
         for message in messages
@@ -270,32 +289,34 @@ def _without_images(messages: list[Message]) -> list[Message]:
 
 
 def _place_images(messages: list[Message], count: int) -> list[Message]:
-    """Hold placeholders and images to the same number; without placeholders, images go before the first user text."""
+    """Check that the prompt has a placeholder per image; if it has none, add them before the first user text."""
     placed = sum(part["type"] == "image" for message in messages for part in message["content"])
     if placed == count:
         return messages
     if placed:
-        raise RowError("image_count_mismatch", f"the prompt has {placed} image placeholder(s) for {count} image(s)")
+        raise RowError(
+            "image_count_mismatch", f"the prompt has {placed} image placeholder(s), but the row has {count} image(s)"
+        )
     for index, message in enumerate(messages):
         if message["role"] == "user":
             content = [{"type": "image"}] * count + message["content"]
             return [*messages[:index], {**message, "content": content}, *messages[index + 1 :]]
-    raise RowError("malformed_row", "the prompt has images but no user message to put them in")
+    raise RowError("malformed_row", "the row has images, but the prompt has no user message to put them in")
 
 
-def _refuse_empty_prompt(prompt: list[Message]) -> None:
-    """The message to be answered must say something; a placeholder alone does."""
+def _check_prompt_not_empty(prompt: list[Message]) -> None:
+    """The last message must not be empty; an image without text is enough."""
     last = prompt[-1]
-    asked = any(part["type"] == "image" or part["text"].strip() for part in last["content"])
-    if not asked or last["role"] == "system":
+    has_content = any(part["type"] == "image" or part["text"].strip() for part in last["content"])
+    if not has_content or last["role"] == "system":
         raise RowError("empty_prompt", "the prompt is empty")
 
 
-def _refuse_half_characters(pair: PreferencePair) -> None:
-    """JSON can spell half of a character (a lone surrogate); no tokenizer and no file takes it."""
+def _check_encodable(pair: PreferencePair) -> None:
+    """JSON can contain lone surrogates, which tokenizers and files cannot encode."""
     paths = [image["path"] or "" for image in (*pair.images, *(pair.rejected_images or []))]
     try:
         json.dumps(pair.prompt, ensure_ascii=False).encode()
         "".join((pair.id, pair.chosen, pair.rejected, *paths)).encode()
     except UnicodeEncodeError as error:
-        raise RowError("malformed_row", f"the text holds half of a character: {error}") from None
+        raise RowError("malformed_row", f"a text contains a lone surrogate: {error}") from None

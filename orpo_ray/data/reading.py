@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
 from orpo_ray.data.containers import Shard, read_rows
-from orpo_ray.data.formats import id_of, to_pair
+from orpo_ray.data.formats import get_row_id, to_pair
 from orpo_ray.data.order import Order, owner
 from orpo_ray.data.pairs import Image, PreferencePair
 from orpo_ray.errors import RowError
@@ -111,7 +111,7 @@ def read_pairs(spec: ReadSpec, shard: int, rows: np.ndarray) -> list[PreferenceP
                 raise raw
             pairs.append(replace(to_pair(raw, format_name, spec.columns, fallback_id=where), source=where))
         except RowError as error:
-            row_id = where if isinstance(raw, RowError) else id_of(raw, spec.columns, where)
+            row_id = where if isinstance(raw, RowError) else get_row_id(raw, spec.columns, where)
             pairs.append(BadRow.of(error, NO_SAMPLE, _writable(row_id), where))
     return pairs
 

@@ -1,8 +1,8 @@
-"""A held-out share of a training set, where no held-out set is given: always the same rows, no image on both sides.
+"""Hold out a fraction of the training rows (`data.eval_fraction`), deterministically, without images on both sides.
 
-Rows that show one image belong together; so do text-only rows with one prompt. Whole groups are held out, chosen by
-their own hash, so that rows added to a set later change little of the split. The same photograph in two files is seen
-as the same only where the files' bytes stand in the rows.
+Rows with a common image form a group, and so do text-only rows with the same prompt. Groups are held out as a whole.
+They are selected by a hash of their own content, so that adding rows to a data set changes the split little. Images
+given by path are compared by path: two files with the same content count as different images.
 """
 
 from __future__ import annotations
@@ -21,37 +21,44 @@ from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, image_fingerprint, read_pairs
 from orpo_ray.errors import UserError
 
-READERS = 4
+READER_THREADS = 4
 
 
-def split_off(spec: ReadSpec, share: float) -> tuple[ReadSpec, ReadSpec]:
-    """What is trained on, and what is held out: about `share` of the rows. Reads the whole set once.
+def split_held_out(spec: ReadSpec, fraction: float) -> tuple[ReadSpec, ReadSpec]:
+    """Split a data set into training rows and held-out rows. Reads the data set once.
 
-    A bad row stays in training, where it is counted. Raises UserError where nothing can be held out.
+    Args:
+        spec: the rows to split.
+        fraction: fraction of the rows to hold out; approximate, since groups stay together.
+
+    Returns:
+        The training rows, bad rows included so that training counts them, and the held-out rows.
+
+    Raises:
+        UserError: no such split exists.
     """
     if spec.order.num_rows == 0:
-        raise UserError("there are no rows to hold out", field="data.eval_fraction", value=share)
-    with ThreadPoolExecutor(READERS) as pool:
-        numbers = range(len(spec.shards))
-        by_segment = dict(zip(numbers, pool.map(lambda number: _keys(spec, number), numbers), strict=True))
-    held = _held_out(by_segment, share)
-    everything = {number: np.arange(spec.shards[number].num_rows) for number in numbers}
-    train = {number: np.setdiff1d(rows, held[number]) for number, rows in everything.items()}
-    return _part(spec, train, spec.order.weights), _part(spec, held, (1.0,) * len(spec.order.weights))
+        raise UserError("there are no rows to hold out", field="data.eval_fraction", value=fraction)
+    shards = range(len(spec.shards))
+    with ThreadPoolExecutor(READER_THREADS) as pool:
+        keys_by_shard = dict(zip(shards, pool.map(lambda shard: _read_keys(spec, shard), shards), strict=True))
+    held_out = _select_held_out(keys_by_shard, fraction)
+    train = {shard: np.setdiff1d(np.arange(spec.shards[shard].num_rows), held_out[shard]) for shard in shards}
+    return _select_rows(spec, train, spec.order.weights), _select_rows(spec, held_out, (1.0,) * len(spec.order.weights))
 
 
-def _part(spec: ReadSpec, kept: Mapping[int, np.ndarray], weights: tuple[float, ...]) -> ReadSpec:
-    counts = tuple(len(kept[number]) for number in range(len(spec.shards)))
+def _select_rows(spec: ReadSpec, rows_by_shard: Mapping[int, np.ndarray], weights: tuple[float, ...]) -> ReadSpec:
+    counts = tuple(len(rows_by_shard[shard]) for shard in range(len(spec.shards)))
     order: Order = replace(spec.order, shard_rows=counts, weights=weights)
-    partly = {number: rows for number, rows in kept.items() if len(rows) < spec.shards[number].num_rows}
-    return replace(spec, row_indices=partly, order=order, end_sample=order.num_rows)
+    incomplete = {shard: rows for shard, rows in rows_by_shard.items() if len(rows) < spec.shards[shard].num_rows}
+    return replace(spec, row_indices=incomplete, order=order, end_sample=order.num_rows)
 
 
-def _keys(spec: ReadSpec, number: int) -> list[tuple[str, ...]]:
-    """What each row of a shard shares with others: its images, or its prompt; nothing for a bad row."""
-    shard = spec.shards[number]
+def _read_keys(spec: ReadSpec, shard_index: int) -> list[tuple[str, ...]]:
+    """Return the grouping keys of each row of a shard: its images, or its prompt; none for a bad row."""
+    shard = spec.shards[shard_index]
     keys: list[tuple[str, ...]] = []
-    for pair in read_pairs(spec, number, np.arange(shard.num_rows)):
+    for pair in read_pairs(spec, shard_index, np.arange(shard.num_rows)):
         if not isinstance(pair, PreferencePair):
             keys.append(())
             continue
@@ -63,40 +70,42 @@ def _keys(spec: ReadSpec, number: int) -> list[tuple[str, ...]]:
     return keys
 
 
-def _held_out(by_segment: Mapping[int, list[tuple[str, ...]]], share: float) -> dict[int, np.ndarray]:
-    """The rows of every shard that are held out."""
+def _select_held_out(keys_by_shard: Mapping[int, list[tuple[str, ...]]], fraction: float) -> dict[int, np.ndarray]:
+    """Return the held-out rows of each shard."""
     groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    find = _Together(keys for rows in by_segment.values() for keys in rows)
+    find_group = _UnionFind(keys for rows in keys_by_shard.values() for keys in rows)
     total = 0
-    for number, rows in by_segment.items():
+    for shard, rows in keys_by_shard.items():
         for row, keys in enumerate(rows):
             total += 1
             if keys:
-                groups[find(keys[0])].append((number, row))
-    wanted = max(1, round(share * total))
-    held: list[tuple[int, int]] = []
+                groups[find_group(keys[0])].append((shard, row))
+    wanted = max(1, round(fraction * total))
+    held_out: list[tuple[int, int]] = []
     for key in sorted(groups, key=lambda key: hashlib.sha256(key.encode()).digest()):
-        # A group that is larger than what is left to take would hold out much more than was asked for.
-        if len(held) + len(groups[key]) <= wanted + wanted // 2 and len(held) < wanted:
-            held += groups[key]
-    if not held or len(held) == total:
-        why = (
-            "none of the rows can be used" if not groups else "there would be an image on both sides, or nothing on one"
+        # Skip a group that would exceed the requested number by more than half.
+        if len(held_out) + len(groups[key]) <= wanted + wanted // 2 and len(held_out) < wanted:
+            held_out += groups[key]
+    if not held_out or len(held_out) == total:
+        reason = (
+            "none of the rows can be used"
+            if not groups
+            else "an image would be on both sides, or no row would be left on one side"
         )
         raise UserError(
-            f"of the {total} rows no such share can be held out: {why}",
+            f"cannot hold out this fraction of {total} rows: {reason}",
             field="data.eval_fraction",
-            value=share,
-            fix="give held-out pairs with data.eval, or set it to 0",
+            value=fraction,
+            fix="give held-out pairs with data.eval, or set data.eval_fraction to 0",
         )
-    out: dict[int, list[int]] = {number: [] for number in by_segment}
-    for number, row in held:
-        out[number].append(row)
-    return {number: np.array(sorted(rows), np.int64) for number, rows in out.items()}
+    rows_by_shard: dict[int, list[int]] = {shard: [] for shard in keys_by_shard}
+    for shard, row in held_out:
+        rows_by_shard[shard].append(row)
+    return {shard: np.array(sorted(rows), np.int64) for shard, rows in rows_by_shard.items()}
 
 
-class _Together:
-    """Union-find over keys: those that ever stood in one row have one representative, the least of them."""
+class _UnionFind:
+    """Groups keys that occur in the same row, directly or through other rows. The smallest key represents a group."""
 
     def __init__(self, rows: Iterable[tuple[str, ...]]) -> None:
         self._parents: dict[str, str] = {}
@@ -105,10 +114,10 @@ class _Together:
                 self._join(keys[0], key)
 
     def __call__(self, key: str) -> str:
-        """The representative."""
-        while (up := self._parents.setdefault(key, key)) != key:
-            self._parents[key] = self._parents[up]
-            key = up
+        """Return the key that represents the group of `key`."""
+        while (parent := self._parents.setdefault(key, key)) != key:
+            self._parents[key] = self._parents[parent]
+            key = parent
         return key
 
     def _join(self, one: str, other: str) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, BadRow
 from orpo_ray.data.encoding import EncoderSpec
-from orpo_ray.data.images import image_bytes, load_image
+from orpo_ray.data.images import load_image, read_image_bytes
 from orpo_ray.data.pairs import Image, PreferencePair
 from orpo_ray.data.reading import ReadSpec, image_fingerprint, pair_of
 from orpo_ray.data_report.report import PairFacts, facts_from_json, facts_of
@@ -101,7 +101,7 @@ def _clean_row(row: dict[str, Any], allow_http: bool) -> dict[str, Any]:
     def stored(images: list[Image] | None) -> list[Image] | None:
         if images is None:
             return None
-        return [{"bytes": image_bytes(image, root, allow_http), "path": None} for image in images]
+        return [{"bytes": read_image_bytes(image, root, allow_http), "path": None} for image in images]
 
     kept = {name: row[name] for name in ("id", "source", "chosen", "rejected")}
     images = {name: stored(row[name]) for name in ("images", "rejected_images")}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_ray.data.containers import file_shards
+from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import Order
 from orpo_ray.data.reading import ReadSpec
@@ -31,7 +31,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
     lines[20] = json.dumps(json.loads(lines[20]) | {"images": ["images/none.png"]})
     lines[33] = json.dumps(json.loads(lines[33]) | {"rejected": ""})
     path.write_text("\n".join(lines))
-    (shard,) = file_shards(str(path), "data.train")
+    (shard,) = list_file_shards(str(path), "data.train")
     return ReadSpec((shard,), ("trl",), Order((50,), 3, 16), PER_STEP, 0, 100)
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.data import fetch as fetch_module
-from orpo_ray.data.fetch import Address, Limits, fetch, is_public, shown
+from orpo_ray.data.fetch import Address, Limits, fetch, is_public, redact_url
 from orpo_ray.errors import RowError
 
 QUICK = Limits(size=10_000, seconds=5, timeout=2, attempts=3, pause=0.01)
@@ -314,7 +314,7 @@ def test_messages_keep_secrets(site: Any) -> None:
         assert "s3cret" not in str(failure(site(path + secret), only_loopback))
     for url in (f"http://user:s3cret@a/b?{secret}", f"ftp://a/?{secret}#{secret}", f"http://a\n/?{secret}"):
         assert "s3cret" not in str(failure(url))
-    assert shown("https://user:word@a.example/b/c.png?d=e#f") == "https://a.example/b/c.png"
+    assert redact_url("https://user:word@a.example/b/c.png?d=e#f") == "https://a.example/b/c.png"
 
 
 def serve_raw(answer: bytes) -> tuple[int, threading.Thread]:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from orpo_ray.config.schema import FORMATS
 from orpo_ray.data import formats
-from orpo_ray.data.formats import recognise, to_pair
+from orpo_ray.data.formats import detect_format, to_pair
 from orpo_ray.data.pairs import PreferencePair, extract_prompt
+from orpo_ray.data.row_adapter import load_adapter
 from orpo_ray.errors import RowError, UserError
 
 TEXT = {"type": "text", "text": "what is it?"}
@@ -37,7 +38,7 @@ def bad(row: dict[str, Any], format_name: str = "trl") -> str:
 
 
 def recognised(*rows: dict[str, Any], requested: str = "auto") -> str:
-    return recognise(dict.fromkeys(name for row in rows for name in row), rows, {}, requested, "file.jsonl")
+    return detect_format(dict.fromkeys(name for row in rows for name in row), rows, {}, requested, "file.jsonl")
 
 
 def text(words: str) -> dict[str, str]:
@@ -471,12 +472,12 @@ def test_nemo_rl() -> None:
 
 def test_renamed_columns() -> None:
     renames = {"chosen": "good", "rejected": "poor", "prompt": "q"}
-    assert recognise(["q", "good", "poor"], [], renames, "auto", "f") == "trl"
+    assert detect_format(["q", "good", "poor"], [], renames, "auto", "f") == "trl"
     pair = to_pair({"q": "hi", "good": "x", "poor": "y"}, "trl", renames, "f:1")
     assert (pair.chosen, pair.rejected) == ("x", "y")
     renames = {"conversations": "messages", "chosen": "best", "rejected": "worst"}
     row = {"messages": [message("user", "hi")], "best": message("assistant", "x"), "worst": message("assistant", "y")}
-    assert recognise(row, [row], renames, "auto", "f") == "sharegpt"
+    assert detect_format(row, [row], renames, "auto", "f") == "sharegpt"
     assert to_pair(row, "sharegpt", renames, "f:1").chosen == "x"
 
 
@@ -489,33 +490,37 @@ def test_a_rename_puts_the_column_of_that_name_out_of_place_whatever_their_order
 
 
 @pytest.mark.parametrize(
-    ("renames", "requested", "said"),
+    ("renames", "requested", "expected"),
     [
         ({"images": "nope"}, "auto", "no column 'nope'"),
         ({"imgs": "a"}, "auto", "no column 'imgs'"),
         ({"question": "a"}, "trl", "no column 'question'"),
     ],
 )
-def test_a_rename_that_matches_nothing_is_refused(renames: dict[str, str], requested: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        recognise(["prompt", "chosen", "rejected", "a"], [], renames, requested, "f")
+def test_a_rename_that_matches_nothing_is_refused(renames: dict[str, str], requested: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        detect_format(["prompt", "chosen", "rejected", "a"], [], renames, requested, "f")
 
 
 @pytest.mark.parametrize(
-    ("row", "requested", "said"),
+    ("row", "requested", "expected"),
     [
-        ({"chosen": "x", "answer": "y"}, "auto", "they have: answer, chosen; .*trl lacks rejected, prompt"),
+        ({"chosen": "x", "answer": "y"}, "auto", "the columns are: answer, chosen; .*trl lacks rejected, prompt"),
         # A prompt under another name must not be left out: the answers' common beginning is no prompt.
         ({"query": "hi", "chosen": "x", "rejected": "y"}, "auto", "trl lacks prompt"),
-        ({"image": "a.png", "text": "a caption"}, "auto", "rlhf-v lacks the right values in them"),
+        ({"image": "a.png", "text": "a caption"}, "auto", "rlhf-v lacks the expected values"),
         ({"messages": []}, "auto", "swift lacks rejected_response or rejected_messages or rejected_images"),
-        ({"prompt": "hi", "chosen": "x"}, "sharegpt", "lack conversations, rejected .*they have: chosen, prompt"),
-        ({"messages": []}, "swift", "lack rejected_response or rejected_messages or rejected_images"),
-        ({"chosen": "x"}, "trl", "lack rejected"),
+        (
+            {"prompt": "hi", "chosen": "x"},
+            "sharegpt",
+            "format sharegpt: conversations, rejected; the columns are: chosen, prompt",
+        ),
+        ({"messages": []}, "swift", "format swift: rejected_response or rejected_messages or rejected_images"),
+        ({"chosen": "x"}, "trl", "format trl: rejected"),
     ],
 )
-def test_an_unknown_layout_names_what_is_there_and_what_is_missing(row: Any, requested: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_an_unknown_layout_names_what_is_there_and_what_is_missing(row: Any, requested: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         recognised(row, requested=requested)
 
 
@@ -547,9 +552,9 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "broken_adapters.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    formats._adapter.cache_clear()
+    load_adapter.cache_clear()
     yield
-    formats._adapter.cache_clear()
+    load_adapter.cache_clear()
     sys.modules.pop("own_adapters", None)
 
 
@@ -557,7 +562,7 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_an_adapter_of_the_users_own() -> None:
     name, renames = "own_adapters:good", {"q": "query"}
     row = {"id": 3, "query": "what is it?", "a": "x", "b": "y"}
-    assert recognise(row, [row], renames, name, "f") == name
+    assert detect_format(row, [row], renames, name, "f") == name
     pair = to_pair(row, name, renames, "f:1")
     assert (pair.id, pair.prompt, pair.chosen) == ("3", [turn("user", IMAGE, TEXT)], "x")
     assert to_pair(row, "own_adapters:other", renames, "f:1").images == [A_PNG]
@@ -566,24 +571,24 @@ def test_an_adapter_of_the_users_own() -> None:
 
 @pytest.mark.usefixtures("adapters")
 @pytest.mark.parametrize(
-    ("function", "reason", "said"),
+    ("function", "reason", "expected"),
     [
         ("broken", "adapter_failed", "ZeroDivisionError: division by zero"),
         ("leaves", "adapter_failed", "SystemExit: 3"),
         ("picky", "too_dull", "seen before"),
-        ("nothing", "adapter_failed", "returned no row: None"),
-        ("unknown", "adapter_failed", "no known format; they have: 1, chosen"),
+        ("nothing", "adapter_failed", "must return a mapping of columns, found None"),
+        ("unknown", "adapter_failed", "unknown row format; the columns are: 1, chosen"),
     ],
 )
-def test_what_an_adapter_does_wrong_is_a_bad_row(function: str, reason: str, said: str) -> None:
-    with pytest.raises(RowError, match=said) as error:
+def test_what_an_adapter_does_wrong_is_a_bad_row(function: str, reason: str, expected: str) -> None:
+    with pytest.raises(RowError, match=expected) as error:
         pair_of({"q": "hi"}, f"own_adapters:{function}")
     assert error.value.reason == reason
 
 
 @pytest.mark.usefixtures("adapters")
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [
         ("own_adapters:nope", "own_adapters has no function nope"),
         ("own_adapters:constant", "own_adapters has no function constant"),
@@ -591,9 +596,9 @@ def test_what_an_adapter_does_wrong_is_a_bad_row(function: str, reason: str, sai
         ("no_such_module:good", "ModuleNotFoundError: No module named 'no_such_module'"),
     ],
 )
-def test_an_adapter_that_cannot_be_had(name: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as error:
-        recognise(["q"], [], {}, name, "f")
+def test_an_adapter_that_cannot_be_had(name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected) as error:
+        detect_format(["q"], [], {}, name, "f")
     assert error.value.field == "data.format"
 
 

@@ -154,7 +154,7 @@ def test_datasets_of_the_hub(hub: str, tmp_path: Path) -> None:
     assert test[0] == ["r0", "r1", "r2", "r3"]
     assert files == [train[0], f"{base}/data"]
     assert "no split 'dev'" in split
-    assert "it has: train, test" in split
+    assert "the splits are: train, test" in split
     assert "no such file or folder" in file
     assert "owner/none" in dataset
 

@@ -14,14 +14,14 @@ from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.containers import read_rows
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import pair_at, pair_of
-from orpo_ray.data.sources import first_rows
+from orpo_ray.data.sources import read_first_rows
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.tiny_models.easy_vqa import COLORS, SHAPES, easy_vqa_rows
 from support.sources import ids_of, list_segments, read_all, rows, spec_of, write_jsonl, write_tar
 
 
 def test_parquet_row_groups_and_jsonl_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 4)
+    monkeypatch.setattr(containers, "ROWS_PER_SHARD", 4)
     pq.write_table(pa.Table.from_pylist(rows(10)), tmp_path / "a.parquet", row_group_size=4)
     write_jsonl(tmp_path / "b.jsonl", ["", *rows(3), "", *rows(6)[3:]])
     shards = list_segments(str(tmp_path))
@@ -32,13 +32,13 @@ def test_parquet_row_groups_and_jsonl_stretches(tmp_path: Path, monkeypatch: pyt
     picked = read_rows(shards[3], [2, 0])
     assert [row["id"] for row in picked if isinstance(row, dict)] == ["r2", "r0"]
     for shard in (shards[0], shards[3]):
-        columns, first = first_rows(shard)
+        columns, first = read_first_rows(shard)
         assert set(columns) == set(rows(1)[0])
         assert first[0]["id"] == "r0"
 
 
 def test_a_json_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 4)
+    monkeypatch.setattr(containers, "ROWS_PER_SHARD", 4)
     path = tmp_path / "a.json"
     path.write_text(json.dumps([*rows(5), 3, rows(7)[6]]))
     shards = list_segments(str(path))
@@ -46,13 +46,13 @@ def test_a_json_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = read_rows(shards[1], [2, 1, 0])
     assert [row["id"] if isinstance(row, dict) else row.reason for row in found] == ["r6", "malformed_row", "r4"]
     (tmp_path / "b.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match="must hold a list of rows, found dict"):
+    with pytest.raises(UserError, match="must contain a list of rows, found dict"):
         list_segments(str(tmp_path / "b.json"))
 
 
 def test_webdataset_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images in their order, columns from JSON or texts, names longer than a tar header holds."""
-    monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 2)
+    monkeypatch.setattr(containers, "ROWS_PER_SHARD", 2)
     long = "x" * 200
     row = json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"}).encode()
     members = [
@@ -71,7 +71,7 @@ def test_webdataset_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(binary, RowError)
     assert texts == {"id": f"a/{long}", "prompt": "q", "chosen": "x", "rejected": "ü"}
     assert read_rows(shards[2], [0]) == [{"id": "own"}]
-    assert first_rows(shards[0])[0] == ["id", "prompt", "chosen", "rejected", "images"]
+    assert read_first_rows(shards[0])[0] == ["id", "prompt", "chosen", "rejected", "images"]
 
 
 def test_what_save_to_disk_writes(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_sources_that_are_not_there(tmp_path: Path, uri: str, monkeypatch: pytes
 def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     path.write_text("no")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read the file"):
         list_segments(str(path))
 
 
@@ -143,7 +143,7 @@ def test_globs_reach_every_depth_and_take_only_what_can_be_read(tmp_path: Path) 
     assert len(list_segments(str(tmp_path))) == 3
     assert len(list_segments(f"{tmp_path}/*")) == 1
     assert len(list_segments(f"{tmp_path}/s?b/[ad].jsonl")) == 1
-    with pytest.raises(UserError, match="no file of rows"):
+    with pytest.raises(UserError, match="no data files found"):
         list_segments(f"{tmp_path}/*.txt")
 
 
@@ -185,11 +185,11 @@ def test_a_file_named_like_a_glob(tmp_path: Path) -> None:
 def test_columns_are_those_of_all_first_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["{", {"prompt": "p"}, *rows(2)])
     (shard,) = list_segments(str(path))
-    assert set(first_rows(shard)[0]) == set(rows(1)[0])
+    assert set(read_first_rows(shard)[0]) == set(rows(1)[0])
     write_jsonl(path, ["{", "[1]"])
     (shard,) = list_segments(str(path))
     with pytest.raises(UserError, match="none of the first rows"):
-        first_rows(shard)
+        read_first_rows(shard)
 
 
 def test_easy_vqa_has_only_what_questions_and_like_against_like() -> None:
@@ -221,7 +221,7 @@ def test_a_resumed_reader_starts_at_its_slot(tmp_path: Path) -> None:
 
 
 def test_bad_rows_say_who_they_are_and_where_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "ROWS_PER_SEGMENT", 2)
+    monkeypatch.setattr(containers, "ROWS_PER_SHARD", 2)
     lines = ["", rows(1)[0], "", "", "{broken", "", rows(1)[0] | {"chosen": "", "id": 7}]
     path = write_jsonl(tmp_path / "b.jsonl", lines)
     read = read_all(spec_of([str(path)], seed=None))

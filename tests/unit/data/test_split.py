@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_ray.data.split import split_off
+from orpo_ray.data.split import split_held_out
 from orpo_ray.errors import UserError
 from support.sources import read_all, spec_of, write_jsonl
 
@@ -42,7 +42,7 @@ def test_no_image_on_both_sides_and_no_row_lost(
     write_jsonl(path, [row(number, [f"{image}.png" for image in chosen]) for number, chosen in enumerate(sets)])
     spec = spec_of([str(path)], window=window)
     try:
-        train, held = split_off(spec, share)
+        train, held = split_held_out(spec, share)
     except UserError:  # one group of nearly everything
         return
     kept, out = read_all(train), read_all(held)
@@ -55,23 +55,23 @@ def test_no_image_on_both_sides_and_no_row_lost(
 def test_the_share_is_kept_and_steady(tmp_path: Path) -> None:
     rows = [row(number, [f"{number // 3}.png"]) for number in range(600)]
     spec = spec_of([str(write_jsonl(tmp_path / "a.jsonl", rows))])
-    _, held = split_off(spec, 0.1)
+    _, held = split_held_out(spec, 0.1)
     assert held.order.num_rows == 60
     first = ids(read_all(held))
-    assert ids(read_all(split_off(spec, 0.1)[1])) == first
+    assert ids(read_all(split_held_out(spec, 0.1)[1])) == first
     # More rows change little of it.
     more = [*rows, *(row(number, [f"{number // 3}.png"]) for number in range(600, 630))]
     (tmp_path / "longer").mkdir()
     (tmp_path / "a.jsonl").rename(tmp_path / "longer" / "old.jsonl")
     spec = spec_of([str(write_jsonl(tmp_path / "a.jsonl", more))])
-    again = ids(read_all(split_off(spec, 0.1)[1]))
+    again = ids(read_all(split_held_out(spec, 0.1)[1]))
     assert len(first & again) >= 50
 
 
 def test_text_only_rows_with_one_prompt_stay_together_and_bad_rows_stay_in_training(tmp_path: Path) -> None:
     rows: list[Any] = [row(number, [], f"prompt {number // 2}") for number in range(40)]
     rows[7] = "{broken"
-    train, held = split_off(spec_of([str(write_jsonl(tmp_path / "a.jsonl", rows))]), 0.2)
+    train, held = split_held_out(spec_of([str(write_jsonl(tmp_path / "a.jsonl", rows))]), 0.2)
     prompts = [{json.dumps(each["prompt"]) for each in read_all(part) if each["prompt"]} for part in (train, held)]
     assert not prompts[0] & prompts[1]
     assert [each["bad"] is not None for each in read_all(train)].count(True) == 1
@@ -81,9 +81,9 @@ def test_text_only_rows_with_one_prompt_stay_together_and_bad_rows_stay_in_train
 def test_workers_share_what_is_left(tmp_path: Path) -> None:
     rows = [row(number, [f"{number}.png"]) for number in range(50)]
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
-    train, _ = split_off(spec_of([path]), 0.2)
+    train, _ = split_held_out(spec_of([path]), 0.2)
     whole = ids(read_all(train))
-    shares = [ids(read_all(split_off(spec_of([path], rank=rank, num_workers=2), 0.2)[0])) for rank in (0, 1)]
+    shares = [ids(read_all(split_held_out(spec_of([path], rank=rank, num_workers=2), 0.2)[0])) for rank in (0, 1)]
     assert shares[0] | shares[1] == whole
     assert not shares[0] & shares[1]
     assert np.isclose(len(whole), 40)
@@ -91,5 +91,5 @@ def test_workers_share_what_is_left(tmp_path: Path) -> None:
 
 def test_one_image_everywhere_cannot_be_split(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row(number, ["same.png"]) for number in range(10)])
-    with pytest.raises(UserError, match="an image on both sides"):
-        split_off(spec_of([str(path)]), 0.2)
+    with pytest.raises(UserError, match="an image would be on both sides"):
+        split_held_out(spec_of([str(path)]), 0.2)

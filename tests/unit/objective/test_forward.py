@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from orpo_ray.config.schema import ModelConfig
-from orpo_ray.data.containers import file_shards
+from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.order import Order
 from orpo_ray.data.packing import build_batch
@@ -36,7 +36,7 @@ def encoder() -> PairEncoder:
 @pytest.fixture(scope="module")
 def pairs(encoder: PairEncoder, tmp_path_factory: pytest.TempPathFactory) -> list[EncodedPair]:
     folder = tmp_path_factory.mktemp("pairs")
-    segments = file_shards(str(write_pairs(folder, 6)), "data.train")
+    segments = list_file_shards(str(write_pairs(folder, 6)), "data.train")
     spec = ReadSpec(tuple(segments), ("trl",), Order((6,), None, 10), 6, 0, 6)
     rows = [pair_of(row) for table in read_window(spec, 0, 0) for row in table.to_pylist()]
     encoded = encoder.encode_many(rows, [folder] * len(rows))  # type: ignore[arg-type]
