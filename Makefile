@@ -24,6 +24,14 @@ lint: $(INSTALLED)  ## style, undefined names, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: docs docs-serve
+docs: $(INSTALLED)  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(INSTALLED)  ## serve the documentation on http://127.0.0.1:8000 and rebuild it on changes
+	$(BIN)/mkdocs serve --strict
 
 # Without a GPU, torch comes from its CPU index (no CUDA packages); where that cannot be reached, from wherever pip
 # is told to look. With a GPU, the default build is the right one, and torchvision serves the processors that want it.

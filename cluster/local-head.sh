@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Ray head on this machine, reachable from this machine alone, and only with the token in ~/.ray/auth_token.
+# Start a Ray head that only this machine can reach, and only with the token in ~/.ray/auth_token.
 set -euo pipefail
 export RAY_AUTH_MODE=token
 ray get-auth-token --generate >/dev/null

@@ -2,9 +2,9 @@
 
 Legend: B pairs in a micro-batch, T tokens of a row, M target tokens (those whose log-prob is wanted).
 
-Two layouts. `shared_prefix`: one row that holds all pairs, [prompt | chosen | rejected] [prompt | chosen | rejected]
-..., without padding. `concatenated`: two rows a pair, padded to the longest; the reference, and what a family gets
-whose layers cannot share a prefix.
+Two layouts. `shared_prefix`: one row that holds all pairs without padding, `[prompt | chosen | rejected]` after
+`[prompt | chosen | rejected]`. `concatenated`: two rows per pair, padded to the longest; the reference, and the layout
+of families whose layers cannot share a prefix.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class _Rows:
 
 
 def packed_length(pair: EncodedPair) -> int:
-    """Tokens of [prompt | chosen | rejected], or of [prompt | chosen] [prompt | rejected]."""
+    """Tokens of `[prompt | chosen | rejected]`, or of `[prompt | chosen]` and `[prompt | rejected]`."""
     second = len(pair.rejected_prompt.ids) if pair.rejected_prompt else 0
     return len(pair.prompt_ids) + len(pair.chosen_ids) + second + len(pair.rejected_ids)
 

@@ -24,6 +24,7 @@ from orpo_ray.data_report.page import render_page
 from orpo_ray.data_report.report import PairFacts, SplitCheck, images_on_both_sides, warnings_of
 from orpo_ray.data_report.scan import iter_checked
 from orpo_ray.errors import RowError
+from orpo_ray.extras import install_command, is_installed
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import image_folder
 from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
@@ -43,6 +44,8 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
     encoder.build()
     folder = RunFolder(recipe.run_uri)
     folder.make()
+    if not is_installed("sklearn"):
+        console.print(f"text-only baseline not measured; to measure it: {install_command('sklearn')}", markup=False)
     start_ray()
     splits = {"train": train} | ({"eval": held_out} if held_out else {})
     checks = {name: _check_split(recipe, read, encoder, console, name) for name, read in splits.items()}

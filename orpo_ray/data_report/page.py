@@ -22,6 +22,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from orpo_ray.extras import install_command, is_installed
+
 Split = Mapping[str, Any]
 TEXT_SHOWN = 20_000  # characters of one text: a page of 80 pairs stays one that a browser opens
 WARNING_BUTTONS = 12
@@ -141,7 +143,10 @@ def _length_bias(split: Split, report: Mapping[str, Any]) -> Card:
 def _blind(split: Split, report: Mapping[str, Any]) -> Card:
     blind = split["blind"]
     if blind is None:
-        return Card("\u2013", "", "none", "There are too few pairs to estimate what the text alone gives away.")
+        why = "There are too few pairs to estimate what the text alone gives away."
+        if not is_installed("sklearn"):
+            why = f"Not measured, since scikit-learn is not installed: {install_command('sklearn')}."
+        return Card("\u2013", "", "none", why)
     level, text = "good", "The text alone gives little away"
     if blind["accuracy"] > 0.8:
         level, text = "act", "The better answer can mostly be told without the image"

@@ -18,6 +18,7 @@ from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data_report.text_only_baseline import TextOnlyPair, text_only_accuracy
+from orpo_ray.extras import is_installed
 
 BINS = 30
 BAD_EXAMPLES = 50
@@ -134,7 +135,9 @@ class SplitCheck:
             "too_long": {"count": too_long, "share": too_long / max(1, rows), "policy": self.policy},
             "duplicates": _duplicates(good),
             "length_bias": _length_bias(good),
-            "blind": text_only_accuracy([TextOnlyPair(facts.question, *facts.texts) for facts in good]),
+            "blind": text_only_accuracy([TextOnlyPair(facts.question, *facts.texts) for facts in good])
+            if is_installed("sklearn")
+            else None,
         }
 
     def gallery(self) -> dict[str, list[int]]:

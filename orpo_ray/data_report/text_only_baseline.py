@@ -14,6 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from orpo_ray.extras import require
+
 MOST_PAIRS = 10_000
 FEWEST_PAIRS = 100
 FOLDS = 5
@@ -38,6 +40,7 @@ def text_only_accuracy(texts: Sequence[TextOnlyPair]) -> dict[str, float] | None
 
     None where there are too few pairs to say.
     """
+    require("sklearn", "the text-only baseline")
     from sklearn.feature_extraction import FeatureHasher
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold

@@ -6,11 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
 import yaml
 
+from orpo_ray import __version__
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.tiny_models.build import is_tiny
 
@@ -165,7 +165,7 @@ def _what_it_is(facts: CardFacts) -> str:
     if facts.kind == "merged" and model.quantization:
         these += " Its weights are the dequantised ones that were trained on, plus the adapters."
     orpo = "[ORPO](https://arxiv.org/abs/2403.07691)"
-    tool = f"[orpo-ray](https://github.com/orpo-ray/orpo-ray) {version('orpo-ray')}"
+    tool = f"[orpo-ray](https://github.com/orpo-ray/orpo-ray) {__version__}"
     text = f"{base}{revision}, aligned to image-text preferences with {orpo} by {tool}; {how}. {these}"
     return text.strip()
 

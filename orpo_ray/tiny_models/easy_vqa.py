@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.errors import UserError
+from orpo_ray.extras import require
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -21,6 +22,7 @@ SPLITS = ("train", "test")
 @lru_cache(maxsize=2)
 def easy_vqa_rows(split: str) -> list[dict[str, Any]]:
     """TRL vision rows (`id, images, prompt, chosen, rejected`), always the same ones; images are PNG bytes."""
+    require("easy_vqa", f"easy-vqa:{split}")
     import easy_vqa
 
     if split not in SPLITS:

@@ -10,6 +10,7 @@ from typing import Any
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.extras import require
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE, METRICS_FILE, RunFolder
 
 
@@ -103,6 +104,7 @@ def _start_wandb(recipe: Recipe, run_dir: Path) -> Any:
     enabled = bool(os.environ.get("WANDB_API_KEY")) if section.enabled == "auto" else section.enabled
     if not enabled:
         return None
+    require("wandb", "tracking.wandb.enabled")
     import wandb
 
     # The id makes a resumed run continue the same curves; the key stays in the environment.

@@ -1,0 +1,34 @@
+"""Packages that only some users need. Each comes with an extra: `pip install "orpo-ray[wandb]"`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from orpo_ray.errors import UserError
+
+# Module -> the extra that installs it. pyproject.toml lists the same extras.
+EXTRAS = {"easy_vqa": "quickstart", "sklearn": "text-baseline", "wandb": "wandb"}
+
+
+def is_installed(module: str) -> bool:
+    """Whether the module of an extra can be imported."""
+    return find_spec(module) is not None
+
+
+def install_command(module: str) -> str:
+    """The command that installs the extra of a module."""
+    return f'pip install "orpo-ray[{EXTRAS[module]}]"'
+
+
+def require(module: str, purpose: str) -> None:
+    """Check that the module of an extra is installed. Call it right before the import.
+
+    Args:
+        module: Name of the module, a key of `EXTRAS`.
+        purpose: The recipe key or feature that needs the module.
+
+    Raises:
+        UserError: The module is not installed. The message names the extra.
+    """
+    if not is_installed(module):
+        raise UserError(f"the package {module} is not installed", field=purpose, fix=install_command(module))
