@@ -1,9 +1,9 @@
-"""Write a small preference set in four scripts, as your own might look: JSONL, images beside it, columns of its own.
+"""Write a small preference dataset in four scripts: JSONL with column names of its own, and images next to it.
 
     python recipes/own-data/make_pairs.py my-pairs
 
 Pictures of coloured shapes (the easy-vqa package, MIT) with questions and answers in Arabic, Hindi, Japanese and
-Russian; one column names the language, as a domain set names its source.
+Russian. One column names the language.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ QUESTIONS = {
 
 
 def main(folder: Path, split: str, count: int) -> None:
-    """`count` rows of each language, as `<folder>/<split>.jsonl` with images below `<folder>/images`."""
+    """Write `count` rows per language to `<folder>/<split>.jsonl`, and their images below `<folder>/images`."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = [row for row in easy_vqa_rows(split) if row["chosen"] in SHAPES["ru"]]
     random.Random(0).shuffle(rows)
