@@ -1,7 +1,8 @@
-"""Base model + adapters -> one plain model, layer by layer, so that memory holds about one copy of it.
+"""Load the trained model for export: merge adapters into the base model, or load a fully fine-tuned model.
 
-A base in 4 bits is dequantised first, since its 4-bit values are what the adapters were trained on. peft's own merge
-into 4 bits would round the sum to 4 bits again, and the original weights are not those that the adapters have seen.
+Merging works layer by layer, so that memory holds about one copy of the model. A 4-bit base model is dequantized first,
+because the adapters were trained on the 4-bit values: peft's merge would round the sum to 4 bits again, and the
+original weights differ from the ones in training.
 """
 
 from __future__ import annotations
@@ -17,56 +18,70 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.adapters import with_adapter
 from orpo_ray.model.loading import load_model
 
-# Nothing is trained, and any model can do it.
-_AS_IT_IS: dict[str, Any] = {"lora": None, "freeze": [], "gradient_checkpointing": False, "attention": "concatenated"}
+# Options of a model that is loaded without training it.
+_WITHOUT_TRAINING: dict[str, Any] = {
+    "lora": None,
+    "freeze": [],
+    "gradient_checkpointing": False,
+    "attention": "concatenated",
+}
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def merged_model(section: ModelConfig, folder: Path, seed: int) -> Any:
-    """The model of a recipe's section with a folder's adapters in its weights, on the CPU. Raises UserError.
+def load_merged_model(model_config: ModelConfig, folder: Path, seed: int) -> Any:
+    """Load the base model and merge adapters into its weights.
 
-    The weights have the dtype that was trained in, not the one that this machine would train in.
+    Args:
+        model_config: `model` section of the run's recipe.
+        folder: the adapter folder.
+        seed: seed of modules without pretrained weights.
+
+    Returns:
+        The merged model on the CPU, in the dtype of the training.
+
+    Raises:
+        UserError: base model or adapters cannot be loaded.
     """
-    plain = section.model_copy(update=_AS_IT_IS | {"dtype": trained_dtype(section, folder)})
-    # Quantised where it was in training, as far as this machine can: kernels may round ties differently.
-    on_gpu = section.quantization is not None and torch.cuda.is_available()
+    plain = model_config.model_copy(update=_WITHOUT_TRAINING | {"dtype": trained_dtype(model_config, folder)})
+    # Quantize on a GPU if possible, as in training: CPU and GPU kernels can round ties differently.
+    on_gpu = model_config.quantization is not None and torch.cuda.is_available()
     base: Any = load_model(plain, torch.device("cuda" if on_gpu else "cpu"), seed)
-    if section.quantization is not None:
+    if model_config.quantization is not None:
         dequantize(base)
         base.to("cpu")
     dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
-    # In float32 the sum is rounded once, when it becomes a weight of the base's type.
+    # Adapters in float32, so that the sum is rounded only once, to the dtype of the base weights.
     adapted = with_adapter(base, folder, autocast=True)
     model = adapted.merge_and_unload()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
         parameter.requires_grad_(False)
-    model.config.use_cache = True  # off for training only
+    model.config.use_cache = True  # disabled only for training
     return model.eval()
 
 
-def whole_model(section: ModelConfig, folder: Path, seed: int) -> Any:
-    """The model that a full fine-tuning left in a folder, on the CPU. Raises UserError."""
-    own = {"id": str(folder), "revision": None, "quantization": None, "dtype": trained_dtype(section, folder)}
-    model: Any = load_model(section.model_copy(update=_AS_IT_IS | own), torch.device("cpu"), seed)
+def load_full_model(model_config: ModelConfig, folder: Path, seed: int) -> Any:
+    """Load a fully fine-tuned model from a folder, on the CPU. Raises UserError."""
+    source = {"id": str(folder), "revision": None, "quantization": None, "dtype": trained_dtype(model_config, folder)}
+    model: Any = load_model(model_config.model_copy(update=_WITHOUT_TRAINING | source), torch.device("cpu"), seed)
     model.config.use_cache = True
     return model.eval()
 
 
-def trained_dtype(section: ModelConfig, folder: Path) -> str:
-    """The dtype of what training wrote, adapters or a whole model; `model.dtype: auto` may mean another one here."""
+def trained_dtype(model_config: ModelConfig, folder: Path) -> str:
+    """Return the dtype of the weights in a folder. `model.dtype: auto` can resolve to another one on this machine."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
             first = file.get_tensor(next(iter(file.keys())))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"its weights cannot be read: {error}", field=str(folder)) from None
-    return _DTYPES.get(first.dtype, section.dtype)
+        raise UserError(f"cannot read the weights: {error}", field=str(folder)) from None
+    return _DTYPES.get(first.dtype, model_config.dtype)
 
 
 def dequantize(model: Any) -> None:
-    """Make every 4-bit layer a plain one, on the CPU, with the weights that it multiplied by."""
+    """Replace each 4-bit layer by a plain linear layer on the CPU with the dequantized weights."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -79,5 +94,5 @@ def dequantize(model: Any) -> None:
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.data.to("cpu"), requires_grad=False)
         model.set_submodule(name, plain)
-    # Else transformers goes on taking it for a quantised one, and refuses to move it.
+    # Otherwise transformers still treats the model as quantized, and refuses to move it.
     model.hf_quantizer.remove_quantization_config(model)

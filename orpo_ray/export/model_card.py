@@ -1,4 +1,4 @@
-"""A run's model card: what the model is, how well it does, how to load it, how it was made; no path of a machine."""
+"""The model card of a run: what the model is, evaluation results, usage, training. It contains no local paths."""
 
 from __future__ import annotations
 
@@ -15,91 +15,95 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.tiny_models.build import is_tiny
 
 Kind = Literal["merged", "adapter", "whole"]
-HERE = "path/to/this/folder"
+FOLDER_IN_CODE = "path/to/this/folder"
 _SHOWN = ("name", "model", "data", "orpo", "optim", "deepspeed")
-# What a run writes -> how the table calls it.
+# Metric name -> label in the table.
 _METRICS = {
     "eval/rewards/accuracies": "preference accuracy",
-    "eval/rewards/accuracies_exchanged": "preference accuracy, images exchanged between pairs",
+    "eval/rewards/accuracies_exchanged": "preference accuracy with exchanged images",
     "eval/grounding_gap": "grounding gap",
     "eval/rewards/margins": "reward margin",
-    "eval/nll_loss": "negative log-likelihood of the better answer",
+    "eval/nll_loss": "negative log-likelihood of the chosen answer",
 }
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card of a run is written from.
-
-    metrics: the latest of every metric. rows: of the training data, where that is known. bad: reason -> rows that
-    could not be used. address: how the model is named in code. quantized: the options that the base was loaded in 4
-    bits with. has_chat_template: whether prompts go through one.
-    """
+    """Facts about a run for its model card."""
 
     recipe: Recipe
     kind: Kind
+    """merged: adapters merged into the base model. adapter: adapters only. whole: a fully fine-tuned model."""
     metrics: Mapping[str, float]
+    """Latest value of each metric."""
     rows: int | None
+    """Number of rows in the training data, if known."""
     bad: Mapping[str, int]
-    address: str = HERE
+    """Reason -> number of rows that could not be used."""
+    address: str = FOLDER_IN_CODE
+    """Name or folder of the model in code examples."""
     quantized: Mapping[str, Any] | None = None
+    """Options for loading the base model in 4 bits; None if it was not quantized."""
     has_chat_template: bool = True
+    """Whether prompts are formatted with a chat template."""
 
 
-def bad_by_reason(records: list[dict[str, Any]]) -> dict[str, int]:
-    """reason -> how many, the most frequent first."""
+def count_reasons(records: list[dict[str, Any]]) -> dict[str, int]:
+    """Count bad rows by reason, most frequent first."""
     return dict(Counter(record["reason"] for record in records).most_common())
 
 
-def model_card(facts: CardFacts) -> str:
-    """The text of README.md: metadata as the hub reads it, then what people read."""
+def render_model_card(facts: CardFacts) -> str:
+    """Return the text of README.md: metadata for the hub, then the card itself."""
     name = facts.recipe.name.rsplit("/", 1)[-1]
-    parts = [
+    paragraphs = [
         f"# {name}",
-        _what_it_is(facts),
-        "## How well it does",
-        _results(facts),
-        "## Load it",
-        _in_transformers(facts),
-        _in_vllm(facts),
-        "## How it was made",
-        _data(facts),
-        "The recipe, without what stood at its default and without where things lay:",
+        _summary(facts),
+        "## Evaluation",
+        _evaluation(facts),
+        "## Usage",
+        _usage_in_transformers(facts),
+        _usage_in_vllm(facts),
+        "## Training",
+        _training(facts),
+        "Recipe, without default values and local paths:",
         f"```yaml\n{public_recipe(facts.recipe)}```",
     ]
-    return f"---\n{_metadata(facts, name)}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    return (
+        f"---\n{_metadata(facts, name)}---\n\n" + "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
+    )
 
 
 def public_recipe(recipe: Recipe) -> str:
-    """The parts of a recipe that make the model, as YAML; of paths and buckets only the last name is left."""
+    """Return the sections of a recipe that affect the model, as YAML. Paths are reduced to their last component."""
     raw = recipe.model_dump(mode="json", exclude_defaults=True)
     raw = {name: raw[name] for name in _SHOWN if name in raw}
     raw["model"]["id"] = public_name(recipe.model.id)
     raw["model"].pop("vision_cache", None)
     for split in ("train", "eval"):
         if split in raw["data"]:
-            raw["data"][split] = _public_mix(raw["data"][split])
+            raw["data"][split] = _public_sources(raw["data"][split])
     if raw["data"].get("image_root"):
         raw["data"]["image_root"] = public_name(raw["data"]["image_root"])
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def public_name(source: str) -> str:
-    """A name of the hub or of a built-in set as it is; of a path or another address its last part."""
+    """Return a hub name or a built-in data set unchanged, and the last component of any other path or URI."""
     if source.startswith("hf://") or re.fullmatch(r"[a-z-]+:[\w-]+", source) or is_hub_id(source) or is_tiny(source):
         return source
     return source.rstrip("/").rsplit("/", 1)[-1]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model's name reads as one of the hub."""
+    """Whether a model name has the form of a hub name."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not is_tiny(name)
 
 
-def _public_mix(mix: Mapping[str, float]) -> dict[str, float]:
-    """Sources by their public names; two of one name are told apart by a number."""
+def _public_sources(sources: Mapping[str, float]) -> dict[str, float]:
+    """Map public names of sources to weights. Equal names get a number."""
     named: dict[str, float] = {}
-    for source, weight in mix.items():
+    for source, weight in sources.items():
         name, number = public_name(source), 2
         while name in named:
             name, number = f"{public_name(source)} ({number})", number + 1
@@ -112,7 +116,7 @@ def _metadata(facts: CardFacts, name: str) -> str:
 
     recipe = facts.recipe
     adapter = facts.kind == "adapter"
-    held_out = ", ".join(_public_mix(recipe.data.eval)) or "held-out share of the training pairs"
+    held_out = ", ".join(_public_sources(recipe.data.eval)) or "held-out training pairs"
     results = [
         EvalResult(
             task_type="image-text-to-text",
@@ -140,54 +144,55 @@ def _metadata(facts: CardFacts, name: str) -> str:
     return f"{data.to_yaml()}\n"
 
 
-def _hub_datasets(mix: Mapping[str, float]) -> list[str]:
-    """The data sets of the hub that are among the sources."""
-    found = (re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", source) for source in mix)
+def _hub_datasets(sources: Mapping[str, float]) -> list[str]:
+    """Return the names of hub data sets among the sources."""
+    found = (re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", source) for source in sources)
     return list(dict.fromkeys(match.group(1) for match in found if match))
 
 
-def _what_it_is(facts: CardFacts) -> str:
+def _summary(facts: CardFacts) -> str:
     model = facts.recipe.model
     named = public_name(model.id)
     base = f"[{named}](https://huggingface.co/{named})" if is_hub_id(named) else f"`{named}`"
     revision = f" at revision `{model.revision}`" if model.revision else ""
-    how = "all weights were trained"
+    method = "full fine-tuning"
     if model.lora:
         extras = [label for on, label in ((model.lora.use_rslora, "rsLoRA"), (model.lora.use_dora, "DoRA")) if on]
-        how = f"LoRA adapters of rank {model.lora.r}" + "".join(f", {extra}" for extra in extras)
+        method = f"LoRA adapters of rank {model.lora.r}" + (f" ({', '.join(extras)})" if extras else "")
         if model.quantization:
-            how += f", on the base model in 4 bits ({model.quantization.quant_type.upper()})"
-    these = {
-        "merged": "The adapters are merged: this is one plain model.",
-        "adapter": "These are the adapters alone; the base model is loaded beside them.",
+            method += f" on the base model in 4 bits ({model.quantization.quant_type.upper()})"
+    content = {
+        "merged": "The adapters are merged into the weights, so no adapter library is needed to load the model.",
+        "adapter": "This repository contains only the adapters; load them on top of the base model.",
         "whole": "",
     }[facts.kind]
     if facts.kind == "merged" and model.quantization:
-        these += " Its weights are the dequantised ones that were trained on, plus the adapters."
+        content += " The base weights are the dequantized 4-bit weights that the adapters were trained on."
     orpo = "[ORPO](https://arxiv.org/abs/2403.07691)"
     tool = f"[orpo-ray](https://github.com/orpo-ray/orpo-ray) {__version__}"
-    text = f"{base}{revision}, aligned to image-text preferences with {orpo} by {tool}; {how}. {these}"
+    text = f"{base}{revision}, aligned to image-text preferences with {orpo}, by {tool}. Method: {method}. {content}"
     return text.strip()
 
 
-def _results(facts: CardFacts) -> str:
+def _evaluation(facts: CardFacts) -> str:
     present = {label: facts.metrics[metric] for metric, label in _METRICS.items() if metric in facts.metrics}
     if not present:
-        return "Not evaluated: the run had no held-out pairs."
+        return "The model was not evaluated: the run had no held-out pairs."
     pairs = facts.metrics.get("eval/pairs")
-    on = ", ".join(f"`{name}`" for name in _public_mix(facts.recipe.data.eval)) or "a share of the pairs, held out"
-    counted = f"{int(pairs):,} held-out pairs" if pairs else "held-out pairs"
+    on = ", ".join(f"`{name}`" for name in _public_sources(facts.recipe.data.eval)) or "held out from the training data"
+    count = f"{int(pairs):,} held-out pairs" if pairs else "held-out pairs"
     rows = "\n".join(f"| {label} | {value:.4f} |" for label, value in present.items())
-    text = f"On {counted} ({on}), at the end of training:\n\n| | |\n|---|---:|\n{rows}"
+    text = f"On {count} ({on}), at the end of training:\n\n| metric | value |\n|---|---:|\n{rows}"
     if "eval/grounding_gap" in facts.metrics:
         text += (
-            "\n\nPreference accuracy is how often the better answer is the likelier one. The grounding gap is what it "
-            "loses when every pair is shown another pair's images: near 0, the model answers without looking."
+            "\n\nPreference accuracy is the fraction of pairs in which the model gives the chosen answer the higher "
+            "likelihood. The grounding gap is the drop in this accuracy when each pair gets the images of another "
+            "pair. A gap near 0 means that the model does not use the images."
         )
     return text
 
 
-def _in_transformers(facts: CardFacts) -> str:
+def _usage_in_transformers(facts: CardFacts) -> str:
     loading = _LOADING[facts.kind].replace("ADDRESS", facts.address)
     if facts.kind == "adapter":
         loading = loading.replace("BASE", _base_in_code(facts)).replace("OPTIONS", _base_options(facts))
@@ -195,7 +200,7 @@ def _in_transformers(facts: CardFacts) -> str:
             options = "".join(f"    {name}={value!r},\n" for name, value in facts.quantized.items())
             loading = loading.replace("AutoProcessor\n", "AutoProcessor, BitsAndBytesConfig\n")
             loading = loading.replace("\nbase = ", f"\nin_4_bits = BitsAndBytesConfig(\n{options})\nbase = ")
-    return f"In transformers:\n\n```python\n{loading}\n{_CHAT if facts.has_chat_template else _PLAIN}```"
+    return f"With transformers:\n\n```python\n{loading}\n{_CHAT if facts.has_chat_template else _PLAIN}```"
 
 
 def _base_in_code(facts: CardFacts) -> str:
@@ -210,39 +215,39 @@ def _base_options(facts: CardFacts) -> str:
     return "".join(options)
 
 
-def _in_vllm(facts: CardFacts) -> str:
+def _usage_in_vllm(facts: CardFacts) -> str:
     model = facts.recipe.model
     if facts.kind != "adapter":
-        return f"In [vLLM](https://docs.vllm.ai):\n\n```bash\nvllm serve {facts.address}\n```"
+        return f"With [vLLM](https://docs.vllm.ai):\n\n```bash\nvllm serve {facts.address}\n```"
     assert model.lora is not None
-    why = {
-        "they are DoRA": model.lora.use_dora,
-        "modules were trained in full beside them": bool(model.lora.modules_to_save),
-        "they were trained on a base model in 4 bits": model.quantization is not None,
+    obstacles = {
+        "these are DoRA adapters": model.lora.use_dora,
+        "other modules were trained in full": bool(model.lora.modules_to_save),
+        "the base model is in 4 bits": model.quantization is not None,
     }
-    if any(why.values()):
-        because = " and ".join(reason for reason, holds in why.items() if holds)
-        return f"For vLLM, export the run merged (`orpo-ray export RUN --merged`): {because}."
+    if any(obstacles.values()):
+        reasons = " and ".join(reason for reason, applies in obstacles.items() if applies)
+        return f"vLLM cannot load these adapters: {reasons}. Export a merged model with `orpo-ray export RUN --merged`."
     name = facts.recipe.name.rsplit("/", 1)[-1]
     lora = f"--enable-lora --max-lora-rank {_vllm_rank(model.lora.r)} --lora-modules {name}={facts.address}"
-    return f"In [vLLM](https://docs.vllm.ai):\n\n```bash\nvllm serve {_base_in_code(facts)} {lora}\n```"
+    return f"With [vLLM](https://docs.vllm.ai):\n\n```bash\nvllm serve {_base_in_code(facts)} {lora}\n```"
 
 
 def _vllm_rank(rank: int) -> int:
-    """The smallest of the ranks that vLLM takes which holds this one."""
+    """Return the smallest maximum rank that vLLM supports for adapters of this rank."""
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
 
 
-def _data(facts: CardFacts) -> str:
-    sources = ", ".join(f"`{name}`" for name in _public_mix(facts.recipe.data.train))
+def _training(facts: CardFacts) -> str:
+    sources = ", ".join(f"`{name}`" for name in _public_sources(facts.recipe.data.train))
     rows = f", {facts.rows:,} pairs" if facts.rows else ""
     steps = facts.metrics.get("step")
     trained = f" in {int(steps):,} steps of {facts.recipe.optim.pairs_per_step:,} pairs" if steps else ""
     text = f"Trained on {sources}{rows}{trained}."
     if not facts.bad:
-        return f"{text} Every row that came up could be used."
+        return f"{text} No row was left out."
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in facts.bad.items())
-    return f"{text} {sum(facts.bad.values()):,} row(s) could not be used and were left out: {reasons}."
+    return f"{text} {sum(facts.bad.values()):,} row(s) that could not be used were left out: {reasons}."
 
 
 _WHOLE = """\

@@ -11,7 +11,7 @@ import torch
 
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.packing import PairBatch, build_batch
-from orpo_ray.export.merging import merged_model
+from orpo_ray.export.merging import load_merged_model
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.adapters import save_adapter
 from orpo_ray.model.loading import load_model
@@ -22,7 +22,7 @@ from support.pairs_by_hand import NORM, layouts_of, make_pair, run_as
 
 CPU = torch.device("cpu")
 LORA = {"r": 16, "alpha": 32}
-# model section, learning rate
+# model model_config, learning rate
 MODES: dict[str, tuple[dict[str, Any], float]] = {
     "full": ({}, 3e-3),
     "frozen vision": ({"freeze": ["vision"]}, 3e-3),
@@ -67,20 +67,20 @@ def test_learns_by_heart_and_is_the_same_when_exported(
     folders: dict[str, str], family: str, mode: str, tmp_path: Path
 ) -> None:
     options, learning_rate = MODES[mode]
-    section = ModelConfig.model_validate({"id": folders[family], **options})
-    model = PairModel(load_model(section, CPU, seed=0), NORM)
+    model_config = ModelConfig.model_validate({"id": folders[family], **options})
+    model = PairModel(load_model(model_config, CPU, seed=0), NORM)
     assert model.layout == layouts_of(family)[0]
     batch = batch_of(family, model)
     first, last, steps = learn(model, batch, learning_rate)
     assert last < 0.1 * first, f"{first:.3f} -> {last:.3f} in {steps} steps"
 
     expected = logps(model, batch)
-    if section.lora is None:
+    if model_config.lora is None:
         model.model.save_pretrained(tmp_path / "final")
         again = load_model(ModelConfig(id=str(tmp_path / "final")), CPU, seed=0)
     else:
-        save_adapter(model.model, model.model.state_dict(), section, tmp_path / "final")
-        again = merged_model(section, tmp_path / "final", seed=0)
+        save_adapter(model.model, model.model.state_dict(), model_config, tmp_path / "final")
+        again = load_merged_model(model_config, tmp_path / "final", seed=0)
     found = PairModel(again, NORM)
     shared_prefix.register()
     run_as(found, model.layout)

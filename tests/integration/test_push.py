@@ -203,13 +203,13 @@ def test_push_makes_a_private_model_and_refusals_are_one_message(
         assert load(repositories[name]["files"]["model.safetensors"])
         assert f'from_pretrained("{name}"' in repositories[name]["files"]["README.md"].decode()
     assert repositories["owner/model"]["private"]
-    assert "the hub answers 403; the export itself is whole" in refused
+    assert "the hub returned HTTP 403; the export itself is complete" in refused
     assert (run / "export" / "model.safetensors").is_file()
-    assert "the hub answers 401" in wrong
-    assert "there is no token" in none
-    assert "is not a repository's name" in unnamed
-    assert "base model is not on the hub" in local
+    assert "the hub returned HTTP 401" in wrong
+    assert "no token for the hub" in none
+    assert "invalid repository name" in unnamed
+    assert "base model of the adapters is not on the hub" in local
     assert sorted(repositories) == ["owner/model", "owner/old"]
     token = {"HF_TOKEN": TOKEN}
-    assert "cannot be reached" in answer_of(CHECK, HF_ENDPOINT="http://127.0.0.1:9", **token, **home)
-    assert "told to be offline" in answer_of(CHECK, HF_ENDPOINT=address, **token, **home, HF_HUB_OFFLINE="1")
+    assert "cannot reach the hub" in answer_of(CHECK, HF_ENDPOINT="http://127.0.0.1:9", **token, **home)
+    assert "offline mode" in answer_of(CHECK, HF_ENDPOINT=address, **token, **home, HF_HUB_OFFLINE="1")

@@ -140,7 +140,7 @@ def test_a_run_in_s3_is_exported_there(s3: Faults, tmp_path: Path) -> None:
         again.pull(name)
         assert sorted(path.name for path in (again.path / name).iterdir()) == exported.files
         assert "1,234 pairs" in (again.path / name / "README.md").read_text()
-    with pytest.raises(UserError, match="stands there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_run(folder.uri, ExportOptions(), Console(file=io.StringIO()))
 
 

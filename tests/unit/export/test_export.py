@@ -79,7 +79,7 @@ def test_a_full_fine_tune_is_its_final_in_shards(tmp_path: Path) -> None:
     assert (exported.kind, exported.uri) == ("whole", f"{run}/export")
     check_vllm_layout(run / "export", shards=True)
     assert torch.equal(logps(plainly(exported.uri)), logps(model))
-    with pytest.raises(UserError, match="not with adapters"):
+    with pytest.raises(UserError, match="full model, not adapters"):
         export(run, adapter=True, output=str(tmp_path / "adapter"))
 
 
@@ -178,7 +178,7 @@ def test_a_run_without_held_out_pairs_says_so(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1.0}\n')
     shutil.rmtree(run / "checkpoint_1")
     text = (Path(export(run, adapter=True).uri) / "README.md").read_text()
-    assert "Not evaluated" in text
+    assert "not evaluated" in text
     assert ModelCard(text).data.eval_results is None
 
 
@@ -186,19 +186,19 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(tmp_path: Path)
     recipe = tiny_recipe(tmp_path, "run", model={"lora": {"r": 4}})
     run = finished_run(recipe, load_model(recipe.model, CPU, 0))
     first = export(run, adapter=True)
-    with pytest.raises(UserError, match="stands there already"):
+    with pytest.raises(UserError, match="already exists"):
         export(run, adapter=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_text("dear")
-    for overwrite, said in ((False, "stands there already"), (True, "not an export")):
+    for overwrite, said in ((False, "already exists"), (True, "not an export")):
         with pytest.raises(UserError, match=said):
             export(run, output=str(tmp_path / "mine"), overwrite=overwrite)
     assert (tmp_path / "mine" / "photo.jpg").exists()
     for own in (run, run / "final"):
-        with pytest.raises(UserError, match="the run's own folder"):
+        with pytest.raises(UserError, match="cannot replace the run"):
             export(run, output=str(own), overwrite=True)
     (run / "final" / ADAPTER_WEIGHTS).write_bytes(b"torn")
-    with pytest.raises(UserError, match="cannot be"):
+    with pytest.raises(UserError, match="cannot read the weights"):
         export(run, output=first.uri, overwrite=True)
     assert sorted(path.name for path in Path(first.uri).iterdir()) == first.files, "the old one stands as it was"
     assert not (run / ".export-adapter").exists()
@@ -211,5 +211,5 @@ def test_an_unfinished_run_is_one_message(tmp_path: Path) -> None:
         (run / "final" / name).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"not finished(.|\n)*orpo-ray train"):
         export(run)
-    with pytest.raises(UserError, match="is not a run"):
+    with pytest.raises(UserError, match="not a run folder"):
         export(tmp_path)
