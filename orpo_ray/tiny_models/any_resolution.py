@@ -1,4 +1,4 @@
-"""Small random models of the families that take images of any size: tiles, rows of patches, windows."""
+"""Tiny models of the families that take images of any size, as tiles or as a variable number of patches."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from orpo_ray.tiny_models.parts import CHATML, CHATML_TOKENS, INIT, SMOLVLM_TEMPLATE, VISION, TinyFamily, tiny_tokenizer
 
-# Where the longer side goes: one tile, two abreast, two on top of each other.
+# Grids of tiles in pixels (height, width): one tile, two side by side, two on top of each other.
 _GRIDS = [[32, 32], [32, 64], [64, 32]]
 
 
 class LlavaNext(TinyFamily):
-    """LLaVA-1.6: up to two CLIP tiles and a whole view, padding cut off, a token that ends each line; Mistral."""
+    """LLaVA-1.6: up to two CLIP tiles plus a thumbnail, no padding, a token at the end of each row; Mistral."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -48,9 +48,9 @@ class LlavaNext(TinyFamily):
 
 
 class LlavaOnevision(TinyFamily):
-    """SigLIP tiles for one image, a single one each for several; Qwen2."""
+    """LLaVA-OneVision: SigLIP tiles for a single image, one tile per image for several images; Qwen2."""
 
-    wants_torchvision = True
+    needs_torchvision = True
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -88,7 +88,7 @@ class LlavaOnevision(TinyFamily):
 
 
 class Idefics2(TinyFamily):
-    """Images keep their shape and are padded; a perceiver makes 4 tokens of each; Mistral."""
+    """Idefics2: images keep their aspect ratio and are padded; a perceiver reduces each to 4 tokens; Mistral."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -137,9 +137,9 @@ _PIXTRAL = {
 
 
 class Pixtral(TinyFamily):
-    """LLaVA's classes with Pixtral's vision part: patches in rows, a token that ends each row."""
+    """Pixtral: LLaVA's classes with Pixtral's vision encoder, and a token at the end of each row of patches."""
 
-    wants_torchvision = True
+    needs_torchvision = True
     merge = 1
 
     @cached_property
@@ -173,7 +173,7 @@ class Pixtral(TinyFamily):
 
 
 class Mistral3(Pixtral):
-    """Pixtral's vision part, four patches merged into one token."""
+    """Mistral 3: Pixtral's vision encoder, with four patches merged into one token."""
 
     merge = 2
 
@@ -190,9 +190,9 @@ class Mistral3(Pixtral):
 
 
 class Qwen2_5_VL(TinyFamily):  # noqa: N801 - the family's name
-    """Images of any size, positions with three axes, windows in the vision part."""
+    """Qwen2.5-VL: positions with three axes, window attention in the vision encoder."""
 
-    wants_torchvision = True
+    needs_torchvision = True
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -233,7 +233,7 @@ class Qwen2_5_VL(TinyFamily):  # noqa: N801 - the family's name
 
 
 class Qwen3_VL(Qwen2_5_VL):  # noqa: N801 - the family's name
-    """Features of inner vision layers are added to the first language layers as well."""
+    """Qwen3-VL: features of inner vision layers are also added to the first language layers."""
 
     def processor(self) -> Any:
         from transformers import Qwen3VLProcessor

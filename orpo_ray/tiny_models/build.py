@@ -1,7 +1,7 @@
-"""Small random models with a real processor, made offline on first use and cached.
+"""Build small models with random weights and a real processor, offline, on first use; cache them.
 
-They are named in a recipe like any other model (`model.id: orpo-ray/tiny-smolvlm`), so that the quickstart and the
-tests run the real program.
+A recipe names them like any other model (`model.id: orpo-ray/tiny-smolvlm`), so that the quickstart and the tests run
+the same code as other models.
 """
 
 from __future__ import annotations
@@ -20,31 +20,35 @@ PREFIX = "orpo-ray/tiny-"
 
 
 def is_tiny(model_id: str) -> bool:
-    """Whether `model_id` names a model of this file rather than one of the hub or of a folder."""
+    """Whether `model_id` names a tiny model, rather than a hub model or a folder."""
     return model_id.startswith(PREFIX)
 
 
 def tiny_model_path(model_id: str) -> Path:
-    """The folder of a tiny model in the usual Hugging Face layout; it is made on first use and cached.
+    """Return the folder of a tiny model, in the usual Hugging Face layout. Builds the model on first use.
 
-    The cache is `$ORPO_RAY_CACHE`, by default `~/.cache/orpo-ray`. Two processes may ask at once: each builds in a
-    folder of its own and the first rename wins.
+    The cache is `$ORPO_RAY_CACHE`, by default `~/.cache/orpo-ray`. Several processes can call this at the same time:
+    each builds in its own temporary folder, and the first one to rename it wins.
+
+    Raises:
+        UserError: there is no such model, or a package that its processor needs is missing.
     """
     name = model_id.removeprefix(PREFIX)
     if name not in TINY_FAMILIES:
         known = ", ".join(PREFIX + n for n in sorted(TINY_FAMILIES))
-        raise UserError("no such tiny model", field="model.id", value=model_id, fix=f"use one of: {known}")
-    rooms = sorted(Path(__file__).parent.glob("*.py"))
-    source = hashlib.sha256(b"".join(room.read_bytes() for room in rooms)).hexdigest()[:12]
+        raise UserError("unknown tiny model", field="model.id", value=model_id, fix=f"use one of: {known}")
+    # The folder name contains a hash of this package, so that a changed model is built again.
+    modules = sorted(Path(__file__).parent.glob("*.py"))
+    source = hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()[:12]
     cache = Path(os.environ.get("ORPO_RAY_CACHE", Path.home() / ".cache" / "orpo-ray"))
     folder = cache / f"tiny-{name}-{source}"
     if not folder.is_dir():
         from transformers.utils.logging import disable_progress_bar
 
         family = TINY_FAMILIES[name]()
-        if family.wants_torchvision and find_spec("torchvision") is None:
+        if family.needs_torchvision and find_spec("torchvision") is None:
             raise UserError(
-                "transformers' processor of this family needs torchvision",
+                "the processor of this model family requires torchvision",
                 field="model.id",
                 value=model_id,
                 fix="pip install torchvision",
@@ -57,7 +61,7 @@ def tiny_model_path(model_id: str) -> Path:
         processor.save_pretrained(scratch)
         try:
             scratch.rename(folder)
-        except OSError:  # another process was first
+        except OSError:  # another process finished first
             shutil.rmtree(scratch)
             if not folder.is_dir():
                 raise
@@ -65,5 +69,5 @@ def tiny_model_path(model_id: str) -> Path:
 
 
 def resolve(model_id: str) -> str:
-    """What transformers can load: tiny models become their folder on this machine, all else stays."""
+    """Return a name that transformers can load: the local folder of a tiny model, and any other name unchanged."""
     return str(tiny_model_path(model_id)) if is_tiny(model_id) else model_id

@@ -1,4 +1,4 @@
-"""Small random models of the families whose language layers look at images by cross-attention."""
+"""Tiny models of the families whose language layers attend to images by cross-attention."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from orpo_ray.tiny_models.parts import CHATML, CHATML_TOKENS, INIT, VISION, Tiny
 
 
 class Idefics(TinyFamily):
-    """The open Flamingo: a perceiver, and a gated layer before every second language layer."""
+    """Idefics (open Flamingo): a perceiver, and a gated cross-attention layer before every second language layer."""
 
     @cached_property
     def tokenizer(self) -> Any:
         named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
         tokenizer = tiny_tokenizer(named, ("<end_of_utterance>",))
-        # At the end, since the model has these two in tables of their own.
+        # Added last, since the model stores the embeddings of these two tokens in a separate table.
         tokenizer.add_tokens(["<fake_token_around_image>", "<image>"], special_tokens=True)
         return tokenizer
 
@@ -41,7 +41,7 @@ class Idefics(TinyFamily):
         return IdeficsConfig(
             **text,
             additional_vocab_size=2,
-            # Gates that begin at 0 would keep the images out at first.
+            # Gates initialized to 0 would block the images at first.
             alpha_initializer="ones",
             cross_layer_interval=2,
             use_resampler=True,
@@ -51,7 +51,7 @@ class Idefics(TinyFamily):
 
 
 class Mllama(TinyFamily):
-    """Llama-3.2-Vision: up to two tiles, one cross-attention layer of three."""
+    """Llama-3.2-Vision: up to two tiles, one cross-attention layer among three language layers."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -93,7 +93,7 @@ class Mllama(TinyFamily):
         import torch
 
         model = super().model()
-        # As the idefics ones: gates that begin at 0 would keep the images out at first.
+        # As in Idefics, gates initialized to 0 would block the images at first.
         for name, parameter in model.named_parameters():
             if name.endswith(("_gate", "gate_attn", "gate_ffn", "position_embedding.gate")):
                 with torch.no_grad():

@@ -1,7 +1,7 @@
-"""The quickstart's preference pairs, made from the easy-vqa package: 64 x 64 shapes and questions about them.
+"""Preference pairs for the quickstart, made from the easy-vqa package: images of shapes (64 x 64), and questions.
 
-Only the "what ..." questions are taken: right answer against another answer of the same kind. Yes/no questions are
-left out, since a model can tell the better answer of most of them without looking.
+Only the "what ..." questions are used: chosen is the correct answer, rejected another shape or color. Yes/no questions
+are left out, because most of them can be answered without the image.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ SPLITS = ("train", "test")
 
 @lru_cache(maxsize=2)
 def easy_vqa_rows(split: str) -> list[dict[str, Any]]:
-    """TRL vision rows (`id, images, prompt, chosen, rejected`), always the same ones; images are PNG bytes."""
+    """Return rows in TRL's vision format (`id, images, prompt, chosen, rejected`); images are PNG bytes.
+
+    The rows are the same each time. Raises UserError for an unknown split.
+    """
     require("easy_vqa", f"easy-vqa:{split}")
     import easy_vqa
 
     if split not in SPLITS:
         raise UserError(
-            "easy-vqa has no such split",
+            "unknown split of easy-vqa",
             field="data.train or data.eval",
             value=f"easy-vqa:{split}",
-            fix=" or ".join(f"easy-vqa:{name}" for name in SPLITS),
+            fix="use " + " or ".join(f"easy-vqa:{name}" for name in SPLITS),
         )
     if split == "train":
         questions, paths = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()

@@ -1,8 +1,8 @@
-"""How small random vision-language models are made: one class a family, real transformers classes throughout.
+"""Tiny models of all families, one class per family, built from the classes of transformers.
 
-Each has a tokenizer trained here on a few sentences, a model of some layers at a width of 32 to 128, and the family's
-own processor. What makes the family special is in it and small enough to matter: a sliding window of 8 tokens, caps
-on scores, key heads shared by query heads.
+Each consists of a tokenizer trained on a few sentences, a model of two or three layers with a width of 32 to 128, and
+the family's own processor. Special features of a family are scaled down so that short sequences exercise them: a
+sliding window of 8 tokens, soft-capped scores, key heads shared by query heads.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from orpo_ray.tiny_models.parts import CHATML, CHATML_TOKENS, INIT, SMOLVLM_TEMP
 
 
 class _SmolVLM(TinyFamily):
-    """About 1.4 M parameters, what the quickstart trains: 64 px, pixel shuffle by 2 to 16 image tokens, no tiles."""
+    """SmolVLM, for the quickstart: 1.4 M parameters, 64 px, pixel shuffle by 2 to 16 image tokens, no tiles."""
 
-    surer = 0.0
+    extra_norm_weight = 0.0
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -44,14 +44,16 @@ class _SmolVLM(TinyFamily):
         from transformers import Idefics3Processor
         from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-        return Idefics3Processor(image_processor=self._images(SmolVLMImageProcessorPil), **self._rest())
+        return Idefics3Processor(
+            image_processor=self._image_processor(SmolVLMImageProcessorPil), **self._processor_options()
+        )
 
     def config(self) -> Any:
         from transformers import SmolVLMConfig
 
-        return SmolVLMConfig(**self._sections())
+        return SmolVLMConfig(**self._config_options())
 
-    def _images(self, kind: Any) -> Any:
+    def _image_processor(self, kind: Any) -> Any:
         return kind(
             size={"longest_edge": 64},
             max_image_size={"longest_edge": 64},
@@ -60,10 +62,10 @@ class _SmolVLM(TinyFamily):
             image_std=[0.5, 0.5, 0.5],
         )
 
-    def _rest(self) -> dict[str, Any]:
+    def _processor_options(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "image_seq_len": 16, "chat_template": SMOLVLM_TEMPLATE}
 
-    def _sections(self) -> dict[str, Any]:
+    def _config_options(self) -> dict[str, Any]:
         special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         vision = {
             "hidden_size": 128,
@@ -96,22 +98,24 @@ class _SmolVLM(TinyFamily):
 
 
 class _Idefics3(_SmolVLM):
-    """The same in Idefics3's classes."""
+    """The same model with the classes of Idefics3."""
 
     def processor(self) -> Any:
         from transformers import Idefics3Processor
         from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-        return Idefics3Processor(image_processor=self._images(Idefics3ImageProcessorPil), **self._rest())
+        return Idefics3Processor(
+            image_processor=self._image_processor(Idefics3ImageProcessorPil), **self._processor_options()
+        )
 
     def config(self) -> Any:
         from transformers import Idefics3Config
 
-        return Idefics3Config(**self._sections())
+        return Idefics3Config(**self._config_options())
 
 
 class _Llava(TinyFamily):
-    """CLIP, two query heads a key head, a head of its own (untied)."""
+    """LLaVA-1.5: CLIP, two query heads per key head, untied output head."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -143,7 +147,7 @@ class _Llava(TinyFamily):
 
 
 class _Gemma3(TinyFamily):
-    """Image tokens see each other; two layers of three look 8 tokens back."""
+    """Gemma 3: bidirectional attention within an image; two layers of three have a sliding window of 8 tokens."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -186,13 +190,13 @@ class _Gemma3(TinyFamily):
         model = super().model()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(1)
-            # transformers begins with 0 here, and no image would be seen.
+            # transformers initializes this weight to 0, so images would have no effect.
             model.model.multi_modal_projector.mm_input_projection_weight.normal_(std=2 * INIT)
         return model
 
 
 class _PaliGemma(TinyFamily):
-    """PaliGemma 2: the whole prompt sees itself, scores and logits are capped, one layer of two looks 8 tokens back."""
+    """PaliGemma 2: bidirectional attention in the prompt, soft-capped scores and logits, a window of 8 tokens."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -211,7 +215,7 @@ class _PaliGemma(TinyFamily):
     def config(self) -> Any:
         from transformers import PaliGemmaConfig
 
-        # The processor adds its tokens for places to the tokenizer, so they must be counted.
+        # The processor adds location tokens to the tokenizer, which the vocabulary size must include.
         self.processor()
         text = self.text(
             model_type="gemma2",
@@ -230,9 +234,9 @@ class _PaliGemma(TinyFamily):
 
 
 class _InternVL(TinyFamily):
-    """Pixel shuffle by 2, tiles of 32 px beside a thumbnail, Qwen2."""
+    """InternVL: pixel shuffle by 2, tiles of 32 px plus a thumbnail, Qwen2."""
 
-    wants_torchvision = True
+    needs_torchvision = True
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -268,7 +272,7 @@ class _InternVL(TinyFamily):
                 "model_type": "internvl_vision",
                 "image_size": [32, 32],
                 "patch_size": [8, 8],
-                # 0 would leave the vision part without a say at the start.
+                # With 0, the vision encoder would have no effect at the start.
                 "layer_scale_init_value": 1.0,
             },
             text_config=self.text(model_type="qwen2"),

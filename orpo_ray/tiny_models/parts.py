@@ -1,4 +1,4 @@
-"""What the small random models of all families are made of: a tokenizer trained on the spot, templates, sizes."""
+"""Common parts of the tiny models: a tokenizer trained on a few sentences, chat templates, sizes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from orpo_ray.tiny_models.easy_vqa import COLORS, SHAPES
 
-# What the byte-level tokenizer learns its merges from. Any text tokenises (bytes are the fallback); the words of the
-# quickstart's questions become whole tokens.
+# Training text of the byte-level tokenizer. Words of the quickstart's questions become single tokens; any other text
+# falls back to bytes.
 _CORPUS = """
 what color is the shape? what is the color of the shape? what shape is in the image? what shape is present?
 what shape does the image contain? what is the red shape? what is the color of the circle? what color is the triangle?
@@ -18,7 +18,7 @@ is this statement true of the image? yes, the statement is true. no, the stateme
 describe the image. how many? which one? one two three four five six seven eight nine ten left right above below
 User: Assistant: System: User: Assistant: System: User: Assistant: System:
 """
-# transformers' 0.02 is made for models ten times as wide; at this width it costs the quickstart 0.03 of accuracy.
+# The default of transformers, 0.02, suits models ten times as wide; here it costs the quickstart 0.03 of accuracy.
 INIT = 0.06
 
 SMOLVLM_TEMPLATE = (
@@ -30,7 +30,7 @@ SMOLVLM_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-# Turns as ChatML, an image in place of its part; what stands for an image differs by family.
+# Messages as ChatML. The image token differs between families.
 CHATML = (
     "{{% for m in messages %}}<|im_start|>{{{{ m['role'] }}}}\n"
     "{{% if m['content'] is string %}}{{{{ m['content'] }}}}{{% else %}}"
@@ -42,7 +42,13 @@ CHATML_TOKENS = {"bos_token": "<bos>", "eos_token": "<|im_end|>", "pad_token": "
 
 
 def tiny_tokenizer(special_tokens: dict[str, str], extra_tokens: tuple[str, ...] = (), **more: Any) -> Any:
-    """A byte-level BPE tokenizer of 512 tokens plus `extra_tokens`; `special_tokens` names bos, eos, pad and unk."""
+    """Train a byte-level BPE tokenizer of 512 tokens.
+
+    Args:
+        special_tokens: `bos_token`, `eos_token`, `pad_token` and `unk_token` -> text.
+        extra_tokens: further special tokens.
+        more: further arguments of `PreTrainedTokenizerFast`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -67,45 +73,44 @@ def tiny_tokenizer(special_tokens: dict[str, str], extra_tokens: tuple[str, ...]
 
 
 class TinyFamily:
-    """A family's small model and processor. Subclasses say how; both are the same every time.
+    """Builds a family's tiny model and processor, which are the same each time."""
 
-    surer: what is added to the weight of the last norm. A random head of width 32, frozen under adapters, can give no
-    token more than one tenth of the probability, however the layers below it learn; a pretrained one can.
-    wants_torchvision: whether transformers' processor of the family does.
-    """
-
-    surer = 2.0
-    wants_torchvision = False
+    extra_norm_weight = 2.0
+    """Added to the weight of the last norm. Otherwise a random, frozen output head of width 32 could give no token a
+    probability above 0.1, however well the layers before it learn."""
+    needs_torchvision = False
+    """Whether the family's processor requires torchvision."""
 
     @cached_property
     def tokenizer(self) -> Any:
-        """A byte-level tokenizer with the family's special tokens."""
+        """Tokenizer with the family's special tokens."""
         raise NotImplementedError
 
     def processor(self) -> Any:
-        """The family's own processor."""
+        """Build the family's processor."""
         raise NotImplementedError
 
     def config(self) -> Any:
-        """The model's config."""
+        """Build the model's config."""
         raise NotImplementedError
 
     def model(self) -> Any:
-        """The model with random weights."""
+        """Build the model with random weights."""
         import torch
         from transformers import AutoModelForImageTextToText
 
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model = AutoModelForImageTextToText.from_config(self.config())
-            model.model.get_decoder().norm.weight.add_(self.surer)
+            model.model.get_decoder().norm.weight.add_(self.extra_norm_weight)
             return model
 
     def token(self, token: str) -> int:
+        """Return the id of a token."""
         return int(self.tokenizer.convert_tokens_to_ids(token))
 
     def text(self, **more: Any) -> dict[str, Any]:
-        """What all language models here have in common."""
+        """Return the options that all tiny language models have in common, updated with `more`."""
         return {
             "vocab_size": len(self.tokenizer),
             "hidden_size": 32,
@@ -121,7 +126,7 @@ class TinyFamily:
         } | more
 
 
-# 32 px in patches of 8: 16 of them.
+# 32 px in patches of 8 px: 16 patches.
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -87,7 +87,7 @@ PADDING = ("idefics", "idefics2", "mllama", "llava_next", "llava_onevision", "pi
 def test_every_family_is_exact_to_the_token_and_the_pixel(
     family: str, tmp_path: Path, sizes: list[tuple[int, int]]
 ) -> None:
-    if TINY_FAMILIES[family].wants_torchvision:
+    if TINY_FAMILIES[family].needs_torchvision:
         pytest.importorskip("torchvision", reason=f"transformers' processor of {family} needs torchvision")
     encoder = PairEncoder(load_processor(f"orpo-ray/tiny-{family}", None), max_length=4096)
     source = pair([png(tmp_path, f"{i}.png", size, i) for i, size in enumerate(sizes)])

@@ -35,7 +35,7 @@ from support.pairs_by_hand import (
 
 
 def processor_of(family: str) -> Any:
-    if TINY_FAMILIES[family].wants_torchvision:
+    if TINY_FAMILIES[family].needs_torchvision:
         pytest.importorskip("torchvision", reason=f"transformers' processor of {family} needs torchvision")
     return load_processor(f"orpo-ray/tiny-{family}", None)
 
