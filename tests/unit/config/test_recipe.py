@@ -225,9 +225,3 @@ def test_conflicting_options_are_refused_with_an_alternative(rule: Rule) -> None
 )
 def test_compatible_options_are_accepted(change: dict[str, Any]) -> None:
     assert parse_recipe(MINIMAL | change)
-
-
-def test_docs_list_every_refused_combination() -> None:
-    docs = (ROOT / "docs" / "tuning.md").read_text()
-    for rule in RULES:
-        assert f"| {rule.combination} | {rule.reason} | {rule.alternative} |" in docs
