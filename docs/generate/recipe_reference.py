@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Iterator
 from html import escape
 from typing import Any
 
@@ -40,46 +39,58 @@ def recipe_reference() -> str:
         if name not in sections:
             lines += _field(name, field, schema["properties"][name], definitions)
     for name in sections:
-        for config in _configs(Recipe.model_fields[name].annotation):
-            lines += _section(name, config, Recipe.model_fields[name], definitions, level=2)
+        lines += _sections(name, Recipe.model_fields[name], definitions, level=2)
     return "".join(lines)
 
 
-def all_fields(config: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every field that is not itself a section."""
-    for name, field in config.model_fields.items():
-        nested = _configs(field.annotation)
-        if not nested:
-            yield prefix + name
-        for inner in nested:
-            yield from all_fields(inner, f"{prefix}{name}.")
+def _sections(path: str, field: FieldInfo, definitions: dict[str, Any], level: int) -> list[str]:
+    """The section of a field; if the recipe chooses one of several kinds by `name`, a section for each kind."""
+    configs = _configs(field.annotation)
+    heading = f"{'#' * level} `{path}` {{ #{path} }}\n\n"
+    if len(configs) == 1:
+        texts = dict.fromkeys(map(_text, (configs[0].__doc__ or "", field.description or "")))
+        return [heading, f"{' '.join(texts)}\n\n", *_fields(path, configs[0], definitions, level)]
+    kinds = {typing.get_args(config.model_fields["name"].annotation)[0]: config for config in configs}
+    default = field.get_default(call_default_factory=True).name
+    lines = [heading, f"{_text(field.description or '')}\n\n"]
+    lines += _entry(f"{path}.name", " | ".join(map(_code, kinds)), f"default {_code(default)}", "Which kind.")
+    anchored: set[str] = set()
+    for kind, config in kinds.items():
+        lines.append(
+            f"{'#' * (level + 1)} `{path}.name: {kind}` {{ #{path}-{kind} }}\n\n{_text(config.__doc__ or '')}\n\n"
+        )
+        fields = _fields(path, config, definitions, level + 1, without=("name",))
+        # Kinds may have fields of the same name; the plain anchor is the first one's.
+        for name in anchored & set(config.model_fields):
+            fields = [line.replace(f"#{path}.{name} .field", f"#{path}.{kind}.{name} .field") for line in fields]
+        anchored |= set(config.model_fields)
+        lines += fields
+    return lines
 
 
-def _section(
-    path: str, config: type[BaseModel], field: FieldInfo, definitions: dict[str, Any], level: int
+def _fields(
+    path: str, config: type[BaseModel], definitions: dict[str, Any], level: int, without: tuple[str, ...] = ()
 ) -> list[str]:
     schema = definitions[config.__name__]
-    texts = dict.fromkeys(map(_text, (config.__doc__ or "", field.description or "")))
-    lines = [f"{'#' * level} `{path}` {{ #{path} }}\n\n", f"{' '.join(texts)}\n\n"]
+    plain: list[str] = []
     nested: list[str] = []
-    for name, inner in config.model_fields.items():
-        key = f"{path}.{name}"
-        if configs := _configs(inner.annotation):
-            for each in configs:
-                nested += _section(key, each, inner, definitions, level=3)
+    for name, field in config.model_fields.items():
+        if name in without:
+            continue
+        if _configs(field.annotation):
+            nested += _sections(f"{path}.{name}", field, definitions, level + 1)
         else:
-            lines += _field(key, inner, schema["properties"][name], definitions)
-    return lines + nested
+            plain += _field(f"{path}.{name}", field, schema["properties"][name], definitions)
+    return plain + nested
 
 
 def _field(key: str, field: FieldInfo, schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
-    facts = f'<span class="field-type">{_type(schema, definitions)}</span>'
-    facts += f'<span class="field-default">{_default(field)}</span>'
-    return [
-        f"#### `{key}` {{ #{key} .field }}\n\n",
-        f'<p class="field-facts">{facts}</p>\n\n',
-        f"{_text(field.description or '')}\n\n",
-    ]
+    return _entry(key, _type(schema, definitions), _default(field), _text(field.description or ""))
+
+
+def _entry(key: str, kind: str, default: str, text: str) -> list[str]:
+    facts = f'<span class="field-type">{kind}</span><span class="field-default">{default}</span>'
+    return [f"#### `{key}` {{ #{key} .field }}\n\n", f'<p class="field-facts">{facts}</p>\n\n', f"{text}\n\n"]
 
 
 def _configs(annotation: Any) -> list[type[BaseModel]]:
@@ -110,8 +121,8 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     if schema.get("type") == "object":
         return _mapping(schema, definitions)
     name = {"string": "string", "integer": "integer", "number": "number", "boolean": "bool", "null": "null"}
-    bounds = "".join(f" {sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema)
-    return escape(name[schema["type"]] + bounds, quote=False)
+    bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema)
+    return escape(f"{name[schema['type']]} {bounds}".strip(), quote=False)
 
 
 def _mapping(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
