@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +12,8 @@ from orpo_ray.model.loading import pick_attention
 from orpo_ray.planning.activations import unloaded_model
 from orpo_ray.planning.states import Weights, states
 from orpo_ray.tiny_models.build import resolve
-from support.paths import TESTS
+from support.engine_memory import measure_all
+from support.worker_group import worker_group
 
 MODEL = "orpo-ray/tiny-smolvlm"
 WAYS: dict[str, dict[str, Any]] = {
@@ -39,21 +36,6 @@ def recipe(way: str, dtype: str, stage: int, workers: int) -> dict[str, Any]:
     }
 
 
-def measured(folder: Path, cases: list[dict[str, Any]], workers: int) -> list[dict[str, int]]:
-    """Of the first worker."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    script = str(TESTS / "support" / "engine_memory.py")
-    with (folder / "log").open("w") as log:
-        running = [
-            subprocess.Popen([sys.executable, script, str(rank), str(workers), str(folder)], stdout=log, stderr=log)
-            for rank in range(workers)
-        ]
-        codes = [process.wait(timeout=280) for process in running]
-    assert not any(codes), (folder / "log").read_text()[-3000:]
-    found: list[dict[str, int]] = json.loads((folder / "measured.json").read_text())
-    return found
-
-
 def predicted(raw: dict[str, Any]) -> dict[str, int]:
     from transformers import AutoConfig
 
@@ -67,7 +49,7 @@ def predicted(raw: dict[str, Any]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_states_are_what_a_real_engine_holds(tmp_path: Path, workers: int) -> None:
+def test_states_are_what_a_real_engine_holds(workers: int) -> None:
     stages = [0] if workers == 1 else [0, 1, 2, 3]
     named = [
         (way, dtype, stage)
@@ -80,7 +62,7 @@ def test_states_are_what_a_real_engine_holds(tmp_path: Path, workers: int) -> No
     ]
     cases = [recipe(*each, workers) for each in named]
     off = {}
-    for name, raw, real in zip(named, cases, measured(tmp_path, cases, workers), strict=True):
+    for name, raw, real in zip(named, cases, worker_group(workers).run(measure_all, cases)[0], strict=True):
         for what, size in predicted(raw).items():
             if abs(size / real[what] - 1) > 0.02:
                 off[*name, what] = (size, real[what])

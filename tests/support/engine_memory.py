@@ -1,15 +1,8 @@
-"""What a real engine holds after real steps, by unique storage; one process of it: `engine_memory.py RANK WORLD DIR`.
-
-Reads the cases from DIR/cases.json, a list of recipes' model and deepspeed sections, and writes DIR/measured.json.
-"""
+"""What a real engine holds after real steps, by unique storage."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +35,9 @@ def measure(raw: dict[str, Any], world: int) -> dict[str, int]:
     parameters = list(_parameters(model))
     held = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     states = [t for t in _states(engine) if t.untyped_storage().data_ptr() not in held]
-    return {"parameters": _bytes(parameters), "gradients": gradients, "optimizer": _bytes(states)}
+    found = {"parameters": _bytes(parameters), "gradients": gradients, "optimizer": _bytes(states)}
+    engine.ds.destroy()
+    return found
 
 
 def _parameters(model: torch.nn.Module) -> Iterable[torch.Tensor]:
@@ -82,18 +77,6 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def main() -> None:
-    """Every case one after another, as one worker of `world`."""
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), world)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    cases = json.loads((folder / "cases.json").read_text())
-    measured = [measure(raw, world) for raw in cases]
-    if rank == 0:
-        (folder / "measured.json").write_text(json.dumps(measured))
-
-
-if __name__ == "__main__":
-    main()
+def measure_all(_rank: int, world: int, cases: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """`measure` of each case, one after another, on one worker of `world`."""
+    return [measure(raw, world) for raw in cases]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
@@ -24,6 +20,7 @@ from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training import deepspeed
 from orpo_ray.training.deepspeed import Engine
 from support.pairs_by_hand import NORM, make_pair
+from support.worker_group import worker_group
 
 FAMILY = "smolvlm"
 STEPS = 4
@@ -89,27 +86,15 @@ def resumed(recipes: list[Recipe], folder: Path) -> list[dict[str, Any]]:
 
 
 def _spawned(worker: Callable[..., Any], recipes: list[Recipe], num_workers: int, folder: Path) -> list[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     raw = [recipe.model_dump(mode="json") for recipe in recipes]
-    mp.spawn(_run, (worker, num_workers, port, raw, str(folder)), num_workers)
-    found: list[Any] = json.loads((folder / "found.json").read_text())
+    found: list[Any] = worker_group(num_workers).run(_run, worker, raw, str(folder))[0]
     return found
 
 
-def _run(
-    rank: int, worker: Callable[..., Any], num_workers: int, port: int, raw: list[dict[str, Any]], folder: str
-) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_workers)}
-    dist.init_process_group("gloo", rank=rank, world_size=num_workers)
-    deepspeed.deepspeed_config = _keeping_nothing(deepspeed.deepspeed_config)
-    found = [worker(parse_recipe(recipe), rank, num_workers, f"{folder}/{n}") for n, recipe in enumerate(raw)]
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+def _run(rank: int, num_workers: int, worker: Callable[..., Any], raw: list[dict[str, Any]], folder: str) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed, "deepspeed_config", _keeping_nothing(deepspeed.deepspeed_config))
+        return [worker(parse_recipe(recipe), rank, num_workers, f"{folder}/{n}") for n, recipe in enumerate(raw)]
 
 
 def _curve(recipe: Recipe, rank: int, num_workers: int, _folder: str) -> list[list[float]]:
@@ -125,11 +110,13 @@ def _resume(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[st
         training.step()
     training.engine.ds.save_checkpoint(folder, tag="engine", exclude_frozen_parameters=True)
     tail = [training.step() for _ in range(2)]
+    training.engine.ds.destroy()
     training = Training(recipe, rank, num_workers)
     training.engine.ds.load_checkpoint(folder, tag="engine", load_module_strict=False)
     again = [training.step() for _ in range(2)]
     tensors = [v for state in training.engine.ds.basic_optimizer.state.values() for v in state.values()]
     moments = {str(v.dtype) for v in tensors if isinstance(v, torch.Tensor) and v.numel() >= 4096}
+    training.engine.ds.destroy()
     return {"tail": tail, "again": again, "moments": sorted(moments)}
 
 

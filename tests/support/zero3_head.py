@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
+import pytest
 import torch
-import torch.distributed as dist
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.schema import ModelConfig
@@ -33,12 +29,13 @@ def share_of(family: str, rank: int, num_workers: int) -> list[EncodedPair]:
     return pairs[rank::num_workers]
 
 
-def train(rank: int, num_workers: int, port: int, family: str, stage: int, out: str) -> None:
-    """One worker: a few steps, its losses and gradient norms to a file."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_workers)}
-    dist.init_process_group("gloo", rank=rank, world_size=num_workers)
+def train(rank: int, num_workers: int, family: str, stage: int) -> list[list[float]]:
+    """One worker: a few steps' losses, gradient norms, and chunks of the head."""
+    with pytest.MonkeyPatch.context() as patch:
+        return _train(rank, num_workers, family, stage, patch)
+
+
+def _train(rank: int, num_workers: int, family: str, stage: int, patch: pytest.MonkeyPatch) -> list[list[float]]:
     model_id = f"orpo-ray/tiny-{family}"
     recipe = parse_recipe(
         {"name": "x", "model": {"id": model_id}, "data": {"train": "none"}, "deepspeed": {"zero_stage": stage},
@@ -47,7 +44,7 @@ def train(rank: int, num_workers: int, port: int, family: str, stage: int, out: 
     device = torch.device("cpu")
     model = PairModel(load_model(ModelConfig(id=model_id), device, seed=0), NORM)
     vocabulary = model.model.config.get_text_config().vocab_size
-    logps.CHUNK_BYTES = 16 * vocabulary * 4  # 16 targets a chunk
+    patch.setattr(logps, "CHUNK_BYTES", 16 * vocabulary * 4)  # 16 targets a chunk
     dummy_pairs = share_of(family, 0, 2) * 2
     planner = StepPlanner("response", 8192, "shared_prefix", vocabulary, dummy_pairs[0], dummy_pairs[1], device)
     engine = Engine(model, recipe, STEPS, num_workers)
@@ -59,6 +56,5 @@ def train(rank: int, num_workers: int, port: int, family: str, stage: int, out: 
         engine.backward(loss)
         norm = engine.step()
         lines.append([reduce_sums(sums, device)["loss"], norm, batch.head_chunks])
-    if rank == 0:
-        Path(out).write_text(json.dumps(lines))
-    dist.destroy_process_group()
+    engine.ds.destroy()
+    return lines
