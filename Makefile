@@ -6,19 +6,28 @@ INSTALLED := $(VENV)/.installed
 # A constraint, so that what was tested is what is installed where torch comes from more than one place.
 TORCH := torch==2.13.0
 
-.PHONY: quickstart test fast lint clean
+# The CPU build of torch 2.13 has no torchvision on the package index; this pair is there for a GPU and runs on a CPU.
+TORCHVISION := .venv-torchvision
+TORCH_AND_TORCHVISION := torch==2.14.1 torchvision==0.29.1
+
+.PHONY: quickstart test fast slow nightly torchvision-tests lint clean
 
 quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, in about 3 minutes
 	$(BIN)/orpo-ray train recipes/quickstart.yaml
 
-test: lint fast slow  ## everything
+test: lint fast slow  ## everything but what is nightly
 
-fast: $(INSTALLED)  ## tests that take seconds
+fast: $(INSTALLED)  ## tests/unit: each takes seconds at most
 	$(BIN)/pytest -q tests/unit -n 2
 
-.PHONY: slow
-slow: $(INSTALLED)  ## whole runs on a real Ray
-	$(BIN)/pytest -q tests/integration
+slow: $(INSTALLED)  ## tests/integration: whole runs on a real Ray, engines of several processes, a browser
+	$(BIN)/pytest -q tests/integration -n 2 --dist loadfile
+
+nightly: lint $(INSTALLED) torchvision-tests  ## everything: tests/nightly, full matrices, processors that need torchvision
+	$(BIN)/pytest -q -m "nightly or not nightly" -n 2 --dist loadfile
+
+torchvision-tests: $(TORCHVISION)/.installed  ## what needs torchvision, in an environment of its own (5.5 GB)
+	$(TORCHVISION)/bin/pytest -q -m torchvision -n 2 --dist loadfile
 
 lint: $(INSTALLED)  ## style, undefined names, types
 	$(BIN)/ruff check .
@@ -40,11 +49,18 @@ $(INSTALLED): pyproject.toml
 	if command -v nvidia-smi >/dev/null; then \
 	  $(BIN)/pip install -q $(TORCH) torchvision; \
 	elif ! $(BIN)/python -c "import torch" 2>/dev/null; then \
-	  $(BIN)/pip install -q --retries 0 --index-url https://download.pytorch.org/whl/cpu $(TORCH) 2>/dev/null \
+	  $(BIN)/pip install -q --retries 0 --index-url https://download.pytorch.org/whl/cpu $(TORCH) torchvision 2>/dev/null \
 	    || $(BIN)/pip install -q $(TORCH); \
 	fi
 	$(BIN)/pip install -q -e ".[dev]"
 	touch $@
 
+$(TORCHVISION)/.installed: pyproject.toml
+	test -x $(TORCHVISION)/bin/python || $(PYTHON) -m venv $(TORCHVISION)
+	$(TORCHVISION)/bin/pip install -q $(TORCH_AND_TORCHVISION)
+	$(TORCHVISION)/bin/pip install -q -e ".[dev]"
+	$(TORCHVISION)/bin/python -c "import torchvision"
+	touch $@
+
 clean:  ## remove the environment and the runs made here
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(TORCHVISION) runs

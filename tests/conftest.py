@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -9,6 +10,13 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("torchvision") is None:
+        for item in items:
+            if item.get_closest_marker("torchvision"):
+                item.add_marker(pytest.mark.skip(reason="needs torchvision: see `make torchvision-tests`"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from orpo_ray.objective.forward import normalise_pixels
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.tiny_models.families import TINY_FAMILIES
+from support.families import with_processor
 from support.paths import SHARED
 
 TINY = "orpo-ray/tiny-smolvlm"
@@ -42,6 +44,17 @@ def encode(encoder: PairEncoder, root: Path, *pairs: PreferencePair) -> list[Enc
 @pytest.fixture(scope="module")
 def tiny() -> PairEncoder:
     return PairEncoder(load_processor(TINY, None), max_length=256)
+
+
+def tiled_processor(folder: Path) -> Any:
+    """The tiny model's processor, made to cut large images into tiles of 64 pixels, as the real ones do with 364."""
+    processor = load_processor(TINY, None)
+    processor.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text())
+    tiles = {"do_image_splitting": True, "size": {"longest_edge": 256}, "max_image_size": {"longest_edge": 64}}
+    path.write_text(json.dumps(config | {"image_processor": config["image_processor"] | tiles}))
+    return load_processor(str(folder), None)
 
 
 def idefics3_processor() -> Any:
@@ -83,12 +96,10 @@ PADDING = ("idefics", "idefics2", "mllama", "llava_next", "llava_onevision", "pi
 
 
 @pytest.mark.parametrize("sizes", [[(100, 40)], [(64, 64), (20, 90)]])
-@pytest.mark.parametrize("family", [family for family in TINY_FAMILIES if family not in PADDING])
+@pytest.mark.parametrize("family", with_processor(family for family in TINY_FAMILIES if family not in PADDING))
 def test_every_family_is_exact_to_the_token_and_the_pixel(
     family: str, tmp_path: Path, sizes: list[tuple[int, int]]
 ) -> None:
-    if TINY_FAMILIES[family].needs_torchvision:
-        pytest.importorskip("torchvision", reason=f"transformers' processor of {family} needs torchvision")
     encoder = PairEncoder(load_processor(f"orpo-ray/tiny-{family}", None), max_length=4096)
     source = pair([png(tmp_path, f"{i}.png", size, i) for i, size in enumerate(sizes)])
     (encoded,) = encode(encoder, tmp_path, source)
@@ -104,6 +115,18 @@ def test_every_family_is_exact_to_the_token_and_the_pixel(
     turn = {"role": "assistant", "content": [{"type": "text", "text": source.chosen}]}
     whole = processor.apply_chat_template([*source.prompt, turn], tokenize=False)
     assert processor.tokenizer.decode(encoded.chosen_ids).strip() == whole.removeprefix(prompt).strip()
+
+
+@pytest.mark.parametrize(("sizes", "tiles"), [([(300, 200)], 13), ([(64, 64), (90, 200)], 17 + 9)])
+def test_tiles_are_exact(tmp_path: Path, sizes: list[tuple[int, int]], tiles: int) -> None:
+    """An image in tiles comes with a small one of the whole."""
+    encoder = PairEncoder(tiled_processor(tmp_path / "processor"), max_length=8192)
+    source = pair([png(tmp_path, f"{i}.png", size, i) for i, size in enumerate(sizes)])
+    (encoded,) = encode(encoder, tmp_path, source)
+    assert isinstance(encoded, EncodedPair)
+    check_against_processor(encoder.processor, encoded, source, tmp_path)
+    assert len(encoded.images["pixel_values"]) == tiles
+    assert (~encoded.prompt_is_text).sum() == 16 * tiles
 
 
 @pytest.mark.parametrize("sizes", [[(300, 200)], [(700, 500), (400, 900)]])

@@ -22,6 +22,7 @@ from orpo_ray.objective.forward import PairModel, normalise_pixels
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.tiny_models.families import TINY_FAMILIES
+from support.families import with_processor
 from support.pairs_by_hand import (
     NORM,
     assert_equal,
@@ -35,8 +36,6 @@ from support.pairs_by_hand import (
 
 
 def processor_of(family: str) -> Any:
-    if TINY_FAMILIES[family].needs_torchvision:
-        pytest.importorskip("torchvision", reason=f"transformers' processor of {family} needs torchvision")
     return load_processor(f"orpo-ray/tiny-{family}", None)
 
 
@@ -98,7 +97,7 @@ def own_inputs(family: str, processor: Any, pair: PreferencePair, encoded: Encod
     return inputs
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", with_processor())
 def test_the_reference_is_the_family_s_own_processor_and_forward(family: str) -> None:
     """Both layouts, pairs with one, two and no images in one batch, against each answer alone as anybody would."""
     processor = processor_of(family)
