@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.commands import orpo_ray
+from support.commands import orpo_ray, orpo_ray_here
 from support.paths import ROOT
 from support.tiny_runs import losses, tiny_recipe
 
@@ -38,7 +38,7 @@ def dead_cluster() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.timeout(400)
-def test_train_then_evaluate(tmp_path: Path, dead_cluster: dict[str, str]) -> None:
+def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: dict[str, str]) -> None:
     quickstart = str(ROOT / "recipes/quickstart.yaml")
     trained = orpo_ray("train", quickstart, *TINY_OVERRIDES, cwd=tmp_path, env=dead_cluster)
     assert trained.returncode == 0, trained.stderr
@@ -52,7 +52,8 @@ def test_train_then_evaluate(tmp_path: Path, dead_cluster: dict[str, str]) -> No
     results = []
     for target in (run_dir, run_dir / "final"):
         data = ["data.eval=easy-vqa:test", "data.shuffle_window=64"] if target.name == "final" else []
-        evaluated = orpo_ray("evaluate", str(target), *data, "eval.max_pairs=24", "--json", cwd=tmp_path)
+        command = orpo_ray if target.name == "final" else orpo_ray_here
+        evaluated = command("evaluate", str(target), *data, "eval.max_pairs=24", "--json", cwd=tmp_path)
         assert evaluated.returncode == 0, evaluated.stderr
         results.append(json.loads(evaluated.stdout))
         assert keys <= set(results[-1])
@@ -63,26 +64,25 @@ def test_train_then_evaluate(tmp_path: Path, dead_cluster: dict[str, str]) -> No
     assert results[1]["eval/nll_loss"] == pytest.approx(results[0]["eval/nll_loss"], abs=1e-6)
 
 
-@pytest.mark.timeout(600)
-def test_train_adapters_then_export_them(tmp_path: Path, dead_cluster: dict[str, str]) -> None:
+def test_train_adapters_then_export_them(ray_cluster: None, tmp_path: Path) -> None:
     """Trained on a base in 4 bits; scored as it was in the run, as one merged model, and as adapters by themselves."""
     quickstart = str(ROOT / "recipes/quickstart.yaml")
     options = [*TINY_OVERRIDES, "model.lora.r=4", "model.quantization={}", "optim.learning_rate=1e-2"]
-    trained = orpo_ray("train", quickstart, *options, cwd=tmp_path, env=dead_cluster)
+    trained = orpo_ray_here("train", quickstart, *options, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     run_dir = tmp_path / "runs" / "quickstart"
     assert f"orpo-ray export {run_dir}" in trained.stderr
     results = {}
     for target, flags in (("merged", []), ("adapter", ["--adapter"])):
         arguments = ["export", "runs/quickstart", *flags, "--output", target, "--json"]
-        exported = orpo_ray(*arguments, cwd=tmp_path)
+        exported = orpo_ray_here(*arguments, cwd=tmp_path)
         assert exported.returncode == 0, exported.stderr
         assert json.loads(exported.stdout)["uri"] == str(tmp_path / target)
     data = ["data.eval=easy-vqa:test", "data.shuffle_window=64", "data.max_length=128", "orpo.beta=0.5"]
     for target, extra in (
         (str(run_dir), []), ("merged", data), ("adapter", [*data, "model.quantization={}"])
     ):  # fmt: skip
-        evaluated = orpo_ray("evaluate", target, *extra, "eval.max_pairs=24", "--json", cwd=tmp_path)
+        evaluated = orpo_ray_here("evaluate", target, *extra, "eval.max_pairs=24", "--json", cwd=tmp_path)
         assert evaluated.returncode == 0, evaluated.stderr
         results[target] = json.loads(evaluated.stdout)
     logged = [line for line in map(json.loads, (run_dir / "metrics.jsonl").open()) if "eval/loss" in line][-1]

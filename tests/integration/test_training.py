@@ -22,6 +22,7 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from orpo_ray.tracking.tracker import read_jsonl
 from orpo_ray.training.resources import worker_resources
+from support.commands import orpo_ray_here
 from support.runs import last_step, run, wait_until
 from support.tiny_runs import losses, tiny_recipe, write_pairs
 
@@ -43,7 +44,11 @@ def same_curve(run_dir: Path, reference: dict[int, float], tolerance: float = 1e
     assert losses(run_dir) == pytest.approx(reference, abs=tolerance)
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3)])
+# Engines without Ray are compared on every stage in test_tuning_engines.py.
+@pytest.mark.parametrize(
+    ("workers", "stage"),
+    [(2, 0), (2, 3), *(pytest.param(2, stage, marks=pytest.mark.nightly) for stage in (1, 2))],
+)
 def test_workers_and_zero_stages_give_one_curve(
     reference: dict[int, float], storage: Path, workers: int, stage: int
 ) -> None:
@@ -137,7 +142,7 @@ def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
     again = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     same_curve(Path(recipe.run_uri), reference)
-    third = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
+    third = orpo_ray_here(*command(recipe, tmp_path)[3:])
     assert third.returncode == 0
     assert "finished before" in third.stderr
 

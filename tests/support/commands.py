@@ -1,11 +1,17 @@
-"""`orpo-ray` in a process of its own."""
+"""`orpo-ray` as it is typed: in a process of its own, or in this one, which has everything imported."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from orpo_ray.cli import main
 
 
 def orpo_ray(
@@ -15,3 +21,15 @@ def orpo_ray(
         [sys.executable, "-m", "orpo_ray", *arguments],
         capture_output=True, text=True, check=False, cwd=cwd, env=os.environ | (env or {}),
     )  # fmt: skip
+
+
+def orpo_ray_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in this process, from its arguments to its exit code."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["orpo-ray", *arguments])
+        if cwd is not None:
+            patch.chdir(cwd)
+        with pytest.raises(SystemExit) as end:
+            main()
+    return subprocess.CompletedProcess(arguments, int(end.value.code or 0), out.getvalue(), err.getvalue())

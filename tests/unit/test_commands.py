@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import orpo_ray
+from support.commands import orpo_ray, orpo_ray_here
 from support.paths import ROOT
 
 
@@ -22,7 +22,7 @@ from support.paths import ROOT
         (["train", str(ROOT / "recipes/quickstart.yaml"), "checkpoint.storage=file"], "checkpoint.storage"),
         (["evaluate", "nowhere"], "is neither a run"),
         (["export", "nowhere"], "is not a run"),
-        (["evaluate", "broken-run"], "is not valid YAML"),
+        (["evaluate", "broken-run"], "not valid YAML"),
         (["tune", str(ROOT / "recipes/quickstart.yaml"), "data.eval=[]"], "held-out pairs"),
     ],
 )
@@ -30,7 +30,7 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], said: 
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "broken-run").mkdir()
     (tmp_path / "broken-run" / "recipe.yaml").write_text("a: [")
-    result = orpo_ray(*arguments, cwd=tmp_path)
+    result = orpo_ray_here(*arguments, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert said in result.stderr
     assert "Traceback" not in result.stderr
@@ -38,7 +38,7 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], said: 
 
 
 def test_schema_is_json() -> None:
-    assert "optim" in json.loads(orpo_ray("schema").stdout)["properties"]
+    assert "optim" in json.loads(orpo_ray_here("schema").stdout)["properties"]
 
 
 def test_an_address_without_a_cluster_is_one_message(tmp_path: Path) -> None:
