@@ -33,10 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import RESPONSE, PairBatch, build_batch
 from orpo_ray.model import shared_prefix
+from orpo_ray.model.families.idefics3 import Idefics3
 from orpo_ray.model.loading import is_adapted, without_adapters
-from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel, normalise_pixels
+from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
-from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
 
 BETA = 0.1
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -183,7 +184,8 @@ def usual(model: PairModel, batch: PairBatch) -> torch.Tensor:
         pixels = normalise_pixels(batch.images["pixel_values"], NORM).to(next(model.parameters()).dtype)
         twice = torch.cat([pixels, pixels])
         # SmolVLM takes [rows, tiles, ...], LLaVA a list of images.
-        images["pixel_values"] = twice.view(len(rows), -1, *pixels.shape[1:]) if model.family.nested_images else twice
+        nested = isinstance(model.family, Idefics3)
+        images["pixel_values"] = twice.view(len(rows), -1, *pixels.shape[1:]) if nested else twice
     attention_mask = (batch.token_kind <= RESPONSE).long()
     logits = model.model(input_ids=rows, attention_mask=attention_mask, use_cache=False, **images).logits
     labels, mask = rows[:, 1:], batch.token_kind[:, 1:] == RESPONSE

@@ -1,4 +1,6 @@
-"""`PreferencePair` -> `EncodedPair`: chat template, image tokens, pixels. Decided here once, carried downstream.
+"""`PreferencePair` -> `EncodedPair`: apply the chat template, the tokenizer and the image processor.
+
+Which tokens are the response, which are image placeholders and what is truncated is decided here, once.
 
 Legend: P prompt tokens, C chosen tokens, R rejected tokens (image placeholders count as tokens).
 """
@@ -28,39 +30,41 @@ Root = Path | ImageRoot | None  # what image paths are relative to
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as the model will see it.
-
-    prompt_ids [P], chosen_ids [C], rejected_ids [R]: int32, no padding; the answers end as the chat template ends them.
-    prompt_is_text [P]: bool, False at image placeholders, which are never NLL targets.
-    images: what the model's vision input takes (`pixel_values` as uint8 [tiles, 3, H, W], ...); empty without images.
-    sample_index: position in the order of the run (`data/order.py`); -1 for a dummy pair.
-    rejected_prompt: the prompt of the rejected answer, if it has images of its own.
-    truncated: number of tokens cut from the answers.
-    """
+    """A pair as the model takes it."""
 
     id: str
+    """The id of its row."""
     prompt_ids: np.ndarray
+    """int32 [P], without padding."""
     chosen_ids: np.ndarray
+    """int32 [C]; ends as the chat template ends an answer."""
     rejected_ids: np.ndarray
+    """int32 [R]; ends as the chat template ends an answer."""
     prompt_is_text: np.ndarray
+    """bool [P]: False at image placeholders, which are never NLL targets."""
     images: dict[str, np.ndarray]
+    """The image tensors of the model's processor (`pixel_values` as uint8 [tiles, 3, H, W], ...); empty without images.
+    """
     sample_index: int = -1
+    """Position in the order of the run (`data/order.py`); -1 for a dummy pair."""
     rejected_prompt: EncodedPrompt | None = None
+    """The prompt of the rejected answer, if that answer was given to other images."""
     truncated: int = 0
+    """Tokens cut from the answers."""
 
     @property
     def prompt(self) -> EncodedPrompt:
-        """What the chosen answer was given to, and the rejected one unless that has its own."""
+        """The prompt of the chosen answer, and of the rejected one unless that has its own."""
         return EncodedPrompt(self.prompt_ids, self.prompt_is_text, self.images)
 
     @property
     def row_length(self) -> int:
-        """Tokens of the longer of prompt + chosen and prompt + rejected."""
+        """Tokens of prompt + chosen or prompt + rejected, whichever is longer."""
         second = self.rejected_prompt.ids if self.rejected_prompt else self.prompt_ids
         return max(len(self.prompt_ids) + len(self.chosen_ids), len(second) + len(self.rejected_ids))
 
     def to_bytes(self) -> bytes:
-        """For the object store: a plain safetensors buffer, nothing that executes when read."""
+        """Write a safetensors buffer for the object store. Reading it runs no code."""
         tensors = {
             "id": np.frombuffer(self.id.encode(), np.uint8),
             "prompt_ids": self.prompt_ids,
@@ -77,15 +81,15 @@ class EncodedPair:
 
     @classmethod
     def from_bytes(cls, data: Any, sample_index: int) -> EncodedPair:
-        """Read what `to_bytes` wrote. Arrays are views of the buffer; the sample index is stored beside it."""
+        """Read what `to_bytes` wrote. Arrays are views of the buffer; the sample index is kept outside it."""
         tensors = _views(data)
         second = None
         if "rejected_prompt.ids" in tensors:
             ids, is_text = tensors.pop("rejected_prompt.ids"), tensors.pop("rejected_prompt.is_text")
-            second = EncodedPrompt(ids, is_text, _taken(tensors, "rejected_images."))
+            second = EncodedPrompt(ids, is_text, _pop_prefixed(tensors, "rejected_images."))
         return cls(
             id=tensors.pop("id").tobytes().decode(),
-            images=_taken(tensors, "images."),
+            images=_pop_prefixed(tensors, "images."),
             truncated=int(tensors.pop("truncated")[0]),
             sample_index=sample_index,
             rejected_prompt=second,
@@ -95,46 +99,49 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What an encoder is, small and hashable: it travels to the processes that encode, which keep one each."""
+    """How to make an encoder. Small and hashable, because it is sent to the processes that encode."""
 
     model_id: str
+    """`model.id` of the recipe."""
     revision: str | None
+    """Branch, tag or commit on the hub."""
     max_length: int
+    """Most tokens of prompt + answer."""
     truncate: bool = False
+    """Whether to cut answers that are too long, instead of refusing the pair."""
     allow_http: bool = False
+    """Whether to fetch images that are named by URL."""
     trust_remote_code: bool = False
+    """Whether to run Python code that comes with the processor."""
 
     def build(self) -> PairEncoder:
-        """Load the processor (seconds) and make the encoder."""
+        """Load the processor, which takes seconds, and make the encoder. Raises UserError."""
         processor = load_processor(self.model_id, self.revision, self.trust_remote_code)
         return PairEncoder(processor, self.max_length, self.truncate, self.allow_http)
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A pair with its images decoded and its texts rendered, before tokens. rejected_images: if it has its own."""
+    """A pair with its images decoded and its texts rendered, before it has tokens."""
 
     pair: PreferencePair
     images: list[Image.Image]
-    rejected_images: list[Image.Image] | None
+    rejected_images: list[Image.Image] | None  # None if the rejected answer was given to the same images
     prompt: str
     chosen: str
     rejected: str
 
     @property
     def image_lists(self) -> list[list[Image.Image]]:
-        """The images of each prompt that is to be encoded."""
+        """The images of each prompt to encode."""
         return [self.images] if self.rejected_images is None else [self.images, self.rejected_images]
 
 
 class PairEncoder:
-    """Encodes pairs with a model's own processor.
-
-    truncate: cut the answers of a pair that is longer than max_length, instead of refusing it. allow_http: fetch images
-    that are named by address.
-    """
+    """Encodes pairs with a model's own processor."""
 
     def __init__(self, processor: Any, max_length: int, truncate: bool = False, allow_http: bool = False) -> None:
+        """Make an encoder; for the arguments see `EncoderSpec`. Raises UserError without a chat template."""
         self.processor, self.max_length, self.truncate, self.allow_http = processor, max_length, truncate, allow_http
         self.tokenizer = processor.tokenizer
         self.prompts = PromptEncoder(processor)
@@ -144,7 +151,15 @@ class PairEncoder:
             )
 
     def encode_many(self, pairs: Sequence[PreferencePair], roots: Sequence[Root]) -> list[EncodedPair | RowError]:
-        """Encode pairs, each with the folder of its image paths; one that can't be trained on comes out as RowError."""
+        """Encode pairs.
+
+        Args:
+            pairs: the pairs.
+            roots: for each pair, the folder that its image paths are relative to.
+
+        Returns:
+            An EncodedPair for each pair, or a RowError for one that cannot be trained on.
+        """
         drafts: list[_Draft | RowError] = []
         groups: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = defaultdict(list)
         for index, (pair, root) in enumerate(zip(pairs, roots, strict=True)):
@@ -158,23 +173,23 @@ class PairEncoder:
                 groups[tuple(image.size for image in images)].append((index, side))
         prompts: dict[tuple[int, int], EncodedPrompt | RowError] = {}
         for places in groups.values():
-            # Images of one size come out of the processor in one shape, so a batch can be taken apart again.
-            asked = [(drafts[index].prompt, drafts[index].image_lists[side]) for index, side in places]  # type: ignore[union-attr]
-            prompts |= dict(zip(places, self._prompts_or_bad(asked), strict=True))
+            # The processor gives images of one size one shape, so its batch can be split by prompt again.
+            rendered = [(drafts[index].prompt, drafts[index].image_lists[side]) for index, side in places]  # type: ignore[union-attr]
+            prompts |= dict(zip(places, self._encode_prompts(rendered), strict=True))
         return [
             draft if isinstance(draft, RowError) else self._finish(draft, prompts[index, 0], prompts.get((index, 1)))
             for index, draft in enumerate(drafts)
         ]
 
     def dummy_pair(self, with_image: bool) -> EncodedPair:
-        """A pair that stands in with weight 0 where a worker must run a forward and has nothing of its own."""
+        """A pair of weight 0, for a worker that must run a forward but has no pair of its own."""
         images = [Image.new("RGB", (64, 64), "gray")] if with_image else []
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
         pair = PreferencePair("dummy_pair", [], [{"role": "user", "content": content}], "a", "b")
         draft = _Draft(pair, images, None, *self._texts(pair))
         encoded = self._finish(draft, self.prompts.encode([(draft.prompt, images)])[0], None)
         if isinstance(encoded, RowError):
-            raise UserError(f"even the shortest pair is a bad row: {encoded}", field="data.max_length")
+            raise UserError(f"even the shortest possible pair is refused: {encoded}", field="data.max_length")
         return encoded
 
     def _draft(self, pair: PreferencePair, root: Root) -> _Draft:
@@ -185,7 +200,7 @@ class PairEncoder:
         return _Draft(pair, images, rejected_images, *self._texts(pair))
 
     def _texts(self, pair: PreferencePair) -> tuple[str, str, str]:
-        """The prompt as the chat template writes it, and what it writes after it for either answer."""
+        """The prompt as the chat template renders it, and what the template adds to it for each answer."""
         prompt = self._render(pair.prompt, add_generation_prompt=True)
         return prompt, self._answer(pair, prompt, pair.chosen), self._answer(pair, prompt, pair.rejected)
 
@@ -194,18 +209,18 @@ class PairEncoder:
         full = self._render([*pair.prompt, turn], add_generation_prompt=False)
         if full.startswith(prompt):
             return full[len(prompt) :]
-        # A template that renders a finished turn otherwise than an open one.
+        # This template renders a finished turn differently from an open one.
         return answer + (self.tokenizer.eos_token or "")
 
-    def _prompts_or_bad(self, asked: list[tuple[str, list[Image.Image]]]) -> Sequence[EncodedPrompt | RowError]:
-        """Encoded prompts, with a RowError where the processor does not take the images, alone or together."""
+    def _encode_prompts(self, rendered: list[tuple[str, list[Image.Image]]]) -> Sequence[EncodedPrompt | RowError]:
+        """Encode prompts together. If the processor refuses, encode each alone; refused ones become a RowError."""
         try:
-            return self.prompts.encode(asked)
-        # What processors raise on sizes that they were not made for.
+            return self.prompts.encode(rendered)
+        # What processors raise on image sizes that they were not made for.
         except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-            if len(asked) > 1:
-                return [found for one in asked for found in self._prompts_or_bad([one])]
-            sizes = ", ".join(f"{image.width} x {image.height}" for image in asked[0][1])
+            if len(rendered) > 1:
+                return [found for one in rendered for found in self._encode_prompts([one])]
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in rendered[0][1])
             problem = f"the processor refuses images of {sizes}: {type(error).__name__}: {error}"
             return [RowError("refused_by_processor", problem[:300])]
 
@@ -216,10 +231,12 @@ class PairEncoder:
             return prompt
         if isinstance(other, RowError):
             return other
-        # Tokenised apart from the prompt, so that no answer changes the prompt's tokens.
+        # Tokenised separately from the prompt, so no answer changes the prompt's tokens.
         chosen_ids, rejected_ids = self.prompts.tokenize([draft.chosen, draft.rejected])
         if not len(prompt.ids):
-            return RowError("empty_prompt", "the prompt has no tokens: nothing predicts the answers' first ones")
+            return RowError(
+                "empty_prompt", "the prompt has no tokens, so nothing predicts the first token of an answer"
+            )
         if not len(chosen_ids) or not len(rejected_ids):
             return RowError("empty_response", f"{'rejected' if len(chosen_ids) else 'chosen'} has no tokens")
         encoded = EncodedPair(
@@ -228,14 +245,14 @@ class PairEncoder:
         return encoded if encoded.row_length <= self.max_length else self._too_long(encoded)
 
     def _too_long(self, pair: EncodedPair) -> EncodedPair | RowError:
-        """The pair with shorter answers, if that is wanted and can be; prompts, with their images, are never cut."""
+        """Cut the answers, if the recipe says so and the prompt leaves space. Prompts are never cut."""
         prompt, second = pair.prompt, pair.rejected_prompt or pair.prompt
-        room = self.max_length - max(len(prompt.ids), len(second.ids))
-        if self.truncate and room > 0:
-            chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
+        limit = self.max_length - max(len(prompt.ids), len(second.ids))
+        if self.truncate and limit > 0:
+            chosen, rejected = pair.chosen_ids[:limit], pair.rejected_ids[:limit]
             if pair.rejected_prompt is None and np.array_equal(chosen, rejected):
                 return RowError(
-                    "identical_responses", f"within data.max_length ({self.max_length}) the answers are the same"
+                    "identical_responses", f"the answers are the same up to data.max_length ({self.max_length})"
                 )
             cut = len(pair.chosen_ids) + len(pair.rejected_ids) - len(chosen) - len(rejected)
             return replace(pair, chosen_ids=chosen, rejected_ids=rejected, truncated=cut)
@@ -250,21 +267,21 @@ class PairEncoder:
             return self.processor.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, tokenize=False
             )
-        except TemplateError as error:  # templates refuse role orders that they do not know
+        except TemplateError as error:  # templates refuse orders of roles that they do not know
             raise RowError("refused_by_chat_template", str(error)) from None
 
     def _refuse_placeholders(self, pair: PreferencePair) -> None:
-        """An image token in plain text would be taken for an image."""
+        """Refuse image tokens in plain text: the model would take them for images."""
         ids = self.prompts.image_token_ids
         tokens = {self.prompts.image_token, *self.tokenizer.convert_ids_to_tokens(ids)}
         texts = [part["text"] for message in pair.prompt for part in message["content"] if part["type"] == "text"]
         for text in (*texts, pair.chosen, pair.rejected):
             if found := sorted(token for token in tokens if token in text):
-                raise RowError("placeholder_in_text", f"the text holds {found[0]!r}: {json.dumps(text[:80])}")
+                raise RowError("placeholder_in_text", f"the text contains {found[0]!r}: {json.dumps(text[:80])}")
 
 
 def _views(data: Any) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors buffer where they lie: its own reader copies every one twice."""
+    """Read the tensors of a safetensors buffer without copying: safetensors' own reader copies each one twice."""
     buffer = memoryview(data)
     start = 8 + int.from_bytes(buffer[:8], "little")
     header = json.loads(bytes(buffer[8:start]))
@@ -278,6 +295,6 @@ def _views(data: Any) -> dict[str, np.ndarray]:
     return views
 
 
-def _taken(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Take the tensors with this prefix out, under names without it."""
+def _pop_prefixed(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Remove the tensors with this prefix, and return them under names without it."""
     return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

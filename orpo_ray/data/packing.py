@@ -1,4 +1,4 @@
-"""EncodedPairs -> `PairBatch`: micro-batches under a token budget, and the tensors of one forward.
+"""EncodedPairs -> `PairBatch`: the tensors of one forward, and how pairs are grouped into micro-batches.
 
 Legend: B pairs in a micro-batch, T tokens of a row, M target tokens (those whose log-prob is wanted).
 
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from orpo_ray.data.collate import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.processing.cross_images import cross_images, looks_by_cross_attention
 from orpo_ray.processing.prompts import EncodedPrompt
 
 Layout = Literal["shared_prefix", "concatenated"]
@@ -30,7 +30,7 @@ TEXT, IMAGE, RESPONSE, PADDING = range(4)
 class PairSpan:
     """Where one pair lies in a packed row: [start, chosen) prompt, [chosen, rejected) and [rejected, end) answers.
 
-    A pair whose answers were given to different images has two prompts, and two spans of one answer each.
+    A pair whose answers were given to different images has two prompts, and two spans with one answer each.
     """
 
     start: int
@@ -40,42 +40,43 @@ class PairSpan:
 
     @property
     def is_single(self) -> bool:
-        """Whether there is only one answer to the prompt."""
+        """Whether the prompt has only one answer."""
         return self.rejected == self.end
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """One forward. Answer i < B is the chosen one of pair i, answer B + i the rejected one.
-
-    input_ids: int64 [1, T] in the shared-prefix layout; [2B, T] in the concatenated one, answer i in row i, padded on
-    the right: under a causal mask no real token sees the padding behind it, so there is no attention mask.
-    token_kind: int64, like input_ids: TEXT or IMAGE (a placeholder) of a prompt, RESPONSE, PADDING.
-    position_ids: int64, like input_ids: a token's index in its own sequence, prompt + answer.
-    spans: where the pairs lie in the row, in their order; empty in the concatenated layout.
-    target_position: int64 [M], into the flattened hidden states: the token before each target.
-    target_ids: int64 [M]. target_answer: int64 [M], the answer of each. target_in_response: bool [M].
-    weights: float32 [B], 1 for a pair, 0 for a dummy pair. sample indices: the pairs' sample indices, [B].
-    images: the vision input of all pairs, in the order of the row; empty if none has an image. images_shared: both rows
-    of a pair take the same images, which stand there once; False where some pair of the concatenated layout does not.
-    trains_on_images: whether any of it belongs to a pair, not just to a dummy pair.
-    head_chunks: into how many parts the targets are cut for the output head; the same on every worker.
-    """
+    """The tensors of one forward. Answer i < B is the chosen one of pair i, answer B + i its rejected one."""
 
     input_ids: torch.Tensor
+    """int64 [1, T] in the shared-prefix layout, [2B, T] in the concatenated one, with answer i in row i and padding on
+    the right. Under a causal mask no real token sees the padding behind it, so there is no attention mask."""
     token_kind: torch.Tensor
+    """int64, like input_ids: TEXT or IMAGE (a placeholder) in a prompt, RESPONSE, PADDING."""
     position_ids: torch.Tensor
+    """int64, like input_ids: a token's index in its own sequence, prompt + answer."""
     spans: tuple[PairSpan, ...]
+    """Where the pairs lie in the packed row, in its order; empty in the concatenated layout."""
     target_position: torch.Tensor
+    """int64 [M], into the flattened hidden states: the token before each target."""
     target_ids: torch.Tensor
+    """int64 [M]: the target tokens."""
     target_answer: torch.Tensor
+    """int64 [M]: the answer that each target belongs to."""
     target_in_response: torch.Tensor
+    """bool [M]: False for targets in a prompt."""
     weights: torch.Tensor
+    """float32 [B]: 1 for a pair, 0 for a dummy pair."""
     images: dict[str, torch.Tensor]
+    """The image tensors of all pairs, in the order of the rows; empty if no pair has an image."""
     sample_indices: tuple[int, ...]
+    """The sample index of each pair, [B]."""
     trains_on_images: bool
+    """Whether a pair has an image, rather than only a dummy pair."""
     images_shared: bool = True
+    """Whether both rows of every pair take the same images, which are stored once. Always true of a packed row."""
     head_chunks: int = 1
+    """How many chunks the targets are cut into for the output head; the same on every worker."""
 
     @property
     def num_pairs(self) -> int:
@@ -90,9 +91,21 @@ class PairBatch:
 
 
 def build_batch(
-    pairs: Sequence[EncodedPair], nll: str, layout: Layout, dummy_pairs: Sequence[EncodedPair] = ()
+    pairs: Sequence[EncodedPair],
+    nll: str,
+    layout: Layout,
+    dummy_pairs: Sequence[EncodedPair] = (),
+    collate: Collate = concatenate_images,
 ) -> PairBatch:
-    """The tensors of one forward over `pairs` and, with weight 0, `dummy_pairs`. nll: `response | prompt+response`."""
+    """Make the tensors of one forward.
+
+    Args:
+        pairs: the pairs to train on.
+        nll: which tokens the NLL covers, `response` or `prompt+response`.
+        layout: see the module.
+        dummy_pairs: pairs of weight 0, behind the others.
+        collate: how image tensors are joined; the model family's own (`Family.collate`).
+    """
     everything = [*pairs, *dummy_pairs]
     rows = _Rows(everything, nll)
     shared = layout == "shared_prefix" or not any(pair.rejected_prompt for pair in everything)
@@ -100,6 +113,7 @@ def build_batch(
         rows.pack()
     else:
         rows.pad()
+    images = _images_in_order(everything, layout, shared)
     return PairBatch(
         input_ids=torch.from_numpy(rows.input_ids),
         token_kind=torch.from_numpy(rows.token_kind),
@@ -110,7 +124,7 @@ def build_batch(
         target_answer=torch.from_numpy(np.concatenate(rows.target_answer)),
         target_in_response=torch.from_numpy(np.concatenate(rows.target_in_response)),
         weights=torch.tensor([1.0] * len(pairs) + [0.0] * len(dummy_pairs)),
-        images=_collate_images(_images_in_order(everything, layout, shared), rows.width),
+        images=_tensors(collate(images, rows.width)) if any(images) else {},
         sample_indices=tuple(pair.sample_index for pair in everything),
         trains_on_images=any(pair.images for pair in pairs),
         images_shared=shared,
@@ -130,8 +144,8 @@ class _Rows:
         self.target_in_response: list[np.ndarray] = []
 
     def pack(self) -> None:
-        """All pairs behind one another in one row."""
-        self._blank(1, sum(packed_length(pair) for pair in self.pairs))
+        """Put all pairs one after another in one row."""
+        self._allocate(1, sum(packed_length(pair) for pair in self.pairs))
         start = 0
         for index, pair in enumerate(self.pairs):
             chosen = start + len(pair.prompt_ids)
@@ -142,7 +156,7 @@ class _Rows:
             if pair.rejected_prompt is None:
                 end = rejected + len(pair.rejected_ids)
                 self.spans.append(PairSpan(start, chosen, rejected, end))
-                # Its first token, too, is predicted by the last one of the prompt.
+                # The last token of the prompt also predicts the first token of the rejected answer.
                 self._place_answer(pair.rejected_ids, second, len(pair.prompt_ids), 0, rejected, before=chosen - 1)
             else:
                 length = len(pair.rejected_prompt.ids)
@@ -154,8 +168,8 @@ class _Rows:
             start = end
 
     def pad(self) -> None:
-        """A row for each answer: the chosen ones, then the rejected ones."""
-        self._blank(2 * len(self.pairs), max(pair.row_length for pair in self.pairs))
+        """Give each answer a row: the chosen ones, then the rejected ones."""
+        self._allocate(2 * len(self.pairs), max(pair.row_length for pair in self.pairs))
         for row in range(2 * len(self.pairs)):
             pair = self.pairs[row % len(self.pairs)]
             is_chosen = row < len(self.pairs)
@@ -165,7 +179,7 @@ class _Rows:
             self._place_prompt(prompt, row, row, 0)
             self._place_answer(answer, row, start, row, start, before=start - 1)
 
-    def _blank(self, count: int, width: int) -> None:
+    def _allocate(self, count: int, width: int) -> None:
         self.width = width
         self.input_ids = np.zeros((count, width), np.int64)
         self.token_kind = np.full((count, width), PADDING, np.int64)
@@ -177,12 +191,12 @@ class _Rows:
         self.token_kind[row, column:end] = np.where(prompt.is_text, TEXT, IMAGE)
         self.position_ids[row, column:end] = np.arange(end - column)
         if self.prompt_targets and answer < len(self.pairs):
-            # The very first token has nothing before it that could predict it.
+            # Nothing stands before the very first token that could predict it.
             columns = column + 1 + np.flatnonzero(prompt.is_text[1:])
             self._target(row * self.width + columns - 1, self.input_ids[row, columns], answer, in_response=False)
 
     def _place_answer(self, ids: np.ndarray, answer: int, position: int, row: int, column: int, before: int) -> None:
-        """before: the column whose hidden state predicts the answer's first token."""
+        """Place an answer at `column`; `before` is the column whose hidden state predicts its first token."""
         end = column + len(ids)
         self.input_ids[row, column:end] = ids
         self.token_kind[row, column:end] = RESPONSE
@@ -204,10 +218,15 @@ def packed_length(pair: EncodedPair) -> int:
 
 
 def plan_microbatches(pairs: Sequence[EncodedPair], token_budget: int, layout: Layout) -> list[list[EncodedPair]]:
-    """Cut a worker's share of a step into as few micro-batches as fit the budget, the largest first.
+    """Cut a worker's step shard into as few micro-batches as fit the budget, the largest first.
 
-    A pair that is larger than the budget stands alone. shared_prefix: the tokens of a micro-batch are its pairs', and
-    the micro-batches are levelled. concatenated: 2 * B * T, rows of like length together.
+    A pair that is larger than the budget gets a micro-batch of its own.
+
+    Args:
+        pairs: the worker's pairs of a step.
+        token_budget: most tokens of a micro-batch.
+        layout: in `shared_prefix`, a micro-batch has as many tokens as its pairs, and micro-batches are evened out. In
+            `concatenated` it has 2 * B * T, so pairs of similar length are put together.
     """
     if layout == "shared_prefix":
         return _pack(pairs, token_budget)
@@ -222,13 +241,13 @@ def plan_microbatches(pairs: Sequence[EncodedPair], token_budget: int, layout: L
 
 
 def spread(batches: list[list[EncodedPair]], count: int, layout: Layout) -> list[list[EncodedPair]]:
-    """The same pairs in exactly `count` micro-batches, at least as many as there were, the largest first.
+    """Put the same pairs into exactly `count` micro-batches, at least as many as there were, the largest first.
 
-    Some stay empty if pairs run out. Under ZeRO all workers run their k-th micro-batch at the same time and wait for
-    the slowest: with the largest first everywhere, like runs beside like.
+    Some stay empty if there are not enough pairs. Under ZeRO all workers run their k-th micro-batch at the same time
+    and wait for the slowest. With the largest first everywhere, micro-batches of similar size run together.
     """
     if layout == "shared_prefix" and count > len(batches):
-        return _level([pair for batch in batches for pair in batch], count)
+        return _even_out([pair for batch in batches for pair in batch], count)
     batches = [list(batch) for batch in batches]
     while len(batches) < count:
         largest = max(range(len(batches)), key=lambda i: len(batches[i]), default=-1)
@@ -242,23 +261,23 @@ def spread(batches: list[list[EncodedPair]], count: int, layout: Layout) -> list
 
 
 def _pack(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[EncodedPair]]:
-    """First fit, longest first, for the number; then levelled, unless that breaks the budget."""
+    """Count micro-batches by first fit, longest first; then even them out, unless that breaks the budget."""
     batches: list[list[EncodedPair]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens left in each
     for pair in sorted(pairs, key=lambda pair: -packed_length(pair)):
-        place = next((i for i, left in enumerate(room) if packed_length(pair) <= left), None)
-        if place is None:
-            place = len(batches)
+        first = next((i for i, left in enumerate(free) if packed_length(pair) <= left), None)
+        if first is None:
+            first = len(batches)
             batches.append([])
-            room.append(token_budget)
-        batches[place].append(pair)
-        room[place] -= packed_length(pair)
-    levelled = _level(pairs, len(batches))
-    return levelled if _largest(levelled) <= max(token_budget, _largest(batches)) else _largest_first(batches)
+            free.append(token_budget)
+        batches[first].append(pair)
+        free[first] -= packed_length(pair)
+    even = _even_out(pairs, len(batches))
+    return even if _largest(even) <= max(token_budget, _largest(batches)) else _largest_first(batches)
 
 
-def _level(pairs: Sequence[EncodedPair], count: int) -> list[list[EncodedPair]]:
-    """`count` micro-batches of nearly equal size: the longest pair first, always to the smallest so far."""
+def _even_out(pairs: Sequence[EncodedPair], count: int) -> list[list[EncodedPair]]:
+    """Make `count` micro-batches of nearly equal size: the longest pair first, always into the smallest so far."""
     batches: list[list[EncodedPair]] = [[] for _ in range(count)]
     sizes = [0] * count
     for pair in sorted(pairs, key=lambda pair: -packed_length(pair)):
@@ -287,7 +306,7 @@ def nll_token_count(pair: EncodedPair, nll: str) -> int:
 
 
 def _images_in_order(pairs: Sequence[EncodedPair], layout: Layout, shared: bool) -> list[dict[str, np.ndarray]]:
-    """The vision inputs as the placeholders of the row or rows ask for them."""
+    """The image tensors of each prompt, in the order in which the rows need them."""
     own = [(pair.images, pair.rejected_prompt.images if pair.rejected_prompt else None) for pair in pairs]
     if layout == "shared_prefix":
         return [images for each in own for images in each if images is not None]
@@ -295,29 +314,5 @@ def _images_in_order(pairs: Sequence[EncodedPair], layout: Layout, shared: bool)
     return chosen if shared else chosen + [images if other is None else other for images, other in own]
 
 
-def _collate_images(inputs: Sequence[dict[str, np.ndarray]], width: int) -> dict[str, torch.Tensor]:
-    """Images of all pairs one after another. A mask that only some have is all ones for the others."""
-    with_images = [images for images in inputs if images]
-    if with_images and looks_by_cross_attention(with_images[0]):
-        return {name: torch.from_numpy(value) for name, value in cross_images(inputs, width).items()}
-    names = {name for images in with_images for name in images}
-    if "image_sizes" not in names and len({images["pixel_values"].shape[2:] for images in with_images}) > 1:
-        names.add("pixel_attention_mask")  # nothing else would tell images from what they are padded with
-    out: dict[str, torch.Tensor] = {}
-    for name in sorted(names):
-        parts = [images[name] if name in images else _full_mask(images["pixel_values"]) for images in with_images]
-        out[name] = torch.from_numpy(_joined(parts))
-    return out
-
-
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One after the other; images and masks of unlike sizes padded with 0 at the bottom and on the right."""
-    if parts[0].ndim < 3 or len({part.shape[-2:] for part in parts}) == 1:
-        return np.concatenate(parts)
-    sizes = np.max([part.shape[-2:] for part in parts], axis=0)
-    beyond = [[(0, 0)] * (part.ndim - 2) + [(0, int(n)) for n in sizes - part.shape[-2:]] for part in parts]
-    return np.concatenate([np.pad(part, pad) for part, pad in zip(parts, beyond, strict=True)])
-
-
-def _full_mask(pixels: np.ndarray) -> np.ndarray:
-    return np.ones((pixels.shape[0], *pixels.shape[-2:]), np.int64)
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

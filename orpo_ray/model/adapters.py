@@ -1,6 +1,6 @@
-"""A folder of adapters in peft's layout: written from a trained model's state, put on a base model again.
+"""Folders of adapters in peft's layout: write one from a trained model's state, put one on a base model again.
 
-What plain transformers needs decides the layout: a `config.json` beside the adapters would make it look for the whole
+Plain transformers must be able to load the folder. A `config.json` beside the adapters would make it look for the whole
 model's weights there, so there is none, and `adapter_config.json` names the base model.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
-from orpo_ray.model.derived_family import family_of
+from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import load_model
 from orpo_ray.model.quantization import quantization_config
 from orpo_ray.tiny_models.build import resolve
@@ -32,28 +32,36 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` says: the base model and its revision, rank, what is adapted. Raises UserError."""
+    """Read `adapter_config.json`: the base model and its revision, the rank, what is adapted.
+
+    Raises:
+        UserError: the file cannot be read, or does not name a base model.
+    """
     path = folder / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {error}", field=str(path)) from None
     if not isinstance(config, dict) or not config.get("base_model_name_or_path"):
-        raise UserError("names no base model", field=str(path), fix="set base_model_name_or_path in it")
+        raise UserError("does not name a base model", field=str(path), fix="set base_model_name_or_path in it")
     return config
 
 
 def save_adapter(model: Any, state: Mapping[str, torch.Tensor], section: ModelConfig, folder: Path) -> None:
     """Write the adapters of a peft model, and the modules that were trained in full beside them.
 
-    state: the model's own names -> tensors, gathered; weights of the base may be missing from it.
+    Args:
+        model: the peft model.
+        state: gathered tensors by the model's own names; weights of the base model may be missing.
+        section: the recipe's, which names the base model.
+        folder: made if it does not exist.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     found = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
     folder.mkdir(parents=True, exist_ok=True)
-    # Copies, since safetensors takes no tensors that share memory.
+    # Copies, because safetensors refuses tensors that share memory.
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(model.peft_config["default"])
@@ -63,9 +71,18 @@ def save_adapter(model: Any, state: Mapping[str, torch.Tensor], section: ModelCo
 
 
 def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -> Any:
-    """Put adapters on their base model, in place; returns peft's wrapper around it. Raises UserError if they don't fit.
+    """Put adapters on their base model, in place.
 
-    autocast: hold them in float32, whatever the base is.
+    Args:
+        model: the base model.
+        folder: the adapters.
+        autocast: keep the adapters in float32, whatever the base model's dtype is.
+
+    Returns:
+        peft's wrapper around the model.
+
+    Raises:
+        UserError: the adapters do not fit the model.
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from safetensors import SafetensorError
@@ -75,7 +92,7 @@ def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -
         config = PeftConfig.from_pretrained(str(folder))
         state = load_file(folder / ADAPTER_WEIGHTS)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers deprecates
             adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=autocast)
         result = set_peft_model_state_dict(adapted, state)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
@@ -85,13 +102,17 @@ def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -
         raise _does_not_fit(folder, f"missing {own[:3]}, unexpected {list(result.unexpected_keys)[:3]}")
     if not autocast:
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:  # those beside 4-bit weights were made in float32
+            if "lora_" in name or "modules_to_save" in name:  # peft makes those beside 4-bit weights in float32
                 parameter.data = parameter.data.to(adapted.get_base_model().dtype)
     return adapted
 
 
 def load_adapted(section: ModelConfig, folder: Path, device: torch.device, seed: int) -> torch.nn.Module:
-    """The base model that a recipe names, quantised if it says so, with a folder's adapters. Raises UserError."""
+    """Load the base model that a recipe names, quantised if the recipe says so, and put a folder's adapters on it.
+
+    Raises:
+        UserError: the model cannot be loaded, or the adapters do not fit.
+    """
     plain = section.model_copy(update={"lora": None, "freeze": [], "gradient_checkpointing": False})
     adapted: torch.nn.Module = with_adapter(load_model(plain, device, seed), folder)
     return adapted
@@ -100,7 +121,12 @@ def load_adapted(section: ModelConfig, folder: Path, device: torch.device, seed:
 def quantized_base(section: ModelConfig, dtype: str) -> dict[str, Any]:
     """The options of transformers' BitsAndBytesConfig that load a recipe's base model as it was in training.
 
-    Raises UserError where the base model cannot be found.
+    Args:
+        section: the recipe's, with quantization.
+        dtype: the model's, as torch names it.
+
+    Raises:
+        UserError: the base model cannot be found.
     """
     from transformers import AutoConfig
 

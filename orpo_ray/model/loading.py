@@ -1,4 +1,4 @@
-"""A recipe's model section -> processor and model: dtype, frozen parts, LoRA, gradient checkpointing."""
+"""Load the model of a recipe's model section: dtype, attention, frozen components, LoRA, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
-from orpo_ray.model.derived_family import family_of
-from orpo_ray.model.families import Family, why_not_shared_prefix
+from orpo_ray.model.families.base import Family
+from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.quantization import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
@@ -24,7 +24,7 @@ from orpo_ray.processing.processor import cannot_load
 from orpo_ray.tiny_models.build import resolve
 
 if not torch.cuda.is_available():
-    # transformers looks for DeepSpeed, which warns in every process that it has to guess this.
+    # Otherwise transformers looks for DeepSpeed, which warns in every process that it has to guess this.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
@@ -41,19 +41,25 @@ def vocabulary_size(model: torch.nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Attention:
-    """How a model runs a pair, and why, where the recipe's `auto` could not take the shared-prefix path."""
+    """The layout that a model runs in."""
 
     layout: Layout
     why: str | None = None
+    """Why the recipe's `auto` did not choose the shared prefix, if so."""
 
 
 def pick_attention(section: ModelConfig, config: Any = None) -> Attention:
-    """What `model.attention` means for this model. Raises UserError if it cannot be had, or the model can't.
+    """Choose what `model.attention` means for a model.
 
-    config: the model's, where it is at hand.
+    Args:
+        section: the recipe's.
+        config: the model's transformers config; read if not given.
+
+    Raises:
+        UserError: the model cannot run as the recipe asks, or its family is unknown.
     """
     config = config or _config(section)
-    why = why_not_shared_prefix(config, family_of(config))
+    why = family_of(config).why_not_shared_prefix(config)
     if section.attention == "concatenated":
         return Attention("concatenated")
     if section.attention == "shared_prefix" and why:
@@ -65,12 +71,21 @@ def pick_attention(section: ModelConfig, config: Any = None) -> Attention:
 
 
 def concatenated_because(why: str) -> str:
-    """The one line that says why a run does not share prefixes."""
+    """One line that says why a run does not share prefixes."""
     return f"attention is concatenated, about twice the work of a shared prefix: {why}"
 
 
 def load_model(section: ModelConfig, device: torch.device, seed: int) -> torch.nn.Module:
-    """The model on `device`, ready to train: parts frozen, adapters added. Raises UserError."""
+    """Load a model, ready to train.
+
+    Args:
+        section: the recipe's.
+        device: where to put the model.
+        seed: of the adapters' first weights.
+
+    Raises:
+        UserError: the model cannot be loaded, or the recipe does not fit it.
+    """
     from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
@@ -103,12 +118,16 @@ def load_model(section: ModelConfig, device: torch.device, seed: int) -> torch.n
         check_quantized(model, section.quantization)
     model = ready_to_train(model, section, seed)
     if section.quantization is None:
-        model.to(device)  # a quantised one was put there as it was quantised
+        model.to(device)  # a quantised model is already there
     return model
 
 
 def ready_to_train(model: Any, section: ModelConfig, seed: int) -> torch.nn.Module:
-    """A model as transformers made it: parts frozen, adapters added, gradient checkpointing on. Raises UserError."""
+    """Prepare a model as transformers made it: freeze components, add adapters, turn on gradient checkpointing.
+
+    Raises:
+        UserError: the recipe does not fit the model.
+    """
     family = family_of(model.config)
     model.config.use_cache = False
     if section.quantization is None:
@@ -117,19 +136,20 @@ def ready_to_train(model: Any, section: ModelConfig, seed: int) -> torch.nn.Modu
     if section.lora is not None:
         model = add_adapters(model, section, family, seed)
     if section.gradient_checkpointing:
-        # Non-reentrant: the reentrant one drops gradients when no input of a block requires one (frozen embeddings).
+        # Non-reentrant: reentrant checkpointing drops gradients if no input of a layer requires one, as with frozen
+        # embeddings.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in all versions that are supported
+            warnings.simplefilter("ignore", FutureWarning)  # the new name is missing from some supported versions
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto | float32 | bfloat16` -> torch's dtype for this device."""
+    """Translate `auto | float32 | bfloat16` to torch's dtype on this device."""
     if name == "auto":
-        good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if good else torch.float32
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
@@ -144,9 +164,10 @@ def is_adapted(model: torch.nn.Module) -> bool:
 
 
 def commit_of(section: ModelConfig) -> str | None:
-    """The commit that a model of the hub is taken from, by where its config lies in the cache; None for a folder.
+    """The hub commit that a model is loaded from, by the path of its cached config; None for a folder.
 
-    Raises UserError.
+    Raises:
+        UserError: the model cannot be found.
     """
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
@@ -160,7 +181,7 @@ def commit_of(section: ModelConfig) -> str | None:
 
 
 def _config(section: ModelConfig) -> Any:
-    """The model's config alone."""
+    """The model's transformers config alone."""
     from transformers import AutoConfig
 
     try:
@@ -174,35 +195,37 @@ def _config(section: ModelConfig) -> Any:
 def _quantized(
     section: ModelConfig, config: Any, family: Family, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """What from_pretrained is told to load the model in 4 bits, or one that is saved so."""
+    """The arguments of from_pretrained that load a model in 4 bits, or a model that was saved in 4 bits."""
     saved = check_saved_quantization(config, section)
     assert section.quantization is not None
     wanted = quantization_config(section.quantization, family, dtype)
     if not saved:
         return {"quantization_config": wanted, "device_map": {"": device}}
-    # transformers goes by what was saved; how it is multiplied is not the file's to say.
+    # transformers follows what was saved, but the dtype to compute in is the recipe's to choose.
     on_disk = config.quantization_config
     on_disk["bnb_4bit_compute_dtype"] = str(wanted.bnb_4bit_compute_dtype).removeprefix("torch.")
     return {"config": config, "device_map": {"": device}}
 
 
 def own_attention(config: Any) -> str:
-    """What runs the language model's attention on the concatenated path: no fused kernel caps scores."""
+    """The attention of the language model on the concatenated path: `eager` where scores are capped, else `sdpa`."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def _freeze(model: torch.nn.Module, section: ModelConfig, family: Family) -> None:
-    for part in section.freeze:
-        prefix = family.prefix(part)
-        # Qwen2.5-VL's connector lies inside its vision part.
-        inner = family.connector if part == "vision" else None
+    for component in section.freeze:
+        prefixes = family.prefixes(component)
+        # Qwen2.5-VL's connector lies inside its vision encoder.
+        inner = family.connector if component == "vision" else None
         found = [
             parameter
             for name, parameter in model.named_parameters()
-            if name.startswith(prefix) and not (inner and name.startswith(inner))
+            if name.startswith(prefixes) and not (inner and name.startswith(inner))
         ]
         if not found:
-            raise UserError(f"no parameter starts with {' or '.join(prefix)}", field="model.freeze", value=part)
+            raise UserError(
+                f"no parameter's name starts with {' or '.join(prefixes)}", field="model.freeze", value=component
+            )
         for parameter in found:
             parameter.requires_grad_(False)
     if "language" in section.freeze:

@@ -1,10 +1,10 @@
-"""The frozen language model in 4 bits (bitsandbytes), all else as it is: what QLoRA trains adapters on.
+"""Load the frozen language model in 4 bits (bitsandbytes) and everything else as it is, for QLoRA.
 
-peft's `prepare_model_for_kbit_training` is left out on purpose. It makes every unquantised weight float32: vision part,
-embeddings and head too, which cost more than 4 bits save, and which then meet activations of another type. Norms
-compute in float32 inside whatever they are stored in, adapters keep the model's dtype as without quantisation
-(ZeRO gathers one type), the base is frozen by peft itself, and gradient checkpointing is the recipe's to turn on
-(non-reentrant, so that the inputs need no gradient).
+peft's `prepare_model_for_kbit_training` is not used, on purpose. It makes every unquantised weight float32, vision
+encoder, embeddings and head included. That costs more memory than 4 bits save, and the weights then meet activations
+of another dtype. Norms compute in float32 whatever they are stored in, adapters keep the model's dtype (ZeRO gathers
+one dtype only), peft itself freezes the base model, and the recipe decides on gradient checkpointing (non-reentrant,
+so the inputs need no gradient).
 """
 
 from __future__ import annotations
@@ -17,32 +17,40 @@ from torch import nn
 
 from orpo_ray.config.schema import ModelConfig, QuantizationConfig
 from orpo_ray.errors import UserError
-from orpo_ray.model.families import Family
+from orpo_ray.model.families.base import Family
 
 _DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEADS = ("lm_head",)
 
 
 def quantization_config(section: QuantizationConfig, family: Family, dtype: torch.dtype) -> Any:
-    """transformers' config of it for a model of `dtype`. Raises UserError.
+    """Make transformers' quantization config.
 
-    Only linear layers of the language model are taken, without the output head: it is tied to the embeddings in many
+    Only linear layers of the language model are quantised. The output head is not: it is tied to the embeddings in many
     families, and an error in it is an error in every log-prob.
+
+    Args:
+        section: the recipe's.
+        family: the model's.
+        dtype: of the weights that are not quantised.
+
+    Raises:
+        UserError: the storage dtype does not fit the model's.
     """
     from transformers import BitsAndBytesConfig
 
     storage = _DTYPES[section.quant_storage]
     if storage not in (torch.uint8, dtype):
-        # The engine casts floating point weights to the model's dtype, and packed bits are no numbers.
+        # The engine casts floating-point weights to the model's dtype, which would destroy packed bits.
         raise UserError(
-            f"packed weights can't be held in another floating point type than the model's {_name(dtype)}",
+            f"packed weights cannot be stored in a floating-point dtype other than the model's {_name(dtype)}",
             field="model.quantization.quant_storage",
             value=section.quant_storage,
             fix=f"set it to uint8 or {_name(dtype)}",
         )
-    # transformers matches each as a regular expression from the start of a name to the end of one of its parts.
+    # transformers matches each as a regular expression from the start of a name to the end of a path component.
     outside = rf"(?!{'|'.join(map(re.escape, family.language))}).*"
-    parts = [re.escape(prefix.removesuffix(".")) for prefix in (*family.vision, *family.connector)]
+    modules = [re.escape(prefix.removesuffix(".")) for prefix in (*family.vision, *family.connector)]
     named = [rf"(?:.*\.)?{re.escape(name)}" for name in (*_HEADS, *section.skip_modules)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -50,12 +58,20 @@ def quantization_config(section: QuantizationConfig, family: Family, dtype: torc
         bnb_4bit_use_double_quant=section.use_double_quant,
         bnb_4bit_compute_dtype=dtype if section.compute_dtype == "auto" else _DTYPES[section.compute_dtype],
         bnb_4bit_quant_storage=storage,
-        llm_int8_skip_modules=[outside, *parts, *named],
+        llm_int8_skip_modules=[outside, *modules, *named],
     )
 
 
 def check_saved_quantization(config: Any, section: ModelConfig) -> bool:
-    """Whether the model's weights are 4-bit on disk already. Raises UserError where they are not as the recipe says."""
+    """Whether the model's weights are 4-bit on disk already.
+
+    Args:
+        config: the model's transformers config.
+        section: the recipe's.
+
+    Raises:
+        UserError: the weights are quantised in another way than the recipe says.
+    """
     saved = getattr(config, "quantization_config", None)
     if saved is None:
         return False
@@ -63,17 +79,17 @@ def check_saved_quantization(config: Any, section: ModelConfig) -> bool:
     what = saved.get("quant_method") or "unknown"
     if not saved.get("load_in_4bit", saved.get("_load_in_4bit")):
         raise UserError(
-            f"the model's weights are quantised already ({what}), and not in bitsandbytes' 4 bits: adapters cannot be "
-            "trained on them here",
+            f"the model's weights are already quantised ({what}), but adapters can only be trained on 4-bit weights of "
+            "bitsandbytes",
             field="model.id",
             value=section.id,
-            fix="take the model it was made from, with model.quantization: {} if it is to be quantised",
+            fix="use the model that it was made from; add model.quantization: {} to quantise that",
         )
     if section.quantization is None:
         raise UserError(
-            "the model's weights are in 4 bits already, and the recipe does not say so",
+            "the model's weights are already in 4 bits, but the recipe does not say so",
             field="model.quantization",
-            fix="add model.quantization and model.lora, or take the model it was made from",
+            fix="add model.quantization and model.lora, or use the model that it was made from",
         )
     wanted = {
         "quant_type": section.quantization.quant_type,
@@ -84,7 +100,7 @@ def check_saved_quantization(config: Any, section: ModelConfig) -> bool:
     found = {name: saved.get(f"bnb_4bit_{name}", default) for name, default in defaults.items()}
     if differing := [name for name in wanted if wanted[name] != found[name]]:
         raise UserError(
-            f"the model's weights are in 4 bits already, with {', '.join(f'{n} {found[n]}' for n in differing)}",
+            f"the model's weights are already in 4 bits, with {', '.join(f'{n} {found[n]}' for n in differing)}",
             field=f"model.quantization.{differing[0]}",
             value=wanted[differing[0]],
             fix=f"set model.quantization.{differing[0]} to {found[differing[0]]}",
@@ -93,7 +109,11 @@ def check_saved_quantization(config: Any, section: ModelConfig) -> bool:
 
 
 def check_quantized(model: nn.Module, section: QuantizationConfig) -> None:
-    """Raises UserError if nothing became 4-bit, or a module to skip is none; readies what became so for training."""
+    """Check that quantization did what the recipe says, and prepare the quantised layers for training.
+
+    Raises:
+        UserError: no layer became 4-bit, or a module to skip does not exist.
+    """
     from bitsandbytes.nn.modules import Linear4bit
 
     names = [name for name, _ in model.named_modules()]
@@ -106,7 +126,7 @@ def check_quantized(model: nn.Module, section: QuantizationConfig) -> None:
             "no linear layer is left to quantise", field="model.quantization.skip_modules", value=section.skip_modules
         )
     for module in quantized:
-        # On some CPUs evaluation would pack the weights anew, in a layout that training can't read.
+        # On some CPUs evaluation would repack the weights into a layout that training cannot read.
         module.support_avx512bf16_for_cpu = False
 
 

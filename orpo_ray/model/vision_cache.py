@@ -1,7 +1,7 @@
-"""What a frozen vision part made of an image, kept on disk: for further epochs, further runs, trials of a sweep.
+"""Keep what a frozen vision encoder made of an image on disk: for later epochs, later runs, and trials of a sweep.
 
-A file for each image or tile, named by a hash of its pixels and of the weights that saw them: other weights, another
-revision, another dtype or another way of cutting images find nothing here and disturb nothing.
+There is a file for each image or tile, named by a hash of its pixels and of the weights that encoded it. Other weights,
+another revision, another dtype or another way of cutting images find nothing here and disturb nothing.
 """
 
 from __future__ import annotations
@@ -17,55 +17,69 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from orpo_ray.data.collate import PIXELS
 from orpo_ray.errors import UserError
-from orpo_ray.model.families import Family
+from orpo_ray.model.families.base import Family, ImageTensors
 
 FIELD = "model.vision_cache"
-Inputs = dict[str, torch.Tensor]
 
 
 class VisionCache:
-    """Features of images by what the vision part was given. Many processes may share a folder."""
+    """Features of images, looked up by what the vision encoder was given. Several processes may share a folder."""
 
     def __init__(self, folder: Path, base: Any, family: Family) -> None:
-        """base: the transformers model. Raises UserError where its features change, or are more than a tensor."""
-        seen = [(n, p) for n, p in base.named_parameters() if n.startswith((*family.vision, *family.connector))]
-        if trained := [name for name, parameter in seen if parameter.requires_grad]:
+        """Open the cache of a model.
+
+        Args:
+            folder: of all models' caches; made on the first write.
+            base: the transformers model.
+            family: the model's.
+
+        Raises:
+            UserError: features would change in training, or are more than one tensor per image.
+        """
+        weights = [(n, p) for n, p in base.named_parameters() if n.startswith((*family.vision, *family.connector))]
+        if trained := [name for name, parameter in weights if parameter.requires_grad]:
             raise UserError(
-                f"features change with the weights that make them, and {trained[0]} is trained",
+                f"cached features would become wrong in training, because {trained[0]} is trained",
                 field=FIELD,
                 value=str(folder),
                 fix="add model.freeze: [vision, connector], or leave model.vision_cache out",
             )
-        has_more = family.cross_attention or "batch_num_images" in family.image_inputs
-        if has_more or family.is_derived or hasattr(base.config.vision_config, "deepstack_visual_indexes"):
+        if not family.can_cache_images(base.config):
             raise UserError(
-                f"the vision part of {base.config.model_type} gives more than features of single images",
+                f"the vision encoder of {base.config.model_type} gives more than features of single images",
                 field=FIELD,
                 value=str(folder),
                 fix="leave model.vision_cache out",
             )
-        self.config = base.config
+        self.config, self.family = base.config, family
         digest = hashlib.sha256(f"{base.config.model_type} {base.dtype}".encode())
-        for name, parameter in seen:
+        for name, parameter in weights:
             digest.update(name.encode())
             digest.update(_bytes(parameter))
         self.folder = folder / digest.hexdigest()[:24]
         self.hits = self.misses = 0
 
     @torch.no_grad()
-    def features(self, raw: Inputs, inputs: Inputs, encode: Callable[[Inputs], Sequence[torch.Tensor]]) -> list[Any]:
-        """The features of each image or tile, in order.
+    def features(
+        self, raw: ImageTensors, inputs: ImageTensors, encode: Callable[[ImageTensors], Sequence[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Look up the features of each image or tile, in order; encode and keep those that are missing.
 
-        raw: the vision input as it came, uint8. inputs: the same, normalised. encode: such inputs -> features of each.
+        Args:
+            raw: the vision input with pixels as uint8, which the files are named by.
+            inputs: the same input, normalised.
+            encode: computes the features of each image of such inputs.
         """
-        keys = [_key(unit) for unit in self.units(raw)]
-        found = {key: self._read(key, inputs["pixel_values"].device) for key in dict.fromkeys(keys)}
-        missing = [key for key, value in found.items() if value is None]
+        keys = [_key(image) for image in self._split(raw)]
+        cached = {key: self._read(key, inputs[PIXELS].device) for key in dict.fromkeys(keys)}
+        found = {key: value for key, value in cached.items() if value is not None}
+        missing = [key for key in cached if key not in found]
         if missing:
-            units = self.units(inputs)
-            wanted = [units[keys.index(key)] for key in missing]
-            together = {name: torch.cat([unit[name] for unit in wanted]) for name in wanted[0]}
+            images = self._split(inputs)
+            wanted = [images[keys.index(key)] for key in missing]
+            together = {name: torch.cat([image[name] for image in wanted]) for name in wanted[0]}
             for key, value in zip(missing, encode(together), strict=True):
                 found[key] = value
                 self._write(key, value)
@@ -73,21 +87,12 @@ class VisionCache:
         self.hits += len(keys) - len(missing)
         return [found[key] for key in keys]
 
-    def units(self, inputs: Mapping[str, torch.Tensor]) -> list[Inputs]:
-        """The vision input of each image, or of each tile where tiles do not know of each other."""
-        pixels = inputs["pixel_values"]
-        if (grids := inputs.get("image_grid_thw")) is not None:
-            counts = grids.prod(-1).tolist()
-        elif "image_sizes" in inputs and hasattr(self.config, "image_grid_pinpoints"):
-            from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-            side, grids = self.config.vision_config.image_size, self.config.image_grid_pinpoints
-            counts = [int(image_size_to_num_patches(size, grids, side)) for size in inputs["image_sizes"].tolist()]
-        else:
-            counts = [1] * len(pixels)
+    def _split(self, inputs: Mapping[str, torch.Tensor]) -> list[ImageTensors]:
+        """The vision input of each image, or of each tile where tiles are encoded independently."""
+        rows = self.family.rows_per_image(self.config, inputs)
         split = {name: value.split(1) for name, value in inputs.items()}
-        split["pixel_values"] = pixels.split(counts)
-        return [{name: parts[index] for name, parts in split.items()} for index in range(len(counts))]
+        split[PIXELS] = inputs[PIXELS].split(rows)
+        return [{name: values[index] for name, values in split.items()} for index in range(len(rows))]
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -107,11 +112,11 @@ class VisionCache:
         os.replace(scratch, path)
 
 
-def _key(unit: Inputs) -> str:
+def _key(image: ImageTensors) -> str:
     digest = hashlib.sha256()
-    for name in sorted(unit):
-        digest.update(f"{name} {unit[name].dtype} {tuple(unit[name].shape)}".encode())
-        digest.update(_bytes(unit[name]))
+    for name in sorted(image):
+        digest.update(f"{name} {image[name].dtype} {tuple(image[name].shape)}".encode())
+        digest.update(_bytes(image[name]))
     return digest.hexdigest()
 
 

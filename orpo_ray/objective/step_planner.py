@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.collate import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.packing import Layout, PairBatch, build_batch, nll_token_count, plan_microbatches, spread
 from orpo_ray.model.loading import vocabulary_size
@@ -43,9 +44,10 @@ class StepPlanner:
         text_dummy: EncodedPair,
         image_dummy: EncodedPair,
         device: torch.device,
+        collate: Collate = concatenate_images,
     ) -> None:
         self.nll, self.token_budget, self.layout, self.device = nll, token_budget, layout, device
-        self.vocab_size = vocab_size
+        self.vocab_size, self.collate = vocab_size, collate
         self.text_dummy, self.image_dummy = text_dummy, image_dummy
 
     @classmethod
@@ -53,7 +55,7 @@ class StepPlanner:
         """The planner of a recipe's steps for a model."""
         dummy_pairs = (encoder.dummy_pair(with_image=False), encoder.dummy_pair(with_image=True))
         budget, vocab_size = recipe.optim.tokens_per_microbatch, vocabulary_size(model.model)
-        return cls(recipe.orpo.nll, budget, model.layout, vocab_size, *dummy_pairs, device)
+        return cls(recipe.orpo.nll, budget, model.layout, vocab_size, *dummy_pairs, device, model.family.collate)
 
     def plan(self, pairs: Sequence[EncodedPair], num_bad: int) -> StepPlan:
         """Cut this worker's pairs of a step into as many micro-batches as the other workers run."""
@@ -75,7 +77,7 @@ class StepPlanner:
             dummy_pairs = [self.image_dummy]
         elif not batch:
             dummy_pairs = [self.text_dummy]
-        return build_batch(batch, self.nll, self.layout, dummy_pairs)
+        return build_batch(batch, self.nll, self.layout, dummy_pairs, self.collate)
 
     def _agree_on_chunks(self, batches: list[PairBatch]) -> list[PairBatch]:
         """Every part of a micro-batch's targets is a collective: equally many of them on every worker."""

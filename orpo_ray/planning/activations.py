@@ -13,9 +13,11 @@ import torch
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, PairBatch, build_batch
+from orpo_ray.model.attention_kernel import PLANNED_GPU
+from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import own_attention, ready_to_train, without_adapters
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
-from orpo_ray.model.shared_prefix import PrefixLayout, by_segment, by_varlen, varlen_shape
+from orpo_ray.model.shared_prefix import no_mask, shared_prefix_attention
 from orpo_ray.model.shared_prefix import register as register_shared_prefix
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.logps import count_chunks
@@ -134,7 +136,8 @@ def unloaded_model(
 def batch_of(shape: PairShape, pairs: int, config: Any, nll: str, layout: Layout) -> PairBatch:
     """A micro-batch of so many such pairs."""
     vocabulary = config.get_text_config().vocab_size
-    batch = build_batch([shape.pair(config.image_token_id, sample_index) for sample_index in range(pairs)], nll, layout)
+    shaped = [shape.pair(config.image_token_id, sample_index) for sample_index in range(pairs)]
+    batch = build_batch(shaped, nll, layout, collate=family_of(config).collate)
     return replace(batch, head_chunks=count_chunks(len(batch.target_ids), vocabulary))
 
 
@@ -245,24 +248,9 @@ def _register_as_on_cuda() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(AS_ON_CUDA, _attention_as_on_cuda)
-    AttentionMaskInterface.register(AS_ON_CUDA, lambda *_, **__: None)
+    AttentionMaskInterface.register(AS_ON_CUDA, no_mask)
 
 
-def _attention_as_on_cuda(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    shared_prefix: PrefixLayout | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """What `shared_prefix_attention` runs on a GPU, without one."""
-    assert shared_prefix is not None
-    if softcap is None and dropout == 0.0 and shared_prefix.bidirectional is None and varlen_shape(query):
-        return by_varlen(query, key, value, scaling, sliding_window, shared_prefix.sequences), None
-    return by_segment(query, key, value, dropout, scaling, sliding_window, softcap, shared_prefix), None
+def _attention_as_on_cuda(*states: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    """Run the kernel that training would choose on a GPU."""
+    return shared_prefix_attention(*states, **(options | {"hardware": PLANNED_GPU}))

@@ -12,7 +12,8 @@ import torch
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
-from orpo_ray.model.derived_family import family_of
+from orpo_ray.model.families.cross_attention import CrossAttentionFamily
+from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import pick_attention
 from orpo_ray.planning.activations import Activations, batch_of, measure, unloaded_model
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, MFU, NCCL, Fitting, Memory, Planner, Setting
@@ -44,7 +45,7 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     gpus = priced(options.prices)
     config, source = _config(recipe.model)
     dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
-    if family_of(config).cross_attention:
+    if isinstance(family_of(config), CrossAttentionFamily):
         raise UserError(
             "no plan is made yet for models whose language model looks at images by cross-attention",
             field="model.id",

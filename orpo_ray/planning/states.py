@@ -166,7 +166,7 @@ def _quantized_names(model: Any, section: ModelConfig) -> set[str]:
         return set()
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from orpo_ray.model.derived_family import family_of
+    from orpo_ray.model.families.registry import family_of
     from orpo_ray.model.loading import without_adapters
     from orpo_ray.model.quantization import quantization_config
 

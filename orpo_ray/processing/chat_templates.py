@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# The dialogue format of idefics-9b-instruct and idefics-80b-instruct, as their model card writes it.
+# The dialogue format of idefics-9b-instruct and idefics-80b-instruct, by their model cards.
 _IDEFICS = (
     "{{ bos_token }}{% for m in messages %}{{ '\n' if not loop.first }}{{ m['role'] | capitalize }}:"
     "{% if m['content'] is string %} {{ m['content'] }}{% else %}{% for part in m['content'] %}"
@@ -17,6 +17,6 @@ _IDEFICS = (
 
 
 def give_template(processor: Any) -> None:
-    """Give a processor without a chat template its family's own, where that is known."""
+    """Give a processor without a chat template the template of its family, if it is known."""
     if getattr(processor, "chat_template", None) is None and type(processor).__name__ == "IdeficsProcessor":
         processor.chat_template = _IDEFICS

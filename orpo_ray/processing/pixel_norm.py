@@ -1,14 +1,17 @@
-"""What a processor would have done to pixels, as numbers, so that the device can do it."""
+"""Rescale and normalise pixels on the device, with the numbers of the model's own image processor."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class PixelNorm:
-    """What the image processor would have done to 0..255: (x * rescale - mean) / std, per channel."""
+    """What the image processor would do to pixels of 0 to 255: (x * rescale - mean) / std, per channel."""
 
     rescale: float
     mean: tuple[float, ...]
@@ -16,9 +19,27 @@ class PixelNorm:
 
     @classmethod
     def of(cls, processor: Any) -> PixelNorm:
-        """Read off a processor's own image processor."""
+        """Read the numbers from a processor's image processor."""
         image = processor.image_processor
         rescale = float(image.rescale_factor) if image.do_rescale else 1.0
         if not image.do_normalize:
             return cls(rescale, (0.0,), (1.0,))
         return cls(rescale, tuple(image.image_mean), tuple(image.image_std))
+
+
+def normalise_pixels(pixels: torch.Tensor, norm: PixelNorm) -> torch.Tensor:
+    """Compute what the processor itself would have made of raw pixels.
+
+    Args:
+        pixels: uint8 [..., 3, H, W], or [patches, 3 * pixels] for families that cut images into patches.
+        norm: the processor's numbers.
+
+    Returns:
+        float32 of the same shape.
+    """
+    import torch
+
+    mean = torch.tensor(norm.mean, device=pixels.device).view(-1, 1)
+    std = torch.tensor(norm.std, device=pixels.device).view(-1, 1)
+    by_channel = pixels.flatten(-2).flatten(0, -3) if pixels.ndim > 2 else pixels.reshape(len(pixels), 3, -1)
+    return ((by_channel.float() * norm.rescale - mean) / std).view_as(pixels)

@@ -1,4 +1,4 @@
-"""A model's processor, and what to say where a model or its processor cannot be loaded."""
+"""Load a model's processor, and explain why a model or its processor cannot be loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ SAFE_WEIGHTS = "model.safetensors"
 
 
 def load_processor(model_id: str, revision: str | None, trust_remote_code: bool = False) -> Any:
-    """The model's processor. Raises UserError where there is none."""
+    """Load a model's processor.
+
+    Args:
+        model_id: `model.id` of a recipe.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that comes with the processor.
+
+    Raises:
+        UserError: the processor cannot be loaded, or does not take images.
+    """
     from transformers import AutoProcessor
 
     try:
@@ -24,27 +33,36 @@ def load_processor(model_id: str, revision: str | None, trust_remote_code: bool 
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("processor", model_id, error) from None
     if not hasattr(processor, "image_processor"):
-        raise UserError("has no image processor: it is not a vision-language model", field="model.id", value=model_id)
+        raise UserError(
+            "this is not a vision-language model: it has no image processor", field="model.id", value=model_id
+        )
     give_template(processor)
     return processor
 
 
 def cannot_load(what: str, model_id: str, error: Exception) -> UserError:
+    """Make the error for a model or processor that transformers could not load.
+
+    Args:
+        what: `model` or `processor`.
+        model_id: `model.id` of a recipe.
+        error: what transformers raised.
+    """
     text = str(error).strip()
     if "trust_remote_code" in text:
         return UserError(
-            f"the {what} is Python code that comes with it, which would be run",
+            f"the {what} comes with Python code, which loading it would run",
             field="model.trust_remote_code",
             value=False,
             fix=f"read the code of {model_id}; if you trust it, pin model.revision and set this to true",
         )
     if isinstance(error, pickle.UnpicklingError):
         return UserError(
-            "the weights' pickle holds more than tensors, and is not read", field="model.id", value=model_id
+            "the pickled weights contain more than tensors, so they are not loaded", field="model.id", value=model_id
         )
     if what == "model" and _only_pickled(model_id, text):
         return UserError(
-            "there are no safetensors weights, only pickled ones (.bin), which may run code when read",
+            "there are no safetensors weights, only pickled ones (.bin), which can run code when loaded",
             field="model.allow_pickle",
             value=False,
             fix=f"convert {model_id} to safetensors, or set this to true if you trust it",
@@ -53,12 +71,12 @@ def cannot_load(what: str, model_id: str, error: Exception) -> UserError:
         f"the {what} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}",
         field="model.id",
         value=model_id,
-        fix="give a folder in Hugging Face layout, a name on the hub (and a network), or orpo-ray/tiny-smolvlm",
+        fix="use a folder in Hugging Face layout, a name on the hub (with a network), or orpo-ray/tiny-smolvlm",
     )
 
 
 def _only_pickled(model_id: str, text: str) -> bool:
-    """Whether loading failed for want of safetensors alone."""
+    """Whether loading failed only because there are no safetensors."""
     folder = Path(resolve(model_id))
     if folder.is_dir():
         return SAFE_WEIGHTS in text and any(folder.glob("pytorch_model*.bin"))

@@ -1,4 +1,4 @@
-"""A rendered prompt with its images -> token ids and vision tensors, by the model's own processor.
+"""Turn rendered prompts and their images into token ids and image tensors, with the model's own processor.
 
 Legend: P prompt tokens, n images of a prompt.
 """
@@ -13,105 +13,104 @@ import numpy as np
 import torch
 from PIL import Image
 
-from orpo_ray.processing.cross_images import TOKEN_MASKS
-
+# The mask of a prompt whose tokens look at images by cross-attention, as processors name it: [P, n] (Idefics) or
+# [P, n, tiles] (Mllama).
+TOKEN_MASKS = ("image_attention_mask", "cross_attention_mask")
 _TEXT_OUTPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
-# Rescaling and normalising wait for the device: uint8 is a quarter of float32 on the way there.
+# Pixels are rescaled and normalised on the device: until then, uint8 takes a quarter of float32.
 _RAW = {"do_rescale": False, "do_normalize": False}
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """What an answer is given to. ids [P]: int32; is_text [P]: bool, False at image placeholders.
-
-    images: what the model's vision part takes, pixels as uint8; of several images one after the other.
-    """
+    """A prompt as the model takes it."""
 
     ids: np.ndarray
+    """int32 [P]."""
     is_text: np.ndarray
+    """bool [P]: False at image placeholders."""
     images: dict[str, np.ndarray]
+    """The image tensors, with pixels as uint8 and several images one after another; empty without images."""
 
 
 class PromptEncoder:
-    """Prompts, as a chat template renders them, through a processor.
-
-    image_token: what stands for an image in a rendered prompt. image_token_ids: what stands there in the ids.
-    """
+    """Encodes rendered prompts with a processor."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.is_idefics = type(processor).__name__ == "IdeficsProcessor"
         self.image_token: str = getattr(processor, "image_token", "<image>")
-        # Not always that token's own id: Gemma-3 writes one token where an image goes, and expands it into others.
+        """What stands for an image in a rendered prompt."""
         self.image_token_ids = [int(token) for token in processor.image_token_ids]
-        # A mask over the tokens of several prompts would be padded to the longest.
+        """What stands for an image in the ids. Not always the id of `image_token`: Gemma-3 expands one into others."""
+        # A mask over the tokens of several prompts would be padded to the longest prompt.
         self.one_at_a_time = any(name in processor.model_input_names for name in TOKEN_MASKS)
 
-    def encode(self, asked: Sequence[tuple[str, list[Image.Image]]]) -> list[EncodedPrompt]:
-        """Prompts whose images have the same number and sizes, which so come out in one shape."""
-        texts = [text for text, _ in asked]
-        if not asked[0][1]:
+    def encode(self, prompts: Sequence[tuple[str, list[Image.Image]]]) -> list[EncodedPrompt]:
+        """Encode prompts whose images have the same number and sizes, so their tensors have the same shapes."""
+        texts = [text for text, _ in prompts]
+        if not prompts[0][1]:
             return [self._prompt(ids, {}) for ids in self.tokenize(texts)]
         if self.is_idefics:
-            return [self._idefics(text, images) for text, images in asked]
+            return [self._encode_idefics(text, images) for text, images in prompts]
         if self.one_at_a_time:
-            return [self._together([one])[0] for one in asked]
-        return self._together(asked)
+            return [self._encode_together([prompt])[0] for prompt in prompts]
+        return self._encode_together(prompts)
 
     def tokenize(self, texts: list[str]) -> list[np.ndarray]:
-        """int32 ids of each text, nothing added."""
+        """int32 ids of each text, without special tokens added."""
         return [np.asarray(ids, np.int32) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
-    def _together(self, asked: Sequence[tuple[str, list[Image.Image]]]) -> list[EncodedPrompt]:
-        images = [images for _, images in asked]
-        out = self.processor(text=[text for text, _ in asked], images=images, add_special_tokens=False, **_RAW)
+    def _encode_together(self, prompts: Sequence[tuple[str, list[Image.Image]]]) -> list[EncodedPrompt]:
+        images = [images for _, images in prompts]
+        out = self.processor(text=[text for text, _ in prompts], images=images, add_special_tokens=False, **_RAW)
         tensors = {name: np.asarray(value) for name, value in out.items() if name not in _TEXT_OUTPUTS}
-        parts = [self._part(tensors, place, len(asked)) for place in range(len(asked))]
+        own = [self._image_tensors(tensors, index, len(prompts)) for index in range(len(prompts))]
         return [
-            self._prompt(np.asarray(ids, np.int32), part) for ids, part in zip(out["input_ids"], parts, strict=True)
+            self._prompt(np.asarray(ids, np.int32), images) for ids, images in zip(out["input_ids"], own, strict=True)
         ]
 
     def _prompt(self, ids: np.ndarray, images: dict[str, np.ndarray]) -> EncodedPrompt:
         return EncodedPrompt(ids, ~np.isin(ids, self.image_token_ids), images)
 
-    def _part(self, tensors: dict[str, np.ndarray], place: int, count: int) -> dict[str, np.ndarray]:
-        """The tensors of one prompt out of a batch of `count`, without the batch's own dimension."""
+    def _image_tensors(self, tensors: dict[str, np.ndarray], index: int, count: int) -> dict[str, np.ndarray]:
+        """The image tensors of prompt `index` out of a batch of `count`, without the batch dimension."""
         pixels = tensors["pixel_values"]
-        # Idefics and Mllama have a row per prompt, the others one after the other whatever belongs to any of them.
+        # Idefics and Mllama have a row per prompt. Other families put the images of all prompts one after another.
         by_prompt = pixels.ndim >= 5 and "image_sizes" not in tensors
-        part = {name: value[place] if by_prompt else _share(value, place, count) for name, value in tensors.items()}
+        own = {name: value[index] if by_prompt else _slice_of(value, index, count) for name, value in tensors.items()}
         if pixels.ndim == 5 and not by_prompt:
-            part["pixel_values"] = self._without_padding(part)
-        part["pixel_values"] = np.ascontiguousarray(part["pixel_values"].astype(np.uint8))
-        mask = part.get("pixel_attention_mask")
+            own["pixel_values"] = self._without_padded_tiles(own)
+        own["pixel_values"] = np.ascontiguousarray(own["pixel_values"].astype(np.uint8))
+        mask = own.get("pixel_attention_mask")
         if mask is not None and mask.all():
-            del part["pixel_attention_mask"]
-        return part
+            del own["pixel_attention_mask"]
+        return own
 
-    def _without_padding(self, part: dict[str, np.ndarray]) -> np.ndarray:
-        """Of [n, tiles, 3, H, W], padded to the image with the most tiles, the real ones: [tiles of all, 3, H, W]."""
+    def _without_padded_tiles(self, own: dict[str, np.ndarray]) -> np.ndarray:
+        """Keep the real tiles: [n, tiles, 3, H, W], padded to the image with the most -> [tiles of all, 3, H, W]."""
         from transformers.image_processing_utils import select_best_resolution
 
-        pixels, grids = part["pixel_values"], self.processor.image_processor.image_grid_pinpoints
-        if "batch_num_images" in part and len(pixels) > 1:  # LLaVA-OneVision cuts one image, but not several
+        pixels, grids = own["pixel_values"], self.processor.image_processor.image_grid_pinpoints
+        if "batch_num_images" in own and len(pixels) > 1:  # LLaVA-OneVision cuts a single image, but not several
             return pixels[:, 0]
         real = []
-        for tiles, size in zip(pixels, part["image_sizes"], strict=True):
+        for tiles, size in zip(pixels, own["image_sizes"], strict=True):
             height, width = select_best_resolution(tuple(size), grids)
             side = tiles.shape[-1]
             real.append(tiles[: 1 + -(-height // side) * -(-width // side)])
         return np.concatenate(real)
 
-    def _idefics(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
-        """As its processor does, which takes no text with images in it, but pieces of text between images."""
+    def _encode_idefics(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
+        """Do what Idefics' processor does, which takes texts and images in turn, but no text with images in it."""
         from transformers.models.idefics import processing_idefics
 
         (ids,) = self.tokenize([text])
         pixels = np.asarray(self.processor.image_processor(images, return_tensors="np", **_RAW))
-        places = np.flatnonzero(ids == self.image_token_ids[0])
-        if len(places) != len(images):
-            raise ValueError(f"{len(places)} placeholder(s) for {len(images)} image(s)")
+        placeholders = np.flatnonzero(ids == self.image_token_ids[0])
+        if len(placeholders) != len(images):
+            raise ValueError(f"{len(placeholders)} placeholder(s) for {len(images)} image(s)")
         row = torch.from_numpy(ids.astype(np.int64)).unsqueeze(0)
         latest, _ = processing_idefics.image_attention_mask_for_packed_input_ids(row, self.tokenizer, "pt")
         mask = processing_idefics.incremental_to_binary_attention_mask(latest, "pt", num_classes=len(images))
@@ -119,6 +118,7 @@ class PromptEncoder:
         return self._prompt(ids, {"pixel_values": pixels.astype(np.uint8), "image_attention_mask": seen})
 
 
-def _share(value: np.ndarray, place: int, count: int) -> np.ndarray:
-    each = len(value) // count
-    return value[place * each : (place + 1) * each]
+def _slice_of(value: np.ndarray, index: int, count: int) -> np.ndarray:
+    """The `index`-th of `count` equal slices."""
+    length = len(value) // count
+    return value[index * length : (index + 1) * length]

@@ -56,7 +56,7 @@ def test_the_cover_has_every_family_and_every_mode_in_both_layouts() -> None:
 def batch_of(family: str, model: PairModel) -> PairBatch:
     rng = np.random.default_rng(0)
     pairs = [make_pair(family, rng, 1, 3, 3, 3, sample_index) for sample_index in range(32)]
-    return build_batch(pairs, "response", model.layout)
+    return build_batch(pairs, "response", model.layout, collate=model.family.collate)
 
 
 def learn(model: PairModel, batch: PairBatch, learning_rate: float) -> tuple[float, float, int]:

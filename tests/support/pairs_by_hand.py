@@ -154,7 +154,7 @@ def relative_distance(got: Any, expected: Any) -> float:
 def run(model: PairModel, pairs: list[EncodedPair], layout: Any, nll: str = "response", chunks: int = 1) -> Any:
     """Log-probs, loss and gradients of every parameter in a layout."""
     run_as(model, layout)
-    batch = build_batch(pairs, nll, layout)
+    batch = build_batch(pairs, nll, layout, collate=model.family.collate)
     object.__setattr__(batch, "head_chunks", chunks)
     torch.manual_seed(0)
     logps = model(batch)

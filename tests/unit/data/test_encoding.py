@@ -16,8 +16,7 @@ from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import to_pair
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.errors import RowError
-from orpo_ray.objective.forward import normalise_pixels
-from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.families import with_processor

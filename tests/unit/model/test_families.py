@@ -15,11 +15,11 @@ from orpo_ray.data.packing import build_batch
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.errors import UserError
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.derived_family import family_of
-from orpo_ray.model.families import FAMILIES
+from orpo_ray.model.families.derived import DerivedFamily
+from orpo_ray.model.families.registry import FAMILIES, family_of
 from orpo_ray.model.loading import _freeze
-from orpo_ray.objective.forward import PairModel, normalise_pixels
-from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.families import with_processor
@@ -111,7 +111,7 @@ def test_the_reference_is_the_family_s_own_processor_and_forward(family: str) ->
     for layout in layouts_of(family):
         with torch.no_grad():
             run_as(model, layout)
-            got = model(build_batch(encoded, "response", layout))
+            got = model(build_batch(encoded, "response", layout, collate=model.family.collate))
             run_as(model, "concatenated")
             for index, (pair, own) in enumerate(zip(pairs, encoded, strict=True)):
                 for answer in ("chosen", "rejected"):
@@ -176,7 +176,7 @@ def test_freezing_a_part_leaves_the_others(family: str, part: Any) -> None:
     _freeze(model, ModelConfig(id="x", freeze=[part]), facts)
 
     def part_of(name: str) -> str:  # the connector first: it may lie inside the vision part
-        return next((p for p in ("connector", "vision") if name.startswith(facts.prefix(p))), "language")
+        return next((p for p in ("connector", "vision") if name.startswith(facts.prefixes(p))), "language")
 
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (part_of(name) != part), name
@@ -205,7 +205,7 @@ def test_an_unknown_family_is_derived_and_gives_what_its_own_forward_gives() -> 
     model = tiny_unknown("aya_vision")
     assert model.config.model_type not in FAMILIES
     facts = family_of(model.config)
-    assert facts.is_derived
+    assert isinstance(facts, DerivedFamily)
     assert facts.vision == ("model.vision_tower.",)
     assert facts.connector == ("model.multi_modal_projector",)
     pair_model = PairModel(model.train(), NORM)
@@ -229,7 +229,7 @@ def test_an_unknown_family_is_derived_and_gives_what_its_own_forward_gives() -> 
 
 @pytest.mark.parametrize(
     ("model_type", "missing"),
-    [("llama", "no image-text-to-text"), ("kosmos-2", "get_image_features|encoded before|not plain")],
+    [("llama", "no image-text-to-text"), ("kosmos-2", "get_image_features|encoded before|cannot be told")],
 )
 def test_what_cannot_be_derived_says_what_is_missing(model_type: str, missing: str) -> None:
     from transformers import AutoConfig

@@ -20,9 +20,11 @@ from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, PairSpan, build_batch
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.families import FAMILIES, PROVEN_LANGUAGE_MODELS, Bidirectional, why_not_shared_prefix
+from orpo_ray.model.families.base import PROVEN_LANGUAGE_MODELS
+from orpo_ray.model.families.registry import FAMILIES
 from orpo_ray.model.loading import Attention, load_model, pick_attention
-from orpo_ray.model.shared_prefix import PrefixLayout, VarlenIndex
+from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout, VarlenIndex
+from orpo_ray.model.shared_prefix import ScoreOptions, attend
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.tiny_models.build import resolve
 from orpo_ray.tiny_models.families import TINY_FAMILIES
@@ -124,7 +126,7 @@ def may_see(layout: PrefixLayout, span: PairSpan, query: int, key: int, window: 
     block = False
     if layout.bidirectional is not None and query < span.chosen and key_in_prompt:
         between = layout.token_kind[0, min(query, key) : max(query, key) + 1]
-        block = layout.bidirectional.what == "prompt" or bool((between == IMAGE).all())
+        block = layout.bidirectional.scope == "prompt" or bool((between == IMAGE).all())
     if layout.bidirectional is not None and layout.bidirectional.within_window:
         return (causal or block) and near
     return (causal and near) or block
@@ -169,7 +171,7 @@ def test_the_index_of_variable_length_kernels_means_the_same(
     layout = layout_of(lengths, None, 0)
     total = layout.spans[-1].end
     query, key, value = (torch.randn(total, heads, 8) for heads in (4, 2, 2))
-    index = layout.sequences
+    index = layout.varlen_index
     assert index.longest_query == max(layout.lengths)
     assert index.longest_key == int((index.cu_keys[1:] - index.cu_keys[:-1]).max())
     expected = reference_varlen(query, key, value, index, window)
@@ -301,7 +303,7 @@ def test_all_ways_to_attend_are_one(
     expected, _ = shared_prefix.shared_prefix_attention(
         torch.nn.Module(), *states, None, sliding_window=window, scaling=0.3, shared_prefix=layout
     )
-    got = shared_prefix.by_segment(*states, 0.0, 0.3, window, softcap, layout)
+    got = attend("sdpa_per_sequence", *states, layout, ScoreOptions(0.3, window, softcap))
     torch.testing.assert_close(got, expected)
     weights = torch.randn_like(got)
     theirs = torch.autograd.grad((expected * weights).sum(), states)
@@ -336,7 +338,7 @@ def test_the_call_of_the_variable_length_kernel(window: int | None, monkeypatch:
     monkeypatch.setattr(shared_prefix.varlen, "varlen_attn", documented_varlen)
     layout = layout_of([(5, 4, 3), (1, 1, 1), (7, 2, 9)], None, 0)
     states = states_of(layout)
-    got = shared_prefix.by_varlen(*states, 0.3, window, layout.sequences)
+    got = attend("varlen", *states, layout, ScoreOptions(0.3, window))
     expected, _ = shared_prefix.shared_prefix_attention(
         torch.nn.Module(), *states, None, sliding_window=window, scaling=0.3, shared_prefix=layout
     )
@@ -372,7 +374,7 @@ def test_language_models_that_llava_may_have(language_model: str) -> None:
     shared_prefix.register()
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(LlavaConfig(**config)).train()
-    assert why_not_shared_prefix(model.config, FAMILIES["llava"]) is None
+    assert FAMILIES["llava"].why_not_shared_prefix(model.config) is None
     pairs = make_row("llava", ROWS["long answers"])
     pair_model = PairModel(model, NORM)
     assert_equal(run(pair_model, pairs, "shared_prefix"), run(pair_model, pairs, "concatenated"))
@@ -380,4 +382,4 @@ def test_language_models_that_llava_may_have(language_model: str) -> None:
 
 def test_an_unproven_language_model_takes_the_concatenated_path() -> None:
     config = LlavaConfig(vision_config={"model_type": "clip_vision_model"}, text_config={"model_type": "bloom"})
-    assert "bloom" in (why_not_shared_prefix(config, FAMILIES["llava"]) or "")
+    assert "bloom" in (FAMILIES["llava"].why_not_shared_prefix(config) or "")

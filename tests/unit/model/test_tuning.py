@@ -16,7 +16,7 @@ from torch import nn
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
-from orpo_ray.model.derived_family import family_of
+from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import load_model, without_adapters
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import Normaliser, orpo_loss
@@ -211,7 +211,7 @@ class TestAdapters:
             ("smolvlm", {"target_modules": ["lm_head"]}, [], "model.lora.target_modules", "embed_tokens"),
             ("smolvlm", {"modules_to_save": ["lm_head"]}, [], "model.lora.modules_to_save", "embed_tokens"),
             ("smolvlm", {"modules_to_save": ["nothing"]}, [], "model.lora.modules_to_save", "no module"),
-            ("smolvlm", {"modules_to_save": ["down_proj"]}, [], "model.lora.modules_to_save", "adapted too"),
+            ("smolvlm", {"modules_to_save": ["down_proj"]}, [], "model.lora.modules_to_save", "also trained in full"),
             ("llava", {"modules_to_save": ["lm_head"]}, ["language"], "model.lora.modules_to_save", "model.freeze"),
             ("gemma3", {"target_modules": ["connector"]}, [], "model.lora.target_modules", "train it in full"),
             ("qwen2_5_vl", {"modules_to_save": ["vision"]}, [], "model.lora.modules_to_save", "connector"),

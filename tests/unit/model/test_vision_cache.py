@@ -34,8 +34,9 @@ def calls_of(model: Any, family: str) -> list[int]:
 
 @pytest.mark.parametrize("family", [family for family in TINY_FAMILIES if family not in MORE])
 def test_the_second_time_nothing_is_encoded_and_all_is_the_same(family: str, tmp_path: Path) -> None:
-    batch = build_batch(make_row(family, ROW), "response", "concatenated")
-    plain = frozen(family, None)(batch)
+    model = frozen(family, None)
+    batch = build_batch(make_row(family, ROW), "response", "concatenated", collate=model.family.collate)
+    plain = model(batch)
     first = frozen(family, tmp_path)
     seen = calls_of(first, family)
     for name in ("chosen", "rejected"):

@@ -17,10 +17,10 @@ from orpo_ray.data.packing import build_batch
 from orpo_ray.data.reading import ReadSpec, pair_of, read_window
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import is_adapted, load_model, without_adapters
-from orpo_ray.objective.forward import ImageNotUsed, PairModel, normalise_pixels
+from orpo_ray.objective.forward import ImageNotUsed, PairModel
 from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
 from orpo_ray.objective.step_planner import StepPlanner
-from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
 from orpo_ray.processing.processor import load_processor
 from support.tiny_runs import write_pairs
 
@@ -127,7 +127,7 @@ def test_an_image_is_encoded_once_per_pair(encoder: PairEncoder, pairs: list[Enc
     assert seen == [len(pairs)]
 
 
-def test_images_in_parts_are_the_same(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
+def test_images_in_chunks_are_the_same(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
     """Two tiles of 64 x 64 at a time of six: three calls, the same log-probs and gradients."""
     found = []
     for at_once in (None, 2 * 64 * 64):

@@ -1,0 +1,197 @@
+"""What differs between families of vision-language models, as methods whose defaults hold for most of them.
+
+Add a family: write an entry in `registry.py` with the prefixes of its parameter names. If it behaves differently from
+`Family`, subclass it and override the methods in question. What transformers states itself (image token, output head,
+processor) is asked there and is not repeated here.
+
+Legend: B pairs, T tokens of a row, n images or tiles of a batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from orpo_ray.data.collate import PIXELS, ImageArrays, concatenate_images
+from orpo_ray.data.packing import PairBatch
+from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout
+from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
+
+# Layers that attend from token to token and to nothing else: the ones that can share a prefix.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# Language models that the tests show equal on both paths. Others may add to attention scores what the shared-prefix
+# path does not know (sinks, ALiBi), or may not call the registered attention at all.
+PROVEN_LANGUAGE_MODELS = {
+    "llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "qwen2_5_vl_text",
+    "qwen3_vl_text", "smollm3",
+}  # fmt: skip
+
+Prefixes = tuple[str, ...]
+ImageTensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What vision encoder and connector made of a batch's images, each encoded once."""
+
+    features: torch.Tensor
+    """Of all images, one after another: [n, tokens, D] or [tokens of all images, D]."""
+    output: Any
+    """transformers' output that held the features. The model's forward takes it back."""
+    is_list: bool
+    """Whether the model's forward takes a list of features, rather than one tensor."""
+
+    @classmethod
+    def of(cls, outputs: Sequence[Any]) -> ImageFeatures:
+        """Join the outputs of one or several calls of `Family.encode_images`."""
+        output = outputs[0]
+        is_list = isinstance(output.pooler_output, list | tuple)
+        features = [each for o in outputs for each in (o.pooler_output if is_list else [o.pooler_output])]
+        return cls(_concatenated(features), output, is_list)
+
+    @classmethod
+    def of_each(cls, features: Sequence[torch.Tensor]) -> ImageFeatures:
+        """Join the features of single images, as the vision cache keeps them."""
+        return cls(_concatenated(features), BaseModelOutputWithPooling(), is_list=features[0].ndim == 2)
+
+    def watched(self, hook: Callable[[torch.Tensor], None]) -> ImageFeatures:
+        """The same features, with `hook` called on their gradient."""
+        features = self.features
+        if not features.requires_grad:  # vision encoder and connector are frozen
+            features = features.detach().requires_grad_(True)
+        features.register_hook(hook)
+        return replace(self, features=features)
+
+    def as_output(self, copies: int) -> Any:
+        """transformers' output with the features repeated: once for a packed row, twice for rows of both answers."""
+        output, repeated = self.output, (self.features,) * copies
+        output.pooler_output = repeated if self.is_list else _concatenated(repeated)
+        if deepstack := getattr(output, "deepstack_features", None):
+            output.deepstack_features = [(*layer,) * copies for layer in deepstack]
+        return output
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family whose images become tokens of the row, behind a plainly causal mask (LLaVA and its like).
+
+    Instances are small and picklable.
+    """
+
+    vision: Prefixes
+    """Prefixes of the vision encoder's parameter names, below the `...ForConditionalGeneration` model."""
+    connector: Prefixes
+    """Prefixes of the connector's parameter names; it may lie inside the vision encoder."""
+    language: Prefixes
+    """Prefixes of the language model's parameter names."""
+    image_inputs: tuple[str, ...] = (PIXELS,)
+    """Which of the processor's tensors the vision encoder takes."""
+
+    @property
+    def bidirectional(self) -> Bidirectional | None:
+        """Which tokens of a prompt also see later tokens; None if none do."""
+        return None
+
+    def prefixes(self, component: str) -> Prefixes:
+        """Parameter prefixes of `vision`, `connector` or `language`, as `str.startswith` takes them."""
+        return {"vision": self.vision, "connector": self.connector, "language": self.language}[component]
+
+    def why_not_shared_prefix(self, config: Any) -> str | None:
+        """Why a model with this transformers config must take the concatenated path; None if it need not."""
+        text = config.get_text_config()
+        if others := set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS:
+            return f"the language model has layers of type {', '.join(sorted(others))}"
+        if text.model_type not in PROVEN_LANGUAGE_MODELS:
+            return f"it is not proven for the language model {text.model_type}"
+        if getattr(text, "use_bidirectional_attention", False) and self.bidirectional is None:
+            return "the language model is bidirectional"
+        return None
+
+    def can_cache_images(self, config: Any) -> bool:
+        """Whether the features of an image are one tensor that depends on that image alone."""
+        return True
+
+    # ---- Images
+
+    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+        """Join the image tensors of several prompts; see `orpo_ray.data.collate.Collate`."""
+        return concatenate_images(inputs, row_width)
+
+    def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
+        """What the vision encoder takes, with pixels rescaled and normalised as by the processor.
+
+        Args:
+            images: the batch's image tensors, as `collate` made them; pixels are uint8.
+            norm: the processor's numbers.
+            dtype: of the pixels that the vision encoder takes.
+        """
+        inputs = {name: images[name] for name in self.image_inputs if name in images}
+        return inputs | {PIXELS: normalise_pixels(inputs[PIXELS], norm).to(dtype)}
+
+    def encode_images(self, base: Any, inputs: ImageTensors) -> Any:
+        """Run vision encoder and connector.
+
+        Args:
+            base: the transformers model.
+            inputs: of some or all images, as `vision_inputs` made them.
+
+        Returns:
+            transformers' output, with the features as `pooler_output`: [n, tokens, D], or a list with a tensor per
+            image.
+        """
+        return base.get_image_features(**inputs, return_dict=True)
+
+    def rows_per_image(self, config: Any, inputs: Mapping[str, torch.Tensor]) -> list[int]:
+        """How many rows of pixels each image has; tiles that are encoded independently count as images."""
+        return [1] * len(inputs[PIXELS])
+
+    # ---- Language model
+
+    def hidden_states(self, base: Any, batch: PairBatch, images: ImageFeatures | None) -> torch.Tensor:
+        """Run the language model: what `logits` takes at every position, [1, T, D] or [2B, T, D].
+
+        Args:
+            base: the transformers model.
+            batch: in either layout.
+            images: None if no pair has an image.
+        """
+        hidden: torch.Tensor = base.model(**self._forward_inputs(base, batch, images)).last_hidden_state
+        return hidden
+
+    def packed_positions(self, base: Any, batch: PairBatch) -> torch.Tensor:
+        """Positions in a packed row as the model itself would number each sequence: [1, T], or [axes, 1, T]."""
+        return batch.position_ids
+
+    def concatenated_inputs(self, batch: PairBatch) -> dict[str, Any]:
+        """What the model's forward takes besides tokens and images in the concatenated layout.
+
+        Positions and mask are made by the model itself.
+        """
+        return {}
+
+    def logits(self, base: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the output head on some positions: [m, D] -> [m, V], a new tensor."""
+        logits: torch.Tensor = base.get_output_embeddings()(hidden)
+        return logits
+
+    def _forward_inputs(self, base: Any, batch: PairBatch, images: ImageFeatures | None) -> dict[str, Any]:
+        """All arguments of the model's forward."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if images is not None:
+            copies = 1 if batch.spans or not batch.images_shared else 2
+            inputs["mm_encoder_outputs"] = {"image": images.as_output(copies)}
+        if batch.spans:
+            inputs["shared_prefix"] = PrefixLayout.of(batch, self.bidirectional)
+            inputs["position_ids"] = self.packed_positions(base, batch)
+            return inputs
+        return inputs | self.concatenated_inputs(batch)
+
+
+def _concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate; a single tensor is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

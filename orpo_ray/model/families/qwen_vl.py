@@ -1,0 +1,68 @@
+"""Qwen2.5-VL and Qwen3-VL: images as rows of patches, positions with three axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from orpo_ray.data.packing import IMAGE, PairBatch
+from orpo_ray.model.families.base import Family
+
+GRID = "image_grid_thw"
+
+
+class QwenVL(Family):
+    """The size of each image in patches is its own tensor, `image_grid_thw` [n, 3]: time, height, width."""
+
+    def can_cache_images(self, config: Any) -> bool:
+        """Qwen3-VL's vision encoder also gives features to the first language layers."""
+        return not hasattr(config.vision_config, "deepstack_visual_indexes")
+
+    def rows_per_image(self, config: Any, inputs: Mapping[str, torch.Tensor]) -> list[int]:
+        """The patches of each image."""
+        rows: list[int] = inputs[GRID].prod(-1).tolist()
+        return rows
+
+    def packed_positions(self, base: Any, batch: PairBatch) -> torch.Tensor:
+        """The positions of the model's `get_rope_index`: [3, 1, T]."""
+        return packed_rope_index(base, batch)
+
+    def concatenated_inputs(self, batch: PairBatch) -> dict[str, Any]:
+        """Which tokens are images, and the images' grids; twice where both rows of a pair have the same images."""
+        inputs = {"mm_token_type_ids": (batch.token_kind == IMAGE).int()}
+        grid = batch.images.get(GRID)
+        if grid is None:
+            return inputs
+        return inputs | {GRID: grid.repeat(2, 1) if batch.images_shared else grid}
+
+
+def packed_rope_index(base: Any, batch: PairBatch) -> torch.Tensor:
+    """Multi-axis positions of each sequence of a packed row: [3, 1, T].
+
+    The model is asked once for the whole row. Text continues by 1 on all axes, so the positions of each sequence are
+    right but for an offset.
+    """
+    positions, _ = base.model.get_rope_index(
+        batch.input_ids,
+        mm_token_type_ids=(batch.token_kind == IMAGE).int(),
+        image_grid_thw=batch.images.get(GRID),
+    )
+    sequences = []
+    for span in batch.spans:
+        chosen, rejected = positions[..., span.start : span.rejected], positions[..., span.rejected : span.end]
+        own = chosen - chosen[0, 0, 0]
+        sequences.append(own)
+        if not span.is_single:
+            after_prompt = own[..., span.chosen - span.start].unsqueeze(-1)
+            sequences.append(rejected - positions[..., span.rejected].unsqueeze(-1) + after_prompt)
+    return torch.cat(sequences, dim=-1)
+
+
+QWEN_VL = QwenVL(
+    vision=("model.visual.",),
+    connector=("model.visual.merger.", "model.visual.deepstack_merger_list."),
+    language=("model.language_model.",),
+    image_inputs=("pixel_values", GRID),
+)

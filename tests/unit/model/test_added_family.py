@@ -1,0 +1,143 @@
+"""A family from outside: one class and one registry entry, and a model of it loads, packs, trains and is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from orpo_ray.config.schema import ModelConfig
+from orpo_ray.data.collate import ImageArrays, concatenate_images
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.packing import PairBatch
+from orpo_ray.model.families.base import Family, ImageTensors
+from orpo_ray.model.families.llava_like import PREFIXES
+from orpo_ray.model.families.registry import FAMILIES
+from orpo_ray.model.loading import load_model
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.objective.step_planner import StepPlanner
+from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.tiny_models.families import TINY_FAMILIES
+from support.pairs_by_hand import NORM, assert_equal, make_pair, run, run_as
+
+CPU = torch.device("cpu")
+FIRST_POSITION = 3
+
+
+class DimmerConfig(LlavaConfig):
+    """transformers' side of the made-up family."""
+
+    model_type = "dimmer"
+
+
+class DimmerForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA, but each image comes with a brightness, and the head halves its logits."""
+
+    config_class = DimmerConfig
+
+
+class Dimmer(Family):
+    """This project's side: everything that a family may do differently, done differently."""
+
+    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+        return concatenate_images(inputs) | {"row_width": np.asarray([row_width])}
+
+    def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
+        assert images["row_width"].shape == (1,)
+        return super().vision_inputs(images, norm, dtype) | {"brightness": images["brightness"].to(dtype)}
+
+    def encode_images(self, base: Any, inputs: ImageTensors) -> Any:
+        output = base.get_image_features(inputs["pixel_values"], return_dict=True)
+        bright = zip(output.pooler_output, inputs["brightness"], strict=True)
+        output.pooler_output = [features * brightness for features, brightness in bright]
+        return output
+
+    def packed_positions(self, base: Any, batch: PairBatch) -> torch.Tensor:
+        return batch.position_ids + FIRST_POSITION
+
+    def concatenated_inputs(self, batch: PairBatch) -> dict[str, Any]:
+        return {"position_ids": batch.position_ids + FIRST_POSITION}
+
+    def logits(self, base: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return super().logits(base, hidden) / 2
+
+
+@pytest.fixture
+def dimmer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A saved tiny model of the family, known to transformers and to this project while the test runs."""
+    monkeypatch.setitem(FAMILIES, "dimmer", Dimmer(**PREFIXES, image_inputs=("pixel_values",)))
+    AutoConfig.register("dimmer", DimmerConfig)
+    AutoModelForImageTextToText.register(DimmerConfig, DimmerForConditionalGeneration)
+    torch.manual_seed(0)
+    settings = TINY_FAMILIES["llava"]().config().to_dict() | {"model_type": "dimmer"}
+    DimmerForConditionalGeneration(DimmerConfig(**settings)).save_pretrained(tmp_path)
+    yield str(tmp_path)
+    CONFIG_MAPPING._extra_content.pop("dimmer")
+    AutoModelForImageTextToText._model_mapping._extra_content.pop(DimmerConfig)
+
+
+def dimmer_pairs() -> list[EncodedPair]:
+    """Images of different brightness, and a pair without an image."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        make_pair("llava", rng, *lengths, i) for i, lengths in enumerate([(2, 5, 6, 4), (0, 3, 2, 5), (1, 4, 3, 3)])
+    ]
+    for pair in pairs:
+        if pair.images:
+            pair.images["brightness"] = rng.uniform(0.5, 2.0, len(pair.images["pixel_values"])).astype(np.float32)
+    return pairs
+
+
+def test_a_family_from_outside_trains_a_step(dimmer: str) -> None:
+    model = PairModel(load_model(ModelConfig(id=dimmer), CPU, seed=0), NORM)
+    assert isinstance(model.family, Dimmer)
+    assert model.layout == "shared_prefix"
+    pairs = dimmer_pairs()
+    assert_equal(run(model, pairs, "shared_prefix"), run(model, pairs, "concatenated"))
+
+    run_as(model, "shared_prefix")
+    planner = StepPlanner("response", 8192, model.layout, 300, pairs[1], pairs[2], CPU, model.family.collate)
+    plan = planner.plan(pairs, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        model.watch_images = True
+        (batch,) = plan.batches
+        loss, _ = orpo_loss(model(batch), batch.weights, 0.1, Normaliser(3.0))
+        loss.backward()
+        model.check_images_used()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[1] < losses[0]
+
+
+def test_its_own_forward_is_the_reference(dimmer: str) -> None:
+    """Brightness, positions and halved logits by hand, around the transformers model."""
+    model = PairModel(load_model(ModelConfig(id=dimmer), CPU, seed=0), NORM)
+    pairs = dimmer_pairs()
+    got = run(model, pairs, "shared_prefix")[0]
+    base = model.model
+    base.set_attn_implementation("sdpa")
+    for index, pair in enumerate(pairs):
+        ids = torch.tensor([[*pair.prompt_ids, *pair.chosen_ids]], dtype=torch.long)
+        embeds = base.get_input_embeddings()(ids)
+        if pair.images:
+            inputs = model.family.vision_inputs(
+                {k: torch.from_numpy(v) for k, v in model.family.collate([pair.images], 0).items()}, NORM, torch.float32
+            )
+            plain = base.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+            bright = [each * float(b) for each, b in zip(plain, pair.images["brightness"], strict=True)]
+            mask = ~torch.tensor([*pair.prompt_is_text, *[True] * len(pair.chosen_ids)])
+            embeds = embeds.masked_scatter(mask[None, :, None], torch.cat(bright))
+        positions = torch.arange(ids.shape[1])[None] + FIRST_POSITION
+        logits = base(inputs_embeds=embeds, position_ids=positions).logits / 2
+        logps = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(pair.prompt_ids) - 1 :, 0]
+        torch.testing.assert_close(got.chosen[index].detach(), logps.sum().detach(), rtol=1e-5, atol=1e-5)
