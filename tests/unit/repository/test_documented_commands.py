@@ -1,0 +1,67 @@
+"""Commands and recipes that the README, the docs and the recipes themselves show are accepted as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orpo_ray.config.load import load_recipe, parse_recipe
+
+ROOT = Path(__file__).parents[3]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
+BLOCK = re.compile(r"^ *```(\w+)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+WITH_RECIPE = ("train", "tune", "plan", "data check", "data prepare")
+OTHERS = ("evaluate", "export", "schema")
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) for every `orpo-ray ...` in a shell block or in a recipe's comments."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        if page.suffix == ".md":
+            text = "\n".join(code for language, code in BLOCK.findall(text) if language in ("bash", "text"))
+            text = text.replace("\\\n", " ")
+        for line in text.splitlines():
+            # Not `orpo-ray-...` of a path, and not a word of a sentence.
+            if match := re.match(r"(?:[#$ ]*|.*-- )(orpo-ray (?:data )?\w+.*)", line):
+                found.append((page.name, match[1].split(" #")[0].strip().rstrip("`.")))
+    return found
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    text = "\n".join(command for _, command in commands())
+    for name in (*WITH_RECIPE, "evaluate", "export"):
+        assert f"orpo-ray {name} " in text
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_a_command_is_accepted(page: str, command: str) -> None:
+    name = next(name for name in (*WITH_RECIPE, *OTHERS) if command.startswith(f"orpo-ray {name}"))
+    arguments = shlex.split(command.removeprefix(f"orpo-ray {name}"))
+    if name in OTHERS or not arguments[0].startswith("recipes/"):
+        return
+    overrides = [argument for argument in arguments[1:] if re.match(r"[\w.]+=", argument)]
+    load_recipe(ROOT / arguments[0], overrides)
+
+
+def recipe_blocks() -> list[Any]:
+    """YAML blocks with sections of a recipe."""
+    pages = [page for page in PAGES if page.suffix == ".md"]
+    blocks = [(page.name, code) for page in pages for language, code in BLOCK.findall(page.read_text())
+              if language == "yaml"]  # fmt: skip
+    return [pytest.param(code, id=f"{page} {code.splitlines()[0]}") for page, code in blocks]
+
+
+@pytest.mark.parametrize("code", recipe_blocks())
+def test_a_recipe_is_accepted(code: str) -> None:
+    raw = yaml.safe_load(code)
+    raw.setdefault("name", "x")
+    raw["model"] = {"id": "x", **raw.get("model", {})}
+    raw["data"] = {"train": "x.jsonl", **raw.get("data", {})}
+    parse_recipe(raw)
