@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "orpo_ray"
+CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 # The page `reference/python/index.md`.
 INDEX = """---
 description: The packages of orpo-ray and what each is for.
@@ -22,32 +24,29 @@ DeepSpeed, so you can use them in a plain PyTorch loop; the
 !!! warning "Alpha"
     Names and signatures may change between versions. The [changelog](../../../CHANGELOG.md) names every break.
 
-| Package | Modules |
-|---|---|
+| Package | Purpose | Modules |
+|---|---|---|
 """
-ORDER = (
-    "errors", "extras", "storage", "config", "tiny_models", "processing", "data", "model", "objective", "streaming",
-    "tracking", "ray_cluster", "evaluation", "planning", "training", "export", "data_report",
-)  # fmt: skip
 
 
 @cache
 def python_pages() -> tuple[tuple[str, str, str], ...]:
     """Title, URI and Markdown of every page: the index, then one page per package or top-level module."""
-    packages = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    names = sorted(packages - {"__init__", "__main__", "cli"}, key=lambda name: (_place(name), name))
     index, pages = INDEX, []
-    for name in names:
+    for name, purpose in _purposes().items():
         modules = _modules(name)
         links = ", ".join(f"[`{module.split('.')[-1]}`]({name}.md#{module})" for module in modules)
-        index += f"| [`{name}`]({name}.md) | {links} |\n"
+        index += f"| [`{name}`]({name}.md) | {purpose} | {links} |\n"
         blocks = "".join(f"::: {module}\n\n" for module in modules)
-        pages.append((name, f"reference/python/{name}.md", f"# `orpo_ray.{name}`\n\n{blocks}"))
+        text = f"# `orpo_ray.{name}`\n\n{purpose[0].upper()}{purpose[1:]}.\n\n{blocks}"
+        pages.append((name, f"reference/python/{name}.md", text))
     return (("Overview", "reference/python/index.md", index), *pages)
 
 
-def _place(name: str) -> int:
-    return ORDER.index(name) if name in ORDER else len(ORDER)
+def _purposes() -> dict[str, str]:
+    """Package -> purpose, in the order of the layers, from the table in CONTRIBUTING.md."""
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", CONTRIBUTING.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name: purpose for name, purpose in rows if name != "cli"}
 
 
 def _modules(name: str) -> list[str]:
