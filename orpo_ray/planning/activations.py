@@ -1,4 +1,4 @@
-"""Memory and arithmetic of one forward and backward, from a dry run of the real `PairModel` on a packed batch."""
+"""Memory and FLOPs of one forward and backward pass, from a dry run of the real `PairModel` on a packed batch."""
 
 from __future__ import annotations
 
@@ -26,34 +26,37 @@ from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 AS_ON_CUDA = "orpo_ray_planned_for_cuda"
-# Layers of each part that are run of a deep model. Two, so that one is neither first nor last.
-FEW = 2
+# Layers of the language model and of the vision encoder that the dry run of a deep model keeps.
+LAYERS_RUN = 2
 NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
 class PairShape:
-    """A pair as far as memory goes. prompt: tokens of it that are text. images: of the prompt; image_tokens: of each.
-
-    vision: what the vision part is given for one image, as shapes of its tensors.
-    """
+    """The sizes of a pair that determine memory."""
 
     prompt: int
+    """Text tokens in the prompt."""
     chosen: int
+    """Tokens of the chosen answer."""
     rejected: int
+    """Tokens of the rejected answer."""
     images: int
+    """Images in the prompt."""
     image_tokens: int
+    """Tokens per image."""
     vision: Mapping[str, np.ndarray]
+    """Inputs of the vision encoder for one image, with values of 0."""
 
     def tokens(self, layout: Layout) -> int:
-        """That the pair takes of `optim.tokens_per_microbatch`."""
+        """Return the tokens that count against `optim.tokens_per_microbatch`."""
         prompt = self.prompt + self.images * self.image_tokens
         if layout == "shared_prefix":
             return prompt + self.chosen + self.rejected
         return 2 * (prompt + max(self.chosen, self.rejected))
 
     def pair(self, image_token: int, sample_index: int) -> EncodedPair:
-        """Such a pair, of no meaning."""
+        """Return a pair of these sizes, with meaningless content."""
         image = [1] + [image_token] * self.image_tokens if self.images else []
         ids = np.asarray([1] * max(0, self.prompt - self.images) + image * self.images, np.int32)
         chosen, rejected = np.ones(self.chosen, np.int32), np.ones(self.rejected, np.int32)
@@ -63,63 +66,73 @@ class PairShape:
         )
 
 
-# Where a forward and backward may need the most, in their order; the output head belongs to the third.
+# Phases of a forward and backward pass, in order. The output head belongs to the language backward.
 PHASES = ("vision forward", "language forward", "language backward", "vision backward")
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Of one micro-batch on one worker, over weights and gradients.
-
-    saved: bytes that wait for backward as the output head begins. peaks: most bytes at any time of each of `PHASES`.
-    flops: of matrix products, recomputation included. pairs, tokens: in it.
-    """
+    """Memory and FLOPs of one micro-batch on one worker, without weights and gradients."""
 
     saved: int
+    """Bytes saved for the backward pass when the output head starts."""
     peaks: tuple[int, ...]
+    """Peak bytes in each of `PHASES`."""
     flops: int
+    """FLOPs of matrix products, including recomputation."""
     pairs: int
+    """Pairs in the micro-batch."""
     tokens: int
+    """Tokens in the micro-batch."""
 
     @property
     def peak(self) -> int:
-        """Most bytes at any time."""
+        """Peak bytes over all phases."""
         return max(self.peaks)
 
-    def per_layer(self, deeper: Activations) -> tuple[int, ...]:
-        """What a layer adds, from the same with one layer more."""
-        mine, theirs = ((each.saved, *each.peaks, each.flops) for each in (self, deeper))
-        return tuple(b - a for a, b in zip(mine, theirs, strict=True))
+    def layer_cost(self, deeper: Activations) -> tuple[int, ...]:
+        """Return what one layer adds, given the activations of the model with one more layer."""
+        without, with_layer = ((each.saved, *each.peaks, each.flops) for each in (self, deeper))
+        return tuple(b - a for a, b in zip(without, with_layer, strict=True))
 
-    def deepened(self, layer: tuple[int, ...], layers: int) -> Activations:
-        """The same with so many layers more."""
+    def with_layers(self, layer: tuple[int, ...], layers: int) -> Activations:
+        """Return the activations with `layers` more layers, each of cost `layer`."""
         saved, *peaks, flops = (
             a + layers * b for a, b in zip((self.saved, *self.peaks, self.flops), layer, strict=True)
         )
         return Activations(saved, tuple(peaks), flops, self.pairs, self.tokens)
 
-    def widened(self, pairs: int, in_portions: bool) -> Activations:
-        """The same with so many pairs: what waits grows with them, the chunk of logits at a time does not.
+    def with_pairs(self, pairs: int, chunked_vision: bool) -> Activations:
+        """Return the activations of a micro-batch with `pairs` pairs.
 
-        in_portions: neither does what the vision part computes anew (`PIXELS_AT_ONCE`).
+        Saved activations grow with the pairs. The logits do not, since they are computed in chunks; with
+        `chunked_vision`, neither does what the vision encoder recomputes (`PIXELS_AT_ONCE`).
         """
         ratio = pairs / self.pairs
         saved = round(self.saved * ratio)
         peaks = [round(peak * ratio) for peak in self.peaks]
-        for phase in ("language backward", "vision backward") if in_portions else ("language backward",):
-            place = PHASES.index(phase)
-            peaks[place] = saved + max(0, self.peaks[place] - self.saved)
+        for phase in ("language backward", "vision backward") if chunked_vision else ("language backward",):
+            index = PHASES.index(phase)
+            peaks[index] = saved + max(0, self.peaks[index] - self.saved)
         return Activations(saved, tuple(peaks), round(self.flops * ratio), pairs, round(self.tokens * ratio))
 
 
 def unloaded_model(
-    section: ModelConfig, config: Any, dtype: torch.dtype, layout: Layout, device: str = "cuda"
+    model_config: ModelConfig, config: Any, dtype: torch.dtype, layout: Layout, device: str = "cuda"
 ) -> torch.nn.Module:
-    """The model on `meta`, ready to train, as `load_model` would have it on `device` (cpu or cuda)."""
+    """Return the model on the `meta` device, ready to train, as `load_model` would prepare it on `device`.
+
+    Args:
+        model_config: `model` section of the recipe.
+        config: the model's config in transformers.
+        dtype: of the weights.
+        layout: attention layout of a pair.
+        device: cpu or cuda; determines the attention kernel.
+    """
     from transformers import AutoModelForImageTextToText
 
-    if section.lora is not None:
-        import peft  # noqa: F401 - not first below, where constants of modules would be made on meta
+    if model_config.lora is not None:
+        import peft  # noqa: F401 - imported here, since its module constants must not be created on meta
 
     language = own_attention(config)
     if layout == "shared_prefix":
@@ -130,11 +143,11 @@ def unloaded_model(
         model = AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation={"text_config": language, "vision_config": "sdpa"}
         )
-        return ready_to_train(model, section, seed=0)
+        return ready_to_train(model, model_config, seed=0)
 
 
 def batch_of(shape: PairShape, pairs: int, config: Any, nll: str, layout: Layout) -> PairBatch:
-    """A micro-batch of so many such pairs."""
+    """Build a micro-batch of `pairs` pairs of this shape."""
     vocabulary = config.get_text_config().vocab_size
     shaped = [shape.pair(config.image_token_id, sample_index) for sample_index in range(pairs)]
     batch = build_batch(shaped, nll, layout, collate=family_of(config).collate)
@@ -142,42 +155,65 @@ def batch_of(shape: PairShape, pairs: int, config: Any, nll: str, layout: Layout
 
 
 def measure(
-    section: ModelConfig, config: Any, dtype: torch.dtype, layout: Layout, batch: PairBatch, bounded: bool, device: str
+    model_config: ModelConfig,
+    config: Any,
+    dtype: torch.dtype,
+    layout: Layout,
+    batch: PairBatch,
+    bounded: bool,
+    device: str,
 ) -> Activations:
-    """Forward and backward of a batch, dry. bounded: the vision part takes `PIXELS_AT_ONCE` (not under ZeRO-3).
+    """Measure a forward and backward pass of a batch in a dry run.
 
-    A deep model is run with few layers and what one more adds: layers are alike, so that each phase's peak grows by as
-    much with every one of them.
+    A deep model is measured with few layers, and then with one more: all layers have the same sizes, so each further
+    layer adds the same amount to each phase.
+
+    Args:
+        model_config: `model` section of the recipe.
+        config: the model's config in transformers.
+        dtype: of the weights.
+        layout: attention layout of a pair.
+        batch: the micro-batch.
+        bounded: whether the vision encoder processes at most `PIXELS_AT_ONCE` pixels at a time (not under ZeRO-3).
+        device: cpu or cuda; determines the attention kernel.
     """
     depth = _depths(config)
-    if min(depth) <= FEW + 1:
-        return _measure(section, config, dtype, layout, batch, bounded, device)
+    if min(depth) <= LAYERS_RUN + 1:
+        return _measure(model_config, config, dtype, layout, batch, bounded, device)
 
-    def cut(language: int, vision: int) -> Activations:
-        return _measure(section, _cut(config, language, vision), dtype, layout, batch, bounded, device)
+    def measure_layers(language: int, vision: int) -> Activations:
+        return _measure(model_config, _with_depth(config, language, vision), dtype, layout, batch, bounded, device)
 
-    few, language, vision = cut(FEW, FEW), cut(FEW + 1, FEW), cut(FEW, FEW + 1)
-    deep = few.deepened(few.per_layer(language), depth[0] - FEW)
-    return deep.deepened(few.per_layer(vision), depth[1] - FEW)
+    few = measure_layers(LAYERS_RUN, LAYERS_RUN)
+    language_layer = few.layer_cost(measure_layers(LAYERS_RUN + 1, LAYERS_RUN))
+    vision_layer = few.layer_cost(measure_layers(LAYERS_RUN, LAYERS_RUN + 1))
+    deep = few.with_layers(language_layer, depth[0] - LAYERS_RUN)
+    return deep.with_layers(vision_layer, depth[1] - LAYERS_RUN)
 
 
 def _measure(
-    section: ModelConfig, config: Any, dtype: torch.dtype, layout: Layout, batch: PairBatch, bounded: bool, device: str
+    model_config: ModelConfig,
+    config: Any,
+    dtype: torch.dtype,
+    layout: Layout,
+    batch: PairBatch,
+    bounded: bool,
+    device: str,
 ) -> Activations:
-    model = unloaded_model(section, config, dtype, layout, device)
+    model = unloaded_model(model_config, config, dtype, layout, device)
     with dry_run() as dry:
-        without_numbers(model)
+        move_from_meta(model)
         for parameter in model.parameters():
-            if parameter.requires_grad:  # as after an earlier micro-batch
+            if parameter.requires_grad:  # gradients of an earlier micro-batch are accumulated
                 parameter.grad = torch.empty_like(parameter)
-        portion = PIXELS_AT_ONCE[device] if bounded and section.gradient_checkpointing else None
-        pair_model = PairModel(model, NORM, portion)
+        pixels_at_once = PIXELS_AT_ONCE[device] if bounded and model_config.gradient_checkpointing else None
+        pair_model = PairModel(model, NORM, pixels_at_once)
         pair_model.layout = layout
         return step(pair_model, batch, dry)
 
 
 def step(pair_model: PairModel, batch: PairBatch, live: Live) -> Activations:
-    """Forward and backward, dry or real; what `live` knew before counts for nothing."""
+    """Run forward and backward, in a dry run or for real, and measure what they add to `live`."""
     before, flops = live.now, live.flops
     live.peak = before
     peaks: list[int] = []
@@ -213,13 +249,13 @@ def step(pair_model: PairModel, batch: PairBatch, live: Live) -> Activations:
 
 
 def _depths(config: Any) -> tuple[int, int]:
-    """Layers of the language model, and of the vision part."""
+    """Return the number of layers of the language model and of the vision encoder."""
     vision = config.vision_config
     return config.get_text_config().num_hidden_layers, getattr(vision, "num_hidden_layers", getattr(vision, "depth", 0))
 
 
-def _cut(config: Any, language: int, vision: int) -> Any:
-    """The config of a model with so many layers of each part."""
+def _with_depth(config: Any, language: int, vision: int) -> Any:
+    """Return a copy of the config with these numbers of layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = language
@@ -231,8 +267,8 @@ def _cut(config: Any, language: int, vision: int) -> Any:
     return config
 
 
-def without_numbers(model: torch.nn.Module) -> None:
-    """Put what is on `meta` where the dry run is; tied weights stay tied."""
+def move_from_meta(model: torch.nn.Module) -> None:
+    """Replace tensors on `meta` by tensors of the dry run. Tied weights stay tied."""
     moved: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

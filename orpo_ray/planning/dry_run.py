@@ -1,7 +1,7 @@
-"""Runs a model with no numbers in it: shapes and storages only, to see what memory and arithmetic a step takes.
+"""Run a model without values, with shapes only, to find the memory and FLOPs of a step.
 
-Floats are tensors without storage (torch's FakeTensorMode). Integers and masks are real: models split, index and loop
-by them, so that they must be right for the shapes to be.
+Float tensors have no storage (torch's FakeTensorMode). Integer tensors and masks are real, because models split, index
+and loop by them, so that shapes depend on their values.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-# More elements than that are not computed for real: pixels, never what shapes depend on.
+# Larger integer tensors are pixels, on which no shape depends, and are not computed.
 REAL_ELEMENTS = 2**20
-# Real floats up to this many stay so: rotary frequencies, sizes of images.
+# Smaller float tensors are computed: rotary frequencies, image sizes.
 REAL_FLOATS = 2**12
 
 
 class Live(TorchDispatchMode):
-    """Bytes of tensors that are alive, and most so far: of every storage that an operation returned.
+    """Counts the bytes of all live tensors, and their peak.
 
-    A storage counts once, from the operation that made it until nobody holds it, autograd included.
+    A storage counts once, from the operation that returns it until its last reference is gone, including those of
+    autograd.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Live(TorchDispatchMode):
         return out
 
     def add(self, tensors: Any) -> None:
-        """Count the storages of these tensors, if they are new."""
+        """Count the storages of these tensors that are not counted yet."""
         for tensor in tree_flatten(tensors)[0]:
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -57,7 +58,7 @@ class Live(TorchDispatchMode):
 
 
 class DryRun(Live):
-    """A mode under which floats have no storage; also adds up the floating-point operations of matrix products."""
+    """Mode in which float tensors have no storage. Also counts the FLOPs of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,63 +68,63 @@ class DryRun(Live):
         kwargs = kwargs or {}
         inputs = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
         if any(isinstance(each, FakeTensor) for each in inputs):
-            out = self._without_numbers(func, args, kwargs)
+            out = self._run_fake(func, args, kwargs)
         elif sum(each.numel() for each in inputs) <= REAL_ELEMENTS and not self._makes_floats(func, inputs, kwargs):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
-            out = tree_map_only(torch.Tensor, self._forget_if_large, out)
+            out = tree_map_only(torch.Tensor, self._drop_large_floats, out)
         else:
-            out = self._without_numbers(func, args, kwargs)
+            out = self._run_fake(func, args, kwargs)
         self.add(out)
         return out
 
-    def _without_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run_fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten._local_scalar_dense.default:
-            return 0  # a number read off a float: nobody's shapes depend on it
+            return 0  # `.item()` of a float; no shape depends on it
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
-            args = (args[0], _places(args[1]), *args[2:])
+            args = (args[0], _masks_as_indices(args[1]), *args[2:])
         out = func(*args, **kwargs)
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            with unset_fake_temporarily():  # it may read the lengths of sequences
+            with unset_fake_temporarily():  # the formula may read sequence lengths
                 self.flops += formula(*args, **kwargs, out_val=out)
-        return tree_map_only(FakeTensor, self._real_if_whole, out)
+        return tree_map_only(FakeTensor, self._integers_as_zeros, out)
 
     def _makes_floats(self, func: Any, inputs: Any, kwargs: Any) -> bool:
-        """Whether a float tensor comes of nothing: a weight, a zero gradient."""
+        """Whether the operation creates a float tensor without inputs, such as a weight or a zero gradient."""
         if inputs:
             return False
         dtype = kwargs.get("dtype") or (torch.get_default_dtype() if "arange" not in str(func) else torch.int64)
         return dtype.is_floating_point
 
-    def _forget_if_large(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _drop_large_floats(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and tensor.numel() > REAL_FLOATS:
             return self.fake.from_tensor(tensor)
         return tensor
 
     @staticmethod
-    def _real_if_whole(tensor: FakeTensor) -> torch.Tensor:
-        """Whole numbers that come of floats (`pixels == 0`) become zeros."""
+    def _integers_as_zeros(tensor: FakeTensor) -> torch.Tensor:
+        """Replace integers computed from floats (`pixels == 0`) by zeros."""
         if tensor.is_floating_point() or tensor.is_complex():
             return tensor
         with unset_fake_temporarily():
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
-def _places(indices: Any) -> Any:
-    """Masks as places: how many elements a mask picks is not known without its numbers."""
-    places: list[torch.Tensor | None] = []
+def _masks_as_indices(indices: Any) -> Any:
+    """Convert masks to indices while their values are known: they determine the shape of the result."""
+    converted: list[torch.Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
             with unset_fake_temporarily():
-                places += index.nonzero(as_tuple=True)
+                converted += index.nonzero(as_tuple=True)
         else:
-            places.append(index)
-    return places
+            converted.append(index)
+    return converted
 
 
 @contextmanager
 def dry_run() -> Iterator[DryRun]:
-    """Everything made and run inside has no numbers."""
+    """Run the code inside without values; yields the mode, which counts memory and FLOPs."""
     mode = DryRun()
     with mode.fake, mode:
         yield mode

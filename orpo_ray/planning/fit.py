@@ -1,4 +1,4 @@
-"""What fits where, how long it takes and what it costs."""
+"""Whether a setting fits on a GPU, how long it takes and what it costs."""
 
 from __future__ import annotations
 
@@ -8,43 +8,49 @@ from orpo_ray.planning.activations import Activations
 from orpo_ray.planning.gpus import GIB, Gpu
 from orpo_ray.planning.states import STAGES, Stage, Weights, states
 
-# CUDA's context with its libraries' workspaces, NCCL's buffers where there are several workers, and what the
-# caching allocator cannot use, as a share of what comes and goes. Assumed, not measured here.
+# Bytes for the CUDA context with library workspaces, bytes for NCCL buffers with several workers, and the fraction of
+# temporary memory that the caching allocator loses to fragmentation. Assumptions, not measurements.
 CONTEXT, NCCL, FRAGMENTATION = 1.0 * GIB, 0.5 * GIB, 0.1
-# Of a GPU's peak, counting what is computed anew: what well-kept trainers reach with models of some billions.
+# FLOPs utilization, recomputation included: a usual value for well-tuned training of models of some billion parameters.
 MFU = 0.30
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
-# Fuller than this is not advised: nothing here was compared with a GPU.
-ROOM = 0.9
+# Maximum fraction of GPU memory that is recommended, since the estimates have not been compared with a GPU.
+MAX_FILL = 0.9
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. activations: what waits for backward. head: more at the peak: logits, what comes and goes."""
+    """Bytes on one GPU."""
 
     weights: float
     gradients: float
     optimizer: float
+    """Optimizer states and float32 master weights."""
     buffers: float
+    """Buffers of DeepSpeed."""
     activations: float
+    """Activations saved for the backward pass."""
     head: float
+    """Additional memory at the peak: logits and other temporary tensors."""
     overhead: float
+    """CUDA context, NCCL and fragmentation."""
     total: float
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to run a recipe. budget: `optim.tokens_per_microbatch`."""
+    """The settings of a recipe that a plan varies."""
 
     workers: int
     stage: Stage
     checkpointing: bool
     budget: int
+    """`optim.tokens_per_microbatch`."""
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """A setting on a GPU type that holds it."""
+class Estimate:
+    """Memory, time and cost of a setting on a GPU type."""
 
     gpu: Gpu
     setting: Setting
@@ -55,66 +61,70 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Planner:
-    """Everything that was counted, to be asked about any setting.
-
-    weights: the model's. activations: of a full micro-batch of `budget` tokens, without and with checkpointing.
-    row: tokens of the least micro-batch, one pair. steps, pairs_per_step: of the run. quantized: the base is in 4 bits.
-    """
+    """Estimates memory, time and cost of settings from measurements of the model."""
 
     weights: Weights
     optimizer: str
+    """`optim.optimizer`."""
     activations: dict[bool, Activations]
+    """Activations of a full micro-batch, without (False) and with (True) gradient checkpointing."""
     budget: int
+    """Tokens of a full micro-batch."""
     row: int
+    """Tokens of the longest pair, which a micro-batch must hold at least."""
     steps: int
+    """Optimizer steps of the run."""
     pairs_per_step: int
     mfu: float
+    """Fraction of the GPU's peak FLOPs that is reached."""
     quantized: bool
+    """Whether the base model is in 4 bits."""
 
     def memory(self, setting: Setting) -> Memory:
-        """Of each GPU in a setting."""
+        """Estimate the memory of each GPU."""
         held = states(self.weights, setting.stage, setting.workers, self.optimizer)
         full = self.activations[setting.checkpointing]
-        # What waits grows with the tokens, and a row is never less than a pair; chunks of logits stay as they are.
+        # Saved activations grow with the tokens, of which there are at least those of one pair; the logits do not,
+        # since they are computed in chunks.
         tokens = max(self.row, min(setting.budget, self.budget))
-        share = tokens / max(full.tokens, self.row)
-        saved = full.saved * share
+        saved = full.saved * tokens / max(full.tokens, self.row)
         head: float = full.peak - full.saved + self.weights.largest_quantized
-        moving: float = saved + head + held.buffers
-        # The optimizer steps when activations are gone; ZeRO-3 never lets go of its bucket.
-        moving = max(moving, held.step + (held.buffers if setting.stage == 3 else 0))
-        overhead = CONTEXT + (NCCL if setting.workers > 1 else 0) + FRAGMENTATION * moving
-        kept = held.weights + held.gradients + held.optimizer
-        total = max(kept + moving, held.start) + overhead
-        head = moving - saved - held.buffers if moving > saved + held.buffers else head
+        temporary: float = saved + head + held.buffers
+        # Activations are freed before the optimizer step; ZeRO-3 keeps its bucket.
+        temporary = max(temporary, held.step + (held.buffers if setting.stage == 3 else 0))
+        overhead = CONTEXT + (NCCL if setting.workers > 1 else 0) + FRAGMENTATION * temporary
+        permanent = held.weights + held.gradients + held.optimizer
+        total = max(permanent + temporary, held.start) + overhead
+        head = temporary - saved - held.buffers if temporary > saved + held.buffers else head
         return Memory(held.weights, held.gradients, held.optimizer, held.buffers, saved, head, overhead, total)
 
     def hours(self, gpu: Gpu, setting: Setting) -> float:
-        """Of training, without loading and evaluation."""
+        """Estimate the hours of training, without loading and evaluation."""
         full = self.activations[setting.checkpointing]
         flops = full.flops / full.pairs * self.pairs_per_step * self.steps
         return flops / (setting.workers * gpu.flops * self.mfu) / 3600
 
-    def fits(self, gpu: Gpu, setting: Setting, share: float = 1.0) -> bool:
-        """Whether this share of a GPU holds it."""
-        return self.memory(setting).total <= share * gpu.memory * GIB
+    def fits(self, gpu: Gpu, setting: Setting, fill: float = 1.0) -> bool:
+        """Whether a setting fits in this fraction of a GPU's memory."""
+        return self.memory(setting).total <= fill * gpu.memory * GIB
 
-    def fitting(self, gpu: Gpu, setting: Setting) -> Fitting:
-        """With its time and price."""
+    def estimate(self, gpu: Gpu, setting: Setting) -> Estimate:
+        """Estimate memory, time and cost of a setting."""
         hours = self.hours(gpu, setting)
-        return Fitting(gpu, setting, self.memory(setting), hours, hours * setting.workers * gpu.price)
+        return Estimate(gpu, setting, self.memory(setting), hours, hours * setting.workers * gpu.price)
 
-    def cheapest(self, gpu: Gpu) -> Fitting | None:
-        """The setting that costs least on this type; of equals the one with fewest workers, then most like no sharding.
+    def cheapest(self, gpu: Gpu) -> Estimate | None:
+        """Return the cheapest setting that fits on a GPU type; None if there is none.
 
-        More workers cost the same and take less time, as far as this counts.
+        By these estimates, the number of workers changes the time but not the cost. Of settings with equal cost, the
+        one with the fewest workers and then the lowest ZeRO stage is returned.
         """
         for checkpointing in sorted(self.activations):
             for workers in (n for n in WORKERS if n <= self.pairs_per_step):
                 for budget in (self.budget, self.budget // 2, self.budget // 4):
                     for stage in STAGES if workers > 1 else STAGES[:1]:
                         setting = Setting(workers, stage, checkpointing, budget)
-                        # 4-bit weights in parts train, but what they take was never compared with an engine's.
-                        if not (self.quantized and stage == 3) and self.fits(gpu, setting, ROOM):
-                            return self.fitting(gpu, setting)
+                        # Sharded 4-bit weights can be trained, but the estimate was never compared with an engine.
+                        if not (self.quantized and stage == 3) and self.fits(gpu, setting, MAX_FILL):
+                            return self.estimate(gpu, setting)
         return None

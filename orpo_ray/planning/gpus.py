@@ -1,4 +1,4 @@
-"""GPU types: memory, arithmetic, and what an hour of one costs."""
+"""GPU types: memory, peak FLOPs, and price per hour."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: GiB that nvidia-smi shows. flops: peak of bf16 matrix products a second, dense. price: US$ an hour."""
+    """A GPU type."""
 
     name: str
     memory: float
+    """Memory in GiB, as nvidia-smi shows it."""
     flops: float
+    """Peak FLOPs per second of dense bf16 matrix products."""
     price: float
+    """US$ per hour."""
 
 
-# Memory and peak by NVIDIA's data sheets (bf16, dense, without sparsity). Prices are assumed, round figures for one GPU
-# on demand: clouds differ by more than twice, so give your own.
+# Memory and peak FLOPs are from NVIDIA's data sheets. Prices are assumptions, in round figures for one GPU on demand;
+# clouds differ by more than a factor of two.
 GPUS = (
     Gpu("L4", 22.5, 121e12, 0.80),
     Gpu("A10G", 22.5, 70e12, 1.20),
@@ -34,8 +37,8 @@ GPUS = (
 )
 
 
-def priced(prices: Sequence[str]) -> tuple[Gpu, ...]:
-    """The types with the user's prices, each `TYPE=DOLLARS`. Raises UserError."""
+def gpus_with_prices(prices: Sequence[str]) -> tuple[Gpu, ...]:
+    """Return all GPU types, with the user's prices (`TYPE=DOLLARS`) where given. Raises UserError."""
     known = {gpu.name.lower(): gpu for gpu in GPUS}
     for given in prices:
         name, _, amount = given.partition("=")
@@ -43,14 +46,16 @@ def priced(prices: Sequence[str]) -> tuple[Gpu, ...]:
         if len(found) != 1 and name.lower() not in known:
             names = ", ".join(gpu.name for gpu in GPUS)
             raise UserError(
-                "no GPU type of this name, or several", field="--price-per-hour", value=given, fix=f"use one of {names}"
+                "unknown or ambiguous GPU type", field="--price-per-hour", value=given, fix=f"use one of {names}"
             )
         try:
             price = float(amount)
         except ValueError:
             price = -1.0
         if not 0 <= price < 1e6:
-            raise UserError("is not TYPE=DOLLARS", field="--price-per-hour", value=given, fix="for example H100=2.50")
+            raise UserError(
+                "invalid price", field="--price-per-hour", value=given, fix="give TYPE=DOLLARS, such as H100=2.50"
+            )
         key = name.lower() if name.lower() in known else found[0]
         known[key] = replace(known[key], price=price)
     return tuple(known.values())

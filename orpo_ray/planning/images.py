@@ -1,6 +1,7 @@
-"""What one image becomes by a model's config: its tokens, and the tensors that the vision part takes.
+"""Tokens of an image, and the inputs of the vision encoder for it, according to a model's config.
 
-Without data to ask, an image is a photo of 1024 x 768 pixels, as each family's processor is set up on the hub.
+Without a data check, an image is assumed to be a photo of 1024 x 768 pixels, processed with the family's
+settings on the hub.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ WIDTH, HEIGHT = 1024, 768
 
 @dataclass(frozen=True)
 class ImageShape:
-    """tokens: placeholders of one image. vision: its tensors, zeros. how: in words, for the assumptions."""
+    """Sizes of one image in a model."""
 
     tokens: int
+    """Image tokens in the prompt."""
     vision: dict[str, np.ndarray]
-    how: str
+    """Inputs of the vision encoder, with values of 0."""
+    description: str
+    """How the image is divided, for the list of assumptions."""
 
 
 def image_shape(config: Any, tokens: int | None = None) -> ImageShape:
-    """Of a photo, or of an image that is known to become so many tokens."""
+    """Return the sizes of a photo, or of an image that has `tokens` tokens."""
     vision = config.vision_config
     if config.model_type.startswith("qwen"):
         return _by_patches(config, tokens)
@@ -33,16 +37,16 @@ def image_shape(config: Any, tokens: int | None = None) -> ImageShape:
     patches = side // patch
     match config.model_type:
         case "smolvlm" | "idefics3":
-            # A photo is enlarged and cut into 4 x 3 tiles, and comes whole besides.
+            # A photo is enlarged and divided into 4 x 3 tiles, plus a thumbnail.
             return _by_tiles(side, patches**2 // config.scale_factor**2, 13, tokens)
         case "internvl":
-            # As many tiles as fit the shape of a photo, up to 12, and the whole.
+            # Up to 12 tiles, depending on the aspect ratio, plus a thumbnail.
             return _by_tiles(side, int((patches * config.downsample_ratio) ** 2), 13, tokens)
         case "idefics2":
             latents = config.perceiver_config.resampler_n_latents
             pixels = np.zeros((1, 3, side * 3 // 4, side), np.uint8)
             mask = np.ones((1, side * 3 // 4, side), np.int64)
-            return ImageShape(latents, {"pixel_values": pixels, "pixel_attention_mask": mask}, "whole")
+            return ImageShape(latents, {"pixel_values": pixels, "pixel_attention_mask": mask}, "undivided")
         case "gemma3":
             return _by_tiles(side, config.mm_tokens_per_image, 1, None)
         case "llava_next" | "llava_onevision":
@@ -52,30 +56,30 @@ def image_shape(config: Any, tokens: int | None = None) -> ImageShape:
 
 
 def _by_tiles(side: int, each: int, tiles: int, tokens: int | None) -> ImageShape:
-    """Square tiles with equally many tokens."""
+    """Square tiles of `each` tokens."""
     if tokens is not None:
         tiles = max(1, round(tokens / each))
-    how = f"{tiles} tile{'s' if tiles > 1 else ''} of {side} x {side}"
-    return ImageShape(tiles * each, {"pixel_values": np.zeros((tiles, 3, side, side), np.uint8)}, how)
+    description = f"{tiles} tile{'s' if tiles > 1 else ''} of {side} x {side}"
+    return ImageShape(tiles * each, {"pixel_values": np.zeros((tiles, 3, side, side), np.uint8)}, description)
 
 
 def _by_grid(config: Any, side: int, patches: int) -> ImageShape:
-    """LLaVA-1.6: the whole image, and the tiles of the best grid without their padding, a token at each line's end."""
+    """LLaVA-1.6: a thumbnail, plus the tiles of the best grid without padding, with a token at the end of each row."""
     from transformers.image_processing_utils import select_best_resolution
 
     high, wide = select_best_resolution((HEIGHT, WIDTH), config.image_grid_pinpoints)
     shape = _by_tiles(side, patches**2, 1 + (high // side) * (wide // side), None)
-    lines, columns = patches * high // side, patches * wide // side
-    if columns / lines < WIDTH / HEIGHT:
-        lines -= (lines - int(HEIGHT * columns / WIDTH)) // 2 * 2
+    rows, columns = patches * high // side, patches * wide // side
+    if columns / rows < WIDTH / HEIGHT:
+        rows -= (rows - int(HEIGHT * columns / WIDTH)) // 2 * 2
     else:
-        columns -= (columns - int(WIDTH * lines / HEIGHT)) // 2 * 2
+        columns -= (columns - int(WIDTH * rows / HEIGHT)) // 2 * 2
     sizes = {"image_sizes": np.asarray([[HEIGHT, WIDTH]])}
-    return ImageShape(patches**2 + lines * (columns + 1), shape.vision | sizes, shape.how)
+    return ImageShape(patches**2 + rows * (columns + 1), shape.vision | sizes, shape.description)
 
 
 def _by_rows(config: Any, tokens: int | None) -> ImageShape:
-    """Pixtral: in its own size, one row of tokens below the other."""
+    """Pixtral: the original size, as rows of tokens."""
     cell = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
     width, height = _grid(WIDTH // cell, HEIGHT // cell, tokens)
     pixels = np.zeros((1, 3, height * cell, width * cell), np.uint8)
@@ -84,7 +88,7 @@ def _by_rows(config: Any, tokens: int | None) -> ImageShape:
 
 
 def _grid(width: int, height: int, tokens: int | None) -> tuple[int, int]:
-    """Of a photo, or of its shape with so many tokens."""
+    """Return width and height in cells; with `tokens`, those of a photo with so many tokens."""
     if tokens is None:
         return max(1, width), max(1, height)
     width = max(1, round((tokens * WIDTH / HEIGHT) ** 0.5))
@@ -92,7 +96,7 @@ def _grid(width: int, height: int, tokens: int | None) -> tuple[int, int]:
 
 
 def _by_patches(config: Any, tokens: int | None) -> ImageShape:
-    """As many patches as the image has room for."""
+    """Qwen: the original size, as patches."""
     vision = config.vision_config
     merge = vision.spatial_merge_size
     cell = vision.patch_size * merge

@@ -1,8 +1,8 @@
-"""Configs of well-known models, so that a plan needs neither the hub nor weights: `orpo-ray plan` asks the hub first.
+"""Configs of well-known models, used by `orpo-ray plan` when the hub cannot be reached.
 
-The figures are those of each model's own config.json on the Hugging Face hub, as far as they decide sizes and shapes;
-what is left out is transformers' default for the class. tests/unit/planning/test_planning.py compares
-each with the number of parameters that the hub publishes for the model's safetensors.
+Values that determine sizes are from each model's config.json on the Hugging Face hub; all others are the defaults of
+transformers. tests/unit/planning/test_planning.py compares the resulting number of parameters with the one that the hub
+publishes for the model.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class KnownShape:
-    """model_type: transformers' name of the config class. figures: its arguments. parameters: what the hub says."""
+    """The config of a well-known model."""
 
     model_type: str
-    figures: dict[str, Any]
+    """Name of the config class in transformers."""
+    options: dict[str, Any]
+    """Arguments of the config class."""
     parameters: int
+    """Number of parameters according to the hub."""
 
     def config(self) -> Any:
-        """transformers' config."""
+        """Build the config."""
         from transformers import AutoConfig
 
-        return AutoConfig.for_model(self.model_type, **self.figures)
+        return AutoConfig.for_model(self.model_type, **self.options)
 
 
 # SigLIP so400m (google/siglip-so400m-patch14-384) and base (google/siglip-base-patch16-512), CLIP ViT-L/14 at 336 px
-# (openai/clip-vit-large-patch14-336): the vision parts.
+# (openai/clip-vit-large-patch14-336): vision encoders.
 _SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 _SIGLIP_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _CLIP_L = {
@@ -49,21 +52,21 @@ def _text(
 def _smolvlm(
     text: dict[str, Any], vision: dict[str, Any], image: int, patch: int, scale: int, parameters: int
 ) -> KnownShape:
-    # HuggingFaceTB/SmolVLM-*: Idefics3's classes around SmolLM2 and SigLIP.
-    figures = {
+    # HuggingFaceTB/SmolVLM-*: classes of Idefics3 with SmolLM2 and SigLIP.
+    options = {
         "text_config": text, "vision_config": vision | {"image_size": image, "patch_size": patch},
         "scale_factor": scale, "tie_word_embeddings": False, "image_token_id": 7, "pad_token_id": 0,
     }  # fmt: skip
-    return KnownShape("idefics3", figures, parameters)
+    return KnownShape("idefics3", options, parameters)
 
 
 def _llava_next(text: dict[str, Any], parameters: int) -> KnownShape:
     pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-    figures = {
+    options = {
         "text_config": text, "vision_config": _CLIP_L, "image_grid_pinpoints": pinpoints, "image_token_index": 7,
         "tie_word_embeddings": False, "projector_hidden_act": "gelu",
     }  # fmt: skip
-    return KnownShape("llava_next", figures, parameters)
+    return KnownShape("llava_next", options, parameters)
 
 
 def _gemma3(
@@ -77,8 +80,8 @@ def _gemma3(
         "patch_size": 14,
         "vision_use_head": False,
     }
-    figures = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 256, "image_token_index": 262144}
-    return KnownShape("gemma3", figures, parameters)
+    options = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 256, "image_token_index": 262144}
+    return KnownShape("gemma3", options, parameters)
 
 
 def _qwen2_5_vl(text: tuple[int, int, int, int, int], inner: int, parameters: int) -> KnownShape:
@@ -87,12 +90,12 @@ def _qwen2_5_vl(text: tuple[int, int, int, int, int], inner: int, parameters: in
         "depth": 32, "hidden_size": 1280, "intermediate_size": inner, "num_heads": 16, "out_hidden_size": text[0],
         "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
     }  # fmt: skip
-    figures = {
+    options = {
         "text_config": _text("qwen2_5_vl_text", *text, 152064, rope_parameters=rope), "vision_config": vision,
         "tie_word_embeddings": False, "image_token_id": 151655, "video_token_id": 151656,
         "vision_start_token_id": 151652, "vision_end_token_id": 151653,
     }  # fmt: skip
-    return KnownShape("qwen2_5_vl", figures, parameters)
+    return KnownShape("qwen2_5_vl", options, parameters)
 
 
 _IDEFICS2 = KnownShape(

@@ -1,10 +1,10 @@
-"""`orpo-ray plan`: a recipe's memory, time and price before a GPU is rented, from the model's config alone."""
+"""`orpo-ray plan`: estimate memory, time and cost of a recipe from the model's config, without weights or GPUs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,38 +16,56 @@ from orpo_ray.model.families.cross_attention import CrossAttentionFamily
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import pick_attention
 from orpo_ray.planning.activations import Activations, batch_of, measure, unloaded_model
-from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, MFU, NCCL, Fitting, Memory, Planner, Setting
-from orpo_ray.planning.gpus import GIB, priced
+from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, MFU, NCCL, Estimate, Memory, Planner, Setting
+from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.states import STAGES, Weights
-from orpo_ray.planning.step import Workload, pairs_at_once, workload
+from orpo_ray.planning.step import Workload, estimate_workload, pairs_per_microbatch
 from orpo_ray.tiny_models.build import resolve
 
-# Pairs of a micro-batch that are really run through; more of them only repeat these.
-PAIRS_RUN = 1
+# Pairs in the dry run. Memory of larger micro-batches is computed from it, since more pairs only repeat the same work.
+PAIRS_MEASURED = 1
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say besides the recipe. prices: `TYPE=DOLLARS` each. pairs: in the training set."""
+    """Options of `orpo-ray plan`."""
 
     prices: Sequence[str] = ()
+    """Prices per GPU and hour, each as `TYPE=DOLLARS`."""
     mfu: float = MFU
+    """Fraction of the GPU's peak FLOPs that is reached."""
     pairs: int | None = None
+    """Training pairs; by default, the number in the data check, or an assumption."""
 
 
 def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
-    """Everything that `orpo-ray plan` says, as plain numbers; memory in bytes. Raises UserError."""
+    """Estimate memory, time and cost of a recipe.
+
+    Args:
+        recipe: the recipe.
+        options: prices and other assumptions.
+
+    Returns:
+        The report that `orpo-ray plan --json` prints; memory in bytes.
+
+    Raises:
+        UserError: an option is wrong, or the model's config cannot be read.
+    """
     if not 0 < options.mfu <= 1:
-        raise UserError("must be above 0 and at most 1", field="--mfu", value=options.mfu)
+        raise UserError(
+            "must be above 0 and at most 1", field="--mfu", value=options.mfu, fix="give a fraction such as 0.3"
+        )
     if options.pairs is not None and options.pairs < 1:
-        raise UserError("must be at least 1", field="--pairs", value=options.pairs)
-    gpus = priced(options.prices)
-    config, source = _config(recipe.model)
+        raise UserError(
+            "must be at least 1", field="--pairs", value=options.pairs, fix="give the number of training pairs"
+        )
+    gpus = gpus_with_prices(options.prices)
+    config, source = _load_config(recipe.model)
     dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
     if isinstance(family_of(config), CrossAttentionFamily):
         raise UserError(
-            "no plan is made yet for models whose language model looks at images by cross-attention",
+            "plans do not support models with cross-attention to images yet",
             field="model.id",
             value=recipe.model.id,
         )
@@ -55,16 +73,16 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     hidden = config.get_text_config().hidden_size
     model = unloaded_model(recipe.model, config, dtype, attention.layout)
     weights = Weights.of(model, recipe.model, dtype, hidden)
-    work = workload(recipe, config, attention.layout, options.pairs)
+    work = estimate_workload(recipe, config, attention.layout, options.pairs)
     workers, budget = recipe.scaling.num_workers, recipe.optim.tokens_per_microbatch
-    at_once = pairs_at_once(recipe, work, attention.layout, budget, workers)
-    batch = batch_of(work.shape, min(at_once, PAIRS_RUN), config, recipe.orpo.nll, attention.layout)
+    microbatch_pairs = pairs_per_microbatch(recipe, work, attention.layout, budget, workers)
+    batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, recipe.orpo.nll, attention.layout)
     activations: dict[bool, Activations] = {}
     for checkpointing in (False, True):
-        section = recipe.model.model_copy(update={"gradient_checkpointing": checkpointing})
+        model_config = recipe.model.model_copy(update={"gradient_checkpointing": checkpointing})
         bounded = recipe.deepspeed.zero_stage < 3
-        one = measure(section, config, dtype, attention.layout, batch, bounded, "cuda")
-        activations[checkpointing] = one.widened(at_once, in_portions=checkpointing and bounded)
+        one = measure(model_config, config, dtype, attention.layout, batch, bounded, "cuda")
+        activations[checkpointing] = one.with_pairs(microbatch_pairs, chunked_vision=checkpointing and bounded)
     planner = Planner(
         weights,
         recipe.optim.optimizer,
@@ -76,9 +94,9 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
         options.mfu,
         recipe.model.quantization is not None,
     )
-    mine = Setting(workers, recipe.deepspeed.zero_stage, recipe.model.gradient_checkpointing, budget)
-    types = [_on(planner, gpu, mine) for gpu in gpus]
-    affordable = [each["cheapest"] for each in types if each["cheapest"]]
+    setting = Setting(workers, recipe.deepspeed.zero_stage, recipe.model.gradient_checkpointing, budget)
+    gpu_reports = [_report_gpu(planner, gpu, setting) for gpu in gpus]
+    candidates = [each["cheapest"] for each in gpu_reports if each["cheapest"]]
     return {
         "name": recipe.name,
         "model": {
@@ -89,71 +107,71 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
             "dtype": str(dtype).removeprefix("torch."),
             "layout": attention.layout,
         },
-        "setting": asdict(mine),
-        "memory": {str(stage): _bytes(planner.memory(_at(mine, stage))) for stage in STAGES},
-        "step": _step(recipe, work, planner, mine, at_once),
-        "gpus": types,
-        "cheapest": min(affordable, key=lambda found: found["cost"], default=None),
+        "setting": asdict(setting),
+        "memory": {str(stage): _round_bytes(planner.memory(replace(setting, stage=stage))) for stage in STAGES},
+        "step": _report_step(recipe, work, planner, setting, microbatch_pairs),
+        "gpus": gpu_reports,
+        "cheapest": min(candidates, key=lambda candidate: candidate["cost"], default=None),
         "mfu": options.mfu,
-        "assumptions": [*_notes(recipe, source, dtype), *work.assumptions, *_constants(options)],
+        "assumptions": [*_recipe_assumptions(recipe, source), *work.assumptions, *_constant_assumptions(options)],
     }
 
 
-def _config(section: ModelConfig) -> tuple[Any, str]:
-    """The model's config, and where it is from: the folder, the hub, or known shapes where the hub does not answer."""
+def _load_config(model_config: ModelConfig) -> tuple[Any, str]:
+    """Load the model's config from its folder or the hub, or from the known shapes if the hub cannot be reached.
+
+    Returns the config, and `config.json` or `known shape`.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(resolve(section.id), revision=section.revision), "config.json"
+        return AutoConfig.from_pretrained(resolve(model_config.id), revision=model_config.revision), "config.json"
     except (OSError, ValueError) as error:
-        known = KNOWN_SHAPES.get(section.id)
+        known = KNOWN_SHAPES.get(model_config.id)
         if known is None:
             first = str(error).strip().splitlines()[0]
             raise UserError(
-                f"the model's config cannot be read: {first}",
+                f"cannot read the model's config: {first}",
                 field="model.id",
-                value=section.id,
-                fix=f"give a folder, a name on the hub (and a network), or one of {', '.join(KNOWN_SHAPES)}",
+                value=model_config.id,
+                fix=f"give a folder, a name on the hub (with network access), or one of {', '.join(KNOWN_SHAPES)}",
             ) from None
         return known.config(), "known shape"
 
 
-def _at(setting: Setting, stage: Any) -> Setting:
-    return Setting(setting.workers, stage, setting.checkpointing, setting.budget)
-
-
-def _on(planner: Planner, gpu: Any, mine: Setting) -> dict[str, Any]:
-    """A recipe on a type of GPU."""
+def _report_gpu(planner: Planner, gpu: Gpu, setting: Setting) -> dict[str, Any]:
+    """Report how the recipe runs on a GPU type, and the cheapest setting for that type."""
     cheapest = planner.cheapest(gpu)
     return {
         "gpu": gpu.name,
         "memory_gib": gpu.memory,
         "price_per_hour": gpu.price,
-        "fits": {str(stage): planner.fits(gpu, _at(mine, stage)) for stage in STAGES},
-        "recipe": _flat(planner.fitting(gpu, mine)) if planner.fits(gpu, mine) else None,
-        "cheapest": _flat(cheapest) if cheapest else None,
+        "fits": {str(stage): planner.fits(gpu, replace(setting, stage=stage)) for stage in STAGES},
+        "recipe": _report_estimate(planner.estimate(gpu, setting)) if planner.fits(gpu, setting) else None,
+        "cheapest": _report_estimate(cheapest) if cheapest else None,
     }
 
 
-def _bytes(memory: Memory) -> dict[str, int]:
+def _round_bytes(memory: Memory) -> dict[str, int]:
     return {name: round(value) for name, value in asdict(memory).items()}
 
 
-def _flat(found: Fitting) -> dict[str, Any]:
-    memory: Memory = found.memory
+def _report_estimate(estimate: Estimate) -> dict[str, Any]:
     return {
-        "gpu": found.gpu.name,
-        **asdict(found.setting),
-        "memory": round(memory.total),
-        "hours": found.hours,
-        "cost": found.cost,
+        "gpu": estimate.gpu.name,
+        **asdict(estimate.setting),
+        "memory": round(estimate.memory.total),
+        "hours": estimate.hours,
+        "cost": estimate.cost,
     }
 
 
-def _step(recipe: Recipe, work: Workload, planner: Planner, mine: Setting, at_once: int) -> dict[str, Any]:
+def _report_step(
+    recipe: Recipe, work: Workload, planner: Planner, setting: Setting, microbatch_pairs: int
+) -> dict[str, Any]:
     shape = work.shape
-    full = planner.activations[mine.checkpointing]
-    share = -(-recipe.optim.pairs_per_step // mine.workers)
+    full = planner.activations[setting.checkpointing]
+    step_shard = -(-recipe.optim.pairs_per_step // setting.workers)
     return {
         "pair": {
             "prompt": shape.prompt,
@@ -165,29 +183,30 @@ def _step(recipe: Recipe, work: Workload, planner: Planner, mine: Setting, at_on
         "source": work.source,
         "pairs": recipe.optim.pairs_per_step,
         "tokens": recipe.optim.pairs_per_step * full.tokens // full.pairs,
-        "pairs_per_microbatch": at_once,
-        "microbatches_per_worker": -(-share // at_once),
+        "pairs_per_microbatch": microbatch_pairs,
+        "microbatches_per_worker": -(-step_shard // microbatch_pairs),
         "training_pairs": work.pairs,
         "steps": planner.steps,
         "flops_per_step": full.flops / full.pairs * recipe.optim.pairs_per_step,
     }
 
 
-def _notes(recipe: Recipe, source: str, dtype: torch.dtype) -> list[str]:
-    notes = []
+def _recipe_assumptions(recipe: Recipe, source: str) -> list[str]:
+    assumptions = []
     if source == "known shape":
-        why = "offline mode" if os.environ.get("HF_HUB_OFFLINE") else "the hub does not answer"
-        notes.append(f"{recipe.model.id} is planned from the shape that orpo-ray knows of it ({why})")
+        reason = "offline mode" if os.environ.get("HF_HUB_OFFLINE") else "cannot reach the hub"
+        assumptions.append(f"{recipe.model.id} has the config that is built into orpo-ray ({reason})")
     if recipe.model.dtype == "auto":
-        notes.append("model.dtype auto is bfloat16 on these GPUs")
+        assumptions.append("model.dtype auto is bfloat16 on these GPUs")
     if recipe.optim.optimizer == "paged_adamw_8bit":
-        notes.append("paged moments are counted as the CPU's memory")
-    return notes
+        assumptions.append("paged optimizer states are in CPU memory")
+    return assumptions
 
 
-def _constants(options: Options) -> list[str]:
+def _constant_assumptions(options: Options) -> list[str]:
     return [
-        f"{CONTEXT / GIB:.1f} GiB for CUDA on each GPU, {NCCL / GIB:.1f} more for NCCL between several, and "
-        f"{FRAGMENTATION:.0%} of what comes and goes for fragmentation",
-        f"{options.mfu:.0%} of a GPU's peak is reached (--mfu); prices are one GPU's per hour (--price-per-hour)",
+        f"per GPU {CONTEXT / GIB:.1f} GiB for CUDA, {NCCL / GIB:.1f} GiB for NCCL if there are several GPUs, and "
+        f"{FRAGMENTATION:.0%} of temporary memory for fragmentation",
+        f"{options.mfu:.0%} of the GPU's peak FLOPs (change with --mfu)",
+        "prices per GPU and hour as shown (change with --price-per-hour)",
     ]

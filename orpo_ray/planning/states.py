@@ -1,7 +1,7 @@
-"""What a worker holds of a model between steps, in bytes: weights, gradients, optimizer states, by ZeRO stage.
+"""Bytes that a worker holds between steps, by ZeRO stage: weights, gradients, optimizer states.
 
-Counted as DeepSpeed 0.19.8 holds it with the config of `training/deepspeed.py`; its own files are named beside each.
-tests/integration/test_planning_states.py compares each with the storages of real engines.
+The formulas follow DeepSpeed 0.19.8 with the config of `training/deepspeed.py`; comments name the files in DeepSpeed.
+tests/integration/test_planning_states.py compares the results with the storages of real engines.
 """
 
 from __future__ import annotations
@@ -15,154 +15,168 @@ from orpo_ray.config.schema import ModelConfig
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-# DeepSpeed's defaults, which the recipe leaves alone: elements of a reduce bucket, of a ZeRO-3 sub-group, and of the
-# weights that ZeRO-3 keeps gathered (zero/config.py: reduce_bucket_size, sub_group_size, max_live_parameters).
+# Defaults of DeepSpeed, in elements: size of a reduce bucket, size of a ZeRO-3 sub-group, and maximum of weights that
+# ZeRO-3 keeps gathered (zero/config.py: reduce_bucket_size, sub_group_size, max_live_parameters).
 BUCKET, SUB_GROUP, MAX_LIVE = 500_000_000, 1_000_000_000, 1_000_000_000
-# bitsandbytes: weights that share a scale, scales that share one, moments that share one, and the smallest tensor
-# whose moments it holds in 8 bits.
+# bitsandbytes: weights per scale, scales per second-level scale, moments per scale, and elements of the smallest tensor
+# with 8-bit moments.
 BLOCK, BLOCK_OF_SCALES, MOMENT_BLOCK, MIN_8BIT = 64, 256, 256, 4096
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter. elements: of it. bytes: as it is stored, scales included. is_matrix: 2 axes or more; it decays."""
+    """Sizes of one parameter."""
 
     elements: int
     bytes: int
+    """Bytes as stored, with quantization scales."""
     trained: bool
     is_matrix: bool
+    """Whether it has at least two dimensions; such parameters have weight decay."""
     quantized: bool = False
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one worker. buffers: what the engine adds around a backward. step: more, while the optimizer steps, when
-    activations are gone. start: the weights as they are loaded, whole, before the engine divides them.
-    """
+    """Bytes on one worker."""
 
     weights: int
     gradients: int
     optimizer: int
+    """Optimizer states and float32 master weights."""
     buffers: int
+    """Buffers of the engine during the backward pass."""
     step: int
+    """Temporary memory of the optimizer step, after activations are freed."""
     start: int
+    """Unsharded weights while the model is loaded."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All parameters of a model, tied ones once, in its order. element: bytes of one that is not quantised."""
+    """Sizes of all parameters of a model. Tied parameters count once."""
 
     each: tuple[Weight, ...]
     element: int
+    """Bytes per element of an unquantized weight."""
     hidden: int
+    """Hidden size of the language model."""
 
     @classmethod
-    def of(cls, model: torch.nn.Module, section: ModelConfig, dtype: torch.dtype, hidden: int) -> Weights:
-        """Of a model on any device (`meta` will do) that is ready to train."""
-        packed = _quantized_names(model, section)
+    def of(cls, model: torch.nn.Module, model_config: ModelConfig, dtype: torch.dtype, hidden: int) -> Weights:
+        """Collect the sizes of a model that is ready to train, on any device (also `meta`)."""
+        packed = _quantized_names(model, model_config)
         each = []
         for name, parameter in model.named_parameters():
             elements, quantized = parameter.numel(), name in packed
-            size = _packed_bytes(elements, section) if quantized else elements * dtype.itemsize
+            size = _packed_bytes(elements, model_config) if quantized else elements * dtype.itemsize
             each.append(Weight(elements, size, parameter.requires_grad, parameter.ndim >= 2, quantized))
         return cls(tuple(each), dtype.itemsize, hidden)
 
     @property
     def total(self) -> int:
-        """Parameters in all."""
+        """Number of parameters."""
         return sum(weight.elements for weight in self.each)
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained."""
+        """Number of trained parameters."""
         return sum(weight.elements for weight in self.each if weight.trained)
 
     @property
     def bytes(self) -> int:
-        """Of all of them, whole."""
+        """Bytes of all parameters, unsharded."""
         return sum(weight.bytes for weight in self.each)
 
     @property
     def largest_quantized(self) -> int:
-        """Bytes of the largest packed weight as it is multiplied: one at a time is (bitsandbytes' MatMul4Bit)."""
+        """Bytes of the largest 4-bit weight when dequantized; bitsandbytes dequantizes one at a time (MatMul4Bit)."""
         return max((weight.elements * self.element for weight in self.each if weight.quantized), default=0)
 
 
 def states(weights: Weights, stage: Stage, workers: int, optimizer: str) -> States:
-    """What each of `workers` holds. optimizer: the recipe's `optim.optimizer`."""
+    """Return the bytes on each worker.
+
+    Args:
+        weights: sizes of the parameters.
+        stage: ZeRO stage.
+        workers: number of workers.
+        optimizer: the recipe's `optim.optimizer`.
+    """
     trained, element = weights.trained, weights.element
     whole = weights.bytes
-    share = -(-trained // workers) if stage else trained
-    # float32 masters beside bf16 weights: at stage 0 FP16_UnfusedOptimizer makes them (fp16/unfused_optimizer.py), as
-    # the recipe's AdamW is torch's and not DeepSpeed's fused one. ZeRO clones its part even of float32 weights
+    shard = -(-trained // workers) if stage else trained
+    # float32 master weights for bf16 weights: at stage 0 from FP16_UnfusedOptimizer (fp16/unfused_optimizer.py), since
+    # the recipe's AdamW is torch's and not DeepSpeed's fused one. ZeRO clones its shard even of float32 weights
     # (zero/stage_1_and_2.py and stage3.py: `single_partition_of_fp32_groups`, `fp32_partitioned_groups_flat`).
-    masters = 4 * share if stage or element != 4 else 0
-    held = masters + _moments(weights, stage, share, optimizer)
+    masters = 4 * shard if stage or element != 4 else 0
+    held = masters + _moment_bytes(weights, stage, shard, optimizer)
     bucket = BUCKET * element
     if stage == 0:
-        # Unfused: all gradients once more in float32, beside the others (`step`, "copying gradients to fp32").
+        # The unfused optimizer copies all gradients to float32 (`step`, "copying gradients to fp32").
         step = 4 * trained if element != 4 else 0
-        # engine.py, allreduce_no_retain: gradients travel in one flat copy of at most a bucket, after backward.
-        travel = min(trained, BUCKET) * element if workers > 1 else 0
-        return States(whole, element * trained, held, 0, max(step, travel), whole)
-    # The bucket is made whole however small the model is (stage_1_and_2.py: setup_buckets; stage3.py: `bucket.buffer`).
+        # After backward, gradients are reduced in a flat copy of at most a bucket (engine.py, allreduce_no_retain).
+        reduction = min(trained, BUCKET) * element if workers > 1 else 0
+        return States(whole, element * trained, held, 0, max(step, reduction), whole)
+    # The bucket has its full size even for small models (stage_1_and_2.py: setup_buckets; stage3.py: `bucket.buffer`).
     if stage < 3:
-        gradients = element * (trained if stage == 1 else _held_gradients(weights, workers))
-        # `step` flattens a group's part, then turns it into float32; bucket and activations are gone by then.
-        step = share * (element + 4 if element != 4 else 4)
+        gradients = element * (trained if stage == 1 else _gradient_elements_at_stage_2(weights, workers))
+        # `step` flattens the gradients of a shard and converts them to float32, after bucket and activations are freed.
+        step = shard * (element + 4 if element != 4 else 4)
         return States(whole, gradients, held, bucket, step, whole)
-    # Each weight's part, and small ones whole besides (param_persistence_threshold).
+    # A shard of each weight, and small weights unsharded in addition (param_persistence_threshold).
     small = sum(weight.bytes for weight in weights.each if weight.elements <= 10 * weights.hidden)
     gathered = min(whole, MAX_LIVE * element)
-    step = min(share, SUB_GROUP) * (element + 4 if element != 4 else 4)
-    parts = sum(-(-weight.bytes // workers) for weight in weights.each)
-    return States(parts + small, element * share, held, bucket + gathered, step, whole)
+    step = min(shard, SUB_GROUP) * (element + 4 if element != 4 else 4)
+    shards = sum(-(-weight.bytes // workers) for weight in weights.each)
+    return States(shards + small, element * shard, held, bucket + gathered, step, whole)
 
 
-def _moments(weights: Weights, stage: Stage, share: int, optimizer: str) -> int:
-    """Adam's two, of this worker's part."""
+def _moment_bytes(weights: Weights, stage: Stage, shard: int, optimizer: str) -> int:
+    """Return the bytes of both moments of Adam for a shard of `shard` elements."""
     if optimizer == "adamw":
-        return 8 * share
+        return 8 * shard
     if optimizer == "paged_adamw_8bit":
-        return 0  # may leave for the CPU's memory
-    # ZeRO hands over one flat tensor a group, stage 0 each parameter by itself.
-    large = share if stage else sum(w.elements for w in weights.each if w.trained and w.elements >= MIN_8BIT)
-    return 2 * (large + 4 * -(-large // MOMENT_BLOCK)) + 8 * (share - large)
+        return 0  # can be moved to CPU memory
+    # ZeRO passes one flat tensor per group to the optimizer, stage 0 each parameter separately.
+    large = shard if stage else sum(w.elements for w in weights.each if w.trained and w.elements >= MIN_8BIT)
+    return 2 * (large + 4 * -(-large // MOMENT_BLOCK)) + 8 * (shard - large)
 
 
-def _held_gradients(weights: Weights, workers: int) -> int:
-    """Elements of the gradients that the fullest worker keeps at stage 2: its parts of both groups.
+def _gradient_elements_at_stage_2(weights: Weights, workers: int) -> int:
+    """Return the elements of gradients that the worker with the most keeps at stage 2, over both parameter groups.
 
-    A parameter that lies across the border of two parts is kept whole on both sides (stage_1_and_2.py:
-    get_flat_partition takes a narrow view of it).
+    The gradient of a parameter on the border of two shards is kept completely on both workers (stage_1_and_2.py:
+    get_flat_partition takes a narrow view).
     """
     held = [0] * workers
     for is_matrix in (True, False):
         sizes = [weight.elements for weight in weights.each if weight.trained and weight.is_matrix == is_matrix]
-        part, place = -(-sum(sizes) // workers), 0
+        shard, offset = -(-sum(sizes) // workers), 0
         for size in sizes:
-            for worker in range(place // part, (place + size - 1) // part + 1):
+            for worker in range(offset // shard, (offset + size - 1) // shard + 1):
                 held[worker] += size
-            place += size
+            offset += size
     return max(held)
 
 
-def _packed_bytes(elements: int, section: ModelConfig) -> int:
-    """A weight in 4 bits: two in a byte, a scale a block; double quantisation holds the scales in 8 bits.
+def _packed_bytes(elements: int, model_config: ModelConfig) -> int:
+    """Return the bytes of a 4-bit weight: half a byte per element, plus scales (8 bits with double quantization).
 
-    bitsandbytes' QuantState: absmax, code (16 float32), and with double quantisation offset and a state2 (256 float32).
+    As in bitsandbytes' QuantState: absmax, code (16 float32), and with double quantization offset and state2 (256
+    float32).
     """
-    assert section.quantization is not None
+    assert model_config.quantization is not None
     blocks = -(-elements // BLOCK)
     scales = 4 * blocks
-    if section.quantization.use_double_quant:
+    if model_config.quantization.use_double_quant:
         scales = blocks + 4 * -(-blocks // BLOCK_OF_SCALES) + 4 * 256 + 4
     return -(-elements // 2) + scales + 4 * 16
 
 
-def _quantized_names(model: Any, section: ModelConfig) -> set[str]:
-    """Names of the parameters that are loaded in 4 bits."""
-    if section.quantization is None:
+def _quantized_names(model: Any, model_config: ModelConfig) -> set[str]:
+    """Return the names of the parameters that are loaded in 4 bits."""
+    if model_config.quantization is None:
         return set()
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -172,12 +186,12 @@ def _quantized_names(model: Any, section: ModelConfig) -> set[str]:
 
     base = without_adapters(model)
     dtype = next(model.parameters()).dtype
-    config = quantization_config(section.quantization, family_of(base.config), dtype)
+    config = quantization_config(model_config.quantization, family_of(base.config), dtype)
     packed: set[int] = set()
     for name, module in base.named_modules():
-        linear = getattr(module, "base_layer", module)  # inside of an adapter
+        linear = getattr(module, "base_layer", module)  # wrapped by an adapter
         plain = name.removesuffix(".base_layer")
-        taken = isinstance(linear, torch.nn.Linear) and ".lora_" not in name
-        if taken and should_convert_module(plain, config.llm_int8_skip_modules):
+        is_base_linear = isinstance(linear, torch.nn.Linear) and ".lora_" not in name
+        if is_base_linear and should_convert_module(plain, config.llm_int8_skip_modules):
             packed.add(id(linear.weight))
     return {name for name, parameter in model.named_parameters() if id(parameter) in packed}

@@ -1,4 +1,4 @@
-"""How large a step is: the pairs by the data check or by assumption, the micro-batch that fills the token budget."""
+"""Size of a step: the typical pair, from the data check or by assumption, and the pairs per micro-batch."""
 
 from __future__ import annotations
 
@@ -14,40 +14,52 @@ from orpo_ray.planning.activations import PairShape
 from orpo_ray.planning.images import HEIGHT, WIDTH, image_shape
 from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
 
-# Without a data check: tokens of a question's text with the chat template, and of an answer; pairs of a usual set.
+# Assumptions without a data check: text tokens of a prompt with chat template, tokens of an answer, training pairs.
 PROMPT, ANSWER, PAIRS = 60, 120, 10_000
 
 
 @dataclass(frozen=True)
 class Workload:
-    """shape: the usual pair. longest: tokens of the longest row that data.max_length admits. pairs: to train on.
-
-    assumptions: all of it that nobody measured, in words. source: where the figures come from.
-    """
+    """The data of a run, as a plan sees it."""
 
     shape: PairShape
+    """The typical pair."""
     longest: int
+    """Tokens of the longest pair that is trained on."""
     pairs: int
+    """Training pairs."""
     source: str
+    """Where the figures come from."""
     assumptions: tuple[str, ...] = field(default=())
+    """Figures that are assumed, in words."""
 
     def steps(self, recipe: Recipe) -> int:
-        """Optimizer steps of the run."""
+        """Return the number of optimizer steps of the run."""
         steps = math.ceil(self.pairs * recipe.optim.epochs / recipe.optim.pairs_per_step)
         return min(steps, recipe.optim.max_steps or steps)
 
 
-def workload(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> Workload:
-    """By the run folder's data check if there is one. pairs: the user's own figure. Raises UserError."""
-    report = _data_check(recipe)
+def estimate_workload(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> Workload:
+    """Take the figures from the data check in the run folder, or assume them if there is none.
+
+    Args:
+        recipe: the recipe.
+        config: the model's config in transformers.
+        layout: attention layout of a pair.
+        pairs: number of training pairs given by the user.
+
+    Raises:
+        UserError: the data check cannot be read.
+    """
+    report = _read_data_check(recipe)
     if report is None or not report["train"]["tokens"]:
-        return _assumed(recipe, config, layout, pairs)
+        return _assume_workload(recipe, config, layout, pairs)
     train = report["train"]
     means = {name: train["tokens"][name]["mean"] for name in ("prompt", "image", "chosen", "rejected")}
-    counted = {int(n): count for n, count in train["images_per_pair"].items()}
-    images = max(counted, key=lambda n: counted[n])
-    each = round(means["image"] / max(1e-9, sum(n * c for n, c in counted.items()) / sum(counted.values())))
-    image = image_shape(config, each or None)
+    counts = {int(images): pairs for images, pairs in train["images_per_pair"].items()}
+    images = max(counts, key=lambda n: counts[n])
+    mean_images = sum(n * count for n, count in counts.items()) / sum(counts.values())
+    image = image_shape(config, round(means["image"] / max(1e-9, mean_images)) or None)
     shape = PairShape(
         round(means["prompt"] - means["image"]),
         round(means["chosen"]),
@@ -57,29 +69,31 @@ def workload(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> 
         image.vision,
     )
     longest = min(recipe.data.max_length, int(train["tokens"]["sequence"]["max"]))
-    notes = [] if report["model"] == recipe.model.id else [f"the data check counted tokens of {report['model']}"]
-    return Workload(shape, longest, pairs or train["pairs"], "the run folder's data check", tuple(notes))
+    assumptions = []
+    if report["model"] != recipe.model.id:
+        assumptions.append(f"token counts are from a data check with another model, {report['model']}")
+    return Workload(shape, longest, pairs or train["pairs"], "data check", tuple(assumptions))
 
 
-def _assumed(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> Workload:
+def _assume_workload(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> Workload:
     image = image_shape(config)
-    room = recipe.data.max_length - image.tokens
-    shape = PairShape(min(PROMPT, max(2, room // 3)), ANSWER, ANSWER, 1, image.tokens, image.vision)
+    available = recipe.data.max_length - image.tokens
+    shape = PairShape(min(PROMPT, max(2, available // 3)), ANSWER, ANSWER, 1, image.tokens, image.vision)
     assumptions = [
-        f"one image a pair, a photo of {WIDTH} x {HEIGHT}: {image.tokens:,} tokens ({image.how})",
-        f"{shape.prompt} tokens of text in a prompt, {ANSWER} in an answer",
+        f"one image per pair, a photo of {WIDTH} x {HEIGHT}: {image.tokens:,} tokens ({image.description})",
+        f"{shape.prompt} text tokens per prompt, {ANSWER} tokens per answer",
     ]
     if image.tokens + PROMPT + ANSWER > recipe.data.max_length:
         assumptions.append(
-            f"such a pair is longer than data.max_length ({recipe.data.max_length:,}) and would be a bad row"
+            f"a pair of this length would be skipped: it exceeds data.max_length ({recipe.data.max_length:,})"
         )
     if pairs is None:
-        assumptions.append(f"{PAIRS:,} training pairs (--pairs says how many)")
-    assumptions.append("`orpo-ray data check` with this recipe puts your data's figures in the place of these")
+        assumptions.append(f"{PAIRS:,} training pairs (change with --pairs)")
+    assumptions.append("run `orpo-ray data check` with this recipe to replace these assumptions by your data's figures")
     return Workload(shape, recipe.data.max_length, pairs or PAIRS, "assumptions", tuple(assumptions))
 
 
-def _data_check(recipe: Recipe) -> dict[str, Any] | None:
+def _read_data_check(recipe: Recipe) -> dict[str, Any] | None:
     folder = RunFolder(recipe.run_uri)
     folder.pull(DATA_CHECK_FILE)
     path = folder.path / DATA_CHECK_FILE
@@ -89,12 +103,12 @@ def _data_check(recipe: Recipe) -> dict[str, Any] | None:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"is not a data check's report: {error}", field=str(path), fix="run orpo-ray data check again"
+            f"not a data check report: {error}", field=str(path), fix="run orpo-ray data check again"
         ) from None
     return report if isinstance(report, dict) and report.get("train") else None
 
 
-def pairs_at_once(recipe: Recipe, work: Workload, layout: Layout, budget: int, workers: int) -> int:
-    """Pairs of a full micro-batch on one worker."""
-    share = -(-recipe.optim.pairs_per_step // workers)
-    return max(1, min(share, budget // work.shape.tokens(layout)))
+def pairs_per_microbatch(recipe: Recipe, work: Workload, layout: Layout, budget: int, workers: int) -> int:
+    """Return the pairs in a full micro-batch of a worker."""
+    step_shard = -(-recipe.optim.pairs_per_step // workers)
+    return max(1, min(step_shard, budget // work.shape.tokens(layout)))

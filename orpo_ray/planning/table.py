@@ -1,4 +1,4 @@
-"""A plan as tables: what fits where, at what price, in how long, seen in five seconds."""
+"""Print a plan as tables: memory by ZeRO stage, and for each GPU type whether it fits, time and cost."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orpo_ray.planning.fit import ROOM
+from orpo_ray.planning.fit import MAX_FILL
 from orpo_ray.planning.gpus import GIB
 
 _ROWS = {
     "weights": "weights",
     "gradients": "gradients",
-    "optimizer": "optimizer, masters",
-    "buffers": "ZeRO's buffers",
+    "optimizer": "optimizer states",
+    "buffers": "ZeRO buffers",
     "activations": "activations",
-    "head": "logits, temporaries",
+    "head": "logits, temporary",
     "overhead": "CUDA, fragmentation",
     "total": "total",
 }
 
 
 def print_plan(report: dict[str, Any], console: Console) -> None:
-    """All of it, the answer last."""
+    """Print all tables, then the cheapest setting and the assumptions."""
     model, step, setting = report["model"], report["step"], report["setting"]
     pair = step["pair"]
     trained = f"{_count(model['trained'])} trained ({model['trained'] / model['parameters']:.2%})"
@@ -33,39 +33,43 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"a pair  {pair['tokens']:,} tokens ({pair['image']:,} image, {pair['prompt']:,} text, {pair['chosen']:,} + "
-        f"{pair['rejected']:,} answers), by {step['source']}", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"pair  {pair['tokens']:,} tokens: image {pair['image']:,}, text {pair['prompt']:,}, "
+        f"chosen {pair['chosen']:,}, rejected {pair['rejected']:,} (from {step['source']})",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(
-        f"a step  {step['pairs']:,} pairs, {step['tokens']:,} tokens; {setting['workers']} worker(s) x "
-        f"{step['microbatches_per_worker']} micro-batch(es) of {step['pairs_per_microbatch']} pairs; "
-        f"{step['steps']:,} steps",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    console.print(_memory(report))
-    for table in _gpus(report):
+        f"step  {step['pairs']:,} pairs, {step['tokens']:,} tokens: {_counted(setting['workers'], 'worker')} x "
+        f"{_counted(step['microbatches_per_worker'], 'micro-batch', 'es')} of "
+        f"{_counted(step['pairs_per_microbatch'], 'pair')}\n"
+        f"run   {step['steps']:,} steps, {step['training_pairs']:,} training pairs",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_memory_table(report))
+    for table in _gpu_tables(report):
         console.print(table)
     best = report["cheapest"]
     if best is None:
-        console.print("[red]nothing fits[/red]: train adapters (model.lora), on 4 bits (model.quantization)")
+        console.print("[red]nothing fits[/red]: train adapters (model.lora), on a 4-bit base (model.quantization)")
     else:
-        console.print(f"[bold green]cheapest[/bold green]  {_answer(best)}", highlight=False)
-        console.print(f"  {_overrides(best)}", highlight=False, soft_wrap=True)
-    console.print("assumed", highlight=False)
+        console.print(f"\n[bold green]cheapest[/bold green]  {_describe_cheapest(best)}", highlight=False)
+        console.print(f"overrides  {_overrides(best)}", highlight=False, soft_wrap=True)
+    console.print("\nassumptions", highlight=False)
     for line in report["assumptions"]:
         console.print(f"  - {line}", highlight=False, soft_wrap=True, style="dim", markup=False)
 
 
-def _memory(report: dict[str, Any]) -> Table:
+def _memory_table(report: dict[str, Any]) -> Table:
     setting = report["setting"]
-    how = "gradient checkpointing" if setting["checkpointing"] else "no gradient checkpointing"
-    title = f"\nGiB on each of {setting['workers']} GPU(s), {how}"
+    how = "with gradient checkpointing" if setting["checkpointing"] else "without gradient checkpointing"
+    title = f"\nmemory per GPU in GiB: {_counted(setting['workers'], 'GPU')}, {how}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
     table.add_column()
     for stage in report["memory"]:
-        mine = int(stage) == setting["stage"]
+        is_recipe = int(stage) == setting["stage"]
         table.add_column(
-            f"ZeRO {stage}" + (" (recipe)" if mine else ""), justify="right", style="bold" if mine else None
+            f"ZeRO {stage}" + (" (recipe)" if is_recipe else ""), justify="right", style="bold" if is_recipe else None
         )
     for name, label in _ROWS.items():
         style = "bold" if name == "total" else None
@@ -73,43 +77,47 @@ def _memory(report: dict[str, Any]) -> Table:
     return table
 
 
-def _gpus(report: dict[str, Any]) -> tuple[Table, Table]:
-    """This recipe on each type of GPU, and the cheapest that fits on it. Two tables, for terminals of 80 columns."""
-    recipe = Table(title="\nthis recipe", title_justify="left", box=None, padding=(0, 2))
+def _gpu_tables(report: dict[str, Any]) -> tuple[Table, Table]:
+    """Tables of the recipe, and of the cheapest setting, for each GPU type. Two tables, to fit in 80 columns."""
+    recipe = Table(title="\nthis recipe by GPU type", title_justify="left", box=None, padding=(0, 2))
     for name, left in {"GPU": True, "GiB": False, "$/h": False, "fits": True, "time": False, "cost": False}.items():
         recipe.add_column(name, justify="left" if left else "right", no_wrap=True)
-    least = Table(
-        title="\nthe cheapest that fits each, at most 90% full", title_justify="left", box=None, padding=(0, 2)
+    cheapest = Table(
+        title=f"\ncheapest setting that fills at most {MAX_FILL:.0%} of the memory",
+        title_justify="left",
+        box=None,
+        padding=(0, 2),
     )
-    for name in ("GPU", "setting", "time", "cost"):
-        least.add_column(name, justify="left" if name in ("GPU", "setting") else "right", no_wrap=True)
+    for name in ("GPU", "GPUs", "ZeRO", "checkpointing", "tokens", "time", "cost"):
+        cheapest.add_column(name, justify="left" if name == "GPU" else "right", no_wrap=True)
     needed = report["memory"][str(report["setting"]["stage"])]["total"] / GIB
     for each in report["gpus"]:
-        mine, found = each["recipe"], each["cheapest"]
-        share = needed / each["memory_gib"]
-        full = f"{'[green]fits[/green]' if share <= ROOM else '[yellow]tight[/yellow]'}, {share:.0%} full"
+        in_recipe, found = each["recipe"], each["cheapest"]
+        fill = needed / each["memory_gib"]
+        fits = f"{'[green]yes[/green]' if fill <= MAX_FILL else '[yellow]barely[/yellow]'}, {fill:.0%} full"
         facts = (each["gpu"], f"{each['memory_gib']:g}", f"{each['price_per_hour']:.2f}")
-        recipe.add_row(*facts, full if mine else f"[red]no[/red], {needed:,.0f} GiB", *_time_and_cost(mine))
+        if not in_recipe:
+            fits = f"[red]no[/red], needs {needed:,.0f} GiB"
+        recipe.add_row(*facts, fits, *_time_and_cost(in_recipe))
         style = "bold green" if found is not None and found == report["cheapest"] else None
-        words = _words(found) if found else "[red]nothing[/red]"
-        least.add_row(each["gpu"], words, *_time_and_cost(found), style=style)
-    return recipe, least
+        cheapest.add_row(each["gpu"], *_setting(found), *_time_and_cost(found), style=style)
+    return recipe, cheapest
 
 
 def _time_and_cost(found: dict[str, Any] | None) -> tuple[str, str]:
     return (_hours(found["hours"]), _money(found["cost"])) if found else ("-", "-")
 
 
-def _answer(found: dict[str, Any]) -> str:
+def _describe_cheapest(found: dict[str, Any]) -> str:
     return f"{found['workers']} x {found['gpu']}: {_hours(found['hours'])}, {_money(found['cost'])}"
 
 
-def _words(found: dict[str, Any]) -> str:
-    parts = [f"{found['workers']} x ZeRO {found['stage']}"]
-    if found["checkpointing"]:
-        parts.append("checkpointing")
-    parts.append(f"{found['budget']:,} tokens")
-    return ", ".join(parts)
+def _setting(found: dict[str, Any] | None) -> tuple[str, ...]:
+    """Cells of a setting: GPUs, ZeRO stage, checkpointing, tokens per micro-batch."""
+    if found is None:
+        return ("[red]none[/red]", "-", "-", "-")
+    checkpointing = "yes" if found["checkpointing"] else "no"
+    return (str(found["workers"]), str(found["stage"]), checkpointing, f"{found['budget']:,}")
 
 
 def _overrides(found: dict[str, Any]) -> str:
@@ -134,4 +142,10 @@ def _hours(hours: float) -> str:
 
 
 def _money(dollars: float) -> str:
+    if dollars < 0.01:
+        return "< $0.01"
     return f"${dollars:,.2f}" if dollars < 100 else f"${dollars:,.0f}"
+
+
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count:,} {noun}{plural if count != 1 else ''}"

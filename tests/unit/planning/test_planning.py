@@ -16,7 +16,7 @@ from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.planning import activations
 from orpo_ray.planning.dry_run import Live, dry_run
-from orpo_ray.planning.gpus import priced
+from orpo_ray.planning.gpus import gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.states import Weight, Weights, states
 from support.pairs_by_hand import make_pair, run_as, tiny_pair_model
@@ -60,7 +60,7 @@ def test_a_dry_run_needs_what_a_real_one_does(family: str, lora: bool, checkpoin
         real = activations.step(real_model, batch, live)
     dry_model = prepared()
     with dry_run() as dry:
-        activations.without_numbers(dry_model)
+        activations.move_from_meta(dry_model)
         for parameter in dry_model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
@@ -108,7 +108,7 @@ def test_the_command_plans_from_the_data_check(tmp_path: Path, monkeypatch: pyte
     result = CliRunner().invoke(app, ["plan", "recipe.yaml", "--json", "--price-per-hour", "L4=0.5", "--mfu", "0.1"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["step"]["source"] == "the run folder's data check"
+    assert report["step"]["source"] == "data check"
     assert (report["step"]["steps"], report["step"]["pair"]["tokens"]) == (100, 90)
     assert 0 < report["model"]["trained"] < report["model"]["parameters"]
     l4 = report["gpus"][0]
@@ -121,7 +121,7 @@ def test_the_command_plans_from_the_data_check(tmp_path: Path, monkeypatch: pyte
 
 
 def test_wrong_prices_are_one_message() -> None:
-    assert next(gpu for gpu in priced(["h100=2.5"]) if gpu.name == "H100-80GB").price == 2.5
+    assert next(gpu for gpu in gpus_with_prices(["h100=2.5"]) if gpu.name == "H100-80GB").price == 2.5
     for wrong in ("A100=2", "T4=1", "H100", "H100=cheap", "=1"):
         with pytest.raises(UserError):
-            priced([wrong])
+            gpus_with_prices([wrong])
