@@ -25,8 +25,8 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.model.loading import load_model
+from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.objective.orpo import orpo_loss
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.processing.processor import load_processor
@@ -87,7 +87,8 @@ def main() -> None:
     recipe, device = recipe_of(arguments), torch.device("cpu")
     encoder = PairEncoder(load_processor(arguments.model, None), recipe.data.max_length)
     model = PairModel(load_model(recipe.model, device, seed=0), PixelNorm.of(encoder.processor))
-    planner = StepPlanner.of(recipe, encoder, model, device)
+    objective = load_objective(recipe)
+    planner = StepPlanner.of(objective, recipe.optim.tokens_per_microbatch, encoder, model, device)
     engine = Engine(model, recipe, arguments.steps, num_workers=1)
     rows = [json.loads(line) for line in arguments.data.open(encoding="utf-8")]
 
@@ -100,7 +101,7 @@ def main() -> None:
         total = 0.0
         for batch in plan.batches:
             probe.batch({"input_ids": batch.input_ids})
-            loss, _ = orpo_loss(engine.forward(batch), batch.weights, recipe.orpo.beta, plan.normaliser)
+            loss, _ = objective.loss(engine.forward(batch), batch.weights, plan.normaliser)
             engine.backward(loss)
             total += loss.item()
         engine.step()

@@ -56,8 +56,9 @@ def one(way: str) -> dict[str, Any]:
 
     from orpo_ray.config.schema import ModelConfig
     from orpo_ray.model.loading import pick_attention
+    from orpo_ray.objective.base import Normaliser
     from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
-    from orpo_ray.objective.orpo import Normaliser, orpo_loss
+    from orpo_ray.objective.orpo import ORPO
     from orpo_ray.planning.activations import NORM, PairShape, batch_of, measure, unloaded_model
 
     torch.set_num_threads(2)
@@ -76,7 +77,7 @@ def one(way: str) -> dict[str, Any]:
 
     def step() -> None:
         logps = pair_model(batch)
-        loss, _ = orpo_loss(logps, batch.weights, 0.1, Normaliser(float(batch.num_pairs)))
+        loss, _ = ORPO(0.1).loss(logps, batch.weights, Normaliser(float(batch.num_pairs)))
         loss.backward()
 
     step()

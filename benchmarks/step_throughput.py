@@ -35,8 +35,10 @@ from orpo_ray.data.packing import RESPONSE, PairBatch, build_batch
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.families.idefics3 import Idefics3
 from orpo_ray.model.loading import is_adapted, without_adapters
+from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
-from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
+from orpo_ray.objective.logps import PairLogps
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
 
 BETA = 0.1
@@ -172,7 +174,7 @@ def make_pairs(shape: Shape, count: int, lengths: Iterator[tuple[int, int]] | No
 
 def ours(model: PairModel, batch: PairBatch) -> torch.Tensor:
     """(a): forward, loss, backward."""
-    loss, _ = orpo_loss(model(batch), batch.weights, BETA, Normaliser(batch.num_pairs))
+    loss, _ = ORPO(BETA).loss(model(batch), batch.weights, Normaliser(batch.num_pairs))
     loss.backward()
     return loss.detach()
 
@@ -194,7 +196,7 @@ def usual(model: PairModel, batch: PairBatch) -> torch.Tensor:
     chosen, rejected = sums.chunk(2)
     chosen_count, rejected_count = counts.chunk(2)
     pairs = PairLogps(chosen, rejected, -chosen, chosen_count, rejected_count, chosen_count)
-    loss, _ = orpo_loss(pairs, batch.weights, BETA, Normaliser(batch.num_pairs))
+    loss, _ = ORPO(BETA).loss(pairs, batch.weights, Normaliser(batch.num_pairs))
     loss.backward()
     return loss.detach()
 

@@ -25,8 +25,9 @@ from step_throughput import NORM, smolvlm_256m
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.model import shared_prefix
+from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 
@@ -50,7 +51,7 @@ def batch_of(config: Any, pairs: int, tiles: int, side: int, tokens: int, answer
 def step(model: PairModel, batch: PairBatch) -> float:
     """Seconds of one step."""
     started = time.perf_counter()
-    orpo_loss(model(batch), batch.weights, 0.1, Normaliser(batch.num_pairs))[0].backward()
+    ORPO(0.1).loss(model(batch), batch.weights, Normaliser(batch.num_pairs))[0].backward()
     model.zero_grad(set_to_none=True)
     return time.perf_counter() - started
 

@@ -61,7 +61,7 @@ def tune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     sweep = run_sweep(loaded, console)
     table = Table(title=f"{len(sweep.trials)} trials by {loaded.tune.metric}")
-    for column in ("trial", *loaded.tune.search, loaded.tune.metric, "steps", "status"):
+    for column in ("trial", *loaded.search, loaded.tune.metric, "steps", "status"):
         left = column in ("trial", "status")
         table.add_column(column.split(".")[-1].removeprefix("eval/"), justify="left" if left else "right")
     for trial in sweep.trials:

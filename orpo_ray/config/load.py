@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from orpo_ray.config.objectives import OBJECTIVES, LossConfig
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 
@@ -86,6 +87,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     section = raw
     for parent in parents:
         child = section.get(parent)
+        if parent == "objective" and isinstance(child, str):
+            child = section[parent] = {"name": child}  # `objective: cpo` is short for this
         if child is None:
             child = section[parent] = {}
         if not isinstance(child, dict):
@@ -104,9 +107,12 @@ def _parse_exponent(value: Any) -> Any:
 def _describe_error(item: dict[str, Any]) -> str:
     """Describe one pydantic error in a line: the field, what is wrong, the value, the nearest known key."""
     location = [str(key) for key in item["loc"] if key != "[key]"]
+    section = _section(location[:-1])
+    if location[0:1] == ["objective"] and len(location) > 2:
+        del location[1]  # pydantic puts the objective's name here, which is not part of the key
     field, kind, context = ".".join(location), item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = list(section.model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys here: {', '.join(known)}"
         return f"{field}: unknown key; {hint}"
@@ -120,13 +126,17 @@ def _describe_error(item: dict[str, Any]) -> str:
     return f"{field}: {message}{shown}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
+def _section(location: list[str]) -> type[BaseModel]:
+    """The class of the section at a location."""
     section: type[BaseModel] = Recipe
     for key in location:
+        if key in OBJECTIVES and issubclass(section, LossConfig):
+            section = OBJECTIVES[key]
+            continue
         field = section.model_fields.get(key)
         if field is None:
             break
         for candidate in (field.annotation, *typing.get_args(field.annotation)):
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 section = candidate
-    return list(section.model_fields)
+    return section

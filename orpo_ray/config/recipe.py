@@ -8,10 +8,18 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from orpo_ray.config.objectives import Objective, OrpoConfig, OrpoObjective, check_search, default_search
 from orpo_ray.config.rules import find_conflicts
 from orpo_ray.config.schema import (
     CheckpointConfig,
@@ -21,8 +29,8 @@ from orpo_ray.config.schema import (
     EvalConfig,
     ModelConfig,
     OptimConfig,
-    OrpoConfig,
     ScalingConfig,
+    SearchRange,
     TrackingConfig,
     TuneConfig,
 )
@@ -37,8 +45,10 @@ class Recipe(Config):
     """The vision-language model to train."""
     data: DataConfig
     """Sources of the preference pairs."""
+    objective: Objective = Field(default_factory=OrpoObjective)
+    """Loss to train with: a name, or a mapping of `name` and options. ORPO's options are in the section `orpo`."""
     orpo: OrpoConfig = Field(default_factory=OrpoConfig)
-    """The objective."""
+    """Options of ORPO. Every other objective has its options under `objective`."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimizer, learning-rate schedule, and size of a step."""
     deepspeed: DeepspeedConfig = Field(default_factory=DeepspeedConfig)
@@ -76,7 +86,32 @@ class Recipe(Config):
             raise ValueError("data.eval and data.eval_fraction are both set; remove one of them")
         if conflicts := find_conflicts(self):
             raise ValueError("\n  - ".join(conflicts))
+        if self.objective.section != "orpo" and (unused := sorted(self.orpo.model_fields_set)):
+            # Refused even at its default: whoever sets an option expects an effect.
+            raise ValueError(
+                f"orpo.{unused[0]} is set, but the objective is {self.objective.title}; set its options under "
+                "objective, and remove the section orpo (on the command line: orpo={})"
+            )
+        check_search(self.tune, self.objective)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        raw: dict[str, Any] = handler(self)
+        if self.objective.section != "orpo":
+            raw.pop("orpo", None)  # ORPO's options would be refused when read back
+        return raw
+
+    @property
+    def objective_options(self) -> dict[str, Any]:
+        """The options of the objective by name, from its section."""
+        section: Config = getattr(self, self.objective.section)
+        return section.model_dump(exclude={"name"})
+
+    @property
+    def search(self) -> dict[str, SearchRange]:
+        """The ranges that `orpo-ray tune` searches: a recipe key -> its range."""
+        return self.tune.search or default_search(self.objective)
 
     @property
     def has_held_out(self) -> bool:

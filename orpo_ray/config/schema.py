@@ -182,16 +182,6 @@ class DataConfig(Config):
     A reader holds one window in memory. By default 4096, or fewer if these rows exceed 128 MB."""
 
 
-class OrpoConfig(Config):
-    """The objective: loss = NLL(chosen) + beta * -log sigmoid(log odds(chosen) - log odds(rejected))."""
-
-    beta: float = Field(0.1, ge=0)
-    """Weight of the odds-ratio term."""
-    nll: Literal["response", "prompt+response"] = "response"
-    """What the NLL term covers. response: the chosen answer, averaged per pair (LLaMA-Factory, ms-swift).
-    prompt+response: the prompt's text too, averaged over the step's tokens (TRL). Image placeholders never count."""
-
-
 class OptimConfig(Config):
     """Optimizer, learning-rate schedule, and size of a step."""
 
@@ -331,18 +321,13 @@ class SearchRange(Config):
 class TuneConfig(Config):
     """Hyperparameter search with Ray Tune (`orpo-ray tune`). Each trial is a normal training run."""
 
-    search: dict[Literal["orpo.beta", "optim.learning_rate"], SearchRange] = Field(
-        default={
-            "orpo.beta": SearchRange(low=0.05, high=0.5),
-            "optim.learning_rate": SearchRange(low=1e-6, high=1e-4),
-        },
-        min_length=1,
-    )
-    """Parameters to search, as a mapping from recipe key to range."""
-    metric: Literal[
-        "eval/rewards/accuracies", "eval/rewards/margins", "eval/loss", "eval/nll_loss", "eval/log_odds_ratio"
-    ] = "eval/rewards/accuracies"
-    """Metric that ranks the trials. For a loss, set `mode: min`."""
+    search: dict[str, SearchRange] = Field(default_factory=dict)
+    """Parameters to search, as a mapping from recipe key to range. Keys are `optim.learning_rate` and the numbers among
+    the objective's options: `orpo.beta`, or `objective.beta` and so on with another objective. By default the learning
+    rate and beta."""
+    metric: str = "eval/rewards/accuracies"
+    """Metric that ranks the trials: `eval/rewards/accuracies`, `eval/rewards/margins`, `eval/loss`, or where the
+    objective has them `eval/nll_loss` or `eval/log_odds_ratio`. For a loss, set `mode: min`."""
     mode: Literal["max", "min"] = "max"
     """Whether a higher (`max`) or lower (`min`) metric is better."""
     num_trials: int = Field(8, ge=1)

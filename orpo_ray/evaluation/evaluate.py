@@ -1,4 +1,4 @@
-"""`orpo-ray evaluate`: score held-out pairs with what a run ended with, or with any model or adapters."""
+"""`orpo-ray evaluate`: score held-out pairs with a run's final model, or with any model or adapters."""
 
 from __future__ import annotations
 
@@ -18,28 +18,38 @@ from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.from_recipe import encoder_of, held_out_data
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.scoring import Scores, grounding, score, with_prefix
+from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.model.adapters import ADAPTER_CONFIG, adapter_config, is_adapter, load_adapted
 from orpo_ray.model.loading import concatenated_because, load_model, pick_attention
+from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
-from orpo_ray.streaming.steps import iter_steps
 
-# Where one stands, a folder has a processor of its own.
+# A folder with one of these has a processor of its own.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def evaluate_run(uri: str, overrides: list[str], console: Console) -> dict[str, float]:
-    """Metrics of the held-out pairs as `eval/...`, with `eval/grounding_gap`. Raises UserError.
+    """Score the held-out pairs of a run, a model or adapters.
 
-    uri: of a run's folder (its recipe and `final/` are used), a model's or peft adapters' (then `data.eval=...` says
-    what to score). Adapters are applied to the base model as it is loaded by the recipe, in 4 bits if that says so.
+    Args:
+        uri: A run's folder, whose recipe and `final/` are used; or a folder of a model or of peft adapters, with
+            `data.eval=...` among the overrides. Adapters are applied to the base model as the recipe loads it, in 4
+            bits if the recipe says so.
+        overrides: `section.key=value` for the recipe.
+        console: Gets one line about what is scored.
+
+    Returns:
+        The metrics of the recipe's objective as `eval/...`, with `eval/grounding_gap` unless the recipe leaves it out.
+
+    Raises:
+        UserError: The folder or the recipe cannot be used, or there are no held-out pairs.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        folder = RunFolder(uri.rstrip("/"))  # what it mirrors of a remote run is gone when it goes
+        folder = RunFolder(uri.rstrip("/"))  # its copy of a remote run is deleted with this object
         recipe, model = _recipe_of(folder, overrides)
         section = _section(recipe, model)
         held_out = held_out_data(recipe)
@@ -53,7 +63,7 @@ def evaluate_run(uri: str, overrides: list[str], console: Console) -> dict[str, 
 
 
 def _section(recipe: Recipe, folder: Path) -> ModelConfig:
-    """What is loaded besides adapters: the recipe's base model, or the folder's own."""
+    """How to load the model without adapters: the recipe's base model, or the folder's own model."""
     if is_adapter(folder):
         return recipe.model
     whole: dict[str, Any] = {"id": str(folder), "revision": None, "lora": None, "freeze": [], "quantization": None}
@@ -62,7 +72,7 @@ def _section(recipe: Recipe, folder: Path) -> ModelConfig:
 
 def _evaluate(recipe: Recipe, section: ModelConfig, folder: Path, held_out: ReadSpec) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Of adapters without a processor beside them the base model's is taken.
+    # Adapters without a processor beside them use the base model's.
     own_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
     spec = encoder_of(recipe)
     if own_processor:
@@ -71,23 +81,14 @@ def _evaluate(recipe: Recipe, section: ModelConfig, folder: Path, held_out: Read
     seed = recipe.optim.seed
     loaded = load_adapted(section, folder, device, seed) if is_adapter(folder) else load_model(section, device, seed)
     model = PairModel(loaded, PixelNorm.of(encoder.processor)).eval()
-    planner = StepPlanner.of(recipe, encoder, model, device)
-    steps = -(-held_out.end_sample // held_out.pairs_per_step)
+    planner = StepPlanner.of(load_objective(recipe), recipe.optim.tokens_per_microbatch, encoder, model, device)
     max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
-
-    def one_pass(exchange: bool) -> Scores:
-        read = replace(held_out, exchange_images=exchange)
-        shares = ((share.pairs, len(share.bad)) for share in iter_steps(read, spec, 0, steps, max_encoders))
-        return score(model, shares, planner, recipe.orpo.beta)
-
-    seen = one_pass(exchange=False)
-    if not recipe.eval.grounding:
-        return seen.metrics
-    return seen.metrics | grounding(seen, one_pass(exchange=True), device)
+    evaluator = Evaluator(model, HeldOut(held_out, spec, max_encoders), planner)
+    return evaluator.evaluate(recipe.eval.grounding).metrics
 
 
 def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, Path]:
-    """The recipe to evaluate by, and the folder of the model or the adapters."""
+    """Find the recipe, and the folder of the model or the adapters. Raises UserError."""
     raw: dict[str, Any]
     uri = folder.uri
     if folder.has(RECIPE_FILE):
@@ -96,7 +97,7 @@ def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, Path]:
         model = folder.path / FINAL
         if not model.is_dir():
             raise UserError(
-                "the run has no final model yet", field=uri, fix="let it end: the same train command resumes it"
+                "the run has no final model yet", field=uri, fix="finish the run: the same train command resumes it"
             )
     elif folder.has(ADAPTER_CONFIG) and not folder.is_remote:
         model = folder.path
@@ -109,8 +110,10 @@ def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, Path]:
     else:
         missing = f"no {RECIPE_FILE}) nor a model (no config.json or {ADAPTER_CONFIG})"
         raise UserError(f"is neither a run ({missing}", field=uri)
-    # Adapters name a base model that may have moved; a whole model is what it is.
+    # The base model of adapters may have moved, so its id can be given anew; a whole model is the folder itself.
     if not is_adapter(model) and any(override.startswith("model.id=") for override in overrides):
-        raise UserError("the model is the folder's", field="model.id", fix="give the folder of the model to evaluate")
+        raise UserError(
+            "the folder already decides the model", field="model.id", fix="give the folder of the model to evaluate"
+        )
     apply_overrides(raw, overrides)
     return parse_recipe(raw, source=uri).with_absolute_paths(), model.resolve()

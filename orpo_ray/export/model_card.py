@@ -16,7 +16,7 @@ from orpo_ray.tiny_models.build import is_tiny
 
 Kind = Literal["merged", "adapter", "whole"]
 FOLDER_IN_CODE = "path/to/this/folder"
-_SHOWN = ("name", "model", "data", "orpo", "optim", "deepspeed")
+_SHOWN = ("name", "model", "data", "objective", "orpo", "optim", "deepspeed")
 # Metric name -> label in the table.
 _METRICS = {
     "eval/rewards/accuracies": "preference accuracy",
@@ -135,7 +135,7 @@ def _metadata(facts: CardFacts, name: str) -> str:
         base_model=recipe.model.id if hub else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
-        tags=["orpo", "orpo-ray", "preference-optimization", *(["lora"] if recipe.model.lora else [])],
+        tags=[recipe.objective.name, "orpo-ray", "preference-optimization", *(["lora"] if recipe.model.lora else [])],
         datasets=_hub_datasets(recipe.data.train) or None,
         model_name=name,
         eval_results=results or None,
@@ -168,9 +168,11 @@ def _summary(facts: CardFacts) -> str:
     }[facts.kind]
     if facts.kind == "merged" and model.quantization:
         content += " The base weights are the dequantized 4-bit weights that the adapters were trained on."
-    orpo = "[ORPO](https://arxiv.org/abs/2403.07691)"
+    objective = f"[{facts.recipe.objective.title}]({facts.recipe.objective.paper})"
     tool = f"[orpo-ray](https://github.com/orpo-ray/orpo-ray) {__version__}"
-    text = f"{base}{revision}, aligned to image-text preferences with {orpo}, by {tool}. Method: {method}. {content}"
+    text = (
+        f"{base}{revision}, aligned to image-text preferences with {objective}, by {tool}. Method: {method}. {content}"
+    )
     return text.strip()
 
 

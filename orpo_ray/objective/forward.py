@@ -19,8 +19,7 @@ from orpo_ray.model.families.base import ImageFeatures, ImageTensors
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import layout_of, without_adapters
 from orpo_ray.model.vision_cache import VisionCache
-from orpo_ray.objective.logps import target_logps
-from orpo_ray.objective.orpo import PairLogps, sum_by_pair
+from orpo_ray.objective.logps import PairLogps, sum_by_pair, target_logps
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 # Values for PairModel's `pixels_at_once` that keep the device busy, by its type.

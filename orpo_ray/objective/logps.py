@@ -1,42 +1,87 @@
-"""Hidden states -> log-probs of the target tokens, in chunks, so that [tokens, vocabulary] never exists whole.
+"""Hidden states -> log-probs of target tokens, in chunks, so that [tokens, vocabulary] never exists whole.
 
-Legend: M target tokens, D hidden size, V vocabulary.
+Legend: B pairs, M target tokens, m target tokens of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-# What the logits of one chunk may take, as float32.
+# Most bytes for the float32 logits of one chunk.
 CHUNK_BYTES = 2**27
 
 
+@dataclass(frozen=True)
+class PairLogps:
+    """Sums of log-probs per pair, and the number of tokens in each sum; all float32 [B]."""
+
+    chosen: torch.Tensor
+    """Log-prob of the chosen answer."""
+    rejected: torch.Tensor
+    """Log-prob of the rejected answer."""
+    nll: torch.Tensor
+    """Negative log-prob of the tokens under the NLL term, a subset of prompt + chosen answer."""
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+    nll_tokens: torch.Tensor
+
+
+def sum_by_pair(
+    logps: torch.Tensor, target_answer: torch.Tensor, target_in_response: torch.Tensor, num_pairs: int
+) -> PairLogps:
+    """Add up log-probs of tokens by pair.
+
+    Args:
+        logps: [M], log-prob of each target token.
+        target_answer: int64 [M], the answer of each token: 0 .. B - 1 are chosen answers, B .. 2B - 1 rejected ones.
+        target_in_response: bool [M], False for prompt tokens, which count for the NLL only.
+        num_pairs: B.
+    """
+    logps, response = logps.float(), target_in_response.float()
+
+    def by_answer(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(2 * num_pairs).index_add(0, target_answer, values)
+
+    chosen, rejected = by_answer(logps * response).chunk(2)
+    chosen_tokens, rejected_tokens = by_answer(response).chunk(2)
+    nll, _ = by_answer(logps).chunk(2)
+    nll_tokens, _ = by_answer(torch.ones_like(logps)).chunk(2)
+    return PairLogps(chosen, rejected, -nll, chosen_tokens, rejected_tokens, nll_tokens)
+
+
 def count_chunks(num_targets: int, vocab_size: int) -> int:
-    """Into how many parts this many targets are cut for the output head."""
+    """Number of chunks in which the output head processes this many target tokens."""
     return max(1, -(-num_targets * 4 * vocab_size // CHUNK_BYTES))
 
 
 def target_logps(
     head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, target_ids: torch.Tensor, chunks: int
 ) -> torch.Tensor:
-    """Log-probs of `target_ids` [M] given `hidden` [M, D]: float32 [M].
+    """Compute the log-probs of target tokens.
 
-    head: hidden states [m, D] -> logits [m, V], a new tensor, which backward writes over; called `chunks` times, and
-    all but once again in backward. Under ZeRO-3 each call gathers its weight from all workers, so `chunks` must be the
-    same on each of them.
+    Args:
+        head: Maps hidden states [m, D] to logits [m, V] in a new tensor, which backward overwrites.
+        hidden: [M, D], hidden state before each target token.
+        target_ids: int64 [M].
+        chunks: Number of calls of `head`; all chunks but the last call it once more in backward. Under ZeRO-3 every
+            call gathers the head's weight from all workers, so this must be equal on all of them.
+
+    Returns:
+        float32 [M].
     """
-    hidden_parts, id_parts = hidden.tensor_split(chunks), target_ids.tensor_split(chunks)
-    parts = [
-        checkpoint(_chunk_logps, head, *part, use_reentrant=False)
-        for part in zip(hidden_parts[:-1], id_parts[:-1], strict=True)
+    hidden_chunks, id_chunks = hidden.tensor_split(chunks), target_ids.tensor_split(chunks)
+    logps = [
+        checkpoint(_chunk_logps, head, *chunk, use_reentrant=False)
+        for chunk in zip(hidden_chunks[:-1], id_chunks[:-1], strict=True)
     ]
-    # Backward begins with the last chunk, where its logits would be computed anew at once: they may as well stay.
-    parts.append(_chunk_logps(head, hidden_parts[-1], id_parts[-1]))
-    return torch.cat(parts)
+    # Backward starts with the last chunk and would recompute its logits at once, so the chunk keeps them.
+    logps.append(_chunk_logps(head, hidden_chunks[-1], id_chunks[-1]))
+    return torch.cat(logps)
 
 
 def _chunk_logps(
@@ -47,16 +92,17 @@ def _chunk_logps(
 
 
 class _SelectiveLogSoftmax(torch.autograd.Function):
-    """log_softmax in float32, then one entry of each row.
+    """Log-softmax in float32, then one entry of each row.
 
-    torch's own holds three [m, V] in backward. This holds the logits alone and writes their gradient over them: the
-    head, which made them, needs them no more. On a CPU it goes by few rows at a time, which stay in its caches.
+    torch's own holds three tensors [m, V] in backward. This one holds only the logits and overwrites them with their
+    gradient, since the head that made them no longer needs them. On a CPU it processes few rows at a time, which fit
+    its caches.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         rows = _rows_at_once(logits)
-        sums = torch.cat([part.logsumexp(-1) for part in logits.float().split(rows)])
+        sums = torch.cat([few.logsumexp(-1) for few in logits.float().split(rows)])
         ctx.save_for_backward(logits, ids, sums)
         return logits.gather(1, ids.unsqueeze(1)).squeeze(1).float() - sums
 
@@ -66,8 +112,8 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         logits, ids, sums = ctx.saved_tensors
         rows = _rows_at_once(logits)
         out = logits if logits.dtype == torch.float32 else logits.float()
-        for part, total, weight in zip(out.split(rows), sums.split(rows), gradient.split(rows), strict=True):
-            part.sub_(total.unsqueeze(1)).exp_().mul_(-weight.unsqueeze(1))
+        for few, total, weight in zip(out.split(rows), sums.split(rows), gradient.split(rows), strict=True):
+            few.sub_(total.unsqueeze(1)).exp_().mul_(-weight.unsqueeze(1))
         out.scatter_add_(1, ids.unsqueeze(1), gradient.unsqueeze(1))
         return out.to(logits.dtype), None
 

@@ -19,9 +19,10 @@ from orpo_ray.model.loading import own_attention, ready_to_train, without_adapte
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import no_mask, shared_prefix_attention
 from orpo_ray.model.shared_prefix import register as register_shared_prefix
+from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.logps import count_chunks
-from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.processing.pixel_norm import PixelNorm
 
@@ -239,7 +240,8 @@ def step(pair_model: PairModel, batch: PairBatch, live: Live) -> Activations:
         base.get_output_embeddings().register_forward_pre_hook(head_begins),
     ]
     logps = pair_model(batch)
-    loss, _ = orpo_loss(logps, batch.weights, 0.1, Normaliser(float(batch.num_pairs)))
+    # Any loss does: it computes with one number per pair.
+    loss, _ = ORPO().loss(logps, batch.weights, Normaliser(float(batch.num_pairs)))
     loss.backward()
     next_phase()
     for handle in handles:

@@ -15,6 +15,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.families.cross_attention import CrossAttentionFamily
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import pick_attention
+from orpo_ray.objective.base import load_objective
 from orpo_ray.planning.activations import Activations, batch_of, measure, unloaded_model
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, MFU, NCCL, Estimate, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
@@ -76,7 +77,8 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     work = estimate_workload(recipe, config, attention.layout, options.pairs)
     workers, budget = recipe.scaling.num_workers, recipe.optim.tokens_per_microbatch
     microbatch_pairs = pairs_per_microbatch(recipe, work, attention.layout, budget, workers)
-    batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, recipe.orpo.nll, attention.layout)
+    nll_span = load_objective(recipe).nll_span
+    batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, attention.layout)
     activations: dict[bool, Activations] = {}
     for checkpointing in (False, True):
         model_config = recipe.model.model_copy(update={"gradient_checkpointing": checkpointing})

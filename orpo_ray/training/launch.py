@@ -135,7 +135,7 @@ def _headline(recipe: Recipe, attention: Attention, read: ReadSpec, held_out: Re
     formats = f"{', '.join(sorted(set(read.format_names)))} format"
     revision = f"@{recipe.model.revision[:12]}" if recipe.model.revision else ""
     return (
-        f"[bold]{recipe.name}[/bold]  {recipe.model.id}{revision}, {_tuning(recipe)}, "
+        f"[bold]{recipe.name}[/bold]  {recipe.model.id}{revision}, {_tuning(recipe)}, {recipe.objective.title}, "
         f"ZeRO {recipe.deepspeed.zero_stage}, {recipe.scaling.num_workers} worker(s)\n"
         f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
         f"-> {recipe.run_uri}" + (f"\n{concatenated_because(attention.why)}" if attention.why else "")

@@ -44,9 +44,10 @@ def check_run_folder(recipe: Recipe, folder: RunFolder) -> Recipe | None:
     differing = [
         f"{section}.{key}"
         for section, value in now.items()
-        if isinstance(value, dict) and section not in MAY_CHANGE
+        # Another objective has other options, and no section `orpo` unless it is ORPO; `objective.name` differs then.
+        if isinstance(value, dict) and section in saved and section not in MAY_CHANGE
         for key in value
-        if saved[section][key] != value[key] and f"{section}.{key}" not in MAY_CHANGE
+        if saved[section].get(key) != value[key] and f"{section}.{key}" not in MAY_CHANGE
     ]
     if differing and not folder.has(METRICS_FILE):
         return None  # it ended before its first step: nothing is lost

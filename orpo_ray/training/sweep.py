@@ -100,7 +100,7 @@ def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tune
         tune.with_resources(
             tune.with_parameters(_run_trial, recipe=base.model_dump(mode="json")), {"cpu": DRIVER_CPUS}
         ),
-        param_space={key: _domain(search) for key, search in section.search.items()},
+        param_space={key: _domain(search) for key, search in base.search.items()},
         tune_config=tune.TuneConfig(
             metric=section.metric,
             mode=section.mode,
@@ -164,7 +164,7 @@ def _trial(base: Recipe, result: Any) -> Trial:
     config = result.config or {}
     return Trial(
         name=str(metrics.get("trial_id", Path(result.path).name)),
-        params={key: config[key] for key in base.tune.search},
+        params={key: config[key] for key in base.search},
         metric=metrics.get(base.tune.metric),
         steps=int(metrics.get("step", 0)),
         status=status,

@@ -15,15 +15,15 @@ import torch
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, refuse_rows
-from orpo_ray.data.encoding import EncodedPair, EncoderSpec
+from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError
-from orpo_ray.evaluation.scoring import Scores, grounding, score, with_prefix
+from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.model.loading import load_model
+from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
-from orpo_ray.objective.orpo import SUM_NAMES, metrics_from_sums, orpo_loss
-from orpo_ray.objective.step_planner import StepPlan, StepPlanner, reduce_sums
+from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, reduce_sums
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.streaming.steps import StepShard, iter_steps
 from orpo_ray.tracking.tracker import Tracker
@@ -79,7 +79,9 @@ class Worker:
         cache = self.recipe.model.vision_cache
         kept = Path(cache) if cache is not None else None
         self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once, kept)
-        self.planner = StepPlanner.of(self.recipe, encoder, self.model, self.device)
+        self.objective = load_objective(self.recipe)
+        budget = self.recipe.optim.tokens_per_microbatch
+        self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine = Engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.position = load_latest(self.engine, self.recipe, config.train)
         self.tracker = Tracker(self.recipe, self.position.step) if self.rank == 0 else None
@@ -97,13 +99,11 @@ class Worker:
             self._advance(share, plan, metrics)
             step = self.position.step
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
-                scores = self._evaluate(exchange=False)
-                self._log_eval(scores.metrics)
-                self._report(scores.metrics)
+                self._report(self._evaluate(grounding=False))
             if recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0 and step < num_steps:
                 self._save(with_prefix(metrics, "train"))
         self._judge_bad_rows(at_end=True)
-        final = self._final_evaluation()
+        final = self._evaluate(recipe.eval.grounding) if self.config.held_out is not None else {}
         self._tell(phase="saving")
         save_final(self.engine, recipe)
         self._save(with_prefix(final, "eval") | {"step": self.position.step, "final": True})
@@ -119,7 +119,8 @@ class Worker:
         """Each step's share and plan, the seconds spent waiting for data, and when the step began."""
         recipe, first = self.recipe, self.position.step
         read = self._mine(self.config.train, first_sample=first * recipe.optim.pairs_per_step)
-        shares = self._iter_steps(read, first, self.config.num_steps)
+        config = self.config
+        shares = iter_steps(read, config.encoder, first, config.num_steps, config.max_encoders)
         while True:
             started = time.perf_counter()
             share = next(shares, None)
@@ -133,7 +134,7 @@ class Worker:
     def _train_step(self, plan: StepPlan) -> dict[str, float]:
         """Forward and backward of every micro-batch, one optimizer step; TRL's metrics of it."""
         learning_rate = self.engine.learning_rate
-        sums: dict[str, torch.Tensor | float] = dict.fromkeys(SUM_NAMES, 0.0)
+        sums: dict[str, torch.Tensor] = {}
         if not plan.pairs:
             return {"learning_rate": learning_rate, "grad_norm": 0.0}  # every row of the step was bad
         for batch in plan.batches:
@@ -141,14 +142,14 @@ class Worker:
             self.model.watch_images = check
             batch = batch.to(self.device)
             logps = self.engine.forward(batch)
-            loss, part = orpo_loss(logps, batch.weights, self.recipe.orpo.beta, plan.normaliser)
+            loss, more = self.objective.loss(logps, batch.weights, plan.normaliser)
             self.engine.backward(loss)
-            sums = {name: sums[name] + part[name] for name in SUM_NAMES}
+            sums = add_sums(sums, more)
             if check:
                 self.model.check_images_used()
                 self.images_checked = True
         grad_norm = self.engine.step()
-        metrics = metrics_from_sums(reduce_sums(sums, self.device), self.recipe.orpo.beta)
+        metrics = self.objective.metrics(reduce_sums(sums, self.device))
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _advance(self, share: StepShard, plan: StepPlan, metrics: dict[str, float]) -> None:
@@ -179,47 +180,21 @@ class Worker:
     def _judge_bad_rows(self, at_end: bool) -> None:
         check_bad_fraction(self.recipe, self.position.bad, self.position.seen, self.first_bad, at_end)
 
-    def _final_evaluation(self) -> dict[str, float]:
-        if self.config.held_out is None:
-            return {}
-        seen = self._evaluate(exchange=False)
-        metrics = seen.metrics
-        if self.recipe.eval.grounding:
-            metrics = metrics | grounding(seen, self._evaluate(exchange=True), self.device)
-        self._log_eval(metrics)
-        return metrics
-
-    def _evaluate(self, exchange: bool) -> Scores:
-        """Score the held-out pairs on all workers; with `exchange`, every pair with another pair's images."""
-        held_out = self.config.held_out
-        assert held_out is not None
-        self._tell(phase="evaluating with exchanged images" if exchange else "evaluating")
-        read = replace(self._mine(held_out), exchange_images=exchange)
-        steps = -(-held_out.end_sample // held_out.pairs_per_step)
-        bad: list[BadRow] = []
-
-        def shares() -> Iterator[tuple[list[EncodedPair], int]]:
-            for share in self._iter_steps(read, 0, steps):
-                bad.extend(share.bad)
-                yield share.pairs, len(share.bad)
-
-        self.model.eval()
-        # The engine's forward, since under ZeRO 3 it gathers the parameters.
-        scores = score(self.engine.forward, shares(), self.planner, self.recipe.orpo.beta)
-        self.model.train()
-        if not exchange:  # a pair without a partner to exchange images with is not a bad row
-            self._log_bad_rows(bad)
-        return scores
-
-    def _iter_steps(self, read: ReadSpec, first: int, end: int) -> Iterator[StepShard]:
-        return iter_steps(read, self.config.encoder, first, end, self.config.max_encoders)
+    def _evaluate(self, grounding: bool) -> dict[str, float]:
+        """Score the held-out pairs on all workers and log the metrics."""
+        assert self.config.held_out is not None
+        held_out = HeldOut(self._mine(self.config.held_out), self.config.encoder, self.config.max_encoders)
+        evaluator = Evaluator(
+            self.model, held_out, self.planner, self.engine.forward, on_pass=lambda phase: self._tell(phase=phase)
+        )
+        scores = evaluator.evaluate(grounding)
+        self._log_bad_rows(scores.bad)
+        if self.tracker is not None:
+            self.tracker.log(self.position.step, with_prefix(scores.metrics, "eval"))
+        return scores.metrics
 
     def _mine(self, read: ReadSpec, first_sample: int = 0) -> ReadSpec:
         return replace(read, rank=self.rank, num_workers=self.num_workers, first_sample=first_sample)
-
-    def _log_eval(self, metrics: dict[str, float]) -> None:
-        if self.tracker is not None:
-            self.tracker.log(self.position.step, with_prefix(metrics, "eval"))
 
     def _report(self, metrics: dict[str, float]) -> None:
         """Evaluations in between go to Ray Train without a checkpoint: a scheduler of Ray Tune may be waiting."""

@@ -20,8 +20,10 @@ from orpo_ray.export.merging import load_merged_model
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.adapters import save_adapter
 from orpo_ray.model.loading import load_model
+from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
+from orpo_ray.objective.logps import PairLogps
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.pairs_by_hand import NORM, layouts_of, make_pair, run_as
 
@@ -65,7 +67,7 @@ def learn(model: PairModel, batch: PairBatch, learning_rate: float) -> tuple[flo
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98))
     first = last = 0.0
     for step in range(120):
-        loss, sums = orpo_loss(model(batch), batch.weights, 0.1, Normaliser(32.0))
+        loss, sums = ORPO(0.1).loss(model(batch), batch.weights, Normaliser(32.0))
         last = float(sums["nll"]) / 32
         first = first or last
         if last < 0.1 * first:

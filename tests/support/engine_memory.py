@@ -11,8 +11,9 @@ import torch
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.packing import build_batch
 from orpo_ray.model.loading import load_model
+from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.training.deepspeed import Engine
 from support.pairs_by_hand import NORM, make_pair
 
@@ -28,7 +29,7 @@ def measure(raw: dict[str, Any], world: int) -> dict[str, int]:
     for step in range(2):
         for _ in range(2):
             batch = build_batch([make_pair(FAMILY, rng, 1, 12, 9, 7)], "response", model.layout)
-            loss, _ = orpo_loss(engine.forward(batch), batch.weights, 0.1, Normaliser(2.0))
+            loss, _ = ORPO(0.1).loss(engine.forward(batch), batch.weights, Normaliser(2.0))
             engine.backward(loss)
         gradients = _bytes(_gradients(engine)) if step == 1 else 0
         engine.step()

@@ -15,7 +15,7 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.objective.orpo import orpo_loss
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training import deepspeed
 from orpo_ray.training.deepspeed import Engine
@@ -57,7 +57,7 @@ class Training:
         config = self.model.model.config
         dummy_pairs = share_of(0, 2) * 2
         vocabulary = config.get_text_config().vocab_size
-        self.planner = StepPlanner("response", 8192, self.model.layout, vocabulary, dummy_pairs[0], dummy_pairs[1], CPU)
+        self.planner = StepPlanner(ORPO(), 8192, self.model.layout, vocabulary, dummy_pairs[0], dummy_pairs[1], CPU)
         self.engine = Engine(self.model, recipe, STEPS, num_workers)
         self.pairs = share_of(rank, num_workers)
 
@@ -65,7 +65,7 @@ class Training:
         """[loss, gradient norm] of a step over all workers."""
         plan = self.planner.plan(self.pairs, 0)
         for batch in plan.batches:
-            loss, sums = orpo_loss(self.engine.forward(batch), batch.weights, 0.1, plan.normaliser)
+            loss, sums = ORPO(0.1).loss(self.engine.forward(batch), batch.weights, plan.normaliser)
             self.engine.backward(loss)
         norm = self.engine.step()
         return [reduce_sums(sums, CPU)["loss"], norm]

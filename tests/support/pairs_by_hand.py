@@ -13,8 +13,9 @@ from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, build_batch
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.loading import without_adapters
+from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 
@@ -158,7 +159,7 @@ def run(model: PairModel, pairs: list[EncodedPair], layout: Any, nll: str = "res
     object.__setattr__(batch, "head_chunks", chunks)
     torch.manual_seed(0)
     logps = model(batch)
-    loss, _ = orpo_loss(logps, batch.weights, 0.5, Normaliser(len(pairs)))
+    loss, _ = ORPO(0.5).loss(logps, batch.weights, Normaliser(len(pairs)))
     loss.backward()
     return logps, loss.detach(), gradients(model)
 

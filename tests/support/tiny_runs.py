@@ -36,6 +36,8 @@ def tiny_recipe(storage: Path, name: str, **sections: Any) -> Recipe:
     }
     for section, values in sections.items():
         raw[section] = {**raw.get(section, {}), **values}
+    if "objective" in sections:
+        del raw["orpo"]
     return parse_recipe(raw)
 
 

@@ -12,7 +12,7 @@ from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective import logps
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.objective.orpo import orpo_loss
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training.deepspeed import Engine
 from support.pairs_by_hand import NORM, make_pair
@@ -46,13 +46,13 @@ def _train(rank: int, num_workers: int, family: str, stage: int, patch: pytest.M
     vocabulary = model.model.config.get_text_config().vocab_size
     patch.setattr(logps, "CHUNK_BYTES", 16 * vocabulary * 4)  # 16 targets a chunk
     dummy_pairs = share_of(family, 0, 2) * 2
-    planner = StepPlanner("response", 8192, "shared_prefix", vocabulary, dummy_pairs[0], dummy_pairs[1], device)
+    planner = StepPlanner(ORPO(), 8192, "shared_prefix", vocabulary, dummy_pairs[0], dummy_pairs[1], device)
     engine = Engine(model, recipe, STEPS, num_workers)
     lines = []
     for _ in range(STEPS):
         plan = planner.plan(share_of(family, rank, num_workers), 0)
         (batch,) = plan.batches
-        loss, sums = orpo_loss(engine.forward(batch), batch.weights, 0.1, plan.normaliser)
+        loss, sums = ORPO(0.1).loss(engine.forward(batch), batch.weights, plan.normaliser)
         engine.backward(loss)
         norm = engine.step()
         lines.append([reduce_sums(sums, device)["loss"], norm, batch.head_chunks])

@@ -20,8 +20,9 @@ from orpo_ray.model.families.base import Family, ImageTensors
 from orpo_ray.model.families.llava_like import PREFIXES
 from orpo_ray.model.families.registry import FAMILIES
 from orpo_ray.model.loading import load_model
+from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.tiny_models.families import TINY_FAMILIES
@@ -103,14 +104,14 @@ def test_a_family_from_outside_trains_a_step(dimmer: str) -> None:
     assert_equal(run(model, pairs, "shared_prefix"), run(model, pairs, "concatenated"))
 
     run_as(model, "shared_prefix")
-    planner = StepPlanner("response", 8192, model.layout, 300, pairs[1], pairs[2], CPU, model.family.collate)
+    planner = StepPlanner(ORPO(), 8192, model.layout, 300, pairs[1], pairs[2], CPU, model.family.collate)
     plan = planner.plan(pairs, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(2):
         model.watch_images = True
         (batch,) = plan.batches
-        loss, _ = orpo_loss(model(batch), batch.weights, 0.1, Normaliser(3.0))
+        loss, _ = ORPO(0.1).loss(model(batch), batch.weights, Normaliser(3.0))
         loss.backward()
         model.check_images_used()
         optimizer.step()

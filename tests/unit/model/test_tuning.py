@@ -18,8 +18,9 @@ from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import load_model, without_adapters
+from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.objective.orpo import Normaliser, orpo_loss
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.engines_by_hand import CPU
 from support.pairs_by_hand import NORM, make_pair
@@ -96,7 +97,7 @@ class Test4Bit:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses = []
         for _ in range(6):
-            loss, _ = orpo_loss(model(batch), batch.weights, 0.1, Normaliser(2.0))
+            loss, _ = ORPO(0.1).loss(model(batch), batch.weights, Normaliser(2.0))
             loss.backward()
             assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
             optimizer.step()
@@ -188,7 +189,7 @@ class TestAdapters:
             model = PairModel(load(lora={"r": 4, "use_dora": use_dora}, quantization=quantization), NORM)
             both[use_dora] = model(batch)
         assert torch.allclose(both[True].chosen, both[False].chosen, atol=1e-3)
-        loss, _ = orpo_loss(both[True], batch.weights, 0.1, Normaliser(2.0))
+        loss, _ = ORPO(0.1).loss(both[True], batch.weights, Normaliser(2.0))
         loss.backward()
         magnitudes = [p for name, p in model.named_parameters() if "magnitude" in name]
         assert len(magnitudes) == 21
@@ -273,7 +274,7 @@ def saved_for_backward(freeze: list[str]) -> tuple[PairModel, set[int], set[int]
         if any(part in name for part in parts):
             module.register_forward_hook(seen)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = orpo_loss(model(batch), batch.weights, 0.1, Normaliser(2.0))
+        loss, _ = ORPO(0.1).loss(model(batch), batch.weights, Normaliser(2.0))
     loss.backward()
     assert outputs
     return model, set(saved), set(outputs)

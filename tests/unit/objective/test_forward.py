@@ -17,8 +17,10 @@ from orpo_ray.data.packing import build_batch
 from orpo_ray.data.reading import ReadSpec, pair_of, read_window
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import is_adapted, load_model, without_adapters
+from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import ImageNotUsed, PairModel
-from orpo_ray.objective.orpo import Normaliser, PairLogps, orpo_loss
+from orpo_ray.objective.logps import PairLogps
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
 from orpo_ray.processing.processor import load_processor
@@ -80,7 +82,7 @@ def test_gradients_equal_the_plain_ones(
 ) -> None:
     model = model_of(encoder, gradient_checkpointing=checkpointing, lora=lora)
     logps = model(build_batch(pairs, "response", model.layout))
-    loss, _ = orpo_loss(logps, torch.ones(len(pairs)), 0.5, Normaliser(len(pairs)))
+    loss, _ = ORPO(0.5).loss(logps, torch.ones(len(pairs)), Normaliser(len(pairs)))
     loss.backward()
     got = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert got
@@ -90,7 +92,7 @@ def test_gradients_equal_the_plain_ones(
     sums = [torch.stack([value.sum() for value in values]) for values in (chosen, rejected)]
     counts = [torch.tensor([float(len(value)) for value in values]) for values in (chosen, rejected)]
     logps = PairLogps(sums[0], sums[1], -sums[0], counts[0], counts[1], counts[0])
-    expected, _ = orpo_loss(logps, torch.ones(len(pairs)), 0.5, Normaliser(len(pairs)))
+    expected, _ = ORPO(0.5).loss(logps, torch.ones(len(pairs)), Normaliser(len(pairs)))
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
@@ -102,14 +104,14 @@ def test_micro_batches_and_fillers_give_the_same_gradient(encoder: PairEncoder, 
     def gradients(budget: int, dummy_pairs: list[EncodedPair]) -> dict[str, torch.Tensor]:
         model = model_of(encoder)
         fillers_of = (encoder.dummy_pair(image) for image in (False, True))
-        planner = StepPlanner("prompt+response", budget, model.layout, 600, *fillers_of, CPU)
+        planner = StepPlanner(ORPO(nll="prompt+response"), budget, model.layout, 600, *fillers_of, CPU)
         plan = planner.plan(pairs, 0)
         batches = [
             *plan.batches,
             *(build_batch([], "prompt+response", model.layout, [dummy_pair]) for dummy_pair in dummy_pairs),
         ]
         for batch in batches:
-            orpo_loss(model(batch), batch.weights, 0.5, plan.normaliser)[0].backward()
+            ORPO(0.5).loss(model(batch), batch.weights, plan.normaliser)[0].backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[misc]
 
     whole = gradients(1 << 20, [])

@@ -9,15 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_ray.objective.orpo import (
-    Normaliser,
-    PairLogps,
-    log1mexp,
-    log_odds,
-    metrics_from_sums,
-    orpo_loss,
-    sum_by_pair,
-)
+from orpo_ray.objective.base import Normaliser
+from orpo_ray.objective.logps import PairLogps, sum_by_pair
+from orpo_ray.objective.orpo import ORPO, log1mexp, log_odds
 
 
 def pair(chosen: float, rejected: float, tokens: int = 2, nll: float | None = None, nll_tokens: int = 2) -> PairLogps:
@@ -32,9 +26,9 @@ def test_by_hand() -> None:
 
     NLL of the chosen answer is ln 2. With beta 0.1 the loss is ln 2 - 0.1 * ln(3/4) = 0.693147 + 0.028768.
     """
-    loss, sums = orpo_loss(pair(math.log(0.5), math.log(0.25)), torch.ones(1), 0.1, Normaliser(1.0))
+    loss, sums = ORPO(0.1).loss(pair(math.log(0.5), math.log(0.25)), torch.ones(1), Normaliser(1.0))
     assert loss.item() == pytest.approx(0.6931472 + 0.0287682, abs=1e-6)
-    metrics = metrics_from_sums({name: value.item() for name, value in sums.items()}, 0.1)
+    metrics = ORPO(0.1).metrics({name: value.item() for name, value in sums.items()})
     assert metrics == pytest.approx(
         {
             "loss": 0.7219154,
@@ -53,13 +47,13 @@ def test_by_hand() -> None:
 
 
 def test_equal_answers_cost_beta_ln_2() -> None:
-    loss, _ = orpo_loss(pair(-0.7, -0.7), torch.ones(1), 0.3, Normaliser(1.0))
+    loss, _ = ORPO(0.3).loss(pair(-0.7, -0.7), torch.ones(1), Normaliser(1.0))
     assert loss.item() == pytest.approx(0.7 + 0.3 * math.log(2), abs=1e-6)
 
 
 def test_nll_over_tokens_of_the_step() -> None:
     """prompt+response: 6 nats over this pair's 3 tokens, in a step of 12 tokens and 4 pairs."""
-    loss, _ = orpo_loss(pair(-0.7, -0.7, nll=6.0, nll_tokens=3), torch.ones(1), 0.4, Normaliser(4.0, 12.0))
+    loss, _ = ORPO(0.4).loss(pair(-0.7, -0.7, nll=6.0, nll_tokens=3), torch.ones(1), Normaliser(4.0, 12.0))
     assert loss.item() == pytest.approx(6 / 12 + 0.4 * math.log(2) / 4, abs=1e-6)
 
 
@@ -71,9 +65,9 @@ def test_micro_batches_add_up_to_the_step() -> None:
     def part(rows: slice) -> PairLogps:
         return PairLogps(*(getattr(whole, name)[rows] for name in PairLogps.__dataclass_fields__))
 
-    expected, _ = orpo_loss(whole, torch.ones(3), 0.2, Normaliser(3.0))
+    expected, _ = ORPO(0.2).loss(whole, torch.ones(3), Normaliser(3.0))
     parts = [
-        orpo_loss(part(rows), torch.ones(n), 0.2, Normaliser(3.0))[0] for rows, n in ((slice(1), 1), (slice(1, 3), 2))
+        ORPO(0.2).loss(part(rows), torch.ones(n), Normaliser(3.0))[0] for rows, n in ((slice(1), 1), (slice(1, 3), 2))
     ]
     torch.testing.assert_close(sum(parts), expected)
 
@@ -85,13 +79,10 @@ def test_fillers_count_for_nothing() -> None:
             for value, other in zip((-1.0, -2.0, 1.0, 2.0, 2.0, 2.0), (-9.0, -1.0, 9.0, 2.0, 2.0, 2.0), strict=True)
         )
     )
-    alone, sums_alone = orpo_loss(
-        PairLogps(*(getattr(two, name)[:1] for name in PairLogps.__dataclass_fields__)),
-        torch.ones(1),
-        0.5,
-        Normaliser(1.0),
+    alone, sums_alone = ORPO(0.5).loss(
+        PairLogps(*(getattr(two, name)[:1] for name in PairLogps.__dataclass_fields__)), torch.ones(1), Normaliser(1.0)
     )
-    loss, sums = orpo_loss(two, torch.tensor([1.0, 0.0]), 0.5, Normaliser(1.0))
+    loss, sums = ORPO(0.5).loss(two, torch.tensor([1.0, 0.0]), Normaliser(1.0))
     assert loss == alone
     assert sums == sums_alone
 
@@ -103,7 +94,7 @@ def test_values_and_gradients_are_finite_everywhere(logp: float) -> None:
             values = torch.tensor([chosen, rejected], requires_grad=True)
             ones = torch.ones(1)
             logps = PairLogps(values[:1], values[1:], -values[:1], ones, ones, ones)
-            loss, sums = orpo_loss(logps, ones, 0.1, Normaliser(1.0))
+            loss, sums = ORPO(0.1).loss(logps, ones, Normaliser(1.0))
             (gradient,) = torch.autograd.grad(loss, values)
             assert torch.isfinite(loss)
             assert torch.isfinite(gradient).all()

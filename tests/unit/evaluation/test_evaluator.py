@@ -5,25 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
+from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.scoring import Scores, grounding, score
-from orpo_ray.objective.orpo import PairLogps
+from orpo_ray.evaluation.evaluator import Scores, grounding_metrics, score
+from orpo_ray.objective.logps import PairLogps
+from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.step_planner import StepPlanner
+from orpo_ray.streaming.steps import StepShard
 from support.encoded_pairs import make
 
 CPU = torch.device("cpu")
+BAD = BadRow(3, "id", "file:3", "too_long", "x")
 
 
 def test_no_usable_pair_is_an_error_not_a_zero() -> None:
-    planner = StepPlanner("response", 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+    planner = StepPlanner(ORPO(0.5), 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
     with pytest.raises(UserError, match="none of the 3 held-out rows"):
-        score(lambda batch: pytest.fail("nothing to score"), [([], 3)], planner, beta=0.5)
+        score(lambda batch: pytest.fail("nothing to score"), [StepShard(0, bad=[BAD] * 3)], planner)
 
 
 def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
     pairs = [make([1, 2], [3], [4], sample_index) for sample_index in range(5)]
-    planner = StepPlanner("response", 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+    planner = StepPlanner(ORPO(0.5), 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
 
     def forward(batch: PairBatch) -> PairLogps:
         """Slot s has log-probs -1 for the chosen answer and -(s + 0.5) / 2 for the rejected one."""
@@ -32,14 +36,15 @@ def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
         ones = torch.ones(len(batch.sample_indices))
         return PairLogps(chosen, rejected, -chosen, ones, ones, ones)
 
-    seen = score(forward, [(pairs[:3], 1), (pairs[3:], 0)], planner, beta=0.5)
+    seen = score(forward, [StepShard(0, pairs[:3], [BAD]), StepShard(1, pairs[3:])], planner)
+    assert seen.bad == [BAD]
     assert seen.correct == {0: False, 1: False, 2: True, 3: True, 4: True}
     assert seen.metrics["rewards/accuracies"] == pytest.approx(0.6)
     assert seen.metrics["rewards/margins"] == pytest.approx(0.5 * (-1 + sum((s + 0.5) / 2 for s in range(5)) / 5))
     assert seen.metrics["nll_loss"] == pytest.approx(1.0)
     assert (seen.metrics["pairs"], seen.metrics["bad_rows"]) == (5, 1)
     exchanged = Scores({}, {1: False, 2: False, 3: True, 4: False})
-    assert grounding(seen, exchanged, CPU) == pytest.approx(
+    assert grounding_metrics(seen, exchanged, CPU) == pytest.approx(
         {"rewards/accuracies_exchanged": 0.25, "grounding_gap": 0.5, "grounding_pairs": 4}
     )
-    assert grounding(seen, Scores({}, {}), CPU) == {}
+    assert grounding_metrics(seen, Scores({}, {}), CPU) == {}

@@ -1,0 +1,141 @@
+"""The objectives that a recipe can name: their options, and the class that implements each. Imports no torch.
+
+To add one, write its options here, add the class to `ObjectiveConfig`, and write the loss that `implementation` names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from orpo_ray.config.schema import Config, SearchRange, TuneConfig
+
+
+class LossConfig(Config):
+    """The options of one objective. Each field but `name` is a field of the class that implements the loss."""
+
+    title: ClassVar[str]
+    """Name as people write it."""
+    paper: ClassVar[str]
+    """Address of the paper."""
+    implementation: ClassVar[str]
+    """`module:class` of the loss, an `orpo_ray.objective.base.Objective`."""
+    section: ClassVar[str] = "objective"
+    """Recipe section with the options."""
+    beta_range: ClassVar[tuple[float, float]]
+    """Range of beta in a search that gives none."""
+    search_metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics of the loss that can rank trials, besides those that every loss has."""
+
+    @classmethod
+    def options(cls) -> type[Config]:
+        """The class whose fields are the options."""
+        return cls
+
+
+class OrpoConfig(Config):
+    """Odds-ratio loss: loss = NLL(chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected))."""
+
+    beta: float = Field(0.1, ge=0)
+    """Weight of the odds-ratio term."""
+    nll: Literal["response", "prompt+response"] = "response"
+    """Tokens under the NLL term. response: the chosen answer, averaged per pair (LLaMA-Factory, ms-swift).
+    prompt+response: the prompt's text too, averaged over the step's tokens (TRL). Image placeholders never count."""
+
+
+class OrpoObjective(LossConfig):
+    """Odds Ratio Preference Optimization, the default. Its options are in the section `orpo`."""
+
+    title = "ORPO"
+    paper = "https://arxiv.org/abs/2403.07691"
+    implementation = "orpo_ray.objective.orpo:ORPO"
+    section = "orpo"
+    beta_range = (0.05, 0.5)
+    search_metrics = ("eval/nll_loss", "eval/log_odds_ratio")
+
+    name: Literal["orpo"] = "orpo"
+    """Which objective."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_are_elsewhere(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (misplaced := sorted(set(value) - {"name"})):
+            raise ValueError(f"options of ORPO belong in the section orpo: write orpo.{misplaced[0]}")
+        return value
+
+    @classmethod
+    def options(cls) -> type[Config]:
+        """The section `orpo`."""
+        return OrpoConfig
+
+
+class CpoObjective(LossConfig):
+    """Contrastive Preference Optimization:
+    loss = -log sigmoid(beta * (logp(chosen) - logp(rejected))) + cpo_alpha * NLL(chosen)."""
+
+    title = "CPO"
+    paper = "https://arxiv.org/abs/2401.08417"
+    implementation = "orpo_ray.objective.cpo:CPO"
+    beta_range = (0.05, 0.5)
+    search_metrics = ("eval/nll_loss",)
+
+    name: Literal["cpo"]
+    """Which objective."""
+    beta: float = Field(0.1, ge=0)
+    """Scale of the difference between the answers' log-probs, each summed over an answer's tokens."""
+    cpo_alpha: float = Field(1.0, ge=0)
+    """Weight of the NLL of the chosen answer, averaged over the step's response tokens; 0 leaves the NLL out."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a pair's answers are labelled the wrong way round."""
+
+
+ObjectiveConfig = OrpoObjective | CpoObjective
+
+OBJECTIVES: dict[str, type[LossConfig]] = {
+    get_args(each.model_fields["name"].annotation)[0]: each for each in get_args(ObjectiveConfig)
+}
+
+
+def _as_mapping(value: Any) -> Any:
+    """Turn `cpo` into `{name: cpo}`. A mapping without a name is ORPO's. Raises ValueError for unknown names."""
+    raw = {"name": value} if isinstance(value, str) else value
+    if not isinstance(raw, dict):
+        return value
+    raw = {"name": "orpo"} | raw
+    name = str(raw["name"])
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name.lower(), OBJECTIVES, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(OBJECTIVES)}"
+        named = "" if isinstance(value, str) else f" '{name}'"
+        raise ValueError(f"unknown objective{named}; {hint}")
+    return raw
+
+
+Objective = Annotated[
+    Annotated[ObjectiveConfig, Field(discriminator="name")],
+    BeforeValidator(_as_mapping, json_schema_input_type=ObjectiveConfig | Literal[tuple(OBJECTIVES)]),
+]
+
+
+def check_search(tune: TuneConfig, objective: LossConfig) -> None:
+    """Raise ValueError if a search names an option or a metric that the objective does not have."""
+    floats = [name for name, field in objective.options().model_fields.items() if field.annotation is float]
+    keys = [*(f"{objective.section}.{name}" for name in floats), "optim.learning_rate"]
+    metrics = ["eval/rewards/accuracies", "eval/rewards/margins", "eval/loss", *objective.search_metrics]
+    for field, values, known in (("search", list(tune.search), keys), ("metric", [tune.metric], metrics)):
+        for value in values:
+            if value not in known:
+                near = difflib.get_close_matches(value, known, n=1, cutoff=0.8)
+                hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
+                raise ValueError(f"tune.{field}: '{value}' does not exist with the objective {objective.title}; {hint}")
+
+
+def default_search(objective: LossConfig) -> dict[str, SearchRange]:
+    """What a search without ranges of its own tries: beta and the learning rate."""
+    low, high = objective.beta_range
+    return {
+        f"{objective.section}.beta": SearchRange(low=low, high=high),
+        "optim.learning_rate": SearchRange(low=1e-6, high=1e-4),
+    }

@@ -1,0 +1,159 @@
+"""The one way to score held-out pairs: TRL's metrics of an objective, and what exchanged images cost.
+
+Training evaluates with it on every worker, `orpo-ray evaluate` in one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.packing import PairBatch
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.errors import UserError
+from orpo_ray.objective.base import Normaliser, Objective
+from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.logps import PairLogps
+from orpo_ray.objective.step_planner import StepPlanner, add_sums, gather_rows, reduce_sums
+from orpo_ray.streaming.steps import StepShard, iter_steps
+
+Forward = Callable[[PairBatch], PairLogps]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out pairs that one worker scores."""
+
+    read: ReadSpec
+    """What to read; its rank and number of workers decide which pairs are this worker's."""
+    encoder: EncoderSpec
+    max_encoders: int
+    """Encoding tasks at a time, for this worker."""
+
+    def shards(self, exchange_images: bool) -> Iterable[StepShard]:
+        """All of this worker's step shards; with `exchange_images`, each pair gets the images of another pair."""
+        steps = -(-self.read.end_sample // self.read.pairs_per_step)
+        read = replace(self.read, exchange_images=exchange_images)
+        return iter_steps(read, self.encoder, 0, steps, self.max_encoders)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The result of one evaluation."""
+
+    metrics: dict[str, float]
+    """Averages over all workers, under TRL's names without a prefix."""
+    correct: dict[int, bool]
+    """Sample index -> whether the model prefers the chosen answer; this worker's pairs only."""
+    bad: list[BadRow] = field(default_factory=list)
+    """This worker's bad rows."""
+
+
+class Evaluator:
+    """Scores the held-out pairs with the model as it is at the time of a call. Each call is a collective."""
+
+    def __init__(
+        self,
+        model: PairModel,
+        held_out: HeldOut,
+        planner: StepPlanner,
+        forward: Forward | None = None,
+        on_pass: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        """Keep what evaluations share.
+
+        Args:
+            model: The model, put into evaluation mode while it scores.
+            held_out: This worker's pairs.
+            planner: Plans the steps, and knows the objective.
+            forward: How to run the model, by default directly. Under ZeRO-3 the engine's forward gathers parameters.
+            on_pass: Called with a few words for the user when a pass over the pairs begins.
+        """
+        self.model, self.held_out, self.planner, self.on_pass = model, held_out, planner, on_pass
+        self.forward: Forward = forward or model
+
+    def evaluate(self, grounding: bool) -> Scores:
+        """Score all pairs; with `grounding` once more with exchanged images. Raises UserError if no row is usable."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self.on_pass("evaluating")
+            scores = score(self.forward, self.held_out.shards(exchange_images=False), self.planner)
+            if grounding:
+                self.on_pass("evaluating with exchanged images")
+                # A pair that finds no partner to exchange images with is not a bad row, so `bad` stays as it is.
+                exchanged = score(self.forward, self.held_out.shards(exchange_images=True), self.planner)
+                gap = grounding_metrics(scores, exchanged, self.planner.device)
+                scores = replace(scores, metrics=scores.metrics | gap)
+        finally:
+            self.model.train(was_training)
+        return scores
+
+
+@torch.no_grad()
+def score(forward: Forward, shards: Iterable[StepShard], planner: StepPlanner) -> Scores:
+    """Run one pass over step shards; every worker must pass equally many.
+
+    Metrics are the objective's, and `runtime` in seconds, `samples_per_second`, `steps_per_second`, `pairs`,
+    `bad_rows`. Raises UserError if no row is usable.
+    """
+    started, steps, num_bad = time.perf_counter(), 0, 0
+    objective: Objective = planner.objective
+    sums: dict[str, torch.Tensor] = {}
+    correct: dict[int, bool] = {}
+    bad: list[BadRow] = []
+    for shard in shards:
+        plan = planner.plan(shard.pairs, len(shard.bad))
+        steps, num_bad = steps + 1, num_bad + plan.bad
+        bad += shard.bad
+        for batch in plan.batches:
+            logps = forward(batch.to(planner.device))
+            # Averages within each pair, then over pairs: a token average over a step would depend on the step's size.
+            _, more = objective.loss(logps, batch.weights.to(planner.device), Normaliser(1.0))
+            sums = add_sums(sums, {name: value.double() for name, value in more.items()})
+            chosen, rejected = objective.answer_logps(logps)
+            preferred = zip(batch.sample_indices, (chosen > rejected).tolist(), strict=True)
+            correct |= {sample_index: is_chosen for sample_index, is_chosen in preferred if sample_index >= 0}
+    totals = reduce_sums(sums, planner.device)
+    if not totals.get("pairs"):
+        raise UserError(f"none of the {num_bad} held-out rows can be used", field="data.eval")
+    runtime = time.perf_counter() - started
+    metrics = objective.metrics(totals) | {
+        "runtime": runtime,
+        "samples_per_second": totals["pairs"] / runtime,
+        "steps_per_second": steps / runtime,
+        "pairs": totals["pairs"],
+        "bad_rows": float(num_bad),
+    }
+    return Scores(metrics, correct, bad)
+
+
+def grounding_metrics(seen: Scores, exchanged: Scores, device: torch.device) -> dict[str, float]:
+    """Compare accuracy with the right images and with exchanged ones, over the pairs scored with both.
+
+    `grounding_gap` is the accuracy that the exchange costs; near 0, the model ignores its images. A collective.
+    """
+    both = seen.correct.keys() & exchanged.correct.keys()
+    counts = [
+        len(both),
+        sum(seen.correct[sample_index] for sample_index in both),
+        sum(exchanged.correct[sample_index] for sample_index in both),
+    ]
+    total, right, right_exchanged = gather_rows(counts, device).sum(0).tolist()
+    if not total:
+        return {}
+    return {
+        "rewards/accuracies_exchanged": right_exchanged / total,
+        "grounding_gap": (right - right_exchanged) / total,
+        "grounding_pairs": total,
+    }
+
+
+def with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """`loss` -> `eval/loss`, and so on."""
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
