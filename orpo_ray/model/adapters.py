@@ -47,13 +47,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def save_adapter(model: Any, state: Mapping[str, torch.Tensor], section: ModelConfig, folder: Path) -> None:
+def save_adapter(model: Any, state: Mapping[str, torch.Tensor], model_config: ModelConfig, folder: Path) -> None:
     """Write the adapters of a peft model, and the modules that were trained in full beside them.
 
     Args:
         model: the peft model.
         state: gathered tensors by the model's own names; weights of the base model may be missing.
-        section: the recipe's, which names the base model.
+        model_config: the recipe's, which names the base model.
         folder: made if it does not exist.
     """
     from peft import get_peft_model_state_dict
@@ -66,7 +66,7 @@ def save_adapter(model: Any, state: Mapping[str, torch.Tensor], section: ModelCo
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
-    config.base_model_name_or_path, config.revision = resolve(section.id), section.revision
+    config.base_model_name_or_path, config.revision = resolve(model_config.id), model_config.revision
     config.save_pretrained(folder)
 
 
@@ -107,22 +107,22 @@ def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -
     return adapted
 
 
-def load_adapted(section: ModelConfig, folder: Path, device: torch.device, seed: int) -> torch.nn.Module:
+def load_adapted(model_config: ModelConfig, folder: Path, device: torch.device, seed: int) -> torch.nn.Module:
     """Load the base model that a recipe names, quantised if the recipe says so, and put a folder's adapters on it.
 
     Raises:
         UserError: the model cannot be loaded, or the adapters do not fit.
     """
-    plain = section.model_copy(update={"lora": None, "freeze": [], "gradient_checkpointing": False})
+    plain = model_config.model_copy(update={"lora": None, "freeze": [], "gradient_checkpointing": False})
     adapted: torch.nn.Module = with_adapter(load_model(plain, device, seed), folder)
     return adapted
 
 
-def quantized_base(section: ModelConfig, dtype: str) -> dict[str, Any]:
+def quantized_base(model_config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The options of transformers' BitsAndBytesConfig that load a recipe's base model as it was in training.
 
     Args:
-        section: the recipe's, with quantization.
+        model_config: the recipe's, with quantization.
         dtype: the model's, as torch names it.
 
     Raises:
@@ -130,14 +130,14 @@ def quantized_base(section: ModelConfig, dtype: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    assert section.quantization is not None
+    assert model_config.quantization is not None
     try:
         config = AutoConfig.from_pretrained(
-            resolve(section.id), revision=section.revision, trust_remote_code=section.trust_remote_code
+            resolve(model_config.id), revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be loaded: {error}", field="model.id", value=section.id) from None
-    options = quantization_config(section.quantization, family_of(config), getattr(torch, dtype)).to_dict()
+        raise UserError(f"cannot be loaded: {error}", field="model.id", value=model_config.id) from None
+    options = quantization_config(model_config.quantization, family_of(config), getattr(torch, dtype)).to_dict()
     kept = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
     return {name: options[name] for name in (*kept, "llm_int8_skip_modules")}
 

@@ -48,21 +48,21 @@ class Attention:
     """Why the recipe's `auto` did not choose the shared prefix, if so."""
 
 
-def pick_attention(section: ModelConfig, config: Any = None) -> Attention:
+def pick_attention(model_config: ModelConfig, config: Any = None) -> Attention:
     """Choose what `model.attention` means for a model.
 
     Args:
-        section: the recipe's.
+        model_config: the recipe's.
         config: the model's transformers config; read if not given.
 
     Raises:
         UserError: the model cannot run as the recipe asks, or its family is unknown.
     """
-    config = config or _config(section)
+    config = config or _config(model_config)
     why = family_of(config).why_not_shared_prefix(config)
-    if section.attention == "concatenated":
+    if model_config.attention == "concatenated":
         return Attention("concatenated")
-    if section.attention == "shared_prefix" and why:
+    if model_config.attention == "shared_prefix" and why:
         fix = "set it to auto or concatenated"
         raise UserError(
             f"this model cannot share a prefix: {why}", field="model.attention", value="shared_prefix", fix=fix
@@ -75,11 +75,11 @@ def concatenated_because(why: str) -> str:
     return f"attention is concatenated, about twice the work of a shared prefix: {why}"
 
 
-def load_model(section: ModelConfig, device: torch.device, seed: int) -> torch.nn.Module:
+def load_model(model_config: ModelConfig, device: torch.device, seed: int) -> torch.nn.Module:
     """Load a model, ready to train.
 
     Args:
-        section: the recipe's.
+        model_config: the recipe's.
         device: where to put the model.
         seed: of the adapters' first weights.
 
@@ -90,39 +90,39 @@ def load_model(section: ModelConfig, device: torch.device, seed: int) -> torch.n
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    attention = pick_attention(section)
-    config = _config(section)
+    attention = pick_attention(model_config)
+    config = _config(model_config)
     family = family_of(config)
     language = own_attention(config)
-    dtype = pick_dtype(section.dtype, device)
+    dtype = pick_dtype(model_config.dtype, device)
     quantized: dict[str, Any] = {}
-    if section.quantization is not None or hasattr(config, "quantization_config"):
-        quantized = _quantized(section, config, family, dtype, device)
+    if model_config.quantization is not None or hasattr(config, "quantization_config"):
+        quantized = _quantized(model_config, config, family, dtype, device)
     if attention.layout == "shared_prefix":
         register()
         language = SHARED_PREFIX
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            resolve(section.id),
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            use_safetensors=None if section.allow_pickle else True,
+            resolve(model_config.id),
+            revision=model_config.revision,
+            trust_remote_code=model_config.trust_remote_code,
+            use_safetensors=None if model_config.allow_pickle else True,
             weights_only=True,
             dtype=dtype,
             attn_implementation={"text_config": language, "vision_config": "sdpa"},
             **quantized,
         )
     except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
-        raise cannot_load("model", section.id, error) from None
-    if section.quantization is not None:
-        check_quantized(model, section.quantization)
-    model = ready_to_train(model, section, seed)
-    if section.quantization is None:
+        raise cannot_load("model", model_config.id, error) from None
+    if model_config.quantization is not None:
+        check_quantized(model, model_config.quantization)
+    model = ready_to_train(model, model_config, seed)
+    if model_config.quantization is None:
         model.to(device)  # a quantised model is already there
     return model
 
 
-def ready_to_train(model: Any, section: ModelConfig, seed: int) -> torch.nn.Module:
+def ready_to_train(model: Any, model_config: ModelConfig, seed: int) -> torch.nn.Module:
     """Prepare a model as transformers made it: freeze components, add adapters, turn on gradient checkpointing.
 
     Raises:
@@ -130,12 +130,12 @@ def ready_to_train(model: Any, section: ModelConfig, seed: int) -> torch.nn.Modu
     """
     family = family_of(model.config)
     model.config.use_cache = False
-    if section.quantization is None:
+    if model_config.quantization is None:
         model.requires_grad_(True)  # Idefics freezes most of itself
-    _freeze(model, section, family)
-    if section.lora is not None:
-        model = add_adapters(model, section, family, seed)
-    if section.gradient_checkpointing:
+    _freeze(model, model_config, family)
+    if model_config.lora is not None:
+        model = add_adapters(model, model_config, family, seed)
+    if model_config.gradient_checkpointing:
         # Non-reentrant: reentrant checkpointing drops gradients if no input of a layer requires one, as with frozen
         # embeddings.
         with warnings.catch_warnings():
@@ -163,7 +163,7 @@ def is_adapted(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def commit_of(section: ModelConfig) -> str | None:
+def commit_of(model_config: ModelConfig) -> str | None:
     """The hub commit that a model is loaded from, by the path of its cached config; None for a folder.
 
     Raises:
@@ -172,33 +172,33 @@ def commit_of(section: ModelConfig) -> str | None:
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
-    _config(section)
-    path = resolve(section.id)
+    _config(model_config)
+    path = resolve(model_config.id)
     if Path(path).is_dir():
         return None
-    commit: str | None = extract_commit_hash(cached_file(path, "config.json", revision=section.revision), None)
+    commit: str | None = extract_commit_hash(cached_file(path, "config.json", revision=model_config.revision), None)
     return commit
 
 
-def _config(section: ModelConfig) -> Any:
+def _config(model_config: ModelConfig) -> Any:
     """The model's transformers config alone."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(
-            resolve(section.id), revision=section.revision, trust_remote_code=section.trust_remote_code
+            resolve(model_config.id), revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise cannot_load("model", section.id, error) from None
+        raise cannot_load("model", model_config.id, error) from None
 
 
 def _quantized(
-    section: ModelConfig, config: Any, family: Family, dtype: torch.dtype, device: torch.device
+    model_config: ModelConfig, config: Any, family: Family, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """The arguments of from_pretrained that load a model in 4 bits, or a model that was saved in 4 bits."""
-    saved = check_saved_quantization(config, section)
-    assert section.quantization is not None
-    wanted = quantization_config(section.quantization, family, dtype)
+    saved = check_saved_quantization(config, model_config)
+    assert model_config.quantization is not None
+    wanted = quantization_config(model_config.quantization, family, dtype)
     if not saved:
         return {"quantization_config": wanted, "device_map": {"": device}}
     # transformers follows what was saved, but the dtype to compute in is the recipe's to choose.
@@ -212,8 +212,8 @@ def own_attention(config: Any) -> str:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
-def _freeze(model: torch.nn.Module, section: ModelConfig, family: Family) -> None:
-    for component in section.freeze:
+def _freeze(model: torch.nn.Module, model_config: ModelConfig, family: Family) -> None:
+    for component in model_config.freeze:
         prefixes = family.prefixes(component)
         # Qwen2.5-VL's connector lies inside its vision encoder.
         inner = family.connector if component == "vision" else None
@@ -228,5 +228,5 @@ def _freeze(model: torch.nn.Module, section: ModelConfig, family: Family) -> Non
             )
         for parameter in found:
             parameter.requires_grad_(False)
-    if "language" in section.freeze:
+    if "language" in model_config.freeze:
         model.get_output_embeddings().requires_grad_(False)  # type: ignore[operator]

@@ -21,12 +21,12 @@ TARGETS = "model.lora.target_modules"
 SAVED = "model.lora.modules_to_save"
 
 
-def add_adapters(model: Any, section: ModelConfig, family: Family, seed: int) -> Any:
+def add_adapters(model: Any, model_config: ModelConfig, family: Family, seed: int) -> Any:
     """Wrap a model with peft: freeze its weights, and train adapters and `modules_to_save`.
 
     Args:
         model: the transformers model.
-        section: the recipe's, with lora.
+        model_config: the recipe's, with lora.
         family: the model's.
         seed: of the adapters' first weights.
 
@@ -35,11 +35,11 @@ def add_adapters(model: Any, section: ModelConfig, family: Family, seed: int) ->
     """
     from peft import LoraConfig, get_peft_model
 
-    lora = section.lora
+    lora = model_config.lora
     assert lora is not None
     modules = _ModuleIndex(model, family)
-    saved = _modules_to_save(modules, lora, section)
-    targets = _target_modules(modules, lora, section)
+    saved = _modules_to_save(modules, lora, model_config)
+    targets = _target_modules(modules, lora, model_config)
     if overlapping := [name for name in targets if _is_within(name, saved)]:
         raise UserError(
             f"{overlapping[0]} would be adapted and also trained in full",
@@ -104,7 +104,7 @@ class _ModuleIndex:
         return None
 
 
-def _target_modules(modules: _ModuleIndex, lora: LoraConfig, section: ModelConfig) -> list[str]:
+def _target_modules(modules: _ModuleIndex, lora: LoraConfig, model_config: ModelConfig) -> list[str]:
     """Paths of the linear layers that get adapters."""
     linears = [
         name
@@ -112,7 +112,7 @@ def _target_modules(modules: _ModuleIndex, lora: LoraConfig, section: ModelConfi
         # torch's own attention reads its projection's weight and never calls the layer.
         if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     ]
-    free = [name for name in linears if modules.component_of(name) not in section.freeze]
+    free = [name for name in linears if modules.component_of(name) not in model_config.freeze]
     found: dict[str, None] = {}
     for wanted in lora.target_modules or ["language"]:
         if wanted in PARTS:
@@ -123,14 +123,14 @@ def _target_modules(modules: _ModuleIndex, lora: LoraConfig, section: ModelConfi
             fix = f"train it in full: {SAVED}: [{wanted}]"
             raise UserError("this component of the model has no linear layer", field=TARGETS, value=wanted, fix=fix)
         if not matching:
-            raise _no_match(wanted, TARGETS, "linear layer", linears, section)
+            raise _no_match(wanted, TARGETS, "linear layer", linears, model_config)
         found |= dict.fromkeys(matching)
     for name in found:
         _refuse_tied(modules, name, TARGETS)
     return list(found)
 
 
-def _modules_to_save(modules: _ModuleIndex, lora: LoraConfig, section: ModelConfig) -> list[str]:
+def _modules_to_save(modules: _ModuleIndex, lora: LoraConfig, model_config: ModelConfig) -> list[str]:
     """Paths of the modules that are trained in full."""
     found: dict[str, None] = {}
     for wanted in lora.modules_to_save:
@@ -140,10 +140,10 @@ def _modules_to_save(modules: _ModuleIndex, lora: LoraConfig, section: ModelConf
                 inner for path in paths if path in modules.modules for inner in _wrappable(path, modules.modules[path])
             ]
         else:
-            matching = [name for name in modules.named(wanted) if modules.component_of(name) not in section.freeze]
+            matching = [name for name in modules.named(wanted) if modules.component_of(name) not in model_config.freeze]
             matching = [name for name in matching if any(True for _ in modules.modules[name].parameters())]
         if not matching:
-            raise _no_match(wanted, SAVED, "module with weights", list(modules.modules), section)
+            raise _no_match(wanted, SAVED, "module with weights", list(modules.modules), model_config)
         found |= dict.fromkeys(matching)
     # A module inside another one that is trained anyway would be wrapped twice.
     outer = [name for name in found if not _is_within(name, [other for other in found if other != name])]
@@ -194,10 +194,14 @@ def _refuse_tied(modules: _ModuleIndex, name: str, field: str) -> None:
         )
 
 
-def _no_match(wanted: str, field: str, what: str, paths: list[str], section: ModelConfig) -> UserError:
+def _no_match(wanted: str, field: str, what: str, paths: list[str], model_config: ModelConfig) -> UserError:
     names = [*PARTS, *sorted({path.rsplit(".", 1)[-1] for path in paths if path})]
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
-    where = f" outside the frozen components ({', '.join(section.freeze)}, see model.freeze)" if section.freeze else ""
+    where = (
+        f" outside the frozen components ({', '.join(model_config.freeze)}, see model.freeze)"
+        if model_config.freeze
+        else ""
+    )
     components = ", ".join(PARTS)
     fix = f"did you mean {near[0]}?" if near and near[0] != wanted else f"name a component ({components}) or a module"
     return UserError(f"no {what}{where} has this name", field=field, value=wanted, fix=fix)

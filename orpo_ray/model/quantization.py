@@ -23,14 +23,14 @@ _DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "bfloat16": torch.bfl
 _HEADS = ("lm_head",)
 
 
-def quantization_config(section: QuantizationConfig, family: Family, dtype: torch.dtype) -> Any:
+def quantization_config(quantization: QuantizationConfig, family: Family, dtype: torch.dtype) -> Any:
     """Make transformers' quantization config.
 
     Only linear layers of the language model are quantised. The output head is not: it is tied to the embeddings in many
     families, and an error in it is an error in every log-prob.
 
     Args:
-        section: the recipe's.
+        quantization: the recipe's.
         family: the model's.
         dtype: of the weights that are not quantised.
 
@@ -39,35 +39,35 @@ def quantization_config(section: QuantizationConfig, family: Family, dtype: torc
     """
     from transformers import BitsAndBytesConfig
 
-    storage = _DTYPES[section.quant_storage]
+    storage = _DTYPES[quantization.quant_storage]
     if storage not in (torch.uint8, dtype):
         # The engine casts floating-point weights to the model's dtype, which would destroy packed bits.
         raise UserError(
             f"packed weights cannot be stored in a floating-point dtype other than the model's {_name(dtype)}",
             field="model.quantization.quant_storage",
-            value=section.quant_storage,
+            value=quantization.quant_storage,
             fix=f"set it to uint8 or {_name(dtype)}",
         )
     # transformers matches each as a regular expression from the start of a name to the end of a path component.
     outside = rf"(?!{'|'.join(map(re.escape, family.language))}).*"
     modules = [re.escape(prefix.removesuffix(".")) for prefix in (*family.vision, *family.connector)]
-    named = [rf"(?:.*\.)?{re.escape(name)}" for name in (*_HEADS, *section.skip_modules)]
+    named = [rf"(?:.*\.)?{re.escape(name)}" for name in (*_HEADS, *quantization.skip_modules)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=section.quant_type,
-        bnb_4bit_use_double_quant=section.use_double_quant,
-        bnb_4bit_compute_dtype=dtype if section.compute_dtype == "auto" else _DTYPES[section.compute_dtype],
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.use_double_quant,
+        bnb_4bit_compute_dtype=dtype if quantization.compute_dtype == "auto" else _DTYPES[quantization.compute_dtype],
         bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=[outside, *modules, *named],
     )
 
 
-def check_saved_quantization(config: Any, section: ModelConfig) -> bool:
+def check_saved_quantization(config: Any, model_config: ModelConfig) -> bool:
     """Whether the model's weights are 4-bit on disk already.
 
     Args:
         config: the model's transformers config.
-        section: the recipe's.
+        model_config: the recipe's.
 
     Raises:
         UserError: the weights are quantised in another way than the recipe says.
@@ -82,19 +82,19 @@ def check_saved_quantization(config: Any, section: ModelConfig) -> bool:
             f"the model's weights are already quantised ({what}), but adapters can only be trained on 4-bit weights of "
             "bitsandbytes",
             field="model.id",
-            value=section.id,
+            value=model_config.id,
             fix="use the model that it was made from; add model.quantization: {} to quantise that",
         )
-    if section.quantization is None:
+    if model_config.quantization is None:
         raise UserError(
             "the model's weights are already in 4 bits, but the recipe does not say so",
             field="model.quantization",
             fix="add model.quantization and model.lora, or use the model that it was made from",
         )
     wanted = {
-        "quant_type": section.quantization.quant_type,
-        "use_double_quant": section.quantization.use_double_quant,
-        "quant_storage": section.quantization.quant_storage,
+        "quant_type": model_config.quantization.quant_type,
+        "use_double_quant": model_config.quantization.use_double_quant,
+        "quant_storage": model_config.quantization.quant_storage,
     }
     defaults = {"quant_type": "fp4", "use_double_quant": False, "quant_storage": "uint8"}
     found = {name: saved.get(f"bnb_4bit_{name}", default) for name, default in defaults.items()}
@@ -108,7 +108,7 @@ def check_saved_quantization(config: Any, section: ModelConfig) -> bool:
     return True
 
 
-def check_quantized(model: nn.Module, section: QuantizationConfig) -> None:
+def check_quantized(model: nn.Module, quantization: QuantizationConfig) -> None:
     """Check that quantization did what the recipe says, and prepare the quantised layers for training.
 
     Raises:
@@ -117,13 +117,15 @@ def check_quantized(model: nn.Module, section: QuantizationConfig) -> None:
     from bitsandbytes.nn.modules import Linear4bit
 
     names = [name for name, _ in model.named_modules()]
-    for skipped in section.skip_modules:
+    for skipped in quantization.skip_modules:
         if not any(name == skipped or name.endswith(f".{skipped}") for name in names):
             raise UserError("no module has this name", field="model.quantization.skip_modules", value=skipped)
     quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if not quantized:
         raise UserError(
-            "no linear layer is left to quantise", field="model.quantization.skip_modules", value=section.skip_modules
+            "no linear layer is left to quantise",
+            field="model.quantization.skip_modules",
+            value=quantization.skip_modules,
         )
     for module in quantized:
         # On some CPUs evaluation would repack the weights into a layout that training cannot read.

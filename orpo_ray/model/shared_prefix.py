@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import varlen
 
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.attention_kernel import AttentionKernel, Hardware, choose_kernel
@@ -128,6 +127,9 @@ def _attend_varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, index: VarlenIndex, options: ScoreOptions
 ) -> torch.Tensor:
     """Run one flash kernel over all sequences."""
+    # Imported here because it imports torch's compiler, which takes seconds that a CPU run need not spend.
+    from torch.nn.attention import varlen
+
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     out = varlen.varlen_attn(
         queries.contiguous(),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 # The mask of a prompt whose tokens look at images by cross-attention, as processors name it: [P, n] (Idefics) or
@@ -104,6 +103,7 @@ class PromptEncoder:
 
     def _encode_idefics(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
         """Do what Idefics' processor does, which takes texts and images in turn, but no text with images in it."""
+        import torch
         from transformers.models.idefics import processing_idefics
 
         (ids,) = self.tokenize([text])

@@ -29,7 +29,7 @@ from support.pairs_by_hand import NORM, layouts_of, make_pair, run_as
 
 CPU = torch.device("cpu")
 LORA = {"r": 16, "alpha": 32}
-# model model_config, learning rate
+# Fields of the recipe's model section, and a learning rate.
 MODES: dict[str, tuple[dict[str, Any], float]] = {
     "full": ({}, 3e-3),
     "frozen vision": ({"freeze": ["vision"]}, 3e-3),

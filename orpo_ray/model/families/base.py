@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from orpo_ray.data.collate import PIXELS, ImageArrays, concatenate_images
 from orpo_ray.data.packing import PairBatch
@@ -57,6 +56,8 @@ class ImageFeatures:
     @classmethod
     def of_each(cls, features: Sequence[torch.Tensor]) -> ImageFeatures:
         """Join the features of single images, as the vision cache keeps them."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
         return cls(_concatenated(features), BaseModelOutputWithPooling(), is_list=features[0].ndim == 2)
 
     def watched(self, hook: Callable[[torch.Tensor], None]) -> ImageFeatures:

@@ -9,11 +9,11 @@ Legend: R rows, T tokens of a row, P prompt tokens, n images of all pairs, N mos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from orpo_ray.data.collate import PIXELS, ImageArrays
 from orpo_ray.data.packing import PairBatch
@@ -61,7 +61,7 @@ class Idefics(CrossAttentionFamily):
 
     def encode_images(self, base: Any, inputs: ImageTensors) -> Any:
         """Features [n, patches, D of the vision encoder]."""
-        return BaseModelOutputWithPooling(pooler_output=base.model.vision_model(**inputs).last_hidden_state)
+        return SimpleNamespace(pooler_output=base.model.vision_model(**inputs).last_hidden_state)
 
     def hidden_states(self, base: Any, batch: PairBatch, images: ImageFeatures | None) -> torch.Tensor:
         """[R, T, D]."""
@@ -91,7 +91,7 @@ class Mllama(CrossAttentionFamily):
         """Features [n, tiles * patches, D], from one row with one image for each."""
         rows = {name: value.unsqueeze(1) for name, value in inputs.items()}
         states = base.model.vision_model(**rows).last_hidden_state  # [n, 1, tiles, patches, D of the vision encoder]
-        return BaseModelOutputWithPooling(pooler_output=base.model.multi_modal_projector(states).flatten(1, 3))
+        return SimpleNamespace(pooler_output=base.model.multi_modal_projector(states).flatten(1, 3))
 
     def hidden_states(self, base: Any, batch: PairBatch, images: ImageFeatures | None) -> torch.Tensor:
         """[R, T, D]."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import varlen
 from transformers import LlavaConfig
 
 from orpo_ray.config.schema import ModelConfig
@@ -335,7 +336,7 @@ def documented_varlen(
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_call_of_the_variable_length_kernel(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel is torch's and needs a GPU; that it is given the right things does not."""
-    monkeypatch.setattr(shared_prefix.varlen, "varlen_attn", documented_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", documented_varlen)
     layout = layout_of([(5, 4, 3), (1, 1, 1), (7, 2, 9)], None, 0)
     states = states_of(layout)
     got = attend("varlen", *states, layout, ScoreOptions(0.3, window))
