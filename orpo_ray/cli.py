@@ -233,7 +233,7 @@ def _print_check(report: dict[str, Any]) -> None:
         row(f"{name} tokens p50 / p95 / max", lambda split, name=name: _spread(split["tokens"], name))  # type: ignore[misc]
     row("repeated rows", lambda split: f"{split['duplicates']['pairs']:,}")
     row("chosen is longer", lambda split: _share(split["length_bias"], "chosen_longer"))
-    row("told without the image", lambda split: _share(split["blind"], "accuracy"))
+    row("text-only accuracy", lambda split: _share(split["text_only"], "accuracy"))
     console.print(table)
     if report["images_on_both_sides"]:
         console.print(f"[yellow]{report['images_on_both_sides']:,} image(s) stand on both sides of the split[/yellow]")

@@ -1,4 +1,4 @@
-"""`orpo-ray data check`: the whole set before any GPU is rented, as a report, and as a page with plots and pairs."""
+"""`orpo-ray data check`: check all rows before training, and write a report and a page with charts and pairs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,24 @@ from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
 from orpo_ray.tracking.tracker import write_bad_rows
 
 PAGE_FILE = "data_check.html"
-THUMBNAIL = 480  # pixels of the longer side
-# Lengths are measured first and compared with the recipe's afterwards, so that the page can say how long is too long.
+THUMBNAIL = 480  # longer side, in pixels
+# Pairs are encoded without a length limit, so that the page can show the lengths of those that are too long.
 ANY_LENGTH = 10**9
 
 
 def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
-    """The report, and where the page is. Raises UserError."""
+    """Check the training and held-out pairs of a recipe. Writes report, page and bad rows to the run folder.
+
+    Args:
+        recipe: the recipe.
+        console: for progress.
+
+    Returns:
+        The report that `orpo-ray data check --json` prints, and the path or URI of the page.
+
+    Raises:
+        UserError: a source or the model's processor cannot be read.
+    """
     recipe = recipe.with_absolute_paths()
     train, held_out = all_data(recipe)
     encoder = replace(encoder_of(recipe), max_length=ANY_LENGTH)
@@ -81,24 +92,26 @@ def _check_split(recipe: Recipe, read: ReadSpec, encoder: EncoderSpec, console: 
 
 
 def _gallery(recipe: Recipe, read: ReadSpec, check: SplitCheck) -> Iterator[dict[str, Any]]:
-    """The pairs worth a look, with their images; each once, under the first reason that it has."""
+    """Yield the selected pairs with their images. A pair with several reasons appears once, under the first."""
     facts = {each.sample_index: each for each in check.facts}
     shown: set[int] = set()
-    for why, sample_indices in check.gallery().items():
+    for reason, sample_indices in check.gallery().items():
         for sample_index in sample_indices:
             if sample_index not in shown:
                 shown.add(sample_index)
                 shard, pair = pair_at(read, sample_index)
                 if isinstance(pair, PreferencePair):
-                    yield _shown(recipe, pair, read.root_of(shard), facts[sample_index], why)
+                    yield _gallery_entry(recipe, pair, read.root_of(shard), facts[sample_index], reason)
 
 
-def _shown(recipe: Recipe, pair: PreferencePair, root: str | None, facts: PairFacts, why: str) -> dict[str, Any]:
+def _gallery_entry(
+    recipe: Recipe, pair: PreferencePair, root: str | None, facts: PairFacts, reason: str
+) -> dict[str, Any]:
     prompt, image, chosen, rejected = facts.tokens
     return {
         "id": pair.id,
         "source": pair.source,
-        "why": why,
+        "why": reason,
         "images": [_thumbnail(image, root, recipe.data.allow_http) for image in pair.images],
         "rejected_images": [_thumbnail(image, root, recipe.data.allow_http) for image in pair.rejected_images or ()],
         "prompt": [
@@ -116,7 +129,7 @@ def _shown(recipe: Recipe, pair: PreferencePair, root: str | None, facts: PairFa
 
 
 def _thumbnail(image: Image, root: str | None, allow_http: bool) -> str:
-    """A small JPEG as a data URI; empty if the image went away since it was checked."""
+    """Return a small JPEG as a data URI; an empty string if the image can no longer be read."""
     try:
         picture = load_image(image, image_folder(root), allow_http)
     except RowError:

@@ -1,6 +1,6 @@
-"""`orpo-ray data prepare`: the pairs that can be trained on, written once as sharded parquet with a manifest.
+"""`orpo-ray data prepare`: write all usable pairs as sharded parquet files with a manifest.
 
-Training and sweeps then stream from it: nothing is left to be fetched, found broken or recognised.
+Training and sweeps that read these files download no images, meet no bad rows and detect no formats.
 """
 
 from __future__ import annotations
@@ -30,32 +30,46 @@ from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.tracker import write_bad_rows
 
 PREPARED = "data"
-# A row group is what a reader holds at least, a shard what one upload is.
+# A reader holds at least one row group in memory; a file is uploaded as a whole.
 GROUP_ROWS, GROUP_BYTES = 1024, 32 << 20
-SHARD_BYTES = 512 << 20
+FILE_BYTES = 512 << 20
 
 
 @dataclass
 class Prepared:
-    """One split as written. shards: file name -> rows."""
+    """A split that was written."""
 
     uri: str
+    """Path or URI of its folder."""
     shards: dict[str, int] = field(default_factory=dict)
+    """File name -> number of rows."""
     bad: list[BadRow] = field(default_factory=list)
+    """Rows that were left out."""
 
     @property
     def rows(self) -> int:
-        """Pairs that were written."""
+        """Number of pairs."""
         return sum(self.shards.values())
 
 
 def prepare_data(recipe: Recipe, console: Console) -> dict[str, Prepared]:
-    """Write the recipe's clean pairs below its run folder; split -> what was written. Raises UserError."""
+    """Write the usable pairs of a recipe to its run folder.
+
+    Args:
+        recipe: the recipe.
+        console: for progress.
+
+    Returns:
+        Split name -> what was written.
+
+    Raises:
+        UserError: the data is already prepared, cannot be read, or has more bad rows than the recipe allows.
+    """
     recipe = recipe.with_absolute_paths()
     folder = RunFolder(recipe.run_uri)
     if folder.has(f"{PREPARED}/{MANIFEST_FILE}"):
-        fix = "delete the folder, or give another name (name=...)"
-        raise UserError("the prepared data is there already", field=f"{folder.uri}/{PREPARED}", fix=fix)
+        fix = "delete the folder, or change the name of the run (name=...)"
+        raise UserError("the prepared data already exists", field=f"{folder.uri}/{PREPARED}", fix=fix)
     train, held_out = all_data(recipe)
     encoder = encoder_of(recipe)
     encoder.build()
@@ -69,7 +83,7 @@ def prepare_data(recipe: Recipe, console: Console) -> dict[str, Prepared]:
     bad = written["train"].bad
     refuse_rows(recipe, bad)
     check_bad_fraction(recipe, len(bad), train.end_sample, bad, at_end=True)
-    # Last, so that a folder with a manifest is whole.
+    # Written last, so that a folder with a manifest is complete.
     _write_text(f"{folder.uri}/{PREPARED}/{MANIFEST_FILE}", json.dumps(_manifest(recipe, written), indent=2))
     return written
 
@@ -77,8 +91,8 @@ def prepare_data(recipe: Recipe, console: Console) -> dict[str, Prepared]:
 def _write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Console) -> Prepared:
     filesystem, path = locate(uri, "checkpoint.storage")
     with_retries(filesystem.create_dir, path, recursive=True)
-    with_retries(filesystem.delete_dir_contents, path)  # of an attempt that was cut off
-    split, writer = Prepared(uri), _Shards(filesystem, path)
+    with_retries(filesystem.delete_dir_contents, path)  # files of an interrupted attempt
+    split, writer = Prepared(uri), _ParquetFiles(filesystem, path)
     encoders = max(1, int(ray.cluster_resources().get("CPU", 1)))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"preparing {uri.rpartition('/')[2]}", total=read.end_sample)
@@ -90,18 +104,18 @@ def _write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Consol
     return split
 
 
-class _Shards:
-    """Tables in, parquet files of about SHARD_BYTES out, in row groups small enough to be read one by one."""
+class _ParquetFiles:
+    """Writes tables to parquet files of about FILE_BYTES, in row groups of limited size."""
 
     def __init__(self, filesystem: pafs.FileSystem, folder: str) -> None:
         self.filesystem, self.folder = filesystem, folder
         self.shards: dict[str, int] = {}
         self._tables: list[pa.Table] = []
-        self._group_rows = self._group_bytes = self._shard_bytes = 0
+        self._group_rows = self._group_bytes = self._file_bytes = 0
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, table: pa.Table) -> None:
-        """More rows."""
+        """Add rows."""
         self._tables.append(table)
         self._group_rows += table.num_rows
         self._group_bytes += table.nbytes
@@ -109,35 +123,35 @@ class _Shards:
             self._write_group()
 
     def close(self) -> dict[str, int]:
-        """Write what is left; file name -> rows."""
+        """Write the remaining rows. Returns file name -> number of rows."""
         if self._group_rows:
             self._write_group()
-        self._end_shard()
+        self._end_file()
         return self.shards
 
     def _write_group(self) -> None:
         if self._writer is None:
             name = f"{len(self.shards):05d}.parquet"
-            # Images are compressed already; of the texts zstd makes a third.
+            # zstd reduces texts to a third; images are already compressed.
             self._writer = pq.ParquetWriter(
                 f"{self.folder}/{name}", CLEAN_SCHEMA, filesystem=self.filesystem, compression="zstd"
             )
             self.shards[name] = 0
         self._writer.write_table(pa.concat_tables(self._tables), row_group_size=self._group_rows)
         self.shards[list(self.shards)[-1]] += self._group_rows
-        self._shard_bytes += self._group_bytes
+        self._file_bytes += self._group_bytes
         self._tables, self._group_rows, self._group_bytes = [], 0, 0
-        if self._shard_bytes >= SHARD_BYTES:
-            self._end_shard()
+        if self._file_bytes >= FILE_BYTES:
+            self._end_file()
 
-    def _end_shard(self) -> None:
+    def _end_file(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        self._writer, self._shard_bytes = None, 0
+        self._writer, self._file_bytes = None, 0
 
 
 def _manifest(recipe: Recipe, written: dict[str, Prepared]) -> dict[str, Any]:
-    """What was written, and from what; enough to make it again."""
+    """Describe what was written, and from which sources."""
     return {
         "format": "trl",
         "model": recipe.model.id,

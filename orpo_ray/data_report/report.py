@@ -1,6 +1,6 @@
-"""What a set of pairs is like, before anything is trained on it: counts, lengths, bad rows, duplicates, biases.
+"""The report of a data check: counts, lengths, bad rows, duplicates, biases.
 
-`PairFacts` are gathered row by row where the pairs are encoded; here they become the report. Nothing is decoded anew.
+Encoding processes collect `PairFacts` for each row; this module summarizes them.
 """
 
 from __future__ import annotations
@@ -22,52 +22,62 @@ from orpo_ray.extras import is_installed
 
 BINS = 30
 BAD_EXAMPLES = 50
-TEXT_KEPT = 600  # characters of each text, for the estimate without images
+TEXT_CHARACTERS = 600  # of each text, for the text-only accuracy
 GALLERY_SAMPLE = 36
 GALLERY_EXTREMES = 8
 
 
 @dataclass(frozen=True)
 class PairFacts:
-    """What is known of one pair after encoding.
-
-    tokens: of prompt, image placeholders in it, chosen, rejected. images: fingerprints. sizes:
-    (width, height) of every image. question, pair: hashes of images + prompt, and of all; exchanged: of the pair with
-    its answers exchanged. texts: prompt, chosen, rejected, shortened.
-    """
+    """Facts about an encoded pair."""
 
     sample_index: int
     id: str
     source: str
+    """File and line or row."""
     tokens: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Tokens of the prompt, image tokens among them, tokens of chosen and of rejected."""
     images: tuple[str, ...] = ()
+    """Fingerprints of the images."""
     question: str = ""
+    """Hash of images and prompt."""
     pair: str = ""
+    """Hash of the whole pair."""
     exchanged: str = ""
+    """Hash of the pair with its answers exchanged."""
     sizes: tuple[tuple[int, int], ...] = ()
+    """(width, height) of each image."""
     texts: tuple[str, str, str] = ("", "", "")
+    """Beginnings of prompt, chosen and rejected."""
 
     @property
     def sequence(self) -> int:
-        """Tokens of prompt + longer answer: what `data.max_length` bounds."""
+        """Tokens of prompt and longer answer, which `data.max_length` limits."""
         return self.tokens[0] + max(self.tokens[2], self.tokens[3])
 
 
 def facts_of(
     pair: PreferencePair, encoded: EncodedPair, fingerprints: Sequence[str], sizes: Sequence[tuple[int, int]]
 ) -> PairFacts:
-    """The facts of a pair that was encoded. fingerprints, sizes (width, height): of its images."""
+    """Collect the facts about an encoded pair.
+
+    Args:
+        pair: the pair.
+        encoded: the same pair, encoded.
+        fingerprints: of its images.
+        sizes: (width, height) of its images.
+    """
     prompt = json.dumps(pair.prompt)
     question = _hash(*fingerprints, prompt)
     words = " ".join(part["text"] for turn in pair.prompt for part in turn["content"] if part["type"] == "text")
     image_tokens = int((~encoded.prompt_is_text).sum())
-    second = encoded.rejected_prompt.ids if encoded.rejected_prompt else encoded.prompt_ids
+    rejected_prompt_ids = encoded.rejected_prompt.ids if encoded.rejected_prompt else encoded.prompt_ids
     return PairFacts(
         sample_index=encoded.sample_index,
         id=pair.id,
         source=pair.source,
         tokens=(
-            max(len(encoded.prompt_ids), len(second)),
+            max(len(encoded.prompt_ids), len(rejected_prompt_ids)),
             image_tokens,
             len(encoded.chosen_ids),
             len(encoded.rejected_ids),
@@ -77,12 +87,12 @@ def facts_of(
         pair=_hash(question, pair.chosen, pair.rejected),
         exchanged=_hash(question, pair.rejected, pair.chosen),
         sizes=tuple(sizes),
-        texts=(words[:TEXT_KEPT], pair.chosen[:TEXT_KEPT], pair.rejected[:TEXT_KEPT]),
+        texts=(words[:TEXT_CHARACTERS], pair.chosen[:TEXT_CHARACTERS], pair.rejected[:TEXT_CHARACTERS]),
     )
 
 
 def facts_from_json(facts: Mapping[str, Any]) -> PairFacts:
-    """`dataclasses.asdict` of facts, through JSON and back."""
+    """Rebuild facts from `dataclasses.asdict` after a round trip through JSON."""
     lists = {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
     lists["sizes"] = tuple(map(tuple, facts["sizes"]))
     return PairFacts(**{**facts, **lists})
@@ -90,14 +100,14 @@ def facts_from_json(facts: Mapping[str, Any]) -> PairFacts:
 
 @dataclass
 class SplitCheck:
-    """Everything said of one split: gathered with `add`, told with `report`.
-
-    max_length, policy: the recipe's `data.max_length` and `data.on_too_long`. formats: rows of each.
-    """
+    """Collects the rows of a split with `add`, and summarizes them with `report`."""
 
     max_length: int
+    """The recipe's `data.max_length`."""
     policy: str
+    """The recipe's `data.on_too_long`."""
     formats: dict[str, int]
+    """Number of rows per format."""
     facts: list[PairFacts] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
@@ -114,7 +124,7 @@ class SplitCheck:
         self.bad.sort(key=lambda row: row.sample_index)
 
     def report(self) -> dict[str, Any]:
-        """The split as plain numbers, for `--json` and the page."""
+        """Return the summary of the split, for `--json` and the page."""
         bad, good = self.bad, self.facts
         rows = len(good) + len(bad)
         too_long = sum(facts.sequence > self.max_length for facts in good)
@@ -123,7 +133,7 @@ class SplitCheck:
             "pairs": len(good) - (too_long if self.policy == "skip" else 0),
             "bad": {
                 "total": len(bad),
-                "share": len(bad) / max(1, rows),
+                "fraction": len(bad) / max(1, rows),
                 "by_reason": dict(Counter(row.reason for row in bad).most_common()),
                 "examples": [row.as_line() for row in bad[:BAD_EXAMPLES]],
             },
@@ -132,32 +142,32 @@ class SplitCheck:
             "image_sizes": _image_sizes(good),
             "tokens": self._tokens(good),
             "histograms": self._histograms(good),
-            "too_long": {"count": too_long, "share": too_long / max(1, rows), "policy": self.policy},
+            "too_long": {"count": too_long, "fraction": too_long / max(1, rows), "policy": self.policy},
             "duplicates": _duplicates(good),
             "length_bias": _length_bias(good),
-            "blind": text_only_accuracy([TextOnlyPair(facts.question, *facts.texts) for facts in good])
+            "text_only": text_only_accuracy([TextOnlyPair(facts.question, *facts.texts) for facts in good])
             if is_installed("sklearn")
             else None,
         }
 
     def gallery(self) -> dict[str, list[int]]:
-        """Slots of pairs worth a look, by why."""
+        """Return the sample indices of pairs to show on the page, by the reason for showing them."""
         good = self.facts
         if not good:
             return {}
-        places = np.unique(np.linspace(0, len(good) - 1, GALLERY_SAMPLE).round().astype(int))
+        evenly_spaced = np.unique(np.linspace(0, len(good) - 1, GALLERY_SAMPLE).round().astype(int))
         by_length = sorted(good, key=lambda facts: (facts.sequence, facts.sample_index))
         by_difference = sorted(good, key=lambda facts: -abs(facts.tokens[2] - facts.tokens[3]))
         repeated = Counter(facts.pair for facts in good)
-        chosen = {
-            "sample": [good[place] for place in places],
+        selected = {
+            "sample": [good[index] for index in evenly_spaced],
             "longest": by_length[::-1][:GALLERY_EXTREMES],
             "shortest": by_length[:GALLERY_EXTREMES],
             "length difference": by_difference[:GALLERY_EXTREMES],
             "too long": [facts for facts in good if facts.sequence > self.max_length][:GALLERY_EXTREMES],
             "duplicate": [facts for facts in good if repeated[facts.pair] > 1][:GALLERY_EXTREMES],
         }
-        return {why: [facts.sample_index for facts in found] for why, found in chosen.items() if found}
+        return {reason: [facts.sample_index for facts in found] for reason, found in selected.items() if found}
 
     def _tokens(self, good: Sequence[PairFacts]) -> dict[str, Any] | None:
         return {name: _percentiles(values) for name, values in _lengths(good).items()} if good else None
@@ -166,15 +176,15 @@ class SplitCheck:
         histograms = {}
         for name, values in _lengths(good).items():
             if good and name != "image":
-                # The few longest share the last bin, so that they do not squeeze all others into the first.
-                shown = np.minimum(values, np.percentile(values, 99.5, method="nearest"))
-                counts, edges = np.histogram(shown, bins=min(BINS, max(1, int(np.ptp(shown)) + 1)))
+                # The longest 0.5 % share the last bin, so that outliers do not compress all others into the first bins.
+                clipped = np.minimum(values, np.percentile(values, 99.5, method="nearest"))
+                counts, edges = np.histogram(clipped, bins=min(BINS, max(1, int(np.ptp(clipped)) + 1)))
                 histograms[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
         return histograms
 
 
 def images_on_both_sides(train: SplitCheck, held_out: SplitCheck | None) -> int:
-    """Images that stand in the training set and among the held-out pairs."""
+    """Count the images that occur both in the training pairs and in the held-out pairs."""
     if held_out is None:
         return 0
     sides = [{image for facts in split.facts for image in facts.images} for split in (train, held_out)]
@@ -182,13 +192,13 @@ def images_on_both_sides(train: SplitCheck, held_out: SplitCheck | None) -> int:
 
 
 def warnings_of(facts: PairFacts, max_length: int) -> list[str]:
-    """What a look at this pair should know."""
+    """Return warnings about a pair, for the page."""
     chosen, rejected = facts.tokens[2:]
     found = []
     if facts.sequence > max_length:
         found.append(f"too long: {facts.sequence} tokens")
     if max(chosen, rejected) >= 8 * min(chosen, rejected) and max(chosen, rejected) >= 32:
-        found.append("answers of very unlike length")
+        found.append("very different answer lengths")
     if not facts.images:
         found.append("no image")
     return found
@@ -217,7 +227,7 @@ def _duplicates(good: Sequence[PairFacts]) -> dict[str, int]:
     return {
         "pairs": len(good) - len(pairs),
         "prompts": len(good) - len(questions),
-        # Seen from both sides, so each contradiction twice.
+        # Each contradiction is found from both of its pairs.
         "contradictions": sum(facts.exchanged != facts.pair and facts.exchanged in pairs for facts in good) // 2,
     }
 

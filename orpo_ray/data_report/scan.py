@@ -1,4 +1,4 @@
-"""What the `data` commands ask of every row of a set: facts for a check, clean rows to be written down."""
+"""Read and encode every row of a data set with Ray Data: facts for `data check`, usable rows for `data prepare`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from orpo_ray.streaming.pipeline import (
 
 _IMAGES = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
 _PARTS = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
-# What is written: TRL's conversational vision format, with images as they were stored.
+# Schema of prepared data: TRL's conversational vision format, with the original image bytes.
 CLEAN_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -43,7 +43,13 @@ CLEAN_SCHEMA = pa.schema(
 
 
 def iter_checked(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Iterator[PairFacts | BadRow]:
-    """Yield the facts that `orpo-ray data check` needs about every row, in no particular order."""
+    """Yield facts about each row for `orpo-ray data check`, in no particular order.
+
+    Args:
+        read: the rows.
+        encoder: how to encode them.
+        max_encoders: maximum number of encoding processes.
+    """
     for block in iter_blocks(read, partial(_check_chunk, encoder=encoder), max_encoders, ordered=False):
         for chunk in block.to_pylist():
             yield from map(facts_from_json, json.loads(chunk["facts"]))
@@ -51,7 +57,13 @@ def iter_checked(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Ite
 
 
 def iter_clean(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Iterator[tuple[pa.Table, list[BadRow]]]:
-    """Tables of the pairs that can be trained on, with their images' bytes in them, and the rows that cannot."""
+    """Yield tables of the usable pairs, with image bytes, and the bad rows between them, in order.
+
+    Args:
+        read: the rows.
+        encoder: how to encode them.
+        max_encoders: maximum number of encoding processes.
+    """
     for block in iter_blocks(read, partial(_clean_chunk, encoder=encoder), max_encoders, ordered=True):
         for chunk in block.to_pylist():
             table = pa.ipc.open_stream(pa.py_buffer(chunk["pairs"])).read_all()
@@ -59,7 +71,7 @@ def iter_clean(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Itera
 
 
 def _check_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
-    """One packed chunk -> its pairs' `PairFacts`, as JSON, and its bad rows."""
+    """Encode a packed chunk of rows; return the `PairFacts` of its pairs as JSON, and its bad rows."""
     for rows in portions(unpack_rows(chunk)):
         facts, bad = [], []
         for row, item in zip(rows, encode_rows(rows, encoder_of_this_process(encoder)), strict=True):
@@ -69,15 +81,15 @@ def _check_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
             pair = pair_of(row)
             assert isinstance(pair, PreferencePair)
             images, root = [*pair.images, *(pair.rejected_images or ())], image_folder(row["image_root"])
-            prints = [image_fingerprint(image, row["image_root"]) for image in images]
+            fingerprints = [image_fingerprint(image, row["image_root"]) for image in images]
             sizes = [load_image(image, root, encoder.allow_http).size for image in images]
-            facts.append(facts_of(pair, replace(item, sample_index=row["sample_index"]), prints, sizes))
+            facts.append(facts_of(pair, replace(item, sample_index=row["sample_index"]), fingerprints, sizes))
         table = pa.table({"facts": [json.dumps([asdict(each) for each in facts])]})
         yield table.append_column("bad", _bad_column(bad))
 
 
 def _clean_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
-    """One packed chunk -> the rows of it that can be trained on, in the form that is written down."""
+    """Encode a packed chunk of rows; return its usable pairs in `CLEAN_SCHEMA`, and its bad rows."""
     for rows in portions(unpack_rows(chunk)):
         encoded = encode_rows(rows, encoder_of_this_process(encoder))
         bad = [item for item in encoded if isinstance(item, BadRow)]
@@ -91,18 +103,18 @@ def _clean_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
 
 
 def _bad_column(bad: list[BadRow]) -> pa.Array:
-    """All bad rows of a chunk in one cell."""
+    """Put all bad rows of a chunk into one cell."""
     return pa.array([[asdict(row) for row in bad]], pa.list_(BAD_ROW_TYPE))
 
 
 def _clean_row(row: dict[str, Any], allow_http: bool) -> dict[str, Any]:
     root = image_folder(row["image_root"])
 
-    def stored(images: list[Image] | None) -> list[Image] | None:
+    def with_bytes(images: list[Image] | None) -> list[Image] | None:
         if images is None:
             return None
         return [{"bytes": read_image_bytes(image, root, allow_http), "path": None} for image in images]
 
-    kept = {name: row[name] for name in ("id", "source", "chosen", "rejected")}
-    images = {name: stored(row[name]) for name in ("images", "rejected_images")}
-    return kept | images | {"prompt": json.loads(row["prompt"])}
+    texts = {name: row[name] for name in ("id", "source", "chosen", "rejected")}
+    images = {name: with_bytes(row[name]) for name in ("images", "rejected_images")}
+    return texts | images | {"prompt": json.loads(row["prompt"])}

@@ -77,7 +77,7 @@ def test_check_then_prepare_then_train(tmp_path: Path) -> None:
     manifest = json.loads((folder / "data" / "manifest.json").read_text())
     assert manifest["splits"]["train"] == {"rows": 110, "bad_rows": 10, "shards": {"00000.parquet": 110}}
     assert {row["source"]: row["reason"] for row in read_jsonl(folder / "bad_rows.jsonl")} == broken
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         prepare_data(recipe, QUIET)
 
     # What was written is what stood there, images included.

@@ -53,7 +53,7 @@ def a_split(rows: int = 2000, bad: int = 40) -> dict[str, Any]:
         "pairs": rows - bad,
         "bad": {
             "total": bad,
-            "share": bad / rows,
+            "fraction": bad / rows,
             "by_reason": {"missing_image": bad} if bad else {},
             "examples": examples,
         },
@@ -62,10 +62,10 @@ def a_split(rows: int = 2000, bad: int = 40) -> dict[str, Any]:
         "image_sizes": {"width": percentiles(64, 640), "height": percentiles(64, 480)},
         "tokens": {name: percentiles(20, 320) for name in lengths},
         "histograms": {name: {"edges": edges, "counts": counts} for name in lengths if name != "image"},
-        "too_long": {"count": 0, "share": 0.0, "policy": "skip"},
+        "too_long": {"count": 0, "fraction": 0.0, "policy": "skip"},
         "duplicates": {"pairs": 0, "prompts": 0, "contradictions": 0},
         "length_bias": {"chosen_longer": 0.5, "equal": 0.1, "median_difference": 1.0},
-        "blind": {"accuracy": 0.55, "low": 0.52, "high": 0.58, "pairs": rows - bad},
+        "text_only": {"accuracy": 0.55, "low": 0.52, "high": 0.58, "pairs": rows - bad},
     }
 
 
@@ -83,8 +83,8 @@ def a_report(held_out: bool = True) -> dict[str, Any]:
 def nothing(rows: int = 0, reason: str = "malformed_row") -> dict[str, Any]:
     """A split in which no row is a pair."""
     empty = {"images_per_pair": {}, "image_sizes": None, "tokens": None, "histograms": {}, "length_bias": None}
-    bad = {"total": rows, "share": 1.0 if rows else 0.0, "by_reason": {reason: rows} if rows else {}, "examples": []}
-    return a_split() | empty | {"rows": rows, "pairs": 0, "bad": bad, "blind": None, "formats": {}}
+    bad = {"total": rows, "fraction": 1.0 if rows else 0.0, "by_reason": {reason: rows} if rows else {}, "examples": []}
+    return a_split() | empty | {"rows": rows, "pairs": 0, "bad": bad, "text_only": None, "formats": {}}
 
 
 def a_pair(place: int, why: str = "sample", **changes: Any) -> dict[str, Any]:

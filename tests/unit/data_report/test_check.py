@@ -49,7 +49,7 @@ def test_counts_lengths_and_bad_rows() -> None:
     report = split.report()
     assert (report["rows"], report["pairs"]) == (4, 2)
     assert report["bad"]["by_reason"] == {"missing_image": 1}
-    assert report["bad"]["share"] == 0.25
+    assert report["bad"]["fraction"] == 0.25
     assert report["bad"]["examples"][0] == {
         "id": "3",
         "source": "a:3",
@@ -61,7 +61,7 @@ def test_counts_lengths_and_bad_rows() -> None:
     assert (report["tokens"]["prompt"]["min"], report["tokens"]["prompt"]["max"]) == (10, 20)
     assert report["tokens"]["image"]["p50"] == 5
     assert report["tokens"]["sequence"]["max"] == 110
-    assert report["too_long"] == {"count": 1, "share": 0.25, "policy": "skip"}
+    assert report["too_long"] == {"count": 1, "fraction": 0.25, "policy": "skip"}
     assert check(facts(1, chosen="y" * 90), policy="truncate_response").report()["pairs"] == 1
     assert sum(report["histograms"]["chosen"]["counts"]) == 3
 
@@ -88,7 +88,7 @@ def test_length_bias() -> None:
 
 def test_nothing_good_is_no_error() -> None:
     report = check(BadRow(0, "0", "a:0", "malformed_row", "x")).report()
-    assert (report["tokens"], report["blind"], report["length_bias"], report["image_sizes"]) == (None,) * 4
+    assert (report["tokens"], report["text_only"], report["length_bias"], report["image_sizes"]) == (None,) * 4
     assert check(BadRow(0, "0", "a:0", "malformed_row", "x")).gallery() == {}
 
 
@@ -108,7 +108,7 @@ def test_the_gallery_has_samples_and_extremes() -> None:
 
 def test_warnings() -> None:
     assert warnings_of(facts(0, chosen="x" * 90, images=0), 50) == [
-        "too long: 100 tokens", "answers of very unlike length", "no image",
+        "too long: 100 tokens", "very different answer lengths", "no image",
     ]  # fmt: skip
     assert warnings_of(facts(0), 50) == []
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from orpo_ray.data_report import page as check_page
-from orpo_ray.data_report.page import number, percent, render_page
+from orpo_ray.data_report.page import render_page
+from orpo_ray.data_report.text_format import TEXT_SHOWN, number, percent, visible
 from support.data_reports import (
     HOSTILE,
     a_gallery,
@@ -59,7 +59,7 @@ def test_hostile_text_stays_text() -> None:
     assert found.elements <= tame.elements
     assert page.count("<script") == page.count("</script>") == 1
     for text in HOSTILE:
-        assert check_page.visible(text) in found.text
+        assert visible(text) in found.text
     assert "{{ 7 * 7 }}{% raw %}" in found.text
     page.encode()  # a file can hold it
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
@@ -90,7 +90,7 @@ def test_the_page_refers_to_nothing_outside() -> None:
 def test_images_that_are_not_inline_are_left_out(address: str) -> None:
     page = render_page(a_report(), [a_pair(0, images=[address])])
     assert "<img" not in page
-    assert "Image 1 is not shown" in page
+    assert "Image 1 cannot be shown" in page
 
 
 def test_the_policy_names_the_one_script_and_the_one_style() -> None:
@@ -110,19 +110,19 @@ def test_the_page_stays_small() -> None:
     """Images are what it weighs: endless texts are cut, with a word on how much is missing."""
     assert len(render_page(a_report(), a_gallery())) < 100_000
     page = render_page(a_report(), [a_pair(n, chosen="long " * 200_000) for n in range(80)])
-    assert len(page) < 80 * 2 * check_page.TEXT_SHOWN
+    assert len(page) < 80 * 2 * TEXT_SHOWN
     assert "(and 980,000 more characters)" in page
 
 
 def test_verdicts() -> None:
     report = a_report()
-    assert verdict(report) == "2,000 rows: 1,960 can be trained on, 40 cannot."
-    assert verdict(report | {"train": a_split(1, 0)}) == "1 row: all can be trained on."
-    assert verdict(report | {"train": nothing(7)}) == "7 rows: none can be trained on."
+    assert verdict(report) == "2,000 rows: 1,960 can be used for training, 40 cannot."
+    assert verdict(report | {"train": a_split(1, 0)}) == "1 row: all can be used for training."
+    assert verdict(report | {"train": nothing(7)}) == "7 rows: none can be used for training."
     assert verdict(report | {"train": nothing()}) == "There are no rows."
 
 
-def test_a_sound_set_is_good() -> None:
+def test_levels_of_a_clean_data_set() -> None:
     report = a_report()
     report["train"], report["eval"] = a_split(2000, 0), a_split(200, 0)
     assert set(levels(report).values()) == {"good"}
@@ -142,45 +142,49 @@ def set_in(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("title", "path", "by_value"),
     [
-        ("Bad rows", "train.bad", {0: "good", 20: "look", 200: "act"}),
-        ("Too long", "train.too_long.share", {0.01: "look", 0.2: "act"}),
-        ("Length bias", "train.length_bias.chosen_longer", {0.5: "good", 0.7: "good", 0.75: "look", 0.1: "look"}),
-        ("Blind guess", "train.blind.accuracy", {0.5: "good", 0.65: "good", 0.7: "look", 0.85: "act"}),
-        ("Repeated rows", "train.duplicates.pairs", {0: "good", 5: "look", 500: "act"}),
-        ("Contradictions", "train.duplicates.contradictions", {0: "good", 5: "look", 50: "act"}),
-        ("Images", "train.images_per_pair.0", {0: "good", 10: "good", 500: "look"}),
-        ("Held out", "images_on_both_sides", {0: "good", 1: "act"}),
+        ("Bad rows", "train.bad", {0: "good", 20: "warning", 200: "problem"}),
+        ("Too long", "train.too_long.fraction", {0.01: "warning", 0.2: "problem"}),
+        ("Length bias", "train.length_bias.chosen_longer", {0.5: "good", 0.7: "good", 0.75: "warning", 0.1: "warning"}),
+        (
+            "Text-only accuracy",
+            "train.text_only.accuracy",
+            {0.5: "good", 0.65: "good", 0.7: "warning", 0.85: "problem"},
+        ),
+        ("Repeated rows", "train.duplicates.pairs", {0: "good", 5: "warning", 500: "problem"}),
+        ("Contradictions", "train.duplicates.contradictions", {0: "good", 5: "warning", 50: "problem"}),
+        ("Images", "train.images_per_pair.0", {0: "good", 10: "good", 500: "warning"}),
+        ("Held-out pairs", "images_on_both_sides", {0: "good", 1: "problem"}),
     ],
 )
-def test_judgements(title: str, path: str, by_value: dict[float, str]) -> None:
+def test_levels_of_key_figures(title: str, path: str, by_value: dict[float, str]) -> None:
     for value, level in by_value.items():
         report = a_report() | {"eval": a_split(200, 0)}
         report["train"]["too_long"]["count"] = 1
         if path == "train.bad":
-            report["train"]["bad"] |= {"total": int(value), "share": value / 2000}
+            report["train"]["bad"] |= {"total": int(value), "fraction": value / 2000}
         else:
             set_in(path, value)(report)
         assert levels(report)[title] == level, value
 
 
-def test_a_policy_that_ends_the_run_is_something_to_act_on() -> None:
+def test_a_policy_that_ends_the_run_is_a_problem() -> None:
     report = a_report()
-    report["train"]["too_long"] = {"count": 1, "share": 0.0005, "policy": "error"}
-    assert levels(report)["Too long"] == "act"
+    report["train"]["too_long"] = {"count": 1, "fraction": 0.0005, "policy": "error"}
+    assert levels(report)["Too long"] == "problem"
 
 
 def test_held_out_pairs_are_judged_too() -> None:
     report = a_report()
-    report["eval"]["blind"]["accuracy"] = 0.9
-    assert levels(report)["Blind guess"] == "act"
+    report["eval"]["text_only"]["accuracy"] = 0.9
+    assert levels(report)["Text-only accuracy"] == "problem"
     page = render_page(report, [])
-    assert "Held-out pairs: the better answer can mostly be told without the image" in page
+    assert "Held-out pairs: most chosen answers can be identified without the image" in page
 
 
-def test_what_needs_work_comes_first() -> None:
+def test_problems_come_first() -> None:
     report = a_report()
     report["images_on_both_sides"] = 3
-    assert next(iter(levels(report).items())) == ("Held out", "act")
+    assert next(iter(levels(report).items())) == ("Held-out pairs", "problem")
 
 
 def without_images(report: dict[str, Any]) -> None:
@@ -197,17 +201,17 @@ def of_one_length(report: dict[str, Any]) -> None:
     [
         (set_in("eval", None), "Set data.eval or data.eval_fraction"),
         (set_in("eval", nothing()), "Set data.eval or data.eval_fraction"),
-        (set_in("train", nothing()), "The recipe&#39;s data has no rows"),
-        (set_in("train", nothing(9)), "No pair could be measured"),
+        (set_in("train", nothing()), "The data sources have no rows"),
+        (set_in("train", nothing(9)), "There are no usable pairs"),
         (set_in("train", a_split(100, 0)), "missing_image"),
-        (set_in("train.blind", None), "There are too few pairs to estimate"),
+        (set_in("train.text_only", None), "There are too few pairs for an estimate"),
         (set_in("max_length", 100_000), "max_length 100,000 →"),
         (set_in("max_length", 8), "max_length 8"),
         (without_images, "No pair has an image"),
         (of_one_length, "7 tokens: 1,960 pairs (100\u00a0%)"),
     ],
 )
-def test_what_is_not_there(change: Callable[[dict[str, Any]], None], says: str) -> None:
+def test_missing_parts(change: Callable[[dict[str, Any]], None], says: str) -> None:
     report = copy.deepcopy(a_report())
     change(report)
     for gallery in ([], a_gallery()):
