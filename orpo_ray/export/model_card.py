@@ -163,7 +163,7 @@ def _summary(facts: CardFacts) -> str:
             method += f" on the base model in 4 bits ({model.quantization.quant_type.upper()})"
     content = {
         "merged": "The adapters are merged into the weights, so no adapter library is needed to load the model.",
-        "adapter": "This repository contains only the adapters; load them on top of the base model.",
+        "adapter": "These are the adapters only; load them on top of the base model.",
         "whole": "",
     }[facts.kind]
     if facts.kind == "merged" and model.quantization:
@@ -181,10 +181,10 @@ def _evaluation(facts: CardFacts) -> str:
     if not present:
         return "The model was not evaluated: the run had no held-out pairs."
     pairs = facts.metrics.get("eval/pairs")
-    on = ", ".join(f"`{name}`" for name in _public_sources(facts.recipe.data.eval)) or "held out from the training data"
+    sources = ", ".join(f"`{name}`" for name in _public_sources(facts.recipe.data.eval)) or "the training data"
     count = f"{int(pairs):,} held-out pairs" if pairs else "held-out pairs"
     rows = "\n".join(f"| {label} | {value:.4f} |" for label, value in present.items())
-    text = f"On {count} ({on}), at the end of training:\n\n| metric | value |\n|---|---:|\n{rows}"
+    text = f"On {count} from {sources}, at the end of training:\n\n| metric | value |\n|---|---:|\n{rows}"
     if "eval/grounding_gap" in facts.metrics:
         text += (
             "\n\nPreference accuracy is the fraction of pairs in which the model gives the chosen answer the higher "
@@ -242,14 +242,14 @@ def _vllm_rank(rank: int) -> int:
 
 def _training(facts: CardFacts) -> str:
     sources = ", ".join(f"`{name}`" for name in _public_sources(facts.recipe.data.train))
-    rows = f", {facts.rows:,} pairs" if facts.rows else ""
+    rows = f" ({facts.rows:,} pairs)" if facts.rows else ""
     steps = facts.metrics.get("step")
-    trained = f" in {int(steps):,} steps of {facts.recipe.optim.pairs_per_step:,} pairs" if steps else ""
+    trained = f", {int(steps):,} steps of {facts.recipe.optim.pairs_per_step:,} pairs" if steps else ""
     text = f"Trained on {sources}{rows}{trained}."
     if not facts.bad:
         return f"{text} No row was left out."
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in facts.bad.items())
-    return f"{text} {sum(facts.bad.values()):,} row(s) that could not be used were left out: {reasons}."
+    return f"{text} Rows that could not be used and were left out: {sum(facts.bad.values()):,} ({reasons})."
 
 
 _WHOLE = """\
