@@ -91,7 +91,26 @@ class CpoObjective(LossConfig):
     """Probability that a pair's answers are labelled the wrong way round."""
 
 
-ObjectiveConfig = OrpoObjective | CpoObjective
+class SimpoObjective(LossConfig):
+    """Simple Preference Optimization:
+    loss = -log sigmoid(beta * (mean_logp(chosen) - mean_logp(rejected)) - gamma)."""
+
+    title = "SimPO"
+    paper = "https://arxiv.org/abs/2405.14734"
+    implementation = "orpo_ray.objective.simpo:SimPO"
+    beta_range = (1.0, 10.0)
+
+    name: Literal["simpo"]
+    """Which objective."""
+    beta: float = Field(2.0, ge=0)
+    """Scale of the difference between the answers' mean log-probs per token."""
+    gamma: float = Field(1.0, ge=0)
+    """Target margin: by how much beta times the difference shall exceed 0. The paper uses 0.3 to 1.6."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a pair's answers are labelled the wrong way round."""
+
+
+ObjectiveConfig = OrpoObjective | CpoObjective | SimpoObjective
 
 OBJECTIVES: dict[str, type[LossConfig]] = {
     get_args(each.model_fields["name"].annotation)[0]: each for each in get_args(ObjectiveConfig)
