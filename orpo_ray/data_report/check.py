@@ -28,7 +28,7 @@ from orpo_ray.extras import install_command, is_installed
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import image_folder
 from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
-from orpo_ray.tracking.tracker import write_bad_rows
+from orpo_ray.tracking.bad_rows_file import write_bad_rows
 
 PAGE_FILE = "data_check.html"
 THUMBNAIL = 480  # longer side, in pixels

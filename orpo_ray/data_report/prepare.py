@@ -27,7 +27,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import locate, with_retries
 from orpo_ray.storage.run_folder import RunFolder
-from orpo_ray.tracking.tracker import write_bad_rows
+from orpo_ray.tracking.bad_rows_file import write_bad_rows
 
 PREPARED = "data"
 # A reader holds at least one row group in memory; a file is uploaded as a whole.

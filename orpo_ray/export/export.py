@@ -21,7 +21,8 @@ from orpo_ray.export.model_card import FOLDER_IN_CODE, CardFacts, Kind, count_re
 from orpo_ray.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, quantized_base
 from orpo_ray.storage.files import is_remote, parent_folder
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE, FINAL, RECIPE_FILE, RunFolder
-from orpo_ray.tracking.tracker import last_metrics, read_jsonl
+from orpo_ray.tracking.jsonl import read_jsonl
+from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint import POSITION_FILE
 
 EXPORT = "export"

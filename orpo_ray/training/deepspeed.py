@@ -1,9 +1,10 @@
-"""Recipe -> DeepSpeed engine: its config, AdamW, the schedule, and what keeps CPU runs from compiling anything."""
+"""The DeepSpeed engine: its config, AdamW, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,13 +12,24 @@ from torch import nn
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import OptimConfig
+from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.loading import without_adapters
+from orpo_ray.objective.orpo import PairLogps
+
+_TAG = "engine"  # the folder of the engine's state in a checkpoint
 
 
 def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int) -> dict[str, Any]:
-    """The engine's config. Steps and their number of micro-batches are the loop's own, so both are 1 here."""
+    """Return the DeepSpeed config of a recipe.
+
+    Args:
+        recipe: the resolved recipe.
+        dtype: the type of the trained weights.
+        hidden_size: of the language model; decides which weights ZeRO-3 leaves whole.
+    """
     clips_itself = recipe.deepspeed.zero_stage > 0 or dtype != torch.float32
     return {
+        # The training loop builds steps from micro-batches itself.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # a step has as many micro-batches as its pairs need
@@ -33,24 +45,31 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int) -> di
     }
 
 
-class Engine:
-    """DeepSpeed's engine with the three things the loop needs of it: forward, backward, step."""
+class DeepSpeedEngine:
+    """Implements `Engine` with DeepSpeed and ZeRO.
+
+    Args:
+        model: the `PairModel` to train, on this worker's device.
+        recipe: the resolved recipe.
+        num_steps: number of steps of the whole run, for the schedule.
+        num_workers: number of workers that train together.
+    """
 
     def __init__(self, model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> None:
         import deepspeed
 
         _compile_nothing(deepspeed)
         config = without_adapters(model.model).config  # type: ignore[arg-type]
-        # Of what is trained: 4-bit weights are bytes.
+        # From a trained weight: 4-bit weights are stored as bytes.
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         optimizer = adamw(model, recipe.optim)
         self._grad_norm = _ClipAndKeepNorm(model, recipe.optim.max_grad_norm)
         if recipe.deepspeed.zero_stage == 0 and dtype == torch.float32:
-            # Here DeepSpeed clips without saying what the norm was.
+            # In this case DeepSpeed clips without reporting the norm.
             optimizer.register_step_pre_hook(self._grad_norm)
         deepspeed.init_distributed(dist_init_required=False)
-        self.ds, _, _, self.scheduler = deepspeed.initialize(
+        self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=schedule(optimizer, recipe.optim, num_steps),
@@ -58,46 +77,86 @@ class Engine:
             dist_init_required=False,
         )
         if recipe.deepspeed.zero_stage == 0 and dtype != torch.float32:
-            # Here DeepSpeed has stepped once with gradients of zero, to have all memory taken: Adam would count that
-            # step, and the first real one would be a quarter smaller than on the other stages.
+            # In this case DeepSpeed has already stepped once, with zero gradients, to allocate its memory. Adam would
+            # count that step, and the first real step would be a quarter smaller than on the other stages.
             optimizer.state.clear()
         if num_workers == 1 and recipe.deepspeed.zero_stage == 0:
-            # Nobody to add gradients up with; DeepSpeed would copy all of them into one buffer and back.
-            self.ds.enable_backward_allreduce = False
-        # The engine casts buffers too; rotary frequencies in bfloat16 misplace every token after the first hundreds.
+            # There is nothing to reduce; DeepSpeed would copy all gradients into one buffer and back.
+            self.deepspeed.enable_backward_allreduce = False
+        # DeepSpeed casts buffers too. Rotary frequencies in bfloat16 give wrong positions after a few hundred tokens.
         for name, buffer in buffers.items():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(next(model.parameters()).device))
-        self.num_workers = num_workers
-
-    def forward(self, batch: Any) -> Any:
-        """One forward of the wrapped model."""
-        return self.ds(batch)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate a micro-batch's gradient. DeepSpeed averages over workers; the loss is a part of a sum."""
-        self.ds.backward(loss * self.num_workers)
-
-    def step(self) -> float:
-        """Reduce, clip, update; returns the global gradient norm before clipping."""
-        if not self.ds.enable_backward_allreduce:
-            # As its reduction does: what had no gradient in this step (the vision part, without images) has zeros, and
-            # AdamW's momentum moves it on, whatever the number of workers.
-            for parameter in self.ds.module.parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        self.ds.step()
-        norm = self.ds.get_global_grad_norm()
-        return float(self._grad_norm.last if norm is None else norm)
+        self._num_workers, self._stage = num_workers, recipe.deepspeed.zero_stage
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate that the next step will use."""
-        return float(self.ds.optimizer.param_groups[0]["lr"])
+        """The learning rate of the next step."""
+        return float(self.deepspeed.optimizer.param_groups[0]["lr"])
+
+    def forward(self, batch: PairBatch) -> PairLogps:
+        """Run the model on a micro-batch; ZeRO-3 gathers the weights layer by layer."""
+        logps: PairLogps = self.deepspeed(batch)
+        return logps
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradient."""
+        # DeepSpeed averages over workers, and the step's gradient is a sum.
+        self.deepspeed.backward(loss * self._num_workers)
+
+    def step(self) -> float:
+        """Reduce and clip the gradient, update the weights; return the norm before clipping."""
+        if not self.deepspeed.enable_backward_allreduce:
+            # The skipped reduction would have set missing gradients (of the vision module in a step without images) to
+            # zero, and AdamW's momentum still moves those weights. Do the same, for any number of workers.
+            for parameter in self.deepspeed.module.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(self._grad_norm.last if norm is None else norm)
+
+    def save(self, folder: Path) -> None:
+        """Write this worker's shard of the state."""
+        (folder / _TAG).mkdir(parents=True)
+        self.deepspeed.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """Load the state; above ZeRO stage 0 it needs the stage and the number of workers that wrote it."""
+        self.deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+
+    def consolidated_weights(self, trained_only: bool) -> dict[str, torch.Tensor]:
+        """Gather the weights, one at a time, into the main memory of rank 0."""
+        import deepspeed
+
+        module, sharded = self.deepspeed.module, self._stage == 3
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        parameters = {
+            name: parameter
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad or not trained_only
+        }
+        if sharded:
+            self.deepspeed.optimizer.checkpoint_event_prologue()
+        state: dict[str, torch.Tensor] = {}
+        copies: dict[torch.Tensor, torch.Tensor] = {}  # tied weights have one copy
+        for name in module.state_dict():
+            tensor = parameters.get(name, buffers.get(name))
+            if tensor is None:
+                continue
+            with deepspeed.zero.GatheredParameters([tensor], enabled=sharded):
+                if torch.distributed.get_rank() == 0:
+                    if tensor not in copies:
+                        # A gathered weight is released after this block.
+                        copies[tensor] = tensor.detach().to("cpu", copy=sharded)
+                    state[name] = copies[tensor]
+        if sharded:
+            self.deepspeed.optimizer.checkpoint_event_epilogue()
+        return state
 
 
 def adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters, moments in 32 or 8 bits; biases and norms do not decay."""
+    """Return AdamW over the trained parameters, with moments in 32 or 8 bits. Biases and norms do not decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -118,7 +177,7 @@ def adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
 
 
 def schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int) -> Any:
-    """transformers' linear, cosine or constant schedule after a linear warm-up."""
+    """Return transformers' linear, cosine or constant schedule, after a linear warm-up."""
     from transformers import get_scheduler
 
     warmup = math.ceil(optim.warmup * num_steps) if optim.warmup < 1 else round(optim.warmup)
@@ -127,7 +186,7 @@ def schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: in
 
 
 class _ClipAndKeepNorm:
-    """Clips the gradients just before an optimizer's step and keeps what their norm was."""
+    """Optimizer hook: clips the gradient just before a step and keeps its norm."""
 
     def __init__(self, model: nn.Module, max_norm: float) -> None:
         self.model, self.max_norm, self.last = model, max_norm, 0.0
@@ -141,6 +200,6 @@ class _ClipAndKeepNorm:
 
 
 def _compile_nothing(deepspeed: Any) -> None:
-    """On a CPU its shared-memory collective would be compiled first, for about a minute; gloo needs none of it."""
+    """Keep DeepSpeed from compiling its shared-memory collective on a CPU: that takes a minute, and gloo suffices."""
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

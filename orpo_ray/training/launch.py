@@ -19,7 +19,7 @@ from orpo_ray.model.loading import Attention, concatenated_because, pick_attenti
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import is_remote, locate
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
-from orpo_ray.tracking.tracker import last_metrics
+from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.progress import ProgressDisplay, RunStatus
 from orpo_ray.training.resources import Resources, worker_resources
 from orpo_ray.training.resume import check_run_folder, pinned

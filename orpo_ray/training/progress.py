@@ -1,4 +1,4 @@
-"""What the driver sees of a run while it trains: a small actor that workers tell and the console reads."""
+"""Progress of a run on the console: workers write to an actor, and the driver polls it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 POLL_SECONDS = 0.5
@@ -17,34 +18,43 @@ PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw on
 
 @ray.remote(num_cpus=0)
 class RunStatus:
-    """Holds the latest state of a run and the error, if one, that no restart can cure."""
+    """Actor with the latest state of a run, its warnings, and the error, if any, that a restart would repeat."""
 
     def __init__(self) -> None:
-        self._state: dict[str, Any] = {}
+        self._state: dict[str, Any] = {"warnings": []}
         self._fatal: Exception | None = None
 
     def update(self, **state: Any) -> None:
-        """Merge news into the state: `step, num_steps, phase`, metrics."""
+        """Merge values into the state: `step, num_steps, phase` and metrics."""
         self._state.update(state)
 
+    def warn(self, text: str) -> None:
+        """Add a warning for the console."""
+        self._state["warnings"].append(text)
+
     def state(self) -> dict[str, Any]:
-        """All that is known."""
+        """Return the state."""
         return dict(self._state)
 
     def fail(self, error: Exception) -> None:
-        """Keep the first error that a restart would only repeat."""
+        """Keep the first error that a restart would repeat."""
         self._fatal = self._fatal or error
 
     def fatal(self) -> Exception | None:
-        """That error."""
+        """Return that error."""
         return self._fatal
 
 
 class ProgressDisplay:
-    """Context manager on the driver: shows a board's state until it is left. A bar on a terminal, lines elsewhere."""
+    """Context manager that shows a run's status while its body runs: a bar on a terminal, lines elsewhere.
 
-    def __init__(self, board: Any, console: Console) -> None:
-        self._board, self._console = board, console
+    Args:
+        status: handle of the run's `RunStatus` actor.
+        console: where to print.
+    """
+
+    def __init__(self, status: Any, console: Console) -> None:
+        self._status, self._console, self._warnings_shown = status, console, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -55,6 +65,7 @@ class ProgressDisplay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join(timeout=5)
+        self._state()  # the last warnings
 
     def _run(self) -> None:
         if self._console.is_terminal:
@@ -87,10 +98,15 @@ class ProgressDisplay:
                 said, last = line, time.monotonic()
 
     def _state(self) -> dict[str, Any]:
+        """Fetch the state, and print warnings that were not printed yet."""
         try:
-            return ray.get(self._board.state.remote(), timeout=5)
+            state: dict[str, Any] = ray.get(self._status.state.remote(), timeout=5)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             return {}
+        for text in state["warnings"][self._warnings_shown :]:
+            self._console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+        self._warnings_shown = len(state["warnings"])
+        return state
 
 
 def _note(state: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What each worker of a run gets of a cluster, and whether all of it fits."""
+"""Divide the CPUs and GPUs of a cluster among the workers of a run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ from orpo_ray.streaming.pipeline import least_cpus
 
 @dataclass(frozen=True)
 class Resources:
-    """What each worker holds, and how many encoding tasks work for it."""
+    """What one worker gets."""
 
     cpus: float
+    """CPUs that Ray reserves for the worker."""
     gpus: int
+    """GPUs of the worker."""
     cpu_threads: int
+    """Threads that torch uses when the worker trains on CPUs."""
     max_encoders: int
+    """Encoding tasks that may run at the same time for this worker."""
 
 
 def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, reserved: float = 0.0) -> Resources:
-    """What each worker gets of this cluster. Raises UserError if they cannot all run beside the data's tasks.
+    """Divide a cluster among workers.
 
-    runs: how many runs like this are to fit at a time. reserved: CPUs that something else holds.
+    Args:
+        recipe: the recipe, with `scaling`.
+        cluster: Ray's resources, `CPU` and `GPU`.
+        runs: number of such runs that must fit at the same time.
+        reserved: CPUs that other processes hold.
+
+    Raises:
+        UserError: the workers and the data's tasks do not fit.
     """
     scaling = recipe.scaling
     workers = scaling.num_workers * runs
@@ -32,18 +43,18 @@ def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, r
     per_worker = int(gpus > 0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
     if per_worker * workers > gpus:
         raise UserError(
-            f"{workers} worker(s) with a GPU each, and the cluster has {gpus:g}",
+            f"{workers} worker(s) need {per_worker * workers} GPU(s), and the cluster has {gpus:g}",
             field="scaling.num_workers",
             value=scaling.num_workers,
-            fix=f"ask for at most {int(gpus)} in all, or set scaling.gpus_per_worker to 0",
+            fix=f"use at most {int(gpus)} GPU(s), or set scaling.gpus_per_worker to 0 to train on CPUs",
         )
     for_data = least_cpus(workers) + reserved
-    # Rounded down, so that the shares never add up to more than there is.
+    # Rounded down, so that the sum never exceeds the cluster.
     wanted = scaling.cpus_per_worker or min(1.0, math.floor(100 * (cpus - for_data) / workers) / 100)
     if wanted <= 0 or wanted * workers + for_data > cpus:
         raise UserError(
-            f"{workers} worker(s) of {max(wanted, 0.01):g} CPU(s) and {for_data:g} for the data exceed the "
-            f"cluster's {cpus:g}",
+            f"{workers} worker(s) with {max(wanted, 0.01):g} CPU(s) each, and {for_data:g} CPU(s) for the data, "
+            f"exceed the cluster's {cpus:g}",
             field="scaling.cpus_per_worker",
             value=scaling.cpus_per_worker,
             fix="lower scaling.cpus_per_worker, scaling.num_workers or tune.max_concurrent, or add nodes",

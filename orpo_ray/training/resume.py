@@ -1,4 +1,4 @@
-"""Whether a run folder holds this recipe's run already, and with which commit of the model it began."""
+"""Find out whether a run folder already holds a run of this recipe, and pin the commit of its model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.loading import commit_of
 from orpo_ray.storage.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 
-# May differ between a run's first start and its resumption: they change how it runs, not what it computes.
+# A resumed run may change these: they decide how it runs, not what it computes.
 MAY_CHANGE = ("scaling", "checkpoint", "tracking", "eval", "tune", "model.vision_cache")
 
 
 def pinned(recipe: Recipe, saved: Recipe | None) -> Recipe:
-    """The recipe with its model's revision as a commit, where it comes from the hub: the saved run's, if there is one.
+    """Return the recipe with the model's revision replaced by a commit of the hub.
 
-    A branch may have moved on since; a run ends with the weights and the processor that it began with.
+    A branch may move during a run; a resumed run must use the weights and the processor that it began with.
+
+    Args:
+        recipe: the recipe to run.
+        saved: the recipe of the run so far, whose commit is kept; None for a new run.
     """
     revision = saved.model.revision if saved is not None else commit_of(recipe.model) or recipe.model.revision
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
@@ -28,18 +32,24 @@ def _is_commit(revision: str | None) -> bool:
 
 
 def check_run_folder(recipe: Recipe, folder: RunFolder) -> Recipe | None:
-    """The recipe of the run that the folder holds already; raises UserError if it is another one's."""
+    """Return the recipe of the run that the folder holds; None if it holds no run, or one that never made a step.
+
+    Raises:
+        UserError: the folder cannot be reached, or holds a run of a different recipe.
+    """
     try:
         folder.pull(RECIPE_FILE)
     except OSError as error:
-        raise UserError(f"cannot be reached: {error}", field="checkpoint.storage", value=folder.uri) from None
+        raise UserError(
+            f"the run folder cannot be reached: {error}", field="checkpoint.storage", value=folder.uri
+        ) from None
     path = folder.path / RECIPE_FILE
     if not path.exists():
         return None
-    # Parsed, so that a key which is newer than the run stands at its default.
+    # Parsing sets fields that are newer than the run to their defaults.
     run = parse_recipe(read_mapping(path), source=str(path))
     if _is_commit(run.model.revision) and not _is_commit(recipe.model.revision):
-        recipe = pinned(recipe, run)  # as the run itself was: a branch, a tag or none became a commit
+        recipe = pinned(recipe, run)  # the run replaced a branch, a tag or no revision by a commit
     saved, now = run.model_dump(mode="json"), recipe.model_dump(mode="json")
     differing = [
         f"{section}.{key}"
@@ -50,11 +60,11 @@ def check_run_folder(recipe: Recipe, folder: RunFolder) -> Recipe | None:
         if saved[section].get(key) != value[key] and f"{section}.{key}" not in MAY_CHANGE
     ]
     if differing and not folder.has(METRICS_FILE):
-        return None  # it ended before its first step: nothing is lost
+        return None  # the run ended before its first step, so nothing is lost
     if differing:
         raise UserError(
-            f"this run folder holds a run of another recipe; they differ in {', '.join(differing)}",
+            f"the run folder holds a run of another recipe; the two differ in {', '.join(differing)}",
             field=folder.uri,
-            fix="give the run another name (name=...), or delete the folder",
+            fix="choose another name (name=...), or delete the folder",
         )
     return run

@@ -1,4 +1,4 @@
-"""Ray Tune around `launch_training`: random search over beta and learning rate, ASHA, one run folder a trial."""
+"""`orpo-ray tune`: a random search with Ray Tune and ASHA; every trial is a training run with its own run folder."""
 
 from __future__ import annotations
 
@@ -24,39 +24,53 @@ from orpo_ray.storage.run_folder import BEST_RECIPE_FILE, TRIALS, RunFolder
 from orpo_ray.training.launch import TrainingFailed, launch_training, storage_of
 from orpo_ray.training.resources import worker_resources
 
-# A trial's driver only waits for its workers; it must leave them their CPUs.
+# The driver of a trial only waits for its workers, so it leaves them the CPUs.
 DRIVER_CPUS = 0.01
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as the table shows it. metric: None if it never got to an evaluation."""
+    """One trial, as the table shows it."""
 
     name: str
+    """Tune's id of the trial."""
     params: dict[str, float]
+    """Recipe field -> value of this trial."""
     metric: float | None
+    """Last value of `tune.metric`; None if the trial was never evaluated."""
     steps: int
+    """Steps done."""
     status: str
+    """`finished`, `stopped early`, or `failed: ...`."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All trials, best first, and where the recipe of the best one is."""
+    """The result of a search."""
 
     trials: list[Trial]
+    """All trials, best first."""
     best: str
+    """Name of the best trial."""
     best_recipe: str
+    """Where the recipe of the best trial is."""
 
 
 def run_sweep(recipe: Recipe, console: Console) -> Sweep:
-    """Search as `tune` says; every trial is an ordinary run in `<run folder>/trials/`. Raises UserError."""
+    """Run the search of the recipe's `tune` section; the run folders of the trials are in `<run folder>/trials/`.
+
+    Raises:
+        UserError: there are no held-out pairs, or the trials would fail on their data or do not fit the cluster.
+        TrainingFailed: no trial was evaluated.
+    """
     recipe = recipe.with_absolute_paths()
     section = recipe.tune
     if not recipe.has_held_out:
-        raise UserError("a search ranks its trials on held-out pairs", field="data.eval", fix="give held-out pairs")
-    # Everything that would make all trials fail alike is asked first, once.
+        fix = "name held-out pairs in data.eval, or set data.eval_fraction"
+        raise UserError("a search needs held-out pairs to rank its trials", field="data.eval", fix=fix)
+    # Check once, up front, what would make every trial fail.
     num_steps = -(-run_data(recipe)[0].end_sample // recipe.optim.pairs_per_step)
-    # Tune's own report is a screenful for every few seconds; the lines of `TrialLogger` and the table say what matters.
+    # Tune would print a screenful every few seconds; `TrialLogger` prints one line per evaluation.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     start_ray()
     together = min(section.max_concurrent, section.num_trials)
@@ -69,15 +83,15 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
         }
     )
     console.print(
-        f"[bold]{recipe.name}[/bold]  {section.num_trials} trials, {together} at a time, of {num_steps:,} steps each; "
-        f"{section.metric} every {every}",
+        f"[bold]{recipe.name}[/bold]  {section.num_trials} trials of {num_steps:,} steps, {together} at a time; "
+        f"{section.metric} every {every} steps",
         highlight=False,
         soft_wrap=True,
     )
     results = _tuner(base, num_steps, every, together).fit()
     trials = sorted((_trial(base, result) for result in results), key=lambda trial: _rank(trial, section.mode))
     if not trials or trials[0].metric is None:
-        raise TrainingFailed(f"no trial got to an evaluation: {[trial.status for trial in trials]}")
+        raise TrainingFailed("no trial was evaluated: " + "; ".join(f"{trial.name} {trial.status}" for trial in trials))
     best = trials[0]
     folder = RunFolder(recipe.run_uri)
     text = _with_params(recipe, best.params, f"{recipe.name}-best").to_yaml()
@@ -105,7 +119,7 @@ def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tune
             metric=section.metric,
             mode=section.mode,
             scheduler=scheduler,
-            # Tune does not see the trainers' placement groups, so it must be told how many fit.
+            # Tune does not count the resources of the trials' workers, so this limits how many run at a time.
             search_alg=BasicVariantGenerator(max_concurrent=together, random_state=section.seed),
             num_samples=section.num_trials,
             trial_dirname_creator=lambda trial: f"tune-{trial.trial_id}",
@@ -120,7 +134,7 @@ def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tune
 
 
 class TrialLogger(tune.Callback):
-    """One line on the console for every evaluation of every trial."""
+    """Prints one line for every evaluation of every trial."""
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
@@ -128,12 +142,12 @@ class TrialLogger(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if self.metric in result:
             shown = f"{trial.trial_id}  step {result['step']}  {self.metric} {result[self.metric]:.4f}"
-            # Made here, since Tune pickles its callbacks and a console cannot be.
+            # Made here because Tune pickles its callbacks and a console cannot be pickled.
             Console(stderr=True).print(shown, highlight=False, soft_wrap=True)
 
 
 def _run_trial(params: dict[str, float], recipe: dict[str, Any]) -> None:
-    """One trial's driver: the same training under the trial's own name, reporting its evaluations to Tune."""
+    """Train one trial under its own name and report its evaluations to Tune."""
     parsed = parse_recipe(recipe)
     name = f"{parsed.name}/{TRIALS}/{tune.get_context().get_trial_id()}"
     launch_training(_with_params(parsed, params, name), Console(quiet=True), callbacks=[TuneReportCallback()])

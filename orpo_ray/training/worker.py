@@ -26,9 +26,10 @@ from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, reduce_sums
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.streaming.steps import StepShard, iter_steps
-from orpo_ray.tracking.tracker import Tracker
+from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
-from orpo_ray.training.deepspeed import Engine
+from orpo_ray.training.deepspeed import DeepSpeedEngine
+from orpo_ray.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class Worker:
         self.objective = load_objective(self.recipe)
         budget = self.recipe.optim.tokens_per_microbatch
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
-        self.engine = Engine(self.model, self.recipe, config.num_steps, self.num_workers)
+        self.engine: Engine = DeepSpeedEngine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.position = load_latest(self.engine, self.recipe, config.train)
-        self.tracker = Tracker(self.recipe, self.position.step) if self.rank == 0 else None
+        self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if self.rank == 0 else None
         self.images_checked = False
         self.first_bad: list[BadRow] = []
 
@@ -105,14 +106,14 @@ class Worker:
         self._judge_bad_rows(at_end=True)
         final = self._evaluate(recipe.eval.grounding) if self.config.held_out is not None else {}
         self._tell(phase="saving")
-        save_final(self.engine, recipe)
+        save_final(self.engine, self.model, recipe)
         self._save(with_prefix(final, "eval") | {"step": self.position.step, "final": True})
         if self.tracker is not None:
             self.tracker.close()
 
     def _save(self, metrics: dict[str, float]) -> None:
         if self.tracker is not None:
-            self.tracker.push()
+            self.tracker.flush()
         save_checkpoint(self.engine, self.position, metrics)
 
     def _steps(self) -> Iterator[tuple[StepShard, StepPlan, float, float]]:
@@ -199,6 +200,10 @@ class Worker:
     def _report(self, metrics: dict[str, float]) -> None:
         """Evaluations in between go to Ray Train without a checkpoint: a scheduler of Ray Tune may be waiting."""
         ray.train.report(with_prefix(metrics, "eval") | {"step": self.position.step})
+
+    def _warn(self, text: str) -> None:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            self.config.board.warn.remote(text)
 
     def _tell(self, **state: Any) -> None:
         if self.rank == 0:

@@ -16,7 +16,7 @@ import pytest
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import encoder_of, run_data
 from orpo_ray.streaming.steps import iter_steps
-from orpo_ray.tracking.tracker import read_jsonl
+from orpo_ray.tracking.jsonl import read_jsonl
 from support.broken_rows import KINDS, write_broken
 from support.runs import last_step, run, wait_until
 from support.tiny_runs import losses, tiny_recipe

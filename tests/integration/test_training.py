@@ -20,7 +20,7 @@ import yaml
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
-from orpo_ray.tracking.tracker import read_jsonl
+from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.training.resources import worker_resources
 from support.commands import orpo_ray_here
 from support.runs import last_step, run, wait_until

@@ -14,7 +14,7 @@ from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
-from orpo_ray.training.deepspeed import Engine
+from orpo_ray.training.deepspeed import DeepSpeedEngine
 from support.pairs_by_hand import NORM, make_pair
 
 FAMILY = "smolvlm"
@@ -24,7 +24,7 @@ def measure(raw: dict[str, Any], world: int) -> dict[str, int]:
     """Bytes on this worker of parameters, gradients after two micro-batches, optimizer states after a step."""
     recipe = parse_recipe(raw)
     model = PairModel(load_model(recipe.model, torch.device("cpu"), 0), NORM)
-    engine = Engine(model, recipe, 10, world)
+    engine = DeepSpeedEngine(model, recipe, 10, world)
     rng = np.random.default_rng(0)
     for step in range(2):
         for _ in range(2):
@@ -53,9 +53,9 @@ def _parameters(model: torch.nn.Module) -> Iterable[torch.Tensor]:
                 yield from (state.offset, state.state2.absmax, state.state2.code)
 
 
-def _gradients(engine: Engine) -> Iterable[torch.Tensor]:
-    zero = engine.ds.optimizer
-    for parameter in engine.ds.module.parameters():
+def _gradients(engine: DeepSpeedEngine) -> Iterable[torch.Tensor]:
+    zero = engine.deepspeed.optimizer
+    for parameter in engine.deepspeed.module.parameters():
         yield from (g for g in (parameter.grad, getattr(parameter, "grad_accum", None)) if g is not None)
     for name in ("averaged_gradients", "all_grad_tensors"):
         for group in (getattr(zero, name, None) or {}).values():
@@ -64,13 +64,13 @@ def _gradients(engine: Engine) -> Iterable[torch.Tensor]:
         yield zero.grad_partitions_flat_buffer
 
 
-def _states(engine: Engine) -> Iterable[torch.Tensor]:
-    optimizer = engine.ds.basic_optimizer
+def _states(engine: DeepSpeedEngine) -> Iterable[torch.Tensor]:
+    optimizer = engine.deepspeed.basic_optimizer
     for group in optimizer.param_groups:
         yield from group["params"]
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-    yield from getattr(engine.ds.optimizer, "fp32_partitioned_groups_flat", [])
+    yield from getattr(engine.deepspeed.optimizer, "fp32_partitioned_groups_flat", [])
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -18,7 +18,8 @@ from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training import deepspeed
-from orpo_ray.training.deepspeed import Engine
+from orpo_ray.training.deepspeed import DeepSpeedEngine
+from orpo_ray.training.engine import Engine
 from support.pairs_by_hand import NORM, make_pair
 from support.worker_group import worker_group
 
@@ -52,13 +53,15 @@ def share_of(rank: int, num_workers: int) -> list[EncodedPair]:
 class Training:
     """One worker's model, planner and engine."""
 
-    def __init__(self, recipe: Recipe, rank: int, num_workers: int) -> None:
+    def __init__(
+        self, recipe: Recipe, rank: int, num_workers: int, engine: Callable[..., Engine] = DeepSpeedEngine
+    ) -> None:
         self.model = PairModel(load_model(recipe.model, CPU, seed=0), NORM)
         config = self.model.model.config
         dummy_pairs = share_of(0, 2) * 2
         vocabulary = config.get_text_config().vocab_size
         self.planner = StepPlanner(ORPO(), 8192, self.model.layout, vocabulary, dummy_pairs[0], dummy_pairs[1], CPU)
-        self.engine = Engine(self.model, recipe, STEPS, num_workers)
+        self.engine: Any = engine(self.model, recipe, STEPS, num_workers)
         self.pairs = share_of(rank, num_workers)
 
     def step(self) -> list[float]:
@@ -85,6 +88,13 @@ def resumed(recipes: list[Recipe], folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def weights_after(recipes: list[Recipe], folder: Path) -> list[tuple[list[list[float]], dict[str, torch.Tensor]]]:
+    """Each recipe's [loss, norm] by step on one worker, and the weights after the last step."""
+    found = _spawned(_weights, recipes, 1, folder)
+    states = [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(len(recipes))]
+    return list(zip(found, states, strict=True))
+
+
 def _spawned(worker: Callable[..., Any], recipes: list[Recipe], num_workers: int, folder: Path) -> list[Any]:
     raw = [recipe.model_dump(mode="json") for recipe in recipes]
     found: list[Any] = worker_group(num_workers).run(_run, worker, raw, str(folder))[0]
@@ -100,7 +110,16 @@ def _run(rank: int, num_workers: int, worker: Callable[..., Any], raw: list[dict
 def _curve(recipe: Recipe, rank: int, num_workers: int, _folder: str) -> list[list[float]]:
     training = Training(recipe, rank, num_workers)
     lines = [training.step() for _ in range(STEPS)]
-    training.engine.ds.destroy()
+    training.engine.deepspeed.destroy()
+    return lines
+
+
+def _weights(recipe: Recipe, rank: int, num_workers: int, path: str) -> list[list[float]]:
+    training = Training(recipe, rank, num_workers)
+    lines = [training.step() for _ in range(STEPS)]
+    state = training.engine.consolidated_weights(trained_only=recipe.model.lora is not None)
+    torch.save(state, f"{path}.pt")
+    training.engine.deepspeed.destroy()
     return lines
 
 
@@ -108,13 +127,13 @@ def _resume(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[st
     training = Training(recipe, rank, num_workers)
     for _ in range(2):
         training.step()
-    training.engine.ds.save_checkpoint(folder, tag="engine", exclude_frozen_parameters=True)
+    training.engine.save(Path(folder))
     tail = [training.step() for _ in range(2)]
     training.engine.ds.destroy()
     training = Training(recipe, rank, num_workers)
-    training.engine.ds.load_checkpoint(folder, tag="engine", load_module_strict=False)
+    training.engine.load(Path(folder))
     again = [training.step() for _ in range(2)]
-    tensors = [v for state in training.engine.ds.basic_optimizer.state.values() for v in state.values()]
+    tensors = [v for state in training.engine.deepspeed.basic_optimizer.state.values() for v in state.values()]
     moments = {str(v.dtype) for v in tensors if isinstance(v, torch.Tensor) and v.numel() >= 4096}
     training.engine.ds.destroy()
     return {"tail": tail, "again": again, "moments": sorted(moments)}

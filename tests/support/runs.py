@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.tracking.tracker import read_jsonl
+from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.training.launch import RunSummary, launch_training
 
 

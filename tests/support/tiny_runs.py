@@ -43,7 +43,7 @@ def tiny_recipe(storage: Path, name: str, **sections: Any) -> Recipe:
 
 def losses(run_dir: Path) -> dict[int, float]:
     """step -> train/loss, as a run wrote them; fails if a step stands there twice."""
-    from orpo_ray.tracking.tracker import read_jsonl
+    from orpo_ray.tracking.jsonl import read_jsonl
 
     lines = [line for line in read_jsonl(run_dir / "metrics.jsonl") if "train/loss" in line]
     steps = [line["step"] for line in lines]

@@ -14,7 +14,7 @@ from orpo_ray.objective import logps
 from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
-from orpo_ray.training.deepspeed import Engine
+from orpo_ray.training.deepspeed import DeepSpeedEngine
 from support.pairs_by_hand import NORM, make_pair
 
 STEPS = 3
@@ -47,7 +47,7 @@ def _train(rank: int, num_workers: int, family: str, stage: int, patch: pytest.M
     patch.setattr(logps, "CHUNK_BYTES", 16 * vocabulary * 4)  # 16 targets a chunk
     dummy_pairs = share_of(family, 0, 2) * 2
     planner = StepPlanner(ORPO(), 8192, "shared_prefix", vocabulary, dummy_pairs[0], dummy_pairs[1], device)
-    engine = Engine(model, recipe, STEPS, num_workers)
+    engine = DeepSpeedEngine(model, recipe, STEPS, num_workers)
     lines = []
     for _ in range(STEPS):
         plan = planner.plan(share_of(family, rank, num_workers), 0)

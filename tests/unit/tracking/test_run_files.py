@@ -10,19 +10,21 @@ import pytest
 
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import RunFolder
-from orpo_ray.tracking.tracker import Tracker, last_metrics, read_jsonl
+from orpo_ray.tracking.jsonl import read_jsonl
+from orpo_ray.tracking.metrics_file import last_metrics
+from orpo_ray.tracking.trackers import MultiLogger
 from support.tiny_runs import tiny_recipe
 
 
 def test_metrics_after_the_resumed_step_are_taken_back(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
-    first = Tracker(recipe, step=0)
+    first = MultiLogger.open(recipe, step=0, warn=pytest.fail)
     for step in range(1, 6):
         first.log(step, {"train/loss": float(step)})
     first.close()
     with (Path(recipe.run_uri) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/l')  # cut off by a kill
-    second = Tracker(recipe, step=3)
+    second = MultiLogger.open(recipe, step=3, warn=pytest.fail)
     second.log(4, {"train/loss": 40.0})
     second.close()
     assert [line["step"] for line in read_jsonl(Path(recipe.run_uri) / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -36,7 +38,7 @@ def test_a_line_cut_off_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> Non
     (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(row.as_line()) + '\n{"id": "2", "sou')
     (Path(recipe.run_uri) / "metrics.jsonl").write_text('{"step": 1, "tr')
     for source in ("a:2", "a:3"):
-        tracker = Tracker(recipe, step=1)
+        tracker = MultiLogger.open(recipe, step=1, warn=pytest.fail)
         tracker.log_bad_rows([replace(row, source=source)])
         tracker.close()
     assert [line["source"] for line in read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl")] == ["a:1", "a:2", "a:3"]
@@ -47,7 +49,7 @@ def test_a_bad_row_is_written_once(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
     row = BadRow(0, "é", "a:1", "too_long", "x")
     for step in (0, 1):
-        tracker = Tracker(recipe, step)
+        tracker = MultiLogger.open(recipe, step, warn=pytest.fail)
         tracker.log_bad_rows([row, row])
         tracker.close()
     assert read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl") == [
@@ -60,7 +62,7 @@ def test_a_new_run_forgets_what_a_check_wrote(tmp_path: Path) -> None:
     Path(recipe.run_uri).mkdir()
     mended = BadRow(0, "1", "a:1", "too_long", "x")
     (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(mended.as_line()) + "\n")
-    tracker = Tracker(recipe, step=0)
+    tracker = MultiLogger.open(recipe, step=0, warn=pytest.fail)
     tracker.log_bad_rows([replace(mended, source="a:2")])
     tracker.close()
     assert [line["source"] for line in read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl")] == ["a:2"]
@@ -70,7 +72,7 @@ def test_wandb_offline_keeps_the_key_out_of_every_file(tmp_path: Path, monkeypat
     secret = "0123456789abcdef0123456789abcdef01234567"
     monkeypatch.setenv("WANDB_API_KEY", secret)
     recipe = tiny_recipe(tmp_path, "run", tracking={"wandb": {"enabled": True, "mode": "offline"}})
-    tracker = Tracker(recipe, step=0)
+    tracker = MultiLogger.open(recipe, step=0, warn=pytest.fail)
     tracker.log(1, {"train/loss": 1.0, "eval/rewards/margins": 0.5})
     tracker.close()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -80,7 +82,7 @@ def test_wandb_offline_keeps_the_key_out_of_every_file(tmp_path: Path, monkeypat
 
 def test_jsonl_lines_are_plain_json(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
-    tracker = Tracker(recipe, step=0)
+    tracker = MultiLogger.open(recipe, step=0, warn=pytest.fail)
     tracker.log(1, {"train/loss": 0.1})
     tracker.close()
     assert json.loads((Path(recipe.run_uri) / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 0.1}

@@ -1,0 +1,54 @@
+"""`metrics.jsonl`: one line per logged step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.storage.run_folder import METRICS_FILE, RunFolder
+from orpo_ray.tracking.jsonl import keep_lines, read_jsonl
+
+
+class MetricsFile:
+    """Appends metrics to the run folder; drops the lines of steps that a resumed run repeats."""
+
+    def __init__(self, folder: RunFolder, step: int) -> None:
+        self._folder = folder
+        folder.pull(METRICS_FILE)
+        path = folder.path / METRICS_FILE
+        keep_lines(path, lambda line: line["step"] <= step)
+        self._file = path.open("a", encoding="utf-8")
+
+    @classmethod
+    def open(cls, recipe: Recipe, folder: RunFolder, step: int) -> MetricsFile:
+        """Open the file; every run has one."""
+        return cls(folder, step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line, visible to other processes at once."""
+        line = {"step": step} | {name: round(value, 10) for name, value in metrics.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
+        """Do nothing: bad rows have a file of their own."""
+
+    def flush(self) -> None:
+        """Push the file to a remote run folder."""
+        self._folder.push(METRICS_FILE)
+
+    def close(self) -> None:
+        """Close and push the file."""
+        self._file.close()
+        self.flush()
+
+
+def last_metrics(folder: RunFolder) -> dict[str, float]:
+    """Return the latest value of every metric of a run."""
+    folder.pull(METRICS_FILE)
+    latest: dict[str, float] = {}
+    for line in read_jsonl(folder.path / METRICS_FILE):
+        latest.update(line)
+    return latest

@@ -1,0 +1,87 @@
+"""Weights & Biases, when `tracking.wandb` asks for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.extras import require
+from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.tracking.logger import TrackerError
+
+# Seconds that the end of a run waits for uploads. Whatever is not uploaded by then stays in the run folder, and
+# `wandb sync` uploads it later.
+FINISH_TIMEOUT = 120.0
+
+
+class WandbLogger:
+    """Mirrors metrics to a W&B run of the same name."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+        import wandb
+
+        section = recipe.tracking.wandb
+        with _service_errors():
+            self._run: Any = wandb.init(
+                project=section.project,
+                entity=section.entity,
+                name=recipe.name,
+                # The same id makes a resumed run continue its curves.
+                id=recipe.name.replace("/", "-"),
+                resume="allow",
+                mode=section.mode,
+                dir=run_dir,
+                config=recipe.model_dump(mode="json"),
+                settings=wandb.Settings(
+                    console="off", disable_code=True, disable_git=True, finish_timeout=FINISH_TIMEOUT
+                ),
+            )
+
+    @classmethod
+    def open(cls, recipe: Recipe, folder: RunFolder, step: int) -> WandbLogger | None:
+        """Start or resume the W&B run. `enabled: auto` follows WANDB_API_KEY, which stays in the environment.
+
+        W&B itself ignores the steps that a resumed run logs again.
+
+        Raises:
+            UserError: the package is not installed.
+        """
+        enabled = recipe.tracking.wandb.enabled
+        if enabled == "auto":
+            enabled = bool(os.environ.get("WANDB_API_KEY"))
+        if not enabled:
+            return None
+        require("wandb", "tracking.wandb.enabled")
+        return cls(recipe, folder.path)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Queue metrics; W&B uploads them in the background."""
+        with _service_errors():
+            self._run.log(dict(metrics), step=step)
+
+    def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
+        """Do nothing: rows of the data do not leave the run folder."""
+
+    def flush(self) -> None:
+        """Do nothing: W&B uploads by itself."""
+
+    def close(self) -> None:
+        """Upload what is left, for at most FINISH_TIMEOUT seconds."""
+        with _service_errors():
+            self._run.finish()
+
+
+@contextmanager
+def _service_errors() -> Iterator[None]:
+    """Turn errors of W&B and of the network into TrackerError."""
+    import wandb
+
+    try:
+        yield
+    except (wandb.Error, OSError) as error:
+        raise TrackerError(f"W&B: {error}") from error

@@ -1,0 +1,55 @@
+"""What the training loop needs from an engine: the protocol that every engine implements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from orpo_ray.data.packing import PairBatch
+from orpo_ray.objective.orpo import PairLogps
+
+
+class Engine(Protocol):
+    """One worker's handle on a model that all workers train together.
+
+    An engine wraps a `PairModel`, its optimizer and its learning-rate schedule. Every method is a collective: all
+    workers call it, in the same order. Only `learning_rate` may be read by one worker alone.
+    """
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+
+    def forward(self, batch: PairBatch) -> PairLogps:
+        """Run the model on a micro-batch. Under `torch.no_grad` and `model.eval()` it serves evaluation too."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradient. The step's gradient is the sum over micro-batches and workers."""
+
+    def step(self) -> float:
+        """Clip the gradient, update the weights, advance the schedule, and clear the gradient.
+
+        Returns:
+            The norm of the whole gradient before clipping.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write this worker's part of the state into a folder; the folders of all workers are merged afterwards.
+
+        The state holds the trained weights, the optimizer and the schedule.
+        """
+
+    def load(self, folder: Path) -> None:
+        """Load the state from a merged folder."""
+
+    def consolidated_weights(self, trained_only: bool) -> dict[str, torch.Tensor]:
+        """Gather the weights, one at a time, into the main memory of rank 0.
+
+        Args:
+            trained_only: leave out frozen parameters, which may be most of the model.
+
+        Returns:
+            The `PairModel`'s state dict on rank 0, with tied weights still tied; an empty one on other ranks.
+        """

@@ -1,0 +1,51 @@
+"""The DeepSpeed engine against torch's AdamW in a plain loop: losses, gradient norms, weights, and resumption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.engines_by_hand import STEPS, Training, recipe_of, weights_after
+from support.plain_engine import PlainEngine
+
+# A large epsilon: Adam moves a weight whose gradient is rounding noise by the sign of the noise.
+OPTIM = {"learning_rate": 1e-3, "adam_epsilon": 1e-5, "warmup": 2, "weight_decay": 0.1, "max_grad_norm": 0.5}
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"optim": OPTIM},
+    "LoRA": {"optim": OPTIM, "model": {"lora": {"r": 4, "dropout": 0.0, "modules_to_save": ["connector"]}}},
+}
+STAGES = (0, 2, 3)
+
+
+def test_every_zero_stage_trains_as_plain_torch_does(tmp_path: Path) -> None:
+    """Four steps that clip, with warm-up, decay and weight decay, in float32."""
+    recipes = [recipe_of(**sections, deepspeed={"zero_stage": n}) for sections in CASES.values() for n in STAGES]
+    found = weights_after(recipes, tmp_path)
+    for number, (name, sections) in enumerate(CASES.items()):
+        training = Training(recipe_of(**sections), 0, 1, PlainEngine)
+        expected = [training.step() for _ in range(STEPS)]
+        assert min(norm for _, norm in expected) > OPTIM["max_grad_norm"], "this test must clip"
+        weights = training.engine.consolidated_weights(trained_only=name == "LoRA")
+        for stage, (curve, state) in zip(STAGES, found[number * len(STAGES) :][: len(STAGES)], strict=True):
+            assert curve == [pytest.approx(step, rel=1e-5) for step in expected], (name, stage)
+            assert state.keys() == weights.keys(), (name, stage)
+            for key, weight in weights.items():
+                torch.testing.assert_close(state[key], weight.detach(), rtol=0, atol=1e-5, msg=f"{name} {stage} {key}")
+            storages = [{value.data_ptr() for value in each.values()} for each in (state, weights)]
+            assert len(storages[0]) == len(storages[1]), (name, stage, "tied weights must stay tied")
+
+
+def test_a_plain_engine_resumes(tmp_path: Path) -> None:
+    """The protocol serves an engine that is not DeepSpeed's."""
+    training = Training(recipe_of(optim=OPTIM), 0, 1, PlainEngine)
+    for _ in range(2):
+        training.step()
+    training.engine.save(tmp_path)
+    tail = [training.step() for _ in range(2)]
+    again = Training(recipe_of(optim=OPTIM), 0, 1, PlainEngine)
+    again.engine.load(tmp_path)
+    assert again.engine.learning_rate == OPTIM["learning_rate"]
+    assert [again.step() for _ in range(2)] == tail
