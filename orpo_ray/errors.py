@@ -1,4 +1,4 @@
-"""What went wrong: in which file, row or field, with the value and the fix. Every error survives pickling."""
+"""The errors that this package raises on purpose. All survive pickling, since Ray ships them between processes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from typing import Any
 
 
 class OrpoRayError(Exception):
-    """Anything that this project raises on purpose."""
+    """Base class of all errors of this package."""
 
 
 class UserError(OrpoRayError):
-    """The user's input is wrong. The command line prints it without a traceback and exits with code 2.
+    """The user's input is wrong. The command line prints the message without a traceback and exits with code 2.
 
-    problem: what is wrong. field: where (a recipe key, a file, a row id). value: what stood there. fix: what to do.
+    Args:
+        problem: what is wrong.
+        field: where: a recipe field, a file or a row id.
+        value: the value found there.
+        fix: what to do.
     """
 
     def __init__(self, problem: str, *, field: str | None = None, value: Any = None, fix: str | None = None) -> None:
@@ -30,7 +34,9 @@ class UserError(OrpoRayError):
 class RowError(OrpoRayError):
     """Raised while one row is read or encoded. The caller turns it into a `BadRow`; it never ends a run by itself.
 
-    reason: a short stable word for counting (`unreadable_image`). detail: what was found, for the user.
+    Args:
+        reason: a short stable word for counting, for example `unreadable_image`.
+        detail: what was found, for the user.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -46,7 +46,7 @@ def python_pages() -> tuple[tuple[str, str, str], ...]:
 def _purposes() -> dict[str, str]:
     """Package -> purpose, in the order of the layers, from the table in CONTRIBUTING.md."""
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", CONTRIBUTING.read_text(encoding="utf-8"), re.MULTILINE)
-    return {name: purpose for name, purpose in rows if name != "cli"}
+    return {name: purpose for name, purpose in rows if name not in ("cli", "console")}
 
 
 def _modules(name: str) -> list[str]:

@@ -14,7 +14,7 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import OptimConfig
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.loading import without_adapters
-from orpo_ray.objective.orpo import PairLogps
+from orpo_ray.objective.logps import PairLogps
 
 _TAG = "engine"  # the folder of the engine's state in a checkpoint
 

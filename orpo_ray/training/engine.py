@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from orpo_ray.data.packing import PairBatch
-from orpo_ray.objective.orpo import PairLogps
+from orpo_ray.objective.logps import PairLogps
 
 
 class Engine(Protocol):

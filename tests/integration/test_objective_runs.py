@@ -14,7 +14,7 @@ from orpo_ray.config.objectives import OBJECTIVES
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.evaluate import evaluate_run
 from orpo_ray.objective.base import load_objective
-from orpo_ray.tracking.tracker import read_jsonl
+from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.training.launch import launch_training
 from support.tiny_runs import tiny_recipe, write_pairs
 

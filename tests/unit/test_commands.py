@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from orpo_ray import __version__
 from support.commands import orpo_ray, orpo_ray_here
 from support.paths import ROOT
 
@@ -35,6 +36,11 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], said: 
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_version() -> None:
+    result = orpo_ray_here("--version")
+    assert (result.returncode, result.stdout) == (0, f"orpo-ray {__version__}\n")
 
 
 def test_schema_is_json() -> None:

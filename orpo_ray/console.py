@@ -1,0 +1,149 @@
+"""What the commands print: all of it goes to stderr. stdout carries only results for programs (`--json`)."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:  # `orpo-ray --help` must not import these
+    from orpo_ray.data_report.prepare import Prepared
+    from orpo_ray.export.export import Exported
+    from orpo_ray.training.launch import RunSummary
+    from orpo_ray.training.sweep import Sweep
+
+console = Console(stderr=True)
+
+_TRAIN_FIGURES = ("train/loss", "train/rewards/accuracies", "train/rewards/margins")
+_EVAL_FIGURES = (
+    "eval/rewards/accuracies",
+    "eval/rewards/accuracies_exchanged",
+    "eval/grounding_gap",
+    "eval/rewards/margins",
+    "eval/nll_loss",
+)
+
+
+def stdout_to_stderr() -> contextlib.redirect_stdout[Any]:
+    """Send what libraries print to stderr, so that stdout holds nothing but the result."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def print_line(text: str) -> None:
+    """Print a line as it is: no colours for numbers, no breaks within paths."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_error(title: str, error: Exception) -> None:
+    """Print an error, its title in red."""
+    console.print(f"[red]{title}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def print_trained(summary: RunSummary) -> None:
+    """Print what a run reached, where it is, and how to export its model."""
+    if summary.was_finished:
+        print_line("This run is finished already. To train again, choose another name (name=...) or delete its folder.")
+    _print_figures(summary.metrics, "training, last step", _TRAIN_FIGURES)
+    print_evaluated(summary.metrics)
+    print_line(f"run folder  {summary.run_uri}")
+    print_line(f"model       {summary.run_uri}/final")
+    print_line(f"export      {shlex.join(['orpo-ray', 'export', summary.run_uri])}")
+
+
+def print_evaluated(metrics: Mapping[str, float]) -> None:
+    """Print the figures on held-out pairs."""
+    _print_figures(metrics, "held-out pairs", _EVAL_FIGURES)
+
+
+def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:
+    """Print the trials of a sweep, best first, and where the best recipe is.
+
+    Args:
+        sweep: the result of the search.
+        fields: the recipe fields that were searched.
+        metric_name: the metric that ranks the trials.
+    """
+    table = Table(title=f"{len(sweep.trials)} trials by {metric_name}")
+    for column in ("trial", *fields, metric_name, "steps", "status"):
+        justify: Any = "left" if column in ("trial", "status") else "right"
+        table.add_column(column.split(".")[-1].removeprefix("eval/"), justify=justify)
+    for trial in sweep.trials:
+        figures = [f"{value:.3g}" for value in trial.params.values()]
+        metric = "-" if trial.metric is None else f"{trial.metric:.4f}"
+        style = "green" if trial.name == sweep.best else None
+        table.add_row(trial.name, *figures, metric, str(trial.steps), escape(trial.status), style=style)
+    console.print(table)
+    print_line(f"best recipe  {sweep.best_recipe}")
+    print_line(f"train it     {shlex.join(['orpo-ray', 'train', sweep.best_recipe])}")
+
+
+def print_exported(exported: Exported) -> None:
+    """Print what was written, where it is, and how to load it."""
+    for line in exported.summary():
+        print_line(line)
+
+
+def print_prepared(written: Mapping[str, Prepared], recipe: str, overrides: Sequence[str]) -> None:
+    """Print what was written for each split, and the command that trains from it."""
+    for name, split in written.items():
+        shards = f"{split.rows:,} pairs in {len(split.shards)} shard(s), {len(split.bad):,} bad row(s) left out"
+        print_line(f"{name:5}  {shards}")
+    options = [*overrides, *(f"data.{name}={split.uri}" for name, split in written.items())]
+    # The written data has one format with its own columns, is split already, and holds its images.
+    options += ["data.format=auto", "data.columns={}", "data.eval_fraction=0", "data.image_root=null"]
+    print_line(f"train  {shlex.join(['orpo-ray', 'train', recipe, *options])}")
+
+
+def print_check(report: Mapping[str, Any]) -> None:
+    """Print a report of `data check` as one table with a column for each split."""
+    table = Table(title="data check", title_justify="left", box=None, padding=(0, 2))
+    splits = [name for name in ("train", "eval") if report[name]]
+    table.add_column()
+    for name in splits:
+        table.add_column(name, justify="right")
+
+    def row(label: str, value: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(escape(label), *(escape(value(report[name])) for name in splits))
+
+    row("rows", lambda split: f"{split['rows']:,}")
+    row("usable pairs", lambda split: f"{split['pairs']:,}")
+    row("format", lambda split: ", ".join(split["formats"]))
+    reasons = {reason: None for name in splits for reason in report[name]["bad"]["by_reason"]}
+    for reason in reasons:
+        row(f"bad: {reason}", lambda split, reason=reason: f"{split['bad']['by_reason'].get(reason, 0):,}")  # type: ignore[misc]
+    row(f"longer than {report['max_length']:,} tokens", lambda split: f"{split['too_long']['count']:,}")
+    for name in ("prompt", "image", "chosen", "rejected"):
+        row(f"{name} tokens, p50 / p95 / max", lambda split, name=name: _spread(split["tokens"], name))  # type: ignore[misc]
+    row("duplicate pairs", lambda split: f"{split['duplicates']['pairs']:,}")
+    row("chosen is longer", lambda split: _percentage(split["length_bias"], "chosen_longer"))
+    row("text-only accuracy", lambda split: _percentage(split["text_only"], "accuracy"))
+    console.print(table)
+    if report["images_on_both_sides"]:
+        shared = f"{report['images_on_both_sides']:,} image(s) are in both the training and the held-out pairs"
+        console.print(f"[yellow]warning:[/yellow] {shared}", highlight=False, soft_wrap=True)
+
+
+def _print_figures(metrics: Mapping[str, float], title: str, names: Sequence[str]) -> None:
+    present = [name for name in names if name in metrics]
+    if not present:
+        return
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    for name in present:
+        table.add_row(name, f"{metrics[name]:.4f}")
+    console.print(table)
+
+
+def _spread(tokens: Mapping[str, Any] | None, name: str) -> str:
+    return " / ".join(f"{tokens[name][point]:,.0f}" for point in ("p50", "p95", "max")) if tokens else "-"
+
+
+def _percentage(figures: Mapping[str, float] | None, name: str) -> str:
+    return f"{figures[name]:.0%}" if figures else "-"
