@@ -1,4 +1,4 @@
-"""Shared by all tests: real pairs in small files, a real Ray on this machine, recipes that take seconds."""
+"""Fixtures of all tests: a local Ray cluster, folders of tiny models."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A Ray of four logical CPUs on loopback, ended with the session."""
+    """A local Ray cluster with four logical CPUs, for the whole session."""
     import ray
 
     from orpo_ray.ray_cluster import own_address
 
     os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"
     os.environ["RAY_worker_niceness"] = "0"
-    # "local": None would join a cluster that somebody started on this machine.
+    # "local", because None would join a cluster that already runs on this machine.
     with own_address():
         ray.init("local", num_cpus=4, log_to_driver=False, logging_level="warning", dashboard_host="127.0.0.1")
     yield
@@ -37,7 +37,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every family's tiny model without its processor, which may need what is not installed."""
+    """Tiny model of every family, without its processor, which may require torchvision."""
     from orpo_ray.tiny_models.families import TINY_FAMILIES
 
     found = {}

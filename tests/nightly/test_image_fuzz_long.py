@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 from support.broken_images import broken_files, outcome, quickly
 
-# Pillow says in words what else it finds in broken files.
+# Pillow warns about corrupt files.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -1,4 +1,4 @@
-"""Image files broken in every way, and what becomes of them."""
+"""Corrupt image files, and what `load_image` makes of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ quickly = settings(deadline=None, max_examples=500, suppress_health_check=[Healt
 
 @cache
 def encodings() -> list[bytes]:
-    """Real files of every format that is read, in their main variants."""
+    """Valid files of every supported format, in their main variants."""
     color = Image.merge("RGB", [Image.effect_noise((24, 20), sigma) for sigma in (20, 40, 60)])
     alpha, gray = color.convert("RGBA"), color.convert("L")
     exif = Image.Exif()
@@ -60,11 +60,11 @@ def encodings() -> list[bytes]:
 
 @st.composite
 def broken_files(draw: st.DrawFn) -> bytes:
-    """A real file, cut, spliced, and overwritten in places."""
+    """A valid file with some bytes overwritten, removed, repeated or inserted."""
     data = bytearray(draw(st.sampled_from(encodings())))
     for _ in range(draw(st.integers(0, 4))):
         place = draw(st.integers(0, max(len(data) - 1, 0)))
-        # Most that can go wrong stands in the first bytes.
+        # Headers, where most can go wrong, are in the first bytes.
         place = place % 64 if draw(st.booleans()) else place
         length = draw(st.integers(0, 40))
         match draw(st.sampled_from(["overwrite", "extreme", "cut", "remove", "repeat", "insert", "splice"])):
@@ -88,7 +88,7 @@ def broken_files(draw: st.DrawFn) -> bytes:
 
 
 def outcome(data: bytes | None, path: str | None = None, root: Path | ImageRoot | None = None) -> Image.Image | None:
-    """The image, or None for a bad row; any other exception fails the test, and so does a long wait."""
+    """Return the image, or None for a bad row. Any other exception, or more than 10 seconds, fails the test."""
     start = time.monotonic()
     image, detail = None, ""
     try:

@@ -1,4 +1,4 @@
-"""A large set with rows broken in ten ways."""
+"""A data set with ten kinds of bad rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = (
 
 
 def write_broken(folder: Path, count: int, of_each: int) -> tuple[Path, dict[str, str]]:
-    """`count` rows, `of_each` of every kind of broken; the file, and source -> reason of each broken one."""
+    """Write `count` rows with `of_each` bad rows of each kind. Returns the file, and source -> reason of bad rows."""
     path = write_pairs(folder, count)
     rows: list[Any] = [json.loads(line) for line in path.read_text().splitlines()]
     images = folder / "images"
@@ -52,7 +52,7 @@ def _break(row: dict[str, Any], kind: str) -> Any:
 
 
 def _bomb() -> bytes:
-    """A PNG of a few bytes whose header says 30,000 x 30,000."""
+    """A small PNG whose header claims 30,000 x 30,000 pixels."""
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1)).save(buffer, "PNG")
     data = bytearray(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""`orpo-ray` as it is typed: in a process of its own, or in this one, which has everything imported."""
+"""Run `orpo-ray` commands, in a new process or in this one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def orpo_ray(
 
 
 def orpo_ray_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command in this process, from its arguments to its exit code."""
+    """Run a command in this process, which has all modules loaded."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["orpo-ray", *arguments])

@@ -1,4 +1,4 @@
-"""Reports of data checks: plain, hostile and empty."""
+"""Reports of data checks: normal, with hostile texts, and empty."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def a_report(held_out: bool = True) -> dict[str, Any]:
 
 
 def nothing(rows: int = 0, reason: str = "malformed_row") -> dict[str, Any]:
-    """A split in which no row is a pair."""
+    """A split without usable rows."""
     empty = {"images_per_pair": {}, "image_sizes": None, "tokens": None, "histograms": {}, "length_bias": None}
     bad = {"total": rows, "fraction": 1.0 if rows else 0.0, "by_reason": {reason: rows} if rows else {}, "examples": []}
     return a_split() | empty | {"rows": rows, "pairs": 0, "bad": bad, "text_only": None, "formats": {}}
@@ -114,7 +114,7 @@ def a_gallery() -> list[dict[str, Any]]:
 
 
 def poisoned(value: Any, texts: Iterator[str]) -> Any:
-    """The same with every text another hostile one, also where it is a key that a file may name."""
+    """Replace every text by a hostile one, including keys that come from data."""
     if isinstance(value, str):
         return value if value.startswith("data:") else next(texts)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a real engine holds after real steps, by unique storage."""
+"""Measure the memory that a real engine holds after training steps, by unique storage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAMILY = "smolvlm"
 
 
 def measure(raw: dict[str, Any], world: int) -> dict[str, int]:
-    """Bytes on this worker of parameters, gradients after two micro-batches, optimizer states after a step."""
+    """Return the bytes on this worker: parameters, gradients after two micro-batches, optimizer states after a step."""
     recipe = parse_recipe(raw)
     model = PairModel(load_model(recipe.model, torch.device("cpu"), 0), NORM)
     engine = DeepSpeedEngine(model, recipe, 10, world)
@@ -44,7 +44,7 @@ def measure(raw: dict[str, Any], world: int) -> dict[str, int]:
 def _parameters(model: torch.nn.Module) -> Iterable[torch.Tensor]:
     for parameter in model.parameters():
         yield parameter.data
-        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this worker's part of it
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this worker's shard
             yield parameter.ds_tensor
         state = getattr(parameter, "quant_state", None)
         if state is not None:
@@ -79,5 +79,5 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def measure_all(_rank: int, world: int, cases: list[dict[str, Any]]) -> list[dict[str, int]]:
-    """`measure` of each case, one after another, on one worker of `world`."""
+    """Run `measure` for each case on one of `world` workers."""
     return [measure(raw, world) for raw in cases]

@@ -1,4 +1,4 @@
-"""Folders of runs as training leaves them, without the training."""
+"""Run folders as training writes them, made without training."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ METRICS = {
 }  # fmt: skip
 
 
-def called_directly(section: ModelConfig) -> ModelConfig:
-    """The shared-prefix attention wants the layout of a row; transformers' own does not."""
-    return section.model_copy(update={"attention": "concatenated"})
+def called_directly(model_config: ModelConfig) -> ModelConfig:
+    """Select concatenated attention, so that the model can be called without the layout of a packed row."""
+    return model_config.model_copy(update={"attention": "concatenated"})
 
 
 def trained(recipe: Recipe) -> Any:
-    """The recipe's model after some steps of an optimizer on random tokens."""
+    """Load the recipe's model and train it for a few steps on random tokens."""
     model: Any = load_model(called_directly(recipe.model), CPU, 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def trained(recipe: Recipe) -> Any:
 
 
 def finished_run(recipe: Recipe, model: Any) -> Path:
-    """A run's folder as training leaves it, without the run."""
+    """Write a run folder as training would."""
     run = Path(recipe.run_uri)
     final = run / "final"
     if is_adapted(model):

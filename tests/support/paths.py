@@ -1,4 +1,4 @@
-"""Where the repository's files lie, and data that may lie beside a checkout."""
+"""Paths in the repository, and of optional data next to it."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
 ROOT = TESTS.parent
-# Real data and processors that may lie beside a checkout; tests that want them say so where they are absent.
+# Real data and processors next to the checkout. Tests that need them are skipped, with a reason, if they are absent.
 SHARED = ROOT.parent / "shared"

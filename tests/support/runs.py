@@ -1,4 +1,4 @@
-"""Runs of recipes on a real Ray, watched while they train."""
+"""Run recipes on a real Ray cluster, and wait for their progress."""
 
 from __future__ import annotations
 

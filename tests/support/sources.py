@@ -1,4 +1,4 @@
-"""Small data sources in files, and what is read from them."""
+"""Write small data sources, and read them."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def read_all(spec: ReadSpec, epoch: int = 0) -> list[dict[str, Any]]:
     return [row for table in tables for row in table.to_pylist()]
 
 
-def list_segments(*uris: str) -> list[Shard]:
+def list_shards(*uris: str) -> list[Shard]:
     return [shard for source in list_sources(dict.fromkeys(uris, 1.0), "data.train") for shard in source.shards]
 
 
 def ids_of(*uris: str) -> list[str]:
-    """The ids of all rows, shard by shard."""
-    shards = list_segments(*uris)
+    """Read the ids of all rows, in the order of the shards."""
+    shards = list_shards(*uris)
     return [row["id"] for each in shards for row in read_rows(each, range(each.num_rows)) if isinstance(row, dict)]
 
 
 def spec_of(uris: list[str], **changes: Any) -> ReadSpec:
-    shards = tuple(list_segments(*uris))
+    shards = tuple(list_shards(*uris))
     counts = tuple(shard.num_rows for shard in shards)
     order = Order(counts, changes.pop("seed", 0), changes.pop("window", 7))
     base = ReadSpec(shards, ("trl",) * len(shards), order, 4, 0, order.num_rows)

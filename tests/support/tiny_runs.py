@@ -1,4 +1,4 @@
-"""Recipes and data sets that train in seconds, and the losses that their runs leave."""
+"""Recipes and data sets that train in seconds, and the losses of their runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 
 
 def write_pairs(folder: Path, count: int, split: str = "train") -> Path:
-    """`count` easy-vqa pairs as JSONL with image files beside it; returns the JSONL."""
+    """Write `count` easy-vqa pairs as a JSONL file and image files. Returns the path of the JSONL file."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.jsonl"
     with path.open("w") as file:
@@ -24,7 +24,7 @@ def write_pairs(folder: Path, count: int, split: str = "train") -> Path:
 
 
 def tiny_recipe(storage: Path, name: str, **sections: Any) -> Recipe:
-    """A recipe for the tiny model: 10 steps of 4 pairs unless `sections` say otherwise."""
+    """Return a recipe for the tiny model: 10 steps of 4 pairs. `sections` override its fields."""
     raw: dict[str, Any] = {
         "name": name,
         "model": {"id": "orpo-ray/tiny-smolvlm"},
@@ -42,7 +42,7 @@ def tiny_recipe(storage: Path, name: str, **sections: Any) -> Recipe:
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """step -> train/loss, as a run wrote them; fails if a step stands there twice."""
+    """Read step -> train/loss of a run. Fails if a step occurs twice."""
     from orpo_ray.tracking.jsonl import read_jsonl
 
     lines = [line for line in read_jsonl(run_dir / "metrics.jsonl") if "train/loss" in line]

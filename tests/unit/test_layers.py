@@ -1,4 +1,4 @@
-"""The package's layers (`[tool.importlinter]` in pyproject.toml), and what stays free of Ray and DeepSpeed."""
+"""The package's layers (`[tool.importlinter]` in pyproject.toml), and what must not import Ray or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FREE_OF_RAY = ("errors", "config", "storage", "tiny_models", "processing", "data
 
 
 def modules(package: str) -> list[str]:
-    """Every module of a package, or the module itself."""
+    """Return the names of all modules of a package, or of a single module."""
     files = sorted((PACKAGE / package).rglob("*.py")) or [PACKAGE / f"{package}.py"]
     return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
 
@@ -26,8 +26,8 @@ def test_layers_import_downwards_only() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_way_of_a_pair_to_its_gradient_imports_neither_ray_nor_deepspeed() -> None:
-    """Whatever the linter sees: what is loaded after each module of these packages, in a process of its own."""
+def test_training_step_modules_import_neither_ray_nor_deepspeed() -> None:
+    """Imports each module in a new process and checks `sys.modules`, which also covers indirect imports."""
     names = [name for package in FREE_OF_RAY for name in modules(package)]
     assert len(names) > 50
     code = (

@@ -163,7 +163,9 @@ def test_absolute_paths_do_not_depend_on_the_working_directory(tmp_path: Path, m
     assert parse_recipe(MINIMAL | {"model": {"id": "org/name"}}).with_absolute_paths().model.id == "org/name"
 
 
-def test_a_jobs_runs_outlive_its_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_a_ray_job_are_not_stored_in_its_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "working_dir_files" / "_ray_pkg_0"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)

@@ -1,4 +1,4 @@
-"""Every shipped recipe: it can be read, says what it takes, and its memory is what the plan says."""
+"""Every shipped recipe is valid, states its requirements, and states the memory that the plan predicts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEMORY = re.compile(r"# Memory: ([0-9.]+) GiB")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_can_be_read_and_says_what_it_takes(path: Path) -> None:
+def test_recipe_is_valid_and_states_its_requirements(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     head = path.read_text().split("name:")[0]
@@ -31,7 +31,7 @@ def test_can_be_read_and_says_what_it_takes(path: Path) -> None:
     assert is_tiny(recipe.model.id) or MEMORY.search(head)
 
 
-def test_the_example_of_own_data_is_read_as_its_recipe_says(tmp_path: Path) -> None:
+def test_the_own_data_example(tmp_path: Path) -> None:
     script = ROOT / "recipes" / "own-data" / "make_pairs.py"
     subprocess.run([sys.executable, str(script), str(tmp_path / "my-pairs")], check=True, cwd=ROOT)
     files = [f"data.{name}={tmp_path}/my-pairs/{file}.jsonl" for name, file in (("train", "train"), ("eval", "test"))]

@@ -1,4 +1,4 @@
-"""Encoding: exact to the token and the pixel against the model's own processor."""
+"""Encoding gives the same tokens and pixels as the model's own processor."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tiny() -> PairEncoder:
 
 
 def tiled_processor(folder: Path) -> Any:
-    """The tiny model's processor, made to cut large images into tiles of 64 pixels, as the real ones do with 364."""
+    """The tiny model's processor, set to divide large images into tiles of 64 pixels (real models: 364)."""
     processor = load_processor(TINY, None)
     processor.save_pretrained(folder)
     path = folder / "processor_config.json"
@@ -64,7 +64,7 @@ def idefics3_processor() -> Any:
 
 
 def check_against_processor(processor: Any, encoded: EncodedPair, source: PreferencePair, root: Path) -> None:
-    """Token ids and normalised pixels must be those of one plain processor call on prompt + answer."""
+    """Token ids and normalized pixels must equal those of a plain processor call on prompt + answer."""
     images = [Image.open(root / image["path"]).convert("RGB") for image in source.images]
     for answer, ids in ((source.chosen, encoded.chosen_ids), (source.rejected, encoded.rejected_ids)):
         messages = [*source.prompt, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
@@ -90,13 +90,13 @@ def test_tiny_smolvlm_is_exact(tiny: PairEncoder, tmp_path: Path, sizes: list[tu
     assert (~encoded.prompt_is_text).sum() == 16 * len(sizes)
 
 
-# These pad with images or tiles that are not kept here; tests/unit/model/test_families.py compares what comes of them.
+# These processors add padding images or tiles, which are removed; see tests/unit/model/test_families.py.
 PADDING = ("idefics", "idefics2", "mllama", "llava_next", "llava_onevision", "pixtral", "mistral3")
 
 
 @pytest.mark.parametrize("sizes", [[(100, 40)], [(64, 64), (20, 90)]])
 @pytest.mark.parametrize("family", with_processor(family for family in TINY_FAMILIES if family not in PADDING))
-def test_every_family_is_exact_to_the_token_and_the_pixel(
+def test_every_family_gives_the_processors_tokens_and_pixels(
     family: str, tmp_path: Path, sizes: list[tuple[int, int]]
 ) -> None:
     encoder = PairEncoder(load_processor(f"orpo-ray/tiny-{family}", None), max_length=4096)
@@ -110,7 +110,7 @@ def test_every_family_is_exact_to_the_token_and_the_pixel(
     assert encoded.images["pixel_values"].dtype == np.uint8
     pixels = normalise_pixels(torch.from_numpy(encoded.images["pixel_values"]), PixelNorm.of(processor))
     torch.testing.assert_close(pixels, plain["pixel_values"].view_as(pixels), rtol=0, atol=1e-6)
-    # The answer's tokens spell what the template puts behind the prompt.
+    # The answer's tokens decode to the text that the template adds after the prompt.
     turn = {"role": "assistant", "content": [{"type": "text", "text": source.chosen}]}
     whole = processor.apply_chat_template([*source.prompt, turn], tokenize=False)
     assert processor.tokenizer.decode(encoded.chosen_ids).strip() == whole.removeprefix(prompt).strip()
@@ -118,7 +118,7 @@ def test_every_family_is_exact_to_the_token_and_the_pixel(
 
 @pytest.mark.parametrize(("sizes", "tiles"), [([(300, 200)], 13), ([(64, 64), (90, 200)], 17 + 9)])
 def test_tiles_are_exact(tmp_path: Path, sizes: list[tuple[int, int]], tiles: int) -> None:
-    """An image in tiles comes with a small one of the whole."""
+    """An image in tiles also has a thumbnail."""
     encoder = PairEncoder(tiled_processor(tmp_path / "processor"), max_length=8192)
     source = pair([png(tmp_path, f"{i}.png", size, i) for i, size in enumerate(sizes)])
     (encoded,) = encode(encoder, tmp_path, source)
@@ -138,7 +138,7 @@ def test_real_idefics3_with_tiles_is_exact(tmp_path: Path, sizes: list[tuple[int
     assert encoded.images["pixel_values"].dtype == np.uint8
 
 
-def test_a_batch_encodes_as_its_pairs_alone(tiny: PairEncoder, tmp_path: Path) -> None:
+def test_a_batch_is_encoded_like_its_single_pairs(tiny: PairEncoder, tmp_path: Path) -> None:
     files = [png(tmp_path, f"{i}.png", (64, 64) if i % 2 else (50, 80), i) for i in range(5)]
     pairs = [pair([name], prompt=f"question {i}?", chosen="x" * (i + 1)) for i, name in enumerate(files)]
     pairs.insert(2, pair([]))
@@ -162,7 +162,7 @@ def test_bytes_round_trip(tiny: PairEncoder, tmp_path: Path) -> None:
     np.testing.assert_array_equal(copy.images["pixel_values"], encoded.images["pixel_values"])
 
 
-def test_no_answer_changes_the_prompts_tokens(tiny: PairEncoder, tmp_path: Path) -> None:
+def test_answers_do_not_change_the_prompts_tokens(tiny: PairEncoder, tmp_path: Path) -> None:
     name = png(tmp_path, "a.png", (64, 64))
     results = encode(tiny, tmp_path, *(pair([name], chosen=text) for text in ("red", ":)", "  x", "é", "\nred")))
     prompts = {tuple(result.prompt_ids) for result in results if isinstance(result, EncodedPair)}
@@ -183,13 +183,13 @@ def test_bad_rows(tiny: PairEncoder, tmp_path: Path, change: dict[str, str], rea
     assert result.reason == reason
 
 
-def test_fillers(tiny: PairEncoder) -> None:
+def test_dummy_pairs(tiny: PairEncoder) -> None:
     assert tiny.dummy_pair(with_image=True).images["pixel_values"].shape == (1, 3, 64, 64)
     assert tiny.dummy_pair(with_image=False).images == {}
 
 
 def test_an_empty_prompt_is_a_bad_row() -> None:
-    """Of a template that writes nothing around the text: in a row of many, another pair would predict this one."""
+    """A template without any text around the prompt: in a packed row, the pair before would predict this answer."""
     processor = load_processor("orpo-ray/tiny-smolvlm", None)
     processor.chat_template = (
         "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
@@ -200,7 +200,7 @@ def test_an_empty_prompt_is_a_bad_row() -> None:
     assert bad.reason == "empty_prompt"
 
 
-def test_too_long_pairs_lose_only_ends_of_answers(tmp_path: Path) -> None:
+def test_only_answers_are_truncated(tmp_path: Path) -> None:
     name = png(tmp_path, "a.png", (64, 64))
     long = pair([name], chosen="red blue green brown teal", rejected="red gray black yellow blue")
     processor = load_processor(TINY, None)
@@ -215,12 +215,12 @@ def test_too_long_pairs_lose_only_ends_of_answers(tmp_path: Path) -> None:
     assert cut.truncated == len(whole.chosen_ids) + len(whole.rejected_ids) - 6
     assert EncodedPair.from_bytes(cut.to_bytes(), 5).truncated == cut.truncated
     assert encode(PairEncoder(processor, prompt + 3), tmp_path, long)[0].reason == "too_long"
-    # Nothing is left to tell the answers apart, or of the answers at all.
+    # The truncated answers are equal, or empty.
     assert encode(PairEncoder(processor, prompt + 1, truncate=True), tmp_path, long)[0].reason == "identical_responses"
     assert encode(PairEncoder(processor, prompt, truncate=True), tmp_path, long)[0].reason == "too_long"
 
 
-def test_answers_to_different_images_have_prompts_of_their_own(tiny: PairEncoder, tmp_path: Path) -> None:
+def test_answers_to_different_images_have_separate_prompts(tiny: PairEncoder, tmp_path: Path) -> None:
     names = [png(tmp_path, f"{i}.png", (64, 64 + i), i) for i in range(3)]
     plain, other = pair(names[:1]), pair(names[1:2])
     both = replace(plain, rejected_images=other.images)
@@ -237,7 +237,7 @@ def test_answers_to_different_images_have_prompts_of_their_own(tiny: PairEncoder
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "idefics3", "llava", "gemma3", "paligemma"])
-def test_images_of_any_size_are_encoded_or_refused_row_by_row(family: str, tmp_path: Path) -> None:
+def test_images_of_any_size_are_encoded_or_bad_rows(family: str, tmp_path: Path) -> None:
     encoder = PairEncoder(load_processor(f"orpo-ray/tiny-{family}", None), 4096)
     sizes = [(1, 1), (2, 1), (1, 150), (150, 1), (3, 500), (64, 64), (64, 64), (999, 7)]
     pairs = [pair([png(tmp_path, f"{number}.png", size, number)]) for number, size in enumerate(sizes)]
@@ -247,8 +247,8 @@ def test_images_of_any_size_are_encoded_or_refused_row_by_row(family: str, tmp_p
     assert {each.reason for each in encoded if isinstance(each, RowError)} <= {"refused_by_processor"}
 
 
-def test_one_image_that_a_processor_refuses_is_one_bad_row(tiny: PairEncoder, tmp_path: Path) -> None:
-    """A processor that raises for some pictures: the others of their batch are encoded all the same."""
+def test_an_image_that_the_processor_refuses_is_one_bad_row(tiny: PairEncoder, tmp_path: Path) -> None:
+    """A processor that raises for some images: the other pairs of the batch are still encoded."""
 
     class Picky:
         def __getattr__(self, name: str) -> Any:

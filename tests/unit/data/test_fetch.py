@@ -1,4 +1,4 @@
-"""Downloads stay outside the own network and within their limits, whatever names, redirects and servers do."""
+"""Downloads never reach private addresses and stay within their limits, for any host name, redirect and server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def only_loopback(address: Address) -> bool:
 
 
 class Site(BaseHTTPRequestHandler):
-    """What a path of the test's server does; `asked` keeps the paths, `hosts` the Host headers."""
+    """Handlers of the test server, by path; `asked` records the paths, `hosts` the Host headers."""
 
     asked: list[str]
     hosts: list[str]
@@ -81,7 +81,7 @@ class Site(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """It says nothing of clients that hang up on it: most of these tests do."""
+    """Do not log clients that close the connection, as most of these tests do."""
 
     def handle_error(self, *args: Any) -> None:
         pass
@@ -89,7 +89,7 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def serving(context: ssl.SSLContext | None = None) -> Iterator[Any]:
-    """A server on loopback; gives what makes the URL of a path."""
+    """Start a server on loopback; returns a function that makes the URL of a path."""
     handler = type("Handler", (Site,), {"asked": [], "hosts": []})
     with Server(("127.0.0.1", 0), handler) as server:
         if context:
@@ -125,7 +125,7 @@ def failure(url: str, is_allowed: Callable[[Address], bool] = anywhere, limits: 
 
 
 def resolve_to(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:
-    """Make names resolve to one answer after the other; the list collects what was looked up."""
+    """Make host names resolve to the given answers in turn; returns the list of names that were resolved."""
     looked_up: list[str] = []
 
     def getaddrinfo(host: str, port: int, **options: Any) -> list[Any]:
@@ -138,7 +138,7 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str
 
 
 @pytest.mark.parametrize("text", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
-def test_the_public_internet(text: str) -> None:
+def test_public_addresses(text: str) -> None:
     assert is_public(ip_address(text))
 
 
@@ -153,7 +153,7 @@ def test_the_public_internet(text: str) -> None:
         *("2001::1", "2001:db8::1", "2002:7f00:1::", "2002:a00:1::1", "100::1", "4000::1"),
     ],
 )
-def test_everything_else_is_inside(text: str) -> None:
+def test_all_other_addresses_are_not_public(text: str) -> None:
     assert not is_public(ip_address(text))
 
 
@@ -162,10 +162,10 @@ def test_everything_else_is_inside(text: str) -> None:
     [
         *("127.0.0.1", "localhost", "LOCALHOST", "2130706433", "0x7f000001", "017700000001", "127.1", "0", "10.0.0.1"),
         *("169.254.169.254", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::ffff:169.254.169.254]"),
-        "\uff11\uff12\uff17.0.0.1",  # digits of another alphabet, which mean the same to a resolver
+        "\uff11\uff12\uff17.0.0.1",  # full-width digits, which resolvers accept
     ],
 )
-def test_no_spelling_of_an_inside_address_is_asked(host: str, site: Any) -> None:
+def test_no_spelling_of_a_private_address_is_requested(host: str, site: Any) -> None:
     assert failure(site("/image.png", host), is_public).reason == "unsafe_url"
     assert not asked(site)
 
@@ -187,12 +187,12 @@ def test_the_default_refuses_loopback(site: Any) -> None:
         *("http://%31%32%37.0.0.1/", "http://.example.com/", "http://a/" + "a" * 9000, "http://" + "a" * 70 + ".com"),
     ],
 )
-def test_what_is_no_plain_address(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_urls(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: pytest.fail("a look-up"))
     assert failure(url).reason == "unsafe_url"
 
 
-def test_one_inside_address_among_others_refuses_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_to(monkeypatch, ["93.184.216.34", "10.0.0.1"])
     monkeypatch.setattr(socket, "socket", lambda *args: pytest.fail("a connection"))
     error = failure("http://images.example/a.png", is_public)
@@ -200,14 +200,14 @@ def test_one_inside_address_among_others_refuses_the_name(monkeypatch: pytest.Mo
 
 
 def test_a_name_is_resolved_once(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second answer that differs (DNS rebinding) is never asked for: the checked address is what is used."""
+    """Against DNS rebinding: the name is not resolved again after the check."""
     looked_up = resolve_to(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])
     url = site("/a", "images.example")
     assert fetch(url, anywhere, QUICK) == b"content of /a"
     assert (looked_up, site.handler.hosts) == (["images.example"], [url.split("/")[2]])
 
 
-def test_each_redirect_is_checked_anew(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_redirect_is_checked(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up = resolve_to(monkeypatch, ["127.0.0.1"], ["10.0.0.1"])
     error = failure(site("/to?/again", "images.example"), only_loopback)
     assert (error.reason, len(looked_up), len(asked(site))) == ("unsafe_url", 2, 1)
@@ -220,7 +220,7 @@ def test_each_redirect_is_checked_anew(site: Any, monkeypatch: pytest.MonkeyPatc
         *("file:///etc/passwd", "http://user:word@127.0.0.1/", "http://[/", "ftp://127.0.0.1/"),
     ],
 )
-def test_a_redirect_to_the_inside_is_refused(site: Any, target: str) -> None:
+def test_a_redirect_to_a_private_address_is_refused(site: Any, target: str) -> None:
     error = failure(site(f"/to?{target}"), only_loopback)
     assert (error.reason, len(asked(site))) == ("unsafe_url", 1)
 
@@ -237,28 +237,28 @@ def test_paths_arrive_as_browsers_send_them(site: Any) -> None:
     assert asked(site) == ["/a%20b/%C3%A9%20.png?q=%C3%A9%201&r=%2F"]
 
 
-def test_no_proxy_of_the_environment(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_of_the_environment_are_ignored(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert fetch(site("/a"), anywhere, QUICK) == b"content of /a"
 
 
-def test_no_more_than_the_size(site: Any) -> None:
+def test_size_limit(site: Any) -> None:
     assert len(fetch(site("/long?10000"), anywhere, QUICK)) == 10_000
     for path in ("/long?10001", "/long?50000", "/endless"):
         assert failure(site(path)).reason == "image_too_large"
-    assert len(asked(site)) == 4  # nothing is tried again
+    assert len(asked(site)) == 4  # no retries
 
 
 @pytest.mark.parametrize("path", ["/drip", "/drip-headers"])
-def test_a_slow_drip_ends(site: Any, path: str) -> None:
+def test_total_time_limit(site: Any, path: str) -> None:
     start = time.monotonic()
     limits = Limits(size=10_000, seconds=0.5, timeout=5, attempts=3, pause=0.01)
     assert failure(site(path), limits=limits).reason == "download_failed"
     assert time.monotonic() - start < 8
 
 
-def test_a_silent_server_ends() -> None:
+def test_a_silent_server_times_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         limits = Limits(seconds=5, timeout=0.1, attempts=2, pause=0.01)
         start = time.monotonic()
@@ -276,19 +276,19 @@ def test_a_silent_server_ends() -> None:
         ((429, 500, 503), "download_failed", 3),
     ],
 )
-def test_what_is_tried_again(site: Any, statuses: tuple[int, ...], reason: str, times: int) -> None:
+def test_which_statuses_are_retried(site: Any, statuses: tuple[int, ...], reason: str, times: int) -> None:
     for status in statuses:
         asked(site).clear()
         error = failure(site(f"/status?{status}"))
         assert (error.reason, len(asked(site)), str(status) in error.detail) == (reason, times, True)
 
 
-def test_a_busy_server_is_asked_again(site: Any) -> None:
+def test_a_busy_server_is_retried(site: Any) -> None:
     assert fetch(site("/busy"), anywhere, QUICK) == b"at last"
     assert len(asked(site)) == 3
 
 
-def test_an_answer_that_breaks_off_is_no_answer(site: Any) -> None:
+def test_an_incomplete_response_is_an_error(site: Any) -> None:
     assert failure(site("/cut")).reason == "download_failed"
     assert len(asked(site)) == 3
 
@@ -308,7 +308,7 @@ def test_a_refused_connection_and_an_unknown_name(monkeypatch: pytest.MonkeyPatc
     assert len(tried) == 1
 
 
-def test_messages_keep_secrets(site: Any) -> None:
+def test_messages_contain_no_secrets(site: Any) -> None:
     secret = "token=s3cret"
     for path in ("/status?404&", "/status?403&", "/to?http://10.0.0.1/?", "/to?http://user:s3cret@10.0.0.1/?", "/cut?"):
         assert "s3cret" not in str(failure(site(path + secret), only_loopback))
@@ -318,7 +318,7 @@ def test_messages_keep_secrets(site: Any) -> None:
 
 
 def serve_raw(answer: bytes) -> tuple[int, threading.Thread]:
-    """A server that gives one client this answer and hangs up; its port."""
+    """Start a server that sends this response to one client and closes the connection; returns its port."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def run() -> None:
@@ -326,7 +326,7 @@ def serve_raw(answer: bytes) -> tuple[int, threading.Thread]:
             client, _ = server.accept()
         with client:
             client.recv(65536)
-            with suppress(OSError):  # it may hang up first
+            with suppress(OSError):  # the client may close first
                 client.sendall(answer)
                 client.shutdown(socket.SHUT_WR)
                 client.recv(65536)
@@ -357,7 +357,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 @example(OK + b"X: " + b"x" * 70_000 + b"\r\n\r\n")
 @example(OK + b"X: x\r\n" * 1000 + b"\r\n")
 @example(b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000)
-def test_whatever_a_server_answers(answer: bytes) -> None:
+def test_arbitrary_responses(answer: bytes) -> None:
     port, thread = serve_raw(answer)
     limits = Limits(size=10_000, seconds=5, timeout=2, attempts=1)
     with suppress(RowError):
@@ -381,7 +381,7 @@ def test_tls_verifies_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def write_certificate(folder: Path, name: str) -> Path:
-    """A key and a certificate that it signed itself, in one file."""
+    """Write a key and a self-signed certificate to one file."""
     pytest.importorskip("cryptography")
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization

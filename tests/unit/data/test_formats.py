@@ -1,4 +1,4 @@
-"""Raw rows -> pairs, on rows of the shapes that the formats' own datasets have."""
+"""Raw rows become pairs; the rows have the columns of real data sets."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rated(**ratings: Any) -> dict[str, Any]:
     return {aspect: {"Rating": rating, "Rationale": "because"} for aspect, rating in ratings.items()}
 
 
-# The shape of HuggingFaceH4/rlaif-v_formatted.
+# As in HuggingFaceH4/rlaif-v_formatted.
 CONVERSATIONAL = {
     "images": [{"bytes": b"png", "path": "a.png"}],
     "prompt": [{"role": "user", "content": [{"type": "image", "text": None}, TEXT]}],
@@ -155,12 +155,12 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_format_of_the_recipe_is_read_and_has_a_row_here() -> None:
+def test_every_format_has_a_reader_and_a_row_here() -> None:
     assert sorted(formats._FORMATS) == sorted(FORMATS) == sorted(ROWS)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_each_is_recognised_unasked_and_gives_the_same_answers(name: str) -> None:
+def test_each_format_is_detected_and_gives_the_same_answers(name: str) -> None:
     assert recognised(ROWS[name]) == recognised(ROWS[name], requested=name) == name
     pair = pair_of(ROWS[name], name)
     assert (pair.chosen, pair.rejected, pair.rejected_images) == ("a cat", "a dog", None)
@@ -222,7 +222,7 @@ def test_each_defect_has_its_reason(change: dict[str, Any], reason: str) -> None
     assert bad(CONVERSATIONAL | change) == reason
 
 
-def test_a_prompt_of_several_turns_is_passed_on_whole() -> None:
+def test_prompts_with_several_turns() -> None:
     turns = [message("user", "hi"), message("assistant", "hello"), message("user", "what is it?")]
     pair = pair_of({"prompt": turns, "chosen": "x", "rejected": "y", "image": "a.png"})
     assert pair.prompt == [turn("user", IMAGE, "hi"), turn("assistant", "hello"), turn("user", "what is it?")]
@@ -244,7 +244,7 @@ DIALOGUE = [message("user", "hi"), message("assistant", "hello"), message("user"
         ("Q: hi A: yes", "Q: hi A: yes"),
     ],
 )
-def test_a_prompt_within_both_answers_is_found_as_trl_finds_it(chosen: Any, rejected: Any) -> None:
+def test_implicit_prompts_are_split_as_in_trl(chosen: Any, rejected: Any) -> None:
     from trl.data_utils import extract_prompt as trl_extract_prompt
 
     prompt, ours, theirs = extract_prompt(chosen, rejected)
@@ -259,9 +259,9 @@ def test_implicit_rows() -> None:
     pair = pair_of(row | {"images": ["a.png"]})
     assert pair.prompt == [turn("user", IMAGE, "hi"), turn("assistant", "hello"), turn("user", "what is it?")]
     assert (pair.chosen, pair.rejected) == ("x", "y")
-    # The shape of HuggingFaceH4/ultrafeedback_binarized.
+    # As in HuggingFaceH4/ultrafeedback_binarized.
     assert pair_of(row | {"prompt": "what is it?"}).prompt == pair_of(row).prompt
-    # The shape of Anthropic/hh-rlhf.
+    # As in Anthropic/hh-rlhf.
     strings = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: no"}
     assert recognised(strings) == "trl"
     assert pair_of(strings).prompt == [turn("user", "\n\nHuman: hi\n\nAssistant:")]
@@ -270,7 +270,7 @@ def test_implicit_rows() -> None:
     assert bad({"chosen": "x", "rejected": ["y"]}) == "malformed_row"
 
 
-def test_parts_may_carry_their_images() -> None:
+def test_images_inside_message_parts() -> None:
     parts = [
         {"type": "image", "image": b"1", "text": None},
         {"type": "image", "image": {"bytes": None, "path": "a.png"}},
@@ -303,23 +303,23 @@ def test_parts_may_carry_their_images() -> None:
         ("https://host/a.png", {"bytes": None, "path": "https://host/a.png"}),
     ],
 )
-def test_what_an_image_may_be(given: Any, found: dict[str, Any]) -> None:
+def test_ways_to_give_an_image(given: Any, found: dict[str, Any]) -> None:
     assert pair_of(PLAIN | {"image": given}, "plain").images == [found]
 
 
 @pytest.mark.parametrize("uri", ["data:image/png;base64,cG5", "data:image/png;base64,é", "data:image/png,x", "data:"])
-def test_a_broken_data_uri(uri: str) -> None:
+def test_invalid_data_uris(uri: str) -> None:
     assert bad(PLAIN | {"image": uri}, "plain") == "unreadable_image"
 
 
 @pytest.mark.parametrize("nothing", [None, "", [], {"bytes": None, "path": None}])
 @pytest.mark.parametrize("name", ["trl", "plain", "mmpr"])
-def test_text_only_rows_stand_beside_image_rows(name: str, nothing: Any) -> None:
+def test_text_only_rows(name: str, nothing: Any) -> None:
     row = {"image": nothing, "prompt": "hi", "question": "hi", "chosen": "x", "rejected": "y"}
     assert pair_of(row, name).images == []
 
 
-def test_an_empty_list_of_images_beside_an_image() -> None:
+def test_an_empty_images_column_with_an_image_column() -> None:
     assert len(pair_of({"images": [], "image": "a.png", "prompt": "p", "chosen": "x", "rejected": "y"}).images) == 1
 
 
@@ -334,7 +334,7 @@ def test_plain() -> None:
     assert bad(PLAIN | {"prompt": [message("user", "hi")]}, "plain") == "malformed_row"
 
 
-def test_plain_and_trl_differ_in_what_image_means() -> None:
+def test_image_marks_in_plain_and_trl() -> None:
     assert pair_of(PLAIN, "trl").prompt == [turn("user", IMAGE, "<image>\nwhat is it?")]
     without_images = {name: value for name, value in PLAIN.items() if name != "image"}
     assert recognised(without_images) == recognised(CONVERSATIONAL | {"image": "a.png"}) == "trl"
@@ -481,7 +481,7 @@ def test_renamed_columns() -> None:
     assert to_pair(row, "sharegpt", renames, "f:1").chosen == "x"
 
 
-def test_a_rename_puts_the_column_of_that_name_out_of_place_whatever_their_order() -> None:
+def test_a_renamed_column_replaces_one_of_that_name() -> None:
     renames = {"chosen": "good"}
     for row in ({"good": "x", "chosen": "other"}, {"chosen": "other", "good": "x"}):
         assert to_pair({"prompt": "hi", "rejected": "y"} | row, "trl", renames, "f:1").chosen == "x"
@@ -506,7 +506,7 @@ def test_a_rename_that_matches_nothing_is_refused(renames: dict[str, str], reque
     ("row", "requested", "expected"),
     [
         ({"chosen": "x", "answer": "y"}, "auto", "the columns are: answer, chosen; .*trl lacks rejected, prompt"),
-        # A prompt under another name must not be left out: the answers' common beginning is no prompt.
+        # A prompt column with another name must not be ignored.
         ({"query": "hi", "chosen": "x", "rejected": "y"}, "auto", "trl lacks prompt"),
         ({"image": "a.png", "text": "a caption"}, "auto", "rlhf-v lacks the expected values"),
         ({"messages": []}, "auto", "swift lacks rejected_response or rejected_messages or rejected_images"),
@@ -519,24 +519,24 @@ def test_a_rename_that_matches_nothing_is_refused(renames: dict[str, str], reque
         ({"chosen": "x"}, "trl", "format trl: rejected"),
     ],
 )
-def test_an_unknown_layout_names_what_is_there_and_what_is_missing(row: Any, requested: str, expected: str) -> None:
+def test_errors_name_present_and_missing_columns(row: Any, requested: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         recognised(row, requested=requested)
 
 
 @pytest.mark.parametrize("field", ["id", "prompt", "chosen", "image"])
-def test_half_a_character_is_a_bad_row(field: str) -> None:
+def test_a_lone_surrogate_is_a_bad_row(field: str) -> None:
     row = {"id": "1", "prompt": "p", "chosen": "x", "rejected": "y", "image": "a.png"}
     assert bad(row | {field: "\ud83d"}) == "malformed_row"
 
 
-def test_half_a_character_in_a_path_of_the_rejected_side() -> None:
+def test_a_lone_surrogate_in_a_rejected_image_path() -> None:
     assert bad(SWIFT | {"rejected_images": ["\ud83d"]}, "swift") == "malformed_row"
 
 
 @pytest.fixture
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module `own_adapters` in the current folder."""
+    """Modules with adapters in the working directory."""
     (tmp_path / "own_adapters.py").write_text(
         "from orpo_ray.errors import RowError\n"
         "def good(row):\n"
@@ -559,7 +559,7 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("adapters")
-def test_an_adapter_of_the_users_own() -> None:
+def test_a_users_adapter() -> None:
     name, renames = "own_adapters:good", {"q": "query"}
     row = {"id": 3, "query": "what is it?", "a": "x", "b": "y"}
     assert detect_format(row, [row], renames, name, "f") == name
@@ -580,7 +580,7 @@ def test_an_adapter_of_the_users_own() -> None:
         ("unknown", "adapter_failed", "unknown row format; the columns are: 1, chosen"),
     ],
 )
-def test_what_an_adapter_does_wrong_is_a_bad_row(function: str, reason: str, expected: str) -> None:
+def test_failures_of_an_adapter_are_bad_rows(function: str, reason: str, expected: str) -> None:
     with pytest.raises(RowError, match=expected) as error:
         pair_of({"q": "hi"}, f"own_adapters:{function}")
     assert error.value.reason == reason
@@ -596,13 +596,13 @@ def test_what_an_adapter_does_wrong_is_a_bad_row(function: str, reason: str, exp
         ("no_such_module:good", "ModuleNotFoundError: No module named 'no_such_module'"),
     ],
 )
-def test_an_adapter_that_cannot_be_had(name: str, expected: str) -> None:
+def test_an_adapter_that_cannot_be_imported(name: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected) as error:
         detect_format(["q"], [], {}, name, "f")
     assert error.value.field == "data.format"
 
 
-def test_nesting_without_end_is_a_bad_row() -> None:
+def test_deep_nesting_is_a_bad_row() -> None:
     deep: Any = []
     for _ in range(5000):
         deep = [deep]
@@ -618,14 +618,14 @@ JSON_LIKE = st.recursive(
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value in a row, at any depth."""
+    """Return the path of every value in a row, at any depth."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(place for key, inner in items for place in places(inner, (*path, key)))]
 
 
 @st.composite
 def broken_rows(draw: st.DrawFn, name: str) -> dict[str, Any]:
-    """A real row with arbitrary values in up to three places, or in all of its columns."""
+    """A valid row with arbitrary values in up to three places, or in all columns."""
     columns = [column for column in formats._columns_of(name) if draw(st.booleans())]
     if draw(st.booleans()):
         return {column: draw(JSON_LIKE) for column in columns}

@@ -1,4 +1,4 @@
-"""`hf://` through the hub's real client, against a server on loopback that answers as the hub does."""
+"""`hf://` with the hub's real client and a server on loopback that responds like the hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One dataset, `owner/name`, and a model's config, `owner/model`, whose `main` and `v1` are one commit."""
+    """A data set `owner/name`, and a model config `owner/model` whose `main` and `v1` are the same commit."""
 
     protocol_version = "HTTP/1.1"
 
@@ -131,7 +131,7 @@ print(json.dumps(answers))
 
 
 def with_hub(hub: str, home: Path, code: str, *arguments: str) -> Any:
-    """What a program prints as JSON. In a process of its own: the client reads its settings when it is imported."""
+    """Run a program in a new process and parse its output, since the client reads its settings on import."""
     own = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
     paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
@@ -168,5 +168,5 @@ print(json.dumps([commit_of(ModelConfig(id="owner/model", revision=revision)) fo
 """
 
 
-def test_a_model_of_the_hub_has_a_commit(hub: str, tmp_path: Path) -> None:
+def test_revisions_resolve_to_a_commit(hub: str, tmp_path: Path) -> None:
     assert with_hub(hub, tmp_path, COMMITS, "none", "v1") == [COMMIT] * 2

@@ -1,4 +1,4 @@
-"""Whatever the bytes and whatever the path: an RGB image from inside the root or a bad row, nothing else, and soon."""
+"""Arbitrary bytes and paths give an RGB image from inside the root or a bad row, and quickly."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image, features
 from orpo_ray.data.images import FORMATS
 from support.broken_images import broken_files, encodings, outcome, quickly
 
-# Pillow says in words what else it finds in broken files.
+# Pillow warns about corrupt files.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 INSIDE, SECRET = (0, 128, 0), (201, 33, 77)
 
 
-def test_the_files_are_good_before_they_are_broken() -> None:
+def test_unmodified_files_are_valid() -> None:
     assert all(outcome(data) for data in encodings())
     kinds = {Image.open(io.BytesIO(data)).format for data in encodings()}
     assert kinds - {"MPO"} == set(FORMATS) - (set() if features.check("avif") else {"AVIF"})
@@ -40,7 +40,7 @@ def test_random_bytes(file: int, length: int, rest: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images, with links of all kinds, beside a secret."""
+    """An image folder with links of all kinds, and a secret file outside."""
     parent = tmp_path_factory.mktemp("images")
     folder, secret = parent / "root", parent / "secret"
     (folder / "sub").mkdir(parents=True)
@@ -97,7 +97,7 @@ ODD = [
 
 @st.composite
 def paths(draw: st.DrawFn, root: Path) -> str:
-    """Mostly ways that exist, from several starts; sometimes with something odd on the way."""
+    """Mostly existing paths from several starting points, sometimes with unusual components."""
     ways = draw(st.lists(st.sampled_from(WAYS), max_size=3))
     if draw(st.integers(0, 4)) == 0:
         ways.insert(draw(st.integers(0, len(ways))), draw(st.one_of(st.sampled_from(ODD), st.text(max_size=8))))
@@ -113,7 +113,7 @@ def test_no_path_leads_out(root: Path, data: st.DataObject) -> None:
 
 
 class Careless:
-    """A remote root that opens whatever it is asked for: `load_image` alone holds the paths to it."""
+    """A remote root that opens any path, so that only `load_image` checks the paths."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Where images may come from: folders, object stores and, if the recipe says so, addresses; never from elsewhere."""
+"""Images are read only from the image root and, if the recipe allows it, from URLs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reason(path: str, root: Path | ImageRoot | None) -> str:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder with an image in it, and one beside it."""
+    """An image folder, with another image outside."""
     folder = tmp_path / "root"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "outside.png").write_bytes(png(9))
@@ -84,7 +84,7 @@ def test_only_regular_files_are_read(root: Path) -> None:
     for path in ("pipe", "sub", "", "."):
         assert reason(path, root) == "unreadable_image"
     with socket.socket(socket.AF_UNIX) as listening:
-        short = os.path.relpath(root / "socket")  # sockets' paths may have a hundred bytes
+        short = os.path.relpath(root / "socket")  # socket paths are limited to about 100 bytes
         if len(short) < 100:
             listening.bind(short)
             assert reason("socket", root) == "unreadable_image"
@@ -119,7 +119,7 @@ def test_large_files_are_not_read(root: Path) -> None:
 
 
 class Store:
-    """A folder of an object store, which says what it was asked for."""
+    """A folder in an object store that records which paths are read."""
 
     def __init__(self, answer: bytes | Exception) -> None:
         self.answer, self.asked = answer, list[str]()
@@ -163,13 +163,13 @@ def test_remote_failures() -> None:
 
 
 @pytest.mark.parametrize("path", ["file:///etc/passwd", "s3://bucket/a", "ftp://a/b", "data:image/png;base64,AAAA"])
-def test_addresses_of_other_kinds(path: str, root: Path) -> None:
+def test_unsupported_url_schemes(path: str, root: Path) -> None:
     for allow_http in (False, True):
         assert failure(path, root, allow_http).reason == "unsupported_url"
 
 
 @pytest.mark.parametrize("path", ["http://a.example/b?token=s3cret", "HTTPS://user:s3cret@a.example/b"])
-def test_downloads_are_asked_for_in_the_recipe(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_require_allow_http(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     downloaded = []
 
     def fetch(url: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Images of all kinds come out as upright RGB; what is broken or unsafe comes out as a reason."""
+"""All kinds of images are loaded as upright RGB; corrupt and unsafe ones are bad rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def reason(image: dict[str, object]) -> str:
 
 
 def png(width: int, height: int, depth: int = 8, color: int = 2, pixels: bytes = b"") -> bytes:
-    """A PNG that says it is so large, whatever it holds."""
+    """A PNG whose header claims this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -73,22 +73,22 @@ def test_every_format_is_read(kind: str) -> None:
     assert np.abs(np.asarray(loaded, int) - (255, 0, 0)).max() <= 3
 
 
-def test_photos_of_several_pictures_give_the_first() -> None:
+def test_multi_picture_files_give_the_first_picture() -> None:
     data = encode(Image.new("RGB", (8, 6), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 6))])
     assert load(data).getpixel((0, 0)) == (254, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "PDF", "ICNS", "JPEG2000", "SGI", "DDS", "ICO", "MSP"])
-def test_other_formats_stay_closed(kind: str) -> None:
+def test_other_formats_are_refused(kind: str) -> None:
     image = Image.new("1" if kind == "MSP" else "RGB", (64, 64))
     assert reason({"bytes": encode(image, kind), "path": None}) == "unreadable_image"
 
 
-def test_pillow_is_not_told_to_accept_truncated_files() -> None:
+def test_pillow_does_not_accept_truncated_files() -> None:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
-def test_transparency_lies_on_white() -> None:
+def test_transparency_becomes_white() -> None:
     assert load(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))).getpixel((0, 0)) == WHITE
     assert load(encode(Image.new("LA", (2, 2), (7, 0)))).getpixel((0, 0)) == WHITE
     assert load(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 128)))).getpixel((0, 0)) == (255, 127, 127)
@@ -96,7 +96,7 @@ def test_transparency_lies_on_white() -> None:
     assert load(encode(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), "WEBP", lossless=True)).getpixel((0, 0)) == WHITE
 
 
-def test_transparent_palettes_lie_on_white() -> None:
+def test_transparent_palettes_become_white() -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putdata([0, 1])
@@ -116,7 +116,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
         assert np.asarray(load(data))[..., 0].tolist() == expected
 
 
-def test_a_transparent_gray_of_sixteen_bits_lies_on_white() -> None:
+def test_transparent_16_bit_gray_becomes_white() -> None:
     values = Image.fromarray(np.array([[1000, 40_000]], np.uint16))
     assert np.asarray(load(encode(values, transparency=1000)))[0, :, 0].tolist() == [255, 156]
 
@@ -142,8 +142,8 @@ def test_large_integers_are_scaled_by_their_range() -> None:
     assert np.asarray(load(encode(image, "TIFF")))[0, :, 0].tolist() == [0, 0, 64, 255]
 
 
-def test_colors_of_print() -> None:
-    """Adobe's CMYK JPEGs are stored inverted."""
+def test_cmyk() -> None:
+    """Adobe stores CMYK JPEGs inverted."""
     cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
     for data in (encode(cyan, "JPEG", quality=95), encode(cyan, "TIFF")):
         assert np.abs(np.asarray(load(data), int) - (0, 255, 255)).max() <= 3
@@ -164,7 +164,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     upright = np.zeros((48, 32), np.uint8)
     upright[:16, :16] = 250  # top left
     upright[:16, 16:] = 120  # top right
-    # How a camera stores it that was held so.
+    # As a camera in this orientation stores the image.
     stored = {
         2: np.fliplr(upright),
         3: np.rot90(upright, 2),
@@ -227,7 +227,7 @@ def test_whatever_pillow_raises_is_a_bad_row(error: type[Exception], monkeypatch
     assert (bad.reason, bad.detail.startswith(error.__name__)) == ("unreadable_image", True)
 
 
-def test_colors_of_perception() -> None:
+def test_lab() -> None:
     lab = ImageCms.profileToProfile(
         Image.new("RGB", (4, 4), "red"),
         ImageCms.createProfile("sRGB"),
@@ -258,7 +258,7 @@ def test_pillow_does_not_warn_of_bombs() -> None:
     assert not seen
 
 
-def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
+def test_a_jpeg_with_too_many_scans_is_refused_before_it_is_decoded() -> None:
     data = encode(Image.new("L", (2000, 2000)), "JPEG", progressive=True)
     assert load(data)
     last = data[data.rindex(b"\xff\xda") : -2]
@@ -290,7 +290,7 @@ def test_bytes_come_before_the_path() -> None:
     assert load_image({"bytes": data, "path": "../../none.png"}, None).size == (3, 3)
 
 
-def test_a_kept_bad_row_does_not_keep_the_image() -> None:
+def test_a_row_error_does_not_keep_the_image_in_memory() -> None:
     data = encode(Image.new("RGB", (300, 1)))
     bad: Any = failure({"bytes": data, "path": None})
     assert bad.__context__ is None

@@ -1,4 +1,4 @@
-"""Slots, order and shares: pure arithmetic, held to its properties."""
+"""Order of the rows and step shards of the workers, tested by their properties."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ mixes = st.lists(
 
 
 @given(mixes, seeds, st.integers(1, 20))
-def test_a_mix_takes_rows_by_weight_and_none_twice_before_all_came(
+def test_weighted_sources_repeat_no_row_before_all_were_used(
     mix: list[tuple[list[int], float]], seed: int | None, window: int
 ) -> None:
     sizes = [size for sizes, _ in mix for size in sizes]
@@ -57,7 +57,7 @@ def test_a_mix_takes_rows_by_weight_and_none_twice_before_all_came(
             assert max(counts) - min(counts) <= 1
 
 
-def test_a_part_of_a_segment_is_a_random_part() -> None:
+def test_a_fractional_weight_selects_random_rows() -> None:
     order = Order((1000,), 0, 1000, (0,), (0.1,))
     rows = [row for _, row in epoch_rows(order, 0)]
     assert max(rows) > 900
@@ -74,7 +74,7 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 
 
 @given(shards, st.integers(1, 20), st.data())
-def test_windows_cover_any_stretch_of_slots(sizes: list[int], window: int, data: st.DataObject) -> None:
+def test_windows_cover_any_range_of_samples(sizes: list[int], window: int, data: st.DataObject) -> None:
     order = Order(tuple(sizes), 0, window)
     first = data.draw(st.integers(0, 3 * order.num_rows))
     last = data.draw(st.integers(first, 4 * order.num_rows))
@@ -91,7 +91,7 @@ def test_windows_cover_any_stretch_of_slots(sizes: list[int], window: int, data:
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(0, 1000))
-def test_shares_of_a_step_are_contiguous_and_even(pairs: int, workers: int, step: int) -> None:
+def test_step_shards_are_contiguous_and_even(pairs: int, workers: int, step: int) -> None:
     owners = owner(np.arange(step * pairs, (step + 1) * pairs), pairs, workers)
     assert (np.diff(owners) >= 0).all()
     counts = np.bincount(owners, minlength=workers)
@@ -100,7 +100,7 @@ def test_shares_of_a_step_are_contiguous_and_even(pairs: int, workers: int, step
     assert counts.max() - counts.min() <= 1
 
 
-def test_steps_straddle_epochs_and_the_last_may_be_smaller() -> None:
+def test_steps_cross_epochs_and_the_last_step_can_be_smaller() -> None:
     sample_indices = total_samples(num_rows=10, epochs=2.5, pairs_per_step=8, max_steps=None)
     assert sample_indices == 25
     assert [step_samples(step, 8, sample_indices) for step in range(5)] == [

@@ -1,4 +1,4 @@
-"""Micro-batches: every pair once, within the budget, equally many on every worker."""
+"""Micro-batches contain every pair once, stay within the budget, and are equally many on all workers."""
 
 from __future__ import annotations
 

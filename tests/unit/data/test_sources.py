@@ -1,4 +1,4 @@
-"""Sources -> shards -> rows, and windows of pairs out of them."""
+"""Sources are listed as shards, and read as rows and as windows of pairs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from orpo_ray.data.reading import pair_at, pair_of
 from orpo_ray.data.sources import read_first_rows
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.tiny_models.easy_vqa import COLORS, SHAPES, easy_vqa_rows
-from support.sources import ids_of, list_segments, read_all, rows, spec_of, write_jsonl, write_tar
+from support.sources import ids_of, list_shards, read_all, rows, spec_of, write_jsonl, write_tar
 
 
-def test_parquet_row_groups_and_jsonl_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_row_groups_and_jsonl_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "ROWS_PER_SHARD", 4)
     pq.write_table(pa.Table.from_pylist(rows(10)), tmp_path / "a.parquet", row_group_size=4)
     write_jsonl(tmp_path / "b.jsonl", ["", *rows(3), "", *rows(6)[3:]])
-    shards = list_segments(str(tmp_path))
+    shards = list_shards(str(tmp_path))
     assert [(s.kind, s.first_row, s.num_rows) for s in shards] == [
         ("parquet", 0, 4), ("parquet", 4, 4), ("parquet", 8, 2), ("jsonl", 0, 4), ("jsonl", 4, 2),
     ]  # fmt: skip
@@ -41,17 +41,17 @@ def test_a_json_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "ROWS_PER_SHARD", 4)
     path = tmp_path / "a.json"
     path.write_text(json.dumps([*rows(5), 3, rows(7)[6]]))
-    shards = list_segments(str(path))
+    shards = list_shards(str(path))
     assert [(s.first_row, s.num_rows) for s in shards] == [(0, 4), (4, 3)]
     found = read_rows(shards[1], [2, 1, 0])
     assert [row["id"] if isinstance(row, dict) else row.reason for row in found] == ["r6", "malformed_row", "r4"]
     (tmp_path / "b.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="must contain a list of rows, found dict"):
-        list_segments(str(tmp_path / "b.json"))
+        list_shards(str(tmp_path / "b.json"))
 
 
 def test_webdataset_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images in their order, columns from JSON or texts, names longer than a tar header holds."""
+    """Images in order, columns from JSON or texts, names longer than a tar header allows."""
     monkeypatch.setattr(containers, "ROWS_PER_SHARD", 2)
     long = "x" * 200
     row = json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"}).encode()
@@ -62,7 +62,7 @@ def test_webdataset_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("a/4.txt", b"\xff"), ("a/4.seg.cls", b"0"),
         ("b/1.json", json.dumps({"id": "own"}).encode()),
     ]  # fmt: skip
-    shards = list_segments(str(write_tar(tmp_path / "a.tar", members)))
+    shards = list_shards(str(write_tar(tmp_path / "a.tar", members)))
     assert [(s.first_row, s.num_rows) for s in shards] == [(0, 2), (2, 2), (4, 1)]
     first, broken = read_rows(shards[0], [0, 1])
     assert first == {"id": "a/1", "images": [b"one", b"two"], "prompt": "q", "chosen": "x", "rejected": "y"}
@@ -85,14 +85,14 @@ def test_what_save_to_disk_writes(tmp_path: Path) -> None:
     DatasetDict(train=data, test=data).save_to_disk(tmp_path / "dict")
     assert len(ids_of(str(tmp_path / "dict" / "test"))) == 25
     with pytest.raises(UserError, match=r"(?s)several splits.*dict/train.*dict/test"):
-        list_segments(str(tmp_path / "dict"))
+        list_shards(str(tmp_path / "dict"))
 
 
-def test_record_batches_are_read_by_their_place(tmp_path: Path) -> None:
+def test_record_batches_are_read_by_offset(tmp_path: Path) -> None:
     table = pa.Table.from_pylist(rows(10))
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
-    shards = list_segments(str(tmp_path))
+    shards = list_shards(str(tmp_path))
     assert [(s.first_row, s.num_rows) for s in shards] == [(0, 4), (4, 4), (8, 2)]
     assert [row["id"] for row in read_rows(shards[1], [3, 0]) if isinstance(row, dict)] == ["r7", "r4"]
     assert shards[1].describe(3) == f"{tmp_path}/a.arrow:row 7"
@@ -101,98 +101,98 @@ def test_record_batches_are_read_by_their_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "uri", ["none.jsonl", "ftp://host/a", "a.txt", "easy-vqa:validation", "empty.jsonl", "empty", "", "none/*.jsonl"]
 )
-def test_sources_that_are_not_there(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sources(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError):
-        list_segments(uri)
+        list_shards(uri)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "tar", "json"])
-def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, suffix: str) -> None:
+def test_a_file_with_a_wrong_suffix(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     path.write_text("no")
     with pytest.raises(UserError, match="cannot read the file"):
-        list_segments(str(path))
+        list_shards(str(path))
 
 
-def test_rows_that_are_no_objects_are_bad_rows(tmp_path: Path) -> None:
+def test_json_rows_that_are_not_objects_are_bad_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [b"{", b"[1]", b'{"a": 1}', b"\xff", b'{"a": ' + b"1" * 5000 + b"}", b"[" * 200_000]
     path.write_bytes(b"\n".join(lines))
-    (shard,) = list_segments(str(path))
+    (shard,) = list_shards(str(path))
     kinds = [type(row) for row in read_rows(shard, range(6))]
     assert kinds == [RowError, RowError, dict, RowError, RowError, RowError]
 
 
-def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"id": 1,\r "a": 2}\r\n\r\n{"id": 2}\n{"id": 3}')
     assert ids_of(str(path)) == [1, 2, 3]
 
 
-def test_globs_reach_every_depth_and_take_only_what_can_be_read(tmp_path: Path) -> None:
+def test_globs_match_at_any_depth_and_skip_other_files(tmp_path: Path) -> None:
     for folder in ("", "sub/", "sub/deep/"):
         (tmp_path / folder).mkdir(exist_ok=True)
         write_jsonl(tmp_path / f"{folder}a.jsonl", rows(1))
     (tmp_path / "x.jsonl").mkdir()
     (tmp_path / "notes.txt").write_text("no rows")
-    assert len(list_segments(f"{tmp_path}/**/*.jsonl")) == 3
-    assert len(list_segments(str(tmp_path))) == 3
-    assert len(list_segments(f"{tmp_path}/*")) == 1
-    assert len(list_segments(f"{tmp_path}/s?b/[ad].jsonl")) == 1
+    assert len(list_shards(f"{tmp_path}/**/*.jsonl")) == 3
+    assert len(list_shards(str(tmp_path))) == 3
+    assert len(list_shards(f"{tmp_path}/*")) == 1
+    assert len(list_shards(f"{tmp_path}/s?b/[ad].jsonl")) == 1
     with pytest.raises(UserError, match="no data files found"):
-        list_segments(f"{tmp_path}/*.txt")
+        list_shards(f"{tmp_path}/*.txt")
 
 
-def test_negated_and_broken_globs(tmp_path: Path) -> None:
+def test_negated_and_invalid_globs(tmp_path: Path) -> None:
     for name in "abc":
         write_jsonl(tmp_path / f"{name}.jsonl", rows(1))
-    assert len(list_segments(f"{tmp_path}/[!a].jsonl")) == 2
-    assert len(list_segments(f"{tmp_path}/[a-b].jsonl")) == 2
+    assert len(list_shards(f"{tmp_path}/[!a].jsonl")) == 2
+    assert len(list_shards(f"{tmp_path}/[a-b].jsonl")) == 2
     with pytest.raises(UserError, match="not a valid glob"):
-        list_segments(f"{tmp_path}/[z-a].jsonl")
+        list_shards(f"{tmp_path}/[z-a].jsonl")
 
 
-def test_hidden_files_are_left_alone(tmp_path: Path) -> None:
+def test_hidden_files_are_skipped(tmp_path: Path) -> None:
     for name in (".hidden/a.jsonl", ".ipynb_checkpoints/b.jsonl", ".c.jsonl", "d.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_jsonl(tmp_path / name, rows(1))
-    assert [shard.path for shard in list_segments(str(tmp_path))] == [f"{tmp_path}/d.jsonl"]
-    assert len(list_segments(f"{tmp_path}/.hidden")) == 1
+    assert [shard.path for shard in list_shards(str(tmp_path))] == [f"{tmp_path}/d.jsonl"]
+    assert len(list_shards(f"{tmp_path}/.hidden")) == 1
 
 
-def test_what_a_folder_says_of_itself_holds_for_itself(tmp_path: Path) -> None:
-    """Saved sets and files beside one another: every one of them is read, once."""
+def test_metadata_files_apply_to_their_own_folder(tmp_path: Path) -> None:
+    """Saved data sets and other files in one folder are all read, once."""
     from datasets import Dataset, DatasetDict
 
     Dataset.from_list(rows(3)).save_to_disk(tmp_path / "one")
     Dataset.from_list(rows(4)).save_to_disk(tmp_path / "two")
     write_jsonl(tmp_path / "a.jsonl", rows(2))
-    assert sum(shard.num_rows for shard in list_segments(str(tmp_path))) == 9
+    assert sum(shard.num_rows for shard in list_shards(str(tmp_path))) == 9
     DatasetDict(test=Dataset.from_list(rows(1))).save_to_disk(tmp_path / "deep" / "dict")
     with pytest.raises(UserError, match=r"(?s)several splits.*deep/dict/test"):
-        list_segments(str(tmp_path))
+        list_shards(str(tmp_path))
 
 
-def test_a_file_named_like_a_glob(tmp_path: Path) -> None:
+def test_a_file_name_with_wildcards(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a[1].jsonl", rows(1))
     assert ids_of(f"{tmp_path}/a[1].jsonl") == ["r0"]
 
 
 def test_columns_are_those_of_all_first_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["{", {"prompt": "p"}, *rows(2)])
-    (shard,) = list_segments(str(path))
+    (shard,) = list_shards(str(path))
     assert set(read_first_rows(shard)[0]) == set(rows(1)[0])
     write_jsonl(path, ["{", "[1]"])
-    (shard,) = list_segments(str(path))
+    (shard,) = list_shards(str(path))
     with pytest.raises(UserError, match="none of the first rows"):
         read_first_rows(shard)
 
 
-def test_easy_vqa_has_only_what_questions_and_like_against_like() -> None:
+def test_easy_vqa_has_only_what_questions_with_answers_of_one_kind() -> None:
     pairs = easy_vqa_rows("test")
     assert len(pairs) == 2537
     assert pairs == easy_vqa_rows("test")
@@ -203,7 +203,7 @@ def test_easy_vqa_has_only_what_questions_and_like_against_like() -> None:
         assert row["prompt"][0]["content"][1]["text"].startswith("what ")
 
 
-def test_workers_shares_are_the_whole_and_disjoint(tmp_path: Path) -> None:
+def test_workers_read_disjoint_rows_and_together_all(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows(50)), tmp_path / "a.parquet", row_group_size=8)
     whole = [row["id"] for row in read_all(spec_of([str(tmp_path)]))]
     assert sorted(whole) == sorted(f"r{i}" for i in range(50))
@@ -213,14 +213,14 @@ def test_workers_shares_are_the_whole_and_disjoint(tmp_path: Path) -> None:
         assert [row_id for _, row_id in together] == whole
 
 
-def test_a_resumed_reader_starts_at_its_slot(tmp_path: Path) -> None:
+def test_a_resumed_reader_starts_at_its_sample(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows(20)), tmp_path / "a.parquet")
     whole = read_all(spec_of([str(tmp_path)]))
     tail = read_all(spec_of([str(tmp_path)], first_sample=9))
     assert tail == whole[9:]
 
 
-def test_bad_rows_say_who_they_are_and_where_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_rows_have_id_and_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(containers, "ROWS_PER_SHARD", 2)
     lines = ["", rows(1)[0], "", "", "{broken", "", rows(1)[0] | {"chosen": "", "id": 7}]
     path = write_jsonl(tmp_path / "b.jsonl", lines)
@@ -234,7 +234,7 @@ def test_bad_rows_say_who_they_are_and_where_they_stand(tmp_path: Path, monkeypa
     ]
 
 
-def test_the_digest_says_whether_it_is_the_same_set(tmp_path: Path) -> None:
+def test_the_digest_identifies_a_data_set(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "b.jsonl", rows(5))
     first = spec_of([str(path)]).digest
     assert spec_of([str(path)]).digest == first
@@ -242,7 +242,7 @@ def test_the_digest_says_whether_it_is_the_same_set(tmp_path: Path) -> None:
     assert spec_of([str(path)]).digest != first
 
 
-def test_exchanged_images_are_other_images_for_any_number_of_workers(tmp_path: Path) -> None:
+def test_images_are_exchanged_alike_for_any_number_of_workers(tmp_path: Path) -> None:
     items = [row | {"images": [f"{i // 2}.png"]} for i, row in enumerate(rows(9))]
     items.append(rows(1)[0] | {"id": "text"})
     items.append(rows(1)[0] | {"id": "two", "images": ["0.png", "1.png"]})
@@ -261,7 +261,7 @@ def test_exchanged_images_are_other_images_for_any_number_of_workers(tmp_path: P
     assert sorted(shares[0] + shares[1], key=key) == sorted(whole, key=key)
 
 
-def test_a_pair_can_be_looked_up_by_its_slot(tmp_path: Path) -> None:
+def test_a_pair_is_found_by_its_sample_index(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "b.jsonl", rows(20))
     spec = spec_of([str(path)])
     for row in read_all(spec, epoch=1)[::7]:

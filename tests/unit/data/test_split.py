@@ -1,4 +1,4 @@
-"""A held-out share: always the same rows, about as many as asked for, and no image on both sides."""
+"""Held-out rows are deterministic, about as many as requested, and share no image with the training rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_no_image_on_both_sides_and_no_row_lost(
     spec = spec_of([str(path)], window=window)
     try:
         train, held = split_held_out(spec, share)
-    except UserError:  # one group of nearly everything
+    except UserError:  # one group contains nearly all rows
         return
     kept, out = read_all(train), read_all(held)
     assert not images(kept) & images(out)
@@ -52,14 +52,14 @@ def test_no_image_on_both_sides_and_no_row_lost(
     assert 0 < len(out) <= 1.5 * max(1, round(share * len(sets))) + 1
 
 
-def test_the_share_is_kept_and_steady(tmp_path: Path) -> None:
+def test_the_fraction_is_met_and_stable(tmp_path: Path) -> None:
     rows = [row(number, [f"{number // 3}.png"]) for number in range(600)]
     spec = spec_of([str(write_jsonl(tmp_path / "a.jsonl", rows))])
     _, held = split_held_out(spec, 0.1)
     assert held.order.num_rows == 60
     first = ids(read_all(held))
     assert ids(read_all(split_held_out(spec, 0.1)[1])) == first
-    # More rows change little of it.
+    # Additional rows change the selection little.
     more = [*rows, *(row(number, [f"{number // 3}.png"]) for number in range(600, 630))]
     (tmp_path / "longer").mkdir()
     (tmp_path / "a.jsonl").rename(tmp_path / "longer" / "old.jsonl")
@@ -78,7 +78,7 @@ def test_text_only_rows_with_one_prompt_stay_together_and_bad_rows_stay_in_train
     assert not any(each["bad"] for each in read_all(held))
 
 
-def test_workers_share_what_is_left(tmp_path: Path) -> None:
+def test_workers_read_all_remaining_rows(tmp_path: Path) -> None:
     rows = [row(number, [f"{number}.png"]) for number in range(50)]
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
     train, _ = split_held_out(spec_of([path]), 0.2)
@@ -89,7 +89,7 @@ def test_workers_share_what_is_left(tmp_path: Path) -> None:
     assert np.isclose(len(whole), 40)
 
 
-def test_one_image_everywhere_cannot_be_split(tmp_path: Path) -> None:
+def test_rows_with_a_common_image_cannot_be_split(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row(number, ["same.png"]) for number in range(10)])
     with pytest.raises(UserError, match="an image would be on both sides"):
         split_held_out(spec_of([str(path)]), 0.2)
