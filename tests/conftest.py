@@ -7,9 +7,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Without a time limit per example, which a busy machine would exceed.
+settings.register_profile("orpo-ray", deadline=None)
+settings.load_profile("orpo-ray")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
