@@ -86,6 +86,14 @@ def test_a_search_is_over_the_options_of_the_objective() -> None:
     assert list(recipe_of(objective="cpo", tune={"search": search}).search) == list(search)
 
 
+def test_a_trial_trains_with_the_options_it_was_given() -> None:
+    from orpo_ray.training.sweep import _with_params
+
+    params = {"objective.beta": 0.4, "optim.learning_rate": 1e-5}
+    assert load_objective(_with_params(recipe_of(objective="cpo"), params, "a/trials/1")) == CPO(0.4)
+    assert load_objective(_with_params(recipe_of(), {"orpo.beta": 0.4}, "a/trials/1")) == ORPO(0.4)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_keeps_the_protocol(name: str) -> None:
     """Options have the same names and defaults in the recipe and in the loss; sums have fixed names and no gradient."""

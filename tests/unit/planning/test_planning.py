@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from orpo_ray.cli import app
+from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.planning import activations
 from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.planning.gpus import gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
+from orpo_ray.planning.plan import Options, plan
 from orpo_ray.planning.states import Weight, Weights, states
 from support.pairs_by_hand import make_pair, run_as, tiny_pair_model
 
@@ -118,6 +121,20 @@ def test_the_command_plans_from_the_data_check(tmp_path: Path, monkeypatch: pyte
     for stage, memory in report["memory"].items():
         parts = sum(size for name, size in memory.items() if name != "total")
         assert parts == pytest.approx(memory["total"]), stage
+
+
+@pytest.mark.nightly
+def test_the_objective_decides_how_many_targets_are_planned_for(tmp_path: Path) -> None:
+    """Prompt tokens under the NLL cost the output head something; objectives over the response cost what ORPO does."""
+    raw: dict[str, Any] = yaml.safe_load(RECIPE) | {"checkpoint": {"storage": str(tmp_path)}}
+    response, prompt, *others = (
+        plan(parse_recipe(raw | sections), Options())
+        for sections in ({}, {"orpo": {"nll": "prompt+response"}}, {"objective": "cpo"}, {"objective": "simpo"})
+    )
+    assert prompt["step"]["flops_per_step"] > response["step"]["flops_per_step"]
+    for other in others:
+        assert other["memory"] == response["memory"]
+        assert other["step"]["flops_per_step"] == response["step"]["flops_per_step"]
 
 
 def test_wrong_prices_are_one_message() -> None:
