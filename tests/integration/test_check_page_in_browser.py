@@ -42,7 +42,7 @@ def browser() -> Iterator[Any]:
 
 
 class Opened:
-    """A page in the browser, with what it asked for and complained of."""
+    """A page in the browser, with its requests and console messages."""
 
     def __init__(self, browser: Any, file: Path, **options: Any) -> None:
         self.complaints, self.requests = list[str](), list[str]()
@@ -62,7 +62,7 @@ class Opened:
 
 @pytest.fixture
 def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
-    """Opens a page; in the end none may have complained, or asked for anything but itself."""
+    """Open a page. At the end, no page may have console messages or requests other than for itself."""
     pages: list[Opened] = []
 
     def open_page(report: dict[str, Any], gallery: list[dict[str, Any]], **options: Any) -> Opened:
@@ -103,7 +103,7 @@ def test_an_injected_script_is_stopped_by_the_policy(opened: Callable[..., Opene
     assert len(one.complaints) >= 2
     assert all("Content Security Policy" in complaint for complaint in one.complaints)
     one.complaints.clear()
-    one.requests.clear()  # the browser names those that it refused, too
+    one.requests.clear()  # the browser also reports requests that it blocked
 
 
 def test_images_are_all_shown(opened: Callable[..., Opened]) -> None:
@@ -115,7 +115,7 @@ def test_images_are_all_shown(opened: Callable[..., Opened]) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 768, 1440])
-def test_nothing_sticks_out(opened: Callable[..., Opened], width: int, scheme: str) -> None:
+def test_nothing_overflows(opened: Callable[..., Opened], width: int, scheme: str) -> None:
     empty = {"eval": None, "train": nothing(5)}
     for report, gallery in ((a_report(), a_gallery()), (a_report() | empty, [])):
         one = opened(report, gallery, viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -191,7 +191,7 @@ def test_an_image_opens_large_and_closes(opened: Callable[..., Opened]) -> None:
     assert viewer.is_hidden()
 
 
-def test_without_scripts_all_is_shown(opened: Callable[..., Opened]) -> None:
+def test_everything_is_shown_without_scripts(opened: Callable[..., Opened]) -> None:
     one = opened(a_report(), a_gallery(), java_script_enabled=False)
     assert len(one.shown()) == 10
     assert one.page.locator(".tools").is_hidden()
@@ -199,7 +199,7 @@ def test_without_scripts_all_is_shown(opened: Callable[..., Opened]) -> None:
     assert text.bounding_box()["height"] > 500
 
 
-def test_on_paper_all_is_shown(opened: Callable[..., Opened]) -> None:
+def test_everything_is_printed(opened: Callable[..., Opened]) -> None:
     one = opened(a_report(), a_gallery(), color_scheme="dark")
     one.page.emulate_media(media="print")
     text = one.page.locator(".pair", has_text="Another long answer").locator(".chosen .text")

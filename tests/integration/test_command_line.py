@@ -1,4 +1,4 @@
-"""Whole runs by command: train, evaluate, export; a sweep; a submitted job."""
+"""Complete runs by command: train, evaluate, export; a sweep; a submitted job."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TINY_OVERRIDES = [
 
 @pytest.fixture
 def dead_cluster() -> Iterator[dict[str, str]]:
-    """An environment in which Ray believes that a cluster, long dead, is running on this machine."""
-    # Not tmp_path: the paths of Ray's sockets would be longer than the system's 107 bytes.
+    """An environment in which Ray finds the address of a cluster that no longer runs."""
+    # Not in tmp_path, where the paths of Ray's sockets would exceed the limit of 107 bytes.
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "ray").mkdir()
         (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
@@ -65,7 +65,7 @@ def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: di
 
 
 def test_train_adapters_then_export_them(ray_cluster: None, tmp_path: Path) -> None:
-    """Trained on a base in 4 bits; scored as it was in the run, as one merged model, and as adapters by themselves."""
+    """Train on a 4-bit base, then score the run, the merged export and the adapter export."""
     quickstart = str(ROOT / "recipes/quickstart.yaml")
     options = [*TINY_OVERRIDES, "model.lora.r=4", "model.quantization={}", "optim.learning_rate=1e-2"]
     trained = orpo_ray_here("train", quickstart, *options, cwd=tmp_path)
@@ -93,7 +93,7 @@ def test_train_adapters_then_export_them(ray_cluster: None, tmp_path: Path) -> N
 
 @pytest.mark.timeout(600)
 def test_a_sweep_of_four_trials_leaves_nothing_behind(tmp_path: Path, dead_cluster: dict[str, str]) -> None:
-    """In a process and a Ray of its own, so that all its processes can be counted afterwards.
+    """Runs in a new process with its own Ray cluster, so that all processes can be counted afterwards.
 
     Trials that are stopped early must hand back their CPUs, whatever clusters there are or were on the machine.
     """
@@ -116,28 +116,28 @@ def test_a_sweep_of_four_trials_leaves_nothing_behind(tmp_path: Path, dead_clust
     trials = list((tmp_path / "runs" / "sweep" / "trials").iterdir())
     assert len(trials) == 4
     assert all(losses(trial) for trial in trials)
-    deadline = time.monotonic() + 30  # Ray's own processes take a moment to notice that the driver ended
+    deadline = time.monotonic() + 30  # Ray's processes end some time after the driver
     while left := processes_with(str(session)):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
 
 
 def processes_with(marker: str) -> list[str]:
-    """Command lines of living processes whose environment holds `marker`."""
+    """Return the command lines of running processes whose environment contains `marker`."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
             try:
                 if marker.encode() in (process / "environ").read_bytes():
                     found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:  # it ended, or is not ours
+            except OSError:  # it ended, or belongs to another user
                 continue
     return found
 
 
 @pytest.mark.timeout(400)
 def test_a_submitted_job_succeeds(ray_cluster: None, tmp_path: Path) -> None:
-    """`ray job submit --working-dir . -- orpo-ray train recipes/quickstart.yaml`, against a head on this machine."""
+    """`ray job submit --working-dir . -- orpo-ray train recipes/quickstart.yaml`, to a head on this machine."""
     import ray
 
     dashboard = ray._private.worker.global_worker.node.webui_url  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`orpo-ray data check` and `data prepare` on a real Ray: what they find, what they write, and training from that."""
+"""`orpo-ray data check` and `data prepare` on a real Ray cluster, and training from prepared data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def to_pair(row):
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The installed command, which unlike `python -m` does not look into the current folder by itself."""
+    """Run the installed command, which unlike `python -m` does not import from the working directory."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     whole = [str(Path(sys.executable).parent / "orpo-ray"), *arguments]
     return subprocess.run(whole, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -55,7 +55,7 @@ def test_check_then_prepare_then_train(tmp_path: Path) -> None:
     report, page = check_data(recipe, QUIET)
     assert json.loads((folder / "data_check.json").read_text()) == report
     train = report["train"]
-    # Too long is said apart: it is the recipe's limit, not the row's fault.
+    # Pairs that are too long are counted separately, since they depend on the recipe's limit.
     assert train["bad"]["by_reason"] == dict.fromkeys(set(KINDS) - {"too_long"}, 1)
     assert (train["rows"], train["pairs"], train["too_long"]["count"]) == (120, 110, 1)
     assert report["eval"]["rows"] == report["eval"]["pairs"] == 20
@@ -80,7 +80,7 @@ def test_check_then_prepare_then_train(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already exists"):
         prepare_data(recipe, QUIET)
 
-    # What was written is what stood there, images included.
+    # The prepared rows equal the original ones, including image bytes.
     from_prepared = tiny_recipe(
         tmp_path / "runs", "from-prepared", data={name: split.uri for name, split in splits.items()}
     )
@@ -100,7 +100,7 @@ def _rows(path: Path) -> list[Any]:
     return [json.loads(line) if line.startswith('{"') else None for line in path.read_text().splitlines()]
 
 
-def test_an_adapter_of_the_current_folder_works_in_every_process(tmp_path: Path) -> None:
+def test_an_adapter_in_the_working_directory_works_in_every_process(tmp_path: Path) -> None:
     path = write_pairs(tmp_path, 30)
     rows = [
         {"picture": row["images"][0], "ask": row["prompt"][0]["content"][1]["text"], "good": row["chosen"],
@@ -121,8 +121,8 @@ def test_an_adapter_of_the_current_folder_works_in_every_process(tmp_path: Path)
     assert "has no function nothing" in unknown.stderr
 
 
-def test_a_share_is_held_out_of_the_training_rows(tmp_path: Path) -> None:
-    """Also where evaluation splits anew: the same held-out pairs, so the same figures."""
+def test_a_fraction_of_the_training_rows_is_held_out(tmp_path: Path) -> None:
+    """`orpo-ray evaluate` splits again and gets the same held-out pairs, so the same metrics."""
     path = write_pairs(tmp_path, 60)
     recipe = tiny_recipe(tmp_path / "runs", "split", data={"train": str(path), "eval_fraction": 0.2})
     said = io.StringIO()

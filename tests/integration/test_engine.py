@@ -1,4 +1,4 @@
-"""The DeepSpeed engine against torch's AdamW in a plain loop: losses, gradient norms, weights, and resumption."""
+"""The DeepSpeed engine equals torch's AdamW in a plain loop: losses, gradient norms, weights, resuming."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from support.engines_by_hand import STEPS, Training, recipe_of, weights_after
 from support.plain_engine import PlainEngine
 
-# A large epsilon: Adam moves a weight whose gradient is rounding noise by the sign of the noise.
+# A large epsilon, since Adam would amplify gradients that consist of rounding errors.
 OPTIM = {"learning_rate": 1e-3, "adam_epsilon": 1e-5, "warmup": 2, "weight_decay": 0.1, "max_grad_norm": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     "full": {"optim": OPTIM},
@@ -21,7 +21,7 @@ STAGES = (0, 2, 3)
 
 
 def test_every_zero_stage_trains_as_plain_torch_does(tmp_path: Path) -> None:
-    """Four steps that clip, with warm-up, decay and weight decay, in float32."""
+    """Four steps with gradient clipping, warm-up, learning-rate decay and weight decay, in float32."""
     recipes = [recipe_of(**sections, deepspeed={"zero_stage": n}) for sections in CASES.values() for n in STAGES]
     found = weights_after(recipes, tmp_path)
     for number, (name, sections) in enumerate(CASES.items()):
@@ -39,7 +39,7 @@ def test_every_zero_stage_trains_as_plain_torch_does(tmp_path: Path) -> None:
 
 
 def test_a_plain_engine_resumes(tmp_path: Path) -> None:
-    """The protocol serves an engine that is not DeepSpeed's."""
+    """The protocol works for an engine without DeepSpeed."""
     training = Training(recipe_of(optim=OPTIM), 0, 1, PlainEngine)
     for _ in range(2):
         training.step()

@@ -1,4 +1,4 @@
-"""The memory that shipped recipes state is the plan's."""
+"""Shipped recipes state the memory that the plan predicts."""
 
 from __future__ import annotations
 

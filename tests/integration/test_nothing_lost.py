@@ -1,4 +1,4 @@
-"""800 rows, 20 of them broken in ten ways: those 20 are named, and all others trained on once an epoch."""
+"""Of 800 rows, 20 are bad in ten ways: these are recorded, and all others are used once per epoch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def recipe_of(storage: Path, name: str, broken: Broken, workers: int, epochs: in
 
 
 def check(recipe: Recipe, broken: Broken) -> None:
-    """What a run of any fate must leave: the 20 rows with their reasons, each once, and a count of all others."""
+    """Check what every run must record: the 20 bad rows with their reasons, each once, and the number of all others."""
     folder = Path(recipe.run_uri)
     written = read_jsonl(folder / "bad_rows.jsonl")
     assert {row["source"]: row["reason"] for row in written} == broken[1]

@@ -1,4 +1,4 @@
-"""Every objective through `orpo-ray train` and `orpo-ray evaluate`: it learns, and its own metrics are written."""
+"""Every objective with `orpo-ray train` and `orpo-ray evaluate`: it learns, and its metrics are written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_learns_writes_and_evaluates(ray_cluster: None, name: str, tmp_path: Pat
     own = load_objective(recipe).metrics(sums).keys()
     assert {f"train/{metric}" for metric in own} <= lines[-1].keys()
 
-    # The same recipe is the same run, another objective another.
+    # The same recipe resumes the run; another objective is refused.
     assert launch_training(recipe, QUIET).was_finished
     with pytest.raises(UserError, match=r"differ in .*objective\.name"):
         launch_training(tiny_recipe(tmp_path, name, data={"train": pairs, "eval": pairs}), QUIET)

@@ -1,4 +1,4 @@
-"""Every family learns 32 pairs by heart, and is the same model after export and reload.
+"""Every family memorizes 32 pairs, and is the same model after export and reload.
 
 Here every family does so under one way of tuning weights and one way of tuning adapters, and every way is run with
 some family; the full product is nightly.
@@ -39,7 +39,7 @@ MODES: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 WEIGHTS, ADAPTERS = list(MODES)[:2], list(MODES)[2:]
-# By turns, so that any new family takes part; then what the turns leave out.
+# Modes in rotation over all families, so that a new family is included; then the remaining combinations.
 COVER = {
     pair
     for number, family in enumerate(TINY_FAMILIES)
@@ -62,7 +62,7 @@ def batch_of(family: str, model: PairModel) -> PairBatch:
 
 
 def learn(model: PairModel, batch: PairBatch, learning_rate: float) -> tuple[float, float, int]:
-    """NLL of the chosen answers at first and at last, and the steps that it took to fall below a tenth."""
+    """Return the NLL of the chosen answers at the start and at the end, and the steps until it fell below a tenth."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98))
     first = last = 0.0
@@ -113,6 +113,6 @@ def test_learns_by_heart_and_is_the_same_when_exported(
     shared_prefix.register()
     run_as(found, model.layout)
     got = logps(found, batch)
-    # Merged from 4 bits, a weight is its dequantised value plus the adapters: what was multiplied in training.
+    # A weight merged from 4 bits is its dequantized value plus the adapters, as in training.
     for name in ("chosen", "rejected"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-4, msg=name)

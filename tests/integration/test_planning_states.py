@@ -1,4 +1,4 @@
-"""What a plan says of weights, gradients and optimizer states, against the storages of real engines."""
+"""Bytes of weights, gradients and optimizer states in a plan equal the storages of real engines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_states_are_what_a_real_engine_holds(workers: int) -> None:
         for way in WAYS
         for dtype in ("float32", "bfloat16")
         for stage in stages
-        # Weights in 4 bits are not divided by ZeRO-3 here.
+        # This engine does not shard 4-bit weights under ZeRO-3.
         if not (way.startswith("qlora") and stage == 3)
         if workers == 1 or way in ("full", "lora", "qlora")
     ]

@@ -1,4 +1,4 @@
-"""A plan of every family that shares prefixes."""
+"""Plans of all families that support shared prefixes."""
 
 from __future__ import annotations
 

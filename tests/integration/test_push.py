@@ -1,4 +1,4 @@
-"""`orpo-ray export --push` through the hub's real client, against a server on loopback that answers as the hub does."""
+"""`orpo-ray export --push` with the hub's real client and a server on loopback that responds like the hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMIT = "c" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Models of `owner` can be made and written by who has the token; those of `other` by nobody."""
+    """The token can create and write models of `owner`, but not those of `other`."""
 
     protocol_version = "HTTP/1.1"
     blobs: dict[str, bytes]
@@ -129,7 +129,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """Its address, and its repositories: name -> private, files."""
+    """Start the server; yields its address and its repositories: name -> private, files."""
     handler = type("OwnHub", (Hub,), {"blobs": {}, "repositories": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -169,7 +169,7 @@ except UserError as error:
 
 
 def answer_of(script: str, *arguments: str, **environment: str) -> str:
-    """What a process of its own prints: the client reads its settings when it is imported."""
+    """Run code in a new process and return its output, since the client reads its settings on import."""
     own = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | environment
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
@@ -183,7 +183,7 @@ def test_push_makes_a_private_model_and_refusals_are_one_message(
     hub: tuple[str, dict[str, dict[str, Any]]], tmp_path: Path
 ) -> None:
     address, repositories = hub
-    # What an older model left there would be read along with a new one.
+    # Files of an older model would be loaded together with the new ones.
     repositories["owner/old"] = {"private": False, "files": {"model-00001-of-00002.safetensors": b"old"}}
     recipe = tiny_recipe(tmp_path, "run", model={"lora": {"r": 4}})
     run = finished_run(recipe, trained(recipe))

@@ -1,4 +1,4 @@
-"""Object stores over a real client: data read from S3 and runs written there, while the server fails now and then."""
+"""Object stores with a real client: data read from S3 and runs written to S3, while the server fails at times."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_kind_of_file_is_read_while_the_server_fails(s3: Faults, tmp_path:
     assert all(s3.injected.values()), s3.injected
 
 
-def test_images_come_from_beside_their_rows_and_from_nowhere_else(s3: Faults, tmp_path: Path) -> None:
+def test_images_are_read_only_from_the_folder_of_their_rows(s3: Faults, tmp_path: Path) -> None:
     write_pairs(tmp_path, 12)
     upload(tmp_path, "deep/set")
     s3.active = True
@@ -112,7 +112,7 @@ def test_a_remote_run_folder_grows_by_pushes(s3: Faults, tmp_path: Path) -> None
     again.pull("metrics.jsonl", "final")
     assert (again.path / "metrics.jsonl").read_text() == "1\n"
     assert (again.path / "final" / "model.safetensors").read_text() == "model.safetensors"
-    # Another one in its place leaves nothing of it: a folder with both kinds would be read as either.
+    # Replacing the model leaves no files of the old one: a folder must not contain both a full model and adapters.
     (folder.path / ".final").mkdir()
     (folder.path / ".final" / "adapter_config.json").write_text("{}")
     folder.move_model(folder.path / ".final", "final")
@@ -155,7 +155,7 @@ def pushed_step(folder: RunFolder) -> int:
 
 @pytest.mark.timeout(600)
 def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> None:
-    """Data from S3, checkpoints and model to S3, interrupted and resumed, evaluated, all while the server fails."""
+    """Read data from S3, write checkpoints and model to S3, resume and evaluate, while the server fails at times."""
     write_pairs(tmp_path / "data", 64)
     write_pairs(tmp_path / "data", 16, "test")
     upload(tmp_path / "data", "data")

@@ -1,4 +1,4 @@
-"""The stream on a real Ray: every pair once, in the same steps for any number of workers, from any position."""
+"""The stream on a real Ray cluster: every pair once, in the same steps for any number of workers, from any position."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PER_STEP = 8
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
-    """50 rows in windows of 16, three of them broken, for two epochs."""
+    """50 rows in windows of 16, three of them bad, for two epochs."""
     folder = tmp_path_factory.mktemp("stream")
     path = write_pairs(folder, 50)
     lines = path.read_text().splitlines()

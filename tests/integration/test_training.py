@@ -1,4 +1,4 @@
-"""Whole runs on a real Ray: workers, ZeRO stages, kills and resumes give one and the same curve."""
+"""Complete runs on a real Ray cluster: any number of workers, ZeRO stage, kill and resume gives the same losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.commands import orpo_ray_here
 from support.runs import last_step, run, wait_until
 from support.tiny_runs import losses, tiny_recipe, write_pairs
 
-LONG = {"max_steps": 40}  # two seconds: time enough to kill something in between
+LONG = {"max_steps": 40}  # two seconds, enough to kill a process in between
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(ray_cluster: None, storage: Path) -> dict[int, float]:
-    """Losses of the uninterrupted run of one worker without ZeRO; every other run must give the same."""
+    """Losses of an uninterrupted run with one worker and without ZeRO, which every other run must reproduce."""
     return losses(Path(run(tiny_recipe(storage, "reference", optim=LONG)).run_uri))
 
 
@@ -64,7 +64,7 @@ def test_workers_and_zero_stages_give_one_curve(
 
 
 def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster: None, tmp_path: Path) -> None:
-    """Two workers, five pairs a step, most without an image: some micro-batches are dummy pairs alone."""
+    """Two workers and five pairs per step, most without an image: some micro-batches contain only dummy pairs."""
     path = write_pairs(tmp_path, 12)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows[::2] + rows[1:8:2]:
@@ -84,19 +84,21 @@ def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster
 
 @contextmanager
 def one_worker_killed(recipe: Recipe) -> Iterator[None]:
-    """SIGKILL for a worker of the run within, after step 8."""
+    """Kill a worker of the run after step 8, with SIGKILL."""
     import ray
     from ray.util.state import list_actors
 
     killed: list[int] = []
-    address = ray.get_runtime_context().gcs_address  # else it asks for whatever cluster was last started here
+    address = (
+        ray.get_runtime_context().gcs_address
+    )  # by default, it would connect to the last cluster started on this machine
 
     def workers() -> list[Any]:
         alive = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
         return list_actors(address, filters=alive, detail=True)
 
     def kill() -> None:
-        # Asked beforehand: the answer takes longer than a step.
+        # Listed in advance, since listing takes longer than a step.
         wait_until((Path(recipe.run_uri) / "metrics.jsonl").exists, "the run's first file")
         wait_until(lambda: len(workers()) == recipe.scaling.num_workers, "the workers")
         pid = workers()[-1].pid
@@ -131,7 +133,7 @@ def command(recipe: Recipe, folder: Path) -> list[str]:
 def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
     reference: dict[int, float], tmp_path: Path
 ) -> None:
-    """SIGKILL of the driver takes its Ray along; the same command on the same folder goes on from a checkpoint."""
+    """Killing the driver ends its Ray cluster; the same command in the same folder resumes from a checkpoint."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     recipe = tiny_recipe(tmp_path, "driver-killed", optim=LONG, checkpoint={"every_steps": 3})
     first = subprocess.Popen(command(recipe, tmp_path), env=environment, stderr=subprocess.DEVNULL)
@@ -210,7 +212,7 @@ def test_bfloat16_trains_too(ray_cluster: None, tmp_path: Path) -> None:
 
 @pytest.fixture
 def with_bad_rows(tmp_path: Path) -> tuple[Path, set[str]]:
-    """40 rows, 6 of them broken in 6 ways; the file and where the broken ones stand."""
+    """Write 40 rows, 6 of them bad in 6 ways. Returns the file and the sources of the bad rows."""
     path = write_pairs(tmp_path, 40)
     rows: list[Any] = [json.loads(line) for line in path.read_text().splitlines()]
     (tmp_path / "images" / "torn.png").write_bytes((tmp_path / rows[0]["images"][0]).read_bytes()[:50])

@@ -1,4 +1,4 @@
-"""The ways of tuning through real engines: every ZeRO stage, one worker and two."""
+"""Tuning options with real engines: every ZeRO stage, one worker and two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RISKY: dict[str, dict[str, Any]] = {
 
 
 def test_in_bfloat16_no_sharding_steps_as_far_as_sharding(tmp_path: Path) -> None:
-    """Without clipping, which rounds otherwise, the same numbers from the first step on."""
+    """Losses are equal from the first step on, without clipping, which rounds differently."""
     sections = {"model": {"dtype": "bfloat16"}, "optim": {"max_grad_norm": 0}}
     plain, sharded = curves([recipe_of(**sections, deepspeed={"zero_stage": n}) for n in (0, 1)], 1, tmp_path)
     np.testing.assert_allclose(plain, sharded, rtol=1e-3)
@@ -34,13 +34,13 @@ def test_in_bfloat16_no_sharding_steps_as_far_as_sharding(tmp_path: Path) -> Non
 
 @pytest.mark.timeout(600)
 def test_two_workers_on_every_zero_stage_have_the_curve_of_one(tmp_path: Path) -> None:
-    """ZeRO-3 lets go of every weight as soon as it can, as it would in a model of billions."""
+    """ZeRO-3 releases every weight as soon as possible, as in a model of billions of parameters."""
     one = dict(zip(RISKY, curves([recipe_of(**sections) for sections in RISKY.values()], 1, tmp_path), strict=True))
     cases = [(name, stage) for name in RISKY for stage in (2, 3)] + [("QLoRA", 1), ("8 bits", 1)]
     recipes = [recipe_of(**RISKY[name], deepspeed={"zero_stage": stage}) for name, stage in cases]
     for (name, stage), curve in zip(cases, curves(recipes, 2, tmp_path), strict=True):
         assert curve[-1][0] < 0.8 * curve[0][0], name
-        # Blocks of 64 moments share a scale in 8 bits, and a shard begins other blocks.
+        # 8-bit moments have a scale per block, and shards have other block borders.
         tolerance = 1e-3 if name == "8 bits" else 1e-4
         assert curve == [pytest.approx(step, rel=tolerance) for step in one[name]], (name, stage)
 
@@ -57,7 +57,7 @@ def test_8_bit_moments_are_8_bits_and_come_back_from_a_checkpoint(tmp_path: Path
 
 
 def test_qlora_on_two_workers_has_the_curve_of_one(ray_cluster: None, tmp_path: Path) -> None:
-    """The real program: 4-bit weights under adapters and a connector trained in full, two workers on ZeRO-2."""
+    """The real program: adapters on 4-bit weights, a connector trained in full, two workers with ZeRO-2."""
     model = {"lora": {"r": 8, "modules_to_save": ["connector"]}, "quantization": {}, "gradient_checkpointing": True}
     found = []
     for workers, stage in ((1, 0), (2, 2)):

@@ -1,4 +1,4 @@
-"""The chunked head under ZeRO-3: workers with unlike numbers of answers, every chunk gathering the head's weight."""
+"""The chunked output head under ZeRO-3: workers have different numbers of chunks, and each chunk gathers the weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every test of this folder has the mark `nightly`."""
+"""Mark every test of this folder as `nightly`."""
 
 from __future__ import annotations
 

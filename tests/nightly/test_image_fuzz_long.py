@@ -1,4 +1,4 @@
-"""Twenty thousand broken image files."""
+"""Twenty thousand corrupt image files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A really pretrained model on really human data: a handful of steps, finite and falling."""
+"""A pretrained model on human data: a few steps, with finite and decreasing loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family with its own processor through a whole run: Ray Data, training, evaluation, the model it leaves."""
+"""Complete runs of every family with its own processor: Ray Data, training, evaluation, final model."""
 
 from __future__ import annotations
 

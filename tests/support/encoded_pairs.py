@@ -1,4 +1,4 @@
-"""Encoded pairs of given tokens."""
+"""Make encoded pairs from given tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several recipes through the real engine, without Ray: their losses and gradient norms on any number of workers."""
+"""Run recipes through the real engine without Ray, and return losses and gradient norms, for any number of workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def recipe_of(**sections: Any) -> Recipe:
-    """A recipe for the tiny model: steps of 2 pairs."""
+    """Return a recipe for the tiny model, with 2 pairs per step."""
     raw: dict[str, Any] = {
         "name": "x",
         "model": {"id": f"orpo-ray/tiny-{FAMILY}"},
@@ -42,7 +42,7 @@ def recipe_of(**sections: Any) -> Recipe:
 
 
 def share_of(rank: int, num_workers: int) -> list[EncodedPair]:
-    """Two pairs with an image each, dealt out."""
+    """Return this worker's share of two pairs with one image each."""
     rng = np.random.default_rng(0)
     lengths = [(12, 9), (5, 7)]
     return [make_pair(FAMILY, rng, 1, 6, *both, sample_index) for sample_index, both in enumerate(lengths)][
@@ -51,7 +51,7 @@ def share_of(rank: int, num_workers: int) -> list[EncodedPair]:
 
 
 class Training:
-    """One worker's model, planner and engine."""
+    """Model, planner and engine of a worker."""
 
     def __init__(
         self, recipe: Recipe, rank: int, num_workers: int, engine: Callable[..., Engine] = DeepSpeedEngine
@@ -65,7 +65,7 @@ class Training:
         self.pairs = share_of(rank, num_workers)
 
     def step(self) -> list[float]:
-        """[loss, gradient norm] of a step over all workers."""
+        """Make a step; returns [loss, gradient norm] over all workers."""
         plan = self.planner.plan(self.pairs, 0)
         for batch in plan.batches:
             loss, sums = ORPO(0.1).loss(self.engine.forward(batch), batch.weights, plan.normaliser)
@@ -75,7 +75,7 @@ class Training:
 
 
 def curves(recipes: list[Recipe], num_workers: int, folder: Path) -> list[list[list[float]]]:
-    """Each recipe's [loss, norm] by step."""
+    """Return [loss, gradient norm] by step for each recipe."""
     found: list[list[list[float]]] = _spawned(_curve, recipes, num_workers, folder)
     return found
 
@@ -89,7 +89,7 @@ def resumed(recipes: list[Recipe], folder: Path) -> list[dict[str, Any]]:
 
 
 def weights_after(recipes: list[Recipe], folder: Path) -> list[tuple[list[list[float]], dict[str, torch.Tensor]]]:
-    """Each recipe's [loss, norm] by step on one worker, and the weights after the last step."""
+    """Return [loss, gradient norm] by step on one worker, and the weights after the last step, for each recipe."""
     found = _spawned(_weights, recipes, 1, folder)
     states = [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(len(recipes))]
     return list(zip(found, states, strict=True))
@@ -140,7 +140,7 @@ def _resume(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[st
 
 
 def _keeping_nothing(config: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """The same, but ZeRO-3 lets go of weights after each use; it would keep a billion of them, and these are few."""
+    """The same, but ZeRO-3 releases weights after each use. By default, it would keep all weights of this model."""
     limits = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshold", "prefetch_bucket_size")
 
     def strict(*arguments: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pairs of any lengths and images for any family's tiny model, without a processor: random tokens and pixels."""
+"""Pairs with random tokens and pixels, of any length and number of images, for the tiny model of any family."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from orpo_ray.objective.orpo import ORPO
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 
-# Whose language model looks at images by cross-attention.
+# Families with cross-attention to images.
 CROSS = ("idefics", "mllama")
 NORM = PixelNorm(1 / 255, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 def tiny_pair_model(family: str, lora: bool = False, checkpointing: bool = False) -> PairModel:
-    """A family's tiny model, all weights trained or with LoRA, able to run either layout (see `run_as`)."""
+    """Load a family's tiny model, fully trained or with LoRA. It can run both layouts (see `run_as`)."""
     model = copy.deepcopy(_tiny(family))
     shared_prefix.register()
     if lora:
@@ -44,7 +44,7 @@ def _tiny(family: str) -> Any:
 
 
 def run_as(model: PairModel, layout: Layout) -> None:
-    """Give the language model the attention of a layout."""
+    """Set the attention of the language model for a layout."""
     base = without_adapters(model.model)
     own = "eager" if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
     name = shared_prefix.NAME if layout == "shared_prefix" else own
@@ -53,14 +53,14 @@ def run_as(model: PairModel, layout: Layout) -> None:
 
 
 def layouts_of(family: str) -> list[Layout]:
-    """Those that a family can have, the better one first."""
+    """Return the layouts that a family supports, the preferred one first."""
     return ["concatenated"] if family in CROSS else ["shared_prefix", "concatenated"]
 
 
 def make_pair(
     family: str, rng: np.random.Generator, images: int, prompt: int, chosen: int, rejected: int, sample_index: int = 0
 ) -> EncodedPair:
-    """`prompt` text tokens in all, some of them between the images."""
+    """Make a pair with `prompt` text tokens, some of them between the images."""
     image_token = image_token_of(family)
     counts, tensors = _images(family, rng, images) if images else ([], {})
     text = rng.integers(12, 250, prompt + images)
@@ -71,7 +71,7 @@ def make_pair(
     answers = [rng.integers(12, 250, length).astype(np.int32) for length in (chosen, rejected)]
     prompt_ids = np.asarray(ids, np.int32)
     if family in CROSS and images:
-        latest = np.cumsum(prompt_ids == image_token) - 1  # of each token, the image that it sees
+        latest = np.cumsum(prompt_ids == image_token) - 1  # for each token, the image that it attends to
         sees = (latest[:, None] == np.arange(images)).astype(np.uint8)
         if family == "idefics":
             tensors["image_attention_mask"] = sees
@@ -81,14 +81,14 @@ def make_pair(
 
 
 def make_row(family: str, row: list[tuple[int, int, int, int]]) -> list[EncodedPair]:
-    """Pairs of these (images, prompt, chosen, rejected)."""
+    """Make pairs from (images, prompt, chosen, rejected) sizes."""
     rng = np.random.default_rng(len(row))
     return [make_pair(family, rng, *lengths, sample_index) for sample_index, lengths in enumerate(row)]
 
 
 @cache
 def image_token_of(family: str) -> int:
-    """The id that stands where an image goes."""
+    """Return the id of the image placeholder token."""
     if family == "idefics":
         return len(TINY_FAMILIES[family]().tokenizer) - 1
     config = TINY_FAMILIES[family]().config()
@@ -96,7 +96,7 @@ def image_token_of(family: str) -> int:
 
 
 def _images(family: str, rng: np.random.Generator, images: int) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Tokens of each image of a pair, and the tensors of all."""
+    """Return the tokens of each image of a pair, and the tensors of all images."""
 
     def pixels(*shape: int) -> np.ndarray:
         return rng.integers(0, 256, shape).astype(np.uint8)
@@ -141,7 +141,7 @@ def _images(family: str, rng: np.random.Generator, images: int) -> tuple[list[in
 
 
 def gradients(model: PairModel) -> dict[str, torch.Tensor]:
-    """Of every trained parameter that has one; they are cleared."""
+    """Return the gradients of all trained parameters, and clear them."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
@@ -153,7 +153,7 @@ def relative_distance(got: Any, expected: Any) -> float:
 
 
 def run(model: PairModel, pairs: list[EncodedPair], layout: Any, nll: str = "response", chunks: int = 1) -> Any:
-    """Log-probs, loss and gradients of every parameter in a layout."""
+    """Return log-probs, loss and the gradients of all parameters, in a layout."""
     run_as(model, layout)
     batch = build_batch(pairs, nll, layout, collate=model.family.collate)
     object.__setattr__(batch, "head_chunks", chunks)
@@ -165,7 +165,7 @@ def run(model: PairModel, pairs: list[EncodedPair], layout: Any, nll: str = "res
 
 
 def assert_equal(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Two results of `run` are the same."""
+    """Check that two results of `run` are equal."""
     for name in ("chosen", "rejected", "nll", "chosen_tokens", "rejected_tokens", "nll_tokens"):
         torch.testing.assert_close(
             getattr(got[0], name), getattr(expected[0], name), rtol=tolerance, atol=tolerance, msg=name
@@ -176,5 +176,5 @@ def assert_equal(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
     worst = max((relative_distance(got[2][name], gradient), name) for name, gradient in expected[2].items()
                 if gradient.norm() > 1e-6)  # fmt: skip
     assert worst[0] < tolerance, worst
-    # Where there is next to no gradient, there is none in the other layout either.
+    # Gradients that are almost 0 must be so in the other layout too.
     assert all(got[2][name].norm() < 1e-5 for name, gradient in expected[2].items() if gradient.norm() <= 1e-6)

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, and faults in front of it: refusals, slow answers, answers cut short."""
+"""A real S3 server on loopback, with faults: refused requests, slow responses, incomplete responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLOW_SECONDS = 0.3
 
 
 class Faults:
-    """WSGI in front of a server: of every ten requests one is refused, one is slow, one is cut off in the middle."""
+    """WSGI middleware: of every ten requests, one is refused, one is slow and one gets an incomplete response."""
 
     def __init__(self, server: Any) -> None:
         self.server = server
@@ -43,7 +43,7 @@ class Faults:
 
 @contextmanager
 def s3_server(environment: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """The server, with one bucket; `AWS_*` of this process and of those that it starts say where it is."""
+    """Start the server with one bucket, and set `AWS_*` for this process and its children."""
     pytest.importorskip("moto", reason="moto's server is not installed")
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
@@ -67,6 +67,6 @@ def s3_server(environment: pytest.MonkeyPatch) -> Iterator[Faults]:
     finally:
         from orpo_ray.storage import files as storage
 
-        storage._remote.cache_clear()  # the next server is at another port
+        storage._remote.cache_clear()  # the next server has another port
         server.shutdown()
         thread.join()

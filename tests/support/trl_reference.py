@@ -1,4 +1,4 @@
-"""TRL's trainers as the reference for losses: the same text-only tokens and weights through theirs and through ours."""
+"""TRL's trainers as the reference for losses, on the same text-only tokens and weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.tiny_models.build import resolve
 
 TINY = "orpo-ray/tiny-smolvlm"
-# Answers of unlike lengths, so that sums, means per pair and means per token all differ.
+# Answers have different lengths, so that sums, means per pair and means per token all differ.
 ROWS = [
     {"prompt": "what is the color of the shape?", "chosen": " a red circle", "rejected": " teal"},
     {"prompt": "how many are there in the image?", "chosen": " two", "rejected": " there are three of them"},
@@ -29,13 +29,13 @@ ROWS = [
 
 
 def concatenated_model() -> PairModel:
-    """A tiny model that runs prompt + answer twice, as TRL does."""
+    """Load a tiny model with concatenated attention, as in TRL."""
     section = ModelConfig(id=TINY, attention="concatenated")
     return PairModel(load_model(section, torch.device("cpu"), seed=0), PixelNorm(1.0, (0.0,), (1.0,)))
 
 
 def trl_trainer(trainer: type, config: type, model: PairModel, folder: Path, **options: Any) -> Any:
-    """One of TRL's trainers around the very same weights; it takes no image, so the rows have none."""
+    """Make one of TRL's trainers with the same weights, on text-only rows, since it takes no images."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -78,7 +78,7 @@ def assert_equals_trl(
 
 
 def _encoded(row: dict[str, Any]) -> EncodedPair:
-    """TRL's own tokens of a row: what it trains on, its added bos and eos included."""
+    """Return the tokens of a row that TRL trains on, including bos and eos."""
     prompt = np.asarray(row["prompt_input_ids"], np.int32)
     chosen, rejected = (
         np.asarray(row[f"{name}_input_ids"][len(prompt) :], np.int32) for name in ("chosen", "rejected")
@@ -88,7 +88,7 @@ def _encoded(row: dict[str, Any]) -> EncodedPair:
 
 
 def _packed(model: PairModel) -> PairModel:
-    """The very same weights in the shared-prefix layout."""
+    """The same weights in the shared-prefix layout."""
     packed = load_model(ModelConfig(id=TINY), torch.device("cpu"), seed=0)
     packed.load_state_dict(model.model.state_dict())
     return PairModel(packed, PixelNorm(1.0, (0.0,), (1.0,)))

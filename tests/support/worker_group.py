@@ -32,7 +32,7 @@ class WorkerGroup:
         self._folder = Path(self._temporary.name)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What the function returned on each rank.
+        """Run the function on all ranks, and return its result on each.
 
         Raises:
             AssertionError: a rank raised or died; with its traceback, or with the end of what it printed.
@@ -83,7 +83,7 @@ class WorkerGroup:
 
 @cache
 def worker_group(size: int) -> WorkerGroup:
-    """The group of this many workers. Its processes end with this one."""
+    """Return the group with this number of workers. Its processes end with this process."""
     return WorkerGroup(size)
 
 
@@ -104,6 +104,6 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
         function, arguments = pipe.recv()
         try:
             answer = (None, function(rank, size, *arguments))
-        except Exception:  # noqa: BLE001 - whatever it is, the test that asked reports it
+        except Exception:  # noqa: BLE001 - any error is reported by the test
             answer = (traceback.format_exc(), None)
         pipe.send(answer)

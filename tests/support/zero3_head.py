@@ -1,4 +1,4 @@
-"""One worker of the test of the chunked head under ZeRO-3."""
+"""A worker for the test of the chunked output head under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 3
 
 
 def share_of(family: str, rank: int, num_workers: int) -> list[EncodedPair]:
-    """Rank 0 of two has the long answers."""
+    """Rank 0 of two gets the long answers."""
     rng = np.random.default_rng(0)
     pairs = [
         make_pair(family, rng, 1, 6, *lengths, sample_index) for sample_index, lengths in enumerate([(30, 25), (2, 3)])
@@ -30,7 +30,7 @@ def share_of(family: str, rank: int, num_workers: int) -> list[EncodedPair]:
 
 
 def train(rank: int, num_workers: int, family: str, stage: int) -> list[list[float]]:
-    """One worker: a few steps' losses, gradient norms, and chunks of the head."""
+    """Run a few steps on a worker; returns losses, gradient norms, and numbers of chunks of the head."""
     with pytest.MonkeyPatch.context() as patch:
         return _train(rank, num_workers, family, stage, patch)
 
@@ -44,7 +44,7 @@ def _train(rank: int, num_workers: int, family: str, stage: int, patch: pytest.M
     device = torch.device("cpu")
     model = PairModel(load_model(ModelConfig(id=model_id), device, seed=0), NORM)
     vocabulary = model.model.config.get_text_config().vocab_size
-    patch.setattr(logps, "CHUNK_BYTES", 16 * vocabulary * 4)  # 16 targets a chunk
+    patch.setattr(logps, "CHUNK_BYTES", 16 * vocabulary * 4)  # 16 targets per chunk
     dummy_pairs = share_of(family, 0, 2) * 2
     planner = StepPlanner(ORPO(), 8192, "shared_prefix", vocabulary, dummy_pairs[0], dummy_pairs[1], device)
     engine = DeepSpeedEngine(model, recipe, STEPS, num_workers)

@@ -1,4 +1,4 @@
-"""The commands as a user types them: exit codes, messages, JSON; a sweep; a submitted job."""
+"""Commands: exit codes, messages, JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every notebook's cells run as they stand, one after another (but for those tagged as training)."""
+"""Cells of all notebooks run in order, except those tagged as training."""
 
 from __future__ import annotations
 

@@ -50,14 +50,14 @@ def test_packed_micro_batches_are_within_the_budget_and_level(
         tokens = [sum(map(packed_length, batch)) for batch in spread_out]
         assert tokens == sorted(tokens, reverse=True)
         assert all(len(batch) == 1 or size <= budget for batch, size in zip(spread_out, tokens, strict=True))
-    # Level: no micro-batch could hand its shortest pair to the smallest one and both still be below it.
+    # Balanced: moving the shortest pair of a micro-batch to the smallest one would not reduce the maximum.
     levelled = spread(batches, len(batches) + more + 1, "shared_prefix")
     tokens = [sum(map(packed_length, batch)) for batch in levelled]
     assert max(tokens, default=0) - min(tokens, default=0) <= longest
 
 
 def test_levelling_never_breaks_the_budget() -> None:
-    """Pairs of 9, 9, 6, 6, 6 tokens fit two rows of 18; always filling the smaller one would make one of 21."""
+    """Pairs of 9, 9, 6, 6, 6 tokens fit in two rows of 18; always filling the smaller row would make one of 21."""
     pairs = [make([1] * (size // 3), [2] * (size // 3), [3] * (size // 3), i) for i, size in enumerate([9, 9, 6, 6, 6])]
     batches = plan_microbatches(pairs, 18, "shared_prefix")
     assert [sum(map(packed_length, batch)) for batch in batches] == [18, 18]
@@ -72,7 +72,7 @@ def test_spread_keeps_the_pairs_and_gives_the_count(sizes: list[int], budget: in
 
 
 def test_layout() -> None:
-    """Two pairs and a dummy pair: every target is predicted by the hidden state just before it."""
+    """Two pairs and a dummy pair: the hidden state before each target predicts it."""
     pairs = [make([5, IMAGE, 6], [7, 8], [9], 0), make([1, 2], [3], [4, 5, 6], 1)]
     batch = build_batch(pairs, "response", "concatenated", dummy_pairs=[make([5, IMAGE], [1], [2], -1)])
     assert batch.input_ids.tolist() == [
@@ -98,7 +98,7 @@ def test_prompt_tokens_as_targets_leave_out_placeholders_and_the_first() -> None
 
 
 def test_packed_layout() -> None:
-    """A pair, a text-only pair and a dummy pair behind one another; both first answer tokens come after the prompt."""
+    """A pair, a text-only pair and a dummy pair in a row: the first token of both answers follows the prompt."""
     pairs = [make([5, IMAGE, 6], [7, 8], [9], 0), make([1, 2], [3], [4, 5, 6], 1)]
     batch = build_batch(pairs, "response", "shared_prefix", dummy_pairs=[make([5, IMAGE], [1], [2], -1)])
     assert batch.input_ids.tolist() == [[5, IMAGE, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 5, IMAGE, 1, 2]]
@@ -135,7 +135,7 @@ def test_a_pair_with_two_prompts_has_two_spans() -> None:
     assert batch.target_position.tolist() == [1, 2, 3, 7, 8, 10, 11, 11]
     assert batch.images["pixel_values"][:, 0, 0, 0].tolist() == [1, 2]
     assert packed_length(pairs[0]) == 10
-    # Padded, every row takes its own images, also those of pairs that share them.
+    # In the padded layout, every row has its own images, even if the pair shares them.
     padded = build_batch([*pairs, make([IMAGE], [3], [4], 9)], "response", "concatenated")
     assert padded.images["pixel_values"][:, 0, 0, 0].tolist() == [1, 9, 2, 9]
     assert not padded.images_shared

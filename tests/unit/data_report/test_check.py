@@ -1,4 +1,4 @@
-"""What a check says of a set, worked by hand; and how far answers can be told apart without their images."""
+"""The report of a data check, worked by hand; the text-only accuracy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from orpo_ray.data_report.text_only_baseline import TextOnlyPair, text_only_accu
 def facts(
     sample_index: int, question: str = "q", chosen: str = "yes", rejected: str = "no", images: int = 1
 ) -> PairFacts:
-    """Facts of a pair with a token a character, 10 for the prompt and 5 for each image."""
+    """Make facts of a pair: one token per character of the answers, 10 for the prompt and 5 per image."""
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
     pair = PreferencePair(
         str(sample_index), [], [{"role": "user", "content": content}], chosen, rejected, f"a:{sample_index}"
@@ -73,7 +73,7 @@ def test_duplicates_and_contradictions() -> None:
     assert split.report()["duplicates"] == {"pairs": 1, "prompts": 3, "contradictions": 1}
 
 
-def test_the_same_answer_to_different_images_contradicts_nothing() -> None:
+def test_equal_answers_to_different_images_are_no_contradiction() -> None:
     split = check(
         *(facts(sample_index, f"q{sample_index}", chosen="same", rejected="same") for sample_index in range(4))
     )
@@ -86,7 +86,7 @@ def test_length_bias() -> None:
     assert bias == {"chosen_longer": 0.75, "equal": 0.25, "median_difference": 1.0}
 
 
-def test_nothing_good_is_no_error() -> None:
+def test_a_split_without_usable_rows() -> None:
     report = check(BadRow(0, "0", "a:0", "malformed_row", "x")).report()
     assert (report["tokens"], report["text_only"], report["length_bias"], report["image_sizes"]) == (None,) * 4
     assert check(BadRow(0, "0", "a:0", "malformed_row", "x")).gallery() == {}
@@ -113,7 +113,7 @@ def test_warnings() -> None:
     assert warnings_of(facts(0), 50) == []
 
 
-def test_facts_survive_their_way_as_json() -> None:
+def test_facts_round_trip_through_json() -> None:
     import json
     from dataclasses import asdict
 
@@ -125,7 +125,7 @@ COLORS = ["red", "green", "blue", "teal", "brown"]
 
 
 def texts(count: int, seed: int, leak: str) -> list[TextOnlyPair]:
-    """Questions about colours. leak: nothing, a `length`, a favourite `word`, or `agreement` with the question."""
+    """Questions about colors. `leak` reveals the chosen answer: `length`, a `word`, `agreement` with the prompt."""
     rng = random.Random(seed)
     found = []
     for number in range(count):
@@ -143,22 +143,22 @@ def texts(count: int, seed: int, leak: str) -> list[TextOnlyPair]:
 
 
 @pytest.mark.parametrize("leak", ["length", "word", "agreement"])
-def test_what_gives_the_answer_away_is_found(leak: str) -> None:
+def test_leaks_are_found(leak: str) -> None:
     found = text_only_accuracy(texts(600, 0, leak))
     assert found is not None
     assert found["accuracy"] > 0.95
     assert found["low"] <= found["accuracy"] <= found["high"]
 
 
-def test_where_nothing_gives_it_away_it_is_a_coin_toss() -> None:
+def test_without_a_leak_accuracy_is_chance() -> None:
     found = text_only_accuracy(texts(2000, 1, ""))
     assert found is not None
     assert abs(found["accuracy"] - 0.5) < 0.05
     assert found["pairs"] == 2000
 
 
-def test_repeated_pairs_are_not_learnt_by_heart() -> None:
-    """Each question ten times: told by memory alone, if folds did not keep its repetitions together."""
+def test_repeated_pairs_stay_in_one_fold() -> None:
+    """Each question occurs ten times. If its copies were in several folds, the classifier could memorize the answer."""
     few = texts(60, 2, "")
     found = text_only_accuracy(
         [TextOnlyPair(text.group, f"picture {text.group}", *(text.chosen, text.rejected)) for text in few] * 10
@@ -167,5 +167,5 @@ def test_repeated_pairs_are_not_learnt_by_heart() -> None:
     assert abs(found["accuracy"] - 0.5) < 0.2
 
 
-def test_too_few_pairs_say_nothing() -> None:
+def test_too_few_pairs_give_no_estimate() -> None:
     assert text_only_accuracy(texts(50, 0, "word")) is None

@@ -1,4 +1,4 @@
-"""The page of `orpo-ray data check`: hostile text stays text, nothing is loaded, and in a real browser it works."""
+"""The page of `orpo-ray data check`: hostile text stays text, and nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.data_reports import (
 
 
 class Structure(HTMLParser):
-    """Elements and the names of their attributes, what they refer to, and the text between them."""
+    """Elements of a page with the names of their attributes, references, and text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def test_hostile_text_stays_text() -> None:
-    """With every text poisoned the page has no element and no attribute that it has not with tame ones."""
+    """With hostile texts, the page has no elements or attributes that it does not have with normal texts."""
     tame, page = Structure(render_page(a_report(), a_gallery())), render_page(*hostile())
     found = Structure(page)
     assert found.elements <= tame.elements
@@ -61,7 +61,7 @@ def test_hostile_text_stays_text() -> None:
     for text in HOSTILE:
         assert visible(text) in found.text
     assert "{{ 7 * 7 }}{% raw %}" in found.text
-    page.encode()  # a file can hold it
+    page.encode()  # can be written to a file
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
 
 
@@ -103,11 +103,11 @@ def test_the_policy_names_the_one_script_and_the_one_style() -> None:
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}';" in policy[1]
     assert "unsafe" not in policy[1]
-    assert " style=" not in render_page(a_report(), a_gallery())  # the policy would refuse it
+    assert " style=" not in render_page(a_report(), a_gallery())  # the content security policy would block it
 
 
 def test_the_page_stays_small() -> None:
-    """Images are what it weighs: endless texts are cut, with a word on how much is missing."""
+    """Long texts are cut, with a note on how much is left out."""
     assert len(render_page(a_report(), a_gallery())) < 100_000
     page = render_page(a_report(), [a_pair(n, chosen="long " * 200_000) for n in range(80)])
     assert len(page) < 80 * 2 * TEXT_SHOWN

@@ -1,4 +1,4 @@
-"""How held-out pairs are scored."""
+"""Scoring of held-out pairs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
     planner = StepPlanner(ORPO(0.5), 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
 
     def forward(batch: PairBatch) -> PairLogps:
-        """Slot s has log-probs -1 for the chosen answer and -(s + 0.5) / 2 for the rejected one."""
+        """Sample s has log-probs -1 for the chosen answer and -(s + 0.5) / 2 for the rejected one."""
         chosen = -torch.ones(len(batch.sample_indices))
         rejected = -(torch.tensor(batch.sample_indices, dtype=torch.float) + 0.5) / 2
         ones = torch.ones(len(batch.sample_indices))

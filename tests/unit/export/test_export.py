@@ -1,4 +1,4 @@
-"""`orpo-ray export`: what plain transformers loads from it gives the log-probs that were trained."""
+"""`orpo-ray export`: transformers loads the exported model, with the log-probs of the trained one."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from orpo_ray.tiny_models.build import resolve
 from support.finished_runs import CPU, called_directly, finished_run, trained
 from support.tiny_runs import tiny_recipe
 
-# What a merge may cost a log-prob in float32, where 2e-6 is seen. The same holds for a base in 4 bits, since merged and
-# unmerged multiply by the same dequantised weights; put on the base's original weights, the adapters are off by 0.5.
+# Tolerance of log-probs after a merge in float32; 2e-6 was measured. It also holds for a 4-bit base, since the merged
+# model has the dequantized weights. Adapters on the original weights of the base would be off by 0.5.
 LOGPS = 1e-4
 
 
 def logps(model: Any) -> torch.Tensor:
-    """Log-probs of every next token of a prompt with an image: [T, V]."""
+    """Return the log-probs of every next token of a prompt with an image: [T, V]."""
     processor = load_processor("orpo-ray/tiny-smolvlm", None)
     pixels = torch.rand(1, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     image = [processor.tokenizer.convert_tokens_to_ids(processor.image_token)] * 16
@@ -45,7 +45,7 @@ def export(run: Path, **options: Any) -> Exported:
 
 
 def plainly(folder: str | Path, **options: Any) -> Any:
-    """As users load it; every weight must be found."""
+    """Load a model as users do; every weight must be found."""
     from transformers import AutoModelForImageTextToText
 
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
@@ -55,7 +55,7 @@ def plainly(folder: str | Path, **options: Any) -> Any:
 
 
 def check_vllm_layout(folder: Path, shards: bool = False) -> None:
-    """What vLLM loads a model by (it is not installed here): the class, the weights' names, the processor."""
+    """Check what vLLM reads from a model folder: class, names of the weights, processor. (vLLM is not installed.)"""
     config = json.loads((folder / "config.json").read_text())
     base = Path(resolve("orpo-ray/tiny-smolvlm"))
     assert config["architectures"] == json.loads((base / "config.json").read_text())["architectures"]
@@ -91,14 +91,14 @@ def test_lora_merged_and_as_adapters(tmp_path: Path) -> None:
     expected = logps(model)
     run = finished_run(recipe, model)
     base = plainly(resolve(recipe.model.id))
-    assert (logps(base) - expected).abs().max() > 0.1, "the adapters do nothing"
+    assert (logps(base) - expected).abs().max() > 0.1, "the adapters have no effect"
     merged = plainly(export(run).uri)
     check_vllm_layout(run / "export")
     assert (logps(merged) - expected).abs().max() < LOGPS
-    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight, "tied ones stay tied"
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight, "tied weights must stay tied"
     adapter = export(run, adapter=True, output=str(tmp_path / "adapter"))
     for folder in (run / "final", Path(adapter.uri)):
-        # A config.json there would have transformers look for the whole model's weights beside it.
+        # With a config.json, transformers would look for the weights of a full model.
         assert not (folder / "config.json").exists()
         assert all(
             name.startswith("base_model.model.model.text_model.") for name in load_file(folder / ADAPTER_WEIGHTS)
@@ -121,7 +121,7 @@ def test_rslora_dora_and_modules_trained_in_full(tmp_path: Path) -> None:
     assert any("lora_magnitude_vector" in name for name in names)
     assert any("connector" in name for name in names)
     assert (logps(load_adapted(called_directly(recipe.model), run / "final", CPU, 1)) - expected).abs().max() < LOGPS
-    # Not from_pretrained of the folder: transformers 5.23 does not find DoRA's magnitudes, and says so.
+    # Without from_pretrained of the folder, since transformers 5.23 does not load DoRA's magnitudes.
     alone = PeftModel.from_pretrained(plainly(resolve(recipe.model.id)), run / "final")
     assert (logps(alone) - expected).abs().max() < LOGPS
     assert (logps(plainly(export(run).uri)) - expected).abs().max() < LOGPS
@@ -141,12 +141,12 @@ def test_qlora_merges_into_the_weights_it_was_trained_on(tmp_path: Path, dtype: 
     onto_original = (logps(plainly(run / "final", dtype=dtype)).float() - logps(model).float()).abs()
     if dtype == "float32":
         assert off.max() < LOGPS
-    else:  # a weight of 8 bits of precision is rounded once: 0.007 is seen, with and without quantisation
+    else:  # each weight is rounded once to 8 bits of precision; 0.007 was measured with and without quantization
         assert off.mean() < 0.02
     assert onto_original.max() > 0.1
 
 
-def test_the_card_tells_what_was_made_and_no_secret(tmp_path: Path) -> None:
+def test_the_model_card_has_facts_and_no_secrets(tmp_path: Path) -> None:
     data = {
         "train": {"/secret/place/mine.jsonl": 1, "/secret/other/mine.jsonl": 2, "hf://datasets/some/pairs": 1,
                   "s3://bucket-of-ours/a/b.parquet": 1},
@@ -168,7 +168,7 @@ def test_the_card_tells_what_was_made_and_no_secret(tmp_path: Path) -> None:
         assert (values["preference accuracy"], values["grounding gap"]) == (0.875, 0.375)
         for said in ("1,234 pairs", "48 held-out", "too_long 1", "mine.jsonl (2)", "vllm serve", "beta: 0.5"):
             assert said in text
-    # A whole model and adapters in one folder would be read as either.
+    # A folder must not contain both a full model and adapters.
     assert not (folder / "config.json").exists()
 
 
@@ -182,7 +182,7 @@ def test_a_run_without_held_out_pairs_says_so(tmp_path: Path) -> None:
     assert ModelCard(text).data.eval_results is None
 
 
-def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(tmp_path: Path) -> None:
+def test_nothing_is_overwritten_by_default_and_nothing_is_left_incomplete(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run", model={"lora": {"r": 4}})
     run = finished_run(recipe, load_model(recipe.model, CPU, 0))
     first = export(run, adapter=True)
@@ -200,7 +200,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(tmp_path: Path)
     (run / "final" / ADAPTER_WEIGHTS).write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot read the weights"):
         export(run, output=first.uri, overwrite=True)
-    assert sorted(path.name for path in Path(first.uri).iterdir()) == first.files, "the old one stands as it was"
+    assert sorted(path.name for path in Path(first.uri).iterdir()) == first.files, "the old export must be unchanged"
     assert not (run / ".export-adapter").exists()
 
 

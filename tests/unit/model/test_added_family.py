@@ -1,4 +1,4 @@
-"""A family from outside: one class and one registry entry, and a model of it loads, packs, trains and is shared."""
+"""A family added from outside, with one class and one registry entry: it loads, packs, trains, and shares prefixes."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ FIRST_POSITION = 3
 
 
 class DimmerConfig(LlavaConfig):
-    """transformers' side of the made-up family."""
+    """Config of the invented family in transformers."""
 
     model_type = "dimmer"
 
 
 class DimmerForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA, but each image comes with a brightness, and the head halves its logits."""
+    """LLaVA with a brightness per image, and an output head that halves its logits."""
 
     config_class = DimmerConfig
 
 
 class Dimmer(Family):
-    """This project's side: everything that a family may do differently, done differently."""
+    """The family in orpo-ray, which overrides every method that a family can override."""
 
     def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
         return concatenate_images(inputs) | {"row_width": np.asarray([row_width])}
@@ -72,7 +72,7 @@ class Dimmer(Family):
 
 @pytest.fixture
 def dimmer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A saved tiny model of the family, known to transformers and to this project while the test runs."""
+    """Save a tiny model of the family, registered in transformers and in orpo-ray during the test."""
     monkeypatch.setitem(FAMILIES, "dimmer", Dimmer(**PREFIXES, image_inputs=("pixel_values",)))
     AutoConfig.register("dimmer", DimmerConfig)
     AutoModelForImageTextToText.register(DimmerConfig, DimmerForConditionalGeneration)
@@ -121,7 +121,7 @@ def test_a_family_from_outside_trains_a_step(dimmer: str) -> None:
 
 
 def test_its_own_forward_is_the_reference(dimmer: str) -> None:
-    """Brightness, positions and halved logits by hand, around the transformers model."""
+    """Compares with the transformers model, with brightness, positions and halved logits computed by hand."""
     model = PairModel(load_model(ModelConfig(id=dimmer), CPU, seed=0), NORM)
     pairs = dimmer_pairs()
     got = run(model, pairs, "shared_prefix")[0]

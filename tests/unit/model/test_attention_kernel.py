@@ -1,4 +1,4 @@
-"""The choice of the attention kernel, case by case, and that training and the plan make the same one."""
+"""Choice of the attention kernel by case; training and plan choose the same one."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_this_machine_s_cpu() -> None:
 
 
 def test_every_planned_gpu_has_what_the_plan_assumes() -> None:
-    """All of the plan's GPU types are Ampere or later."""
+    """All GPU types of the plan are Ampere or later."""
     assert PLANNED_GPU == A100
     assert {gpu.name.split("-")[0] for gpu in GPUS} <= {"L4", "A10G", "RTX", "A100", "L40S", "H100", "H200"}
 
 
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that attention runs from here on, with their results unchanged where the machine has the kernel."""
+    """Record the kernels that attention runs. Results are unchanged if the machine has the kernel."""
     kernels: list[str] = []
     real = shared_prefix.attend
 

@@ -1,4 +1,4 @@
-"""Every family: what its own processor makes, its own forward as the reference, its parts, and unknown ones."""
+"""Every family against its own processor and forward pass; freezing of parts; unknown families."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def processor_of(family: str) -> Any:
 
 
 def noise(width: int, height: int, seed: int) -> Image.Image:
-    """An image of one colour would leave attention with a gradient of nothing but rounding."""
+    """Return a noise image: with a single color, the gradient of attention would consist of rounding errors."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8))
 
 
@@ -67,18 +67,18 @@ def pair_of(name: str) -> PreferencePair:
 
 
 def own_inputs(family: str, processor: Any, pair: PreferencePair, encoded: EncodedPair, answer: str) -> dict[str, Any]:
-    """What the family's own forward takes for prompt + answer, from its own processor, rescaled and normalised."""
+    """Return the inputs of the family's own forward pass for prompt + answer, from its own processor, normalized."""
     text = processor.apply_chat_template(pair.prompt, add_generation_prompt=True, tokenize=False)
     images = IMAGES[pair.id]
     answer_ids = torch.from_numpy(getattr(encoded, f"{answer}_ids").astype(np.int64)).unsqueeze(0)
     if family == "idefics":
-        # Pieces of text between images; it writes bos and the tokens around images itself.
+        # Idefics takes texts and images in turn, and adds bos and the tokens around images itself.
         plain = text.removeprefix("<s>").replace("<fake_token_around_image>", "").split("<image>")
         pieces = [plain[0], *(part for pair in zip(images, plain[1:], strict=True) for part in pair if part != "")]
         inputs = processor(text=[pieces], add_end_of_utterance_token=False, return_tensors="pt")
     elif images:
         inputs = processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
-    else:  # some processors do not do without images
+    else:  # some processors require images
         inputs = processor.tokenizer([text], add_special_tokens=False, return_tensors="pt")
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         if family != "paligemma":
@@ -99,7 +99,7 @@ def own_inputs(family: str, processor: Any, pair: PreferencePair, encoded: Encod
 
 @pytest.mark.parametrize("family", with_processor())
 def test_the_reference_is_the_family_s_own_processor_and_forward(family: str) -> None:
-    """Both layouts, pairs with one, two and no images in one batch, against each answer alone as anybody would."""
+    """Both layouts, with pairs of one, two and no images in a batch, against a plain forward pass of each answer."""
     processor = processor_of(family)
     encoder = PairEncoder(processor, max_length=512)
     pairs = [pair_of(name) for name in IMAGES]
@@ -125,7 +125,7 @@ def test_the_reference_is_the_family_s_own_processor_and_forward(family: str) ->
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_a_row_of_many_is_each_pair_alone(family: str) -> None:
-    """Without a processor: images of all shapes that the family has, text-only pairs between, both layouts."""
+    """Without a processor: images of all sizes that the family supports, text-only pairs between them, both layouts."""
     model = tiny_pair_model(family)
     rng = np.random.default_rng(0)
     lengths = [(1, 5, 7, 3), (0, 6, 5, 4), (3, 2, 1, 9), (2, 8, 4, 4)]
@@ -175,7 +175,7 @@ def test_freezing_a_part_leaves_the_others(family: str, part: Any) -> None:
     facts = family_of(model.config)
     _freeze(model, ModelConfig(id="x", freeze=[part]), facts)
 
-    def part_of(name: str) -> str:  # the connector first: it may lie inside the vision part
+    def part_of(name: str) -> str:  # the connector first, since it can be inside the vision encoder
         return next((p for p in ("connector", "vision") if name.startswith(facts.prefixes(p))), "language")
 
     for name, parameter in model.named_parameters():
@@ -183,7 +183,7 @@ def test_freezing_a_part_leaves_the_others(family: str, part: Any) -> None:
 
 
 def tiny_unknown(model_type: str) -> Any:
-    """A small model of a family that stands nowhere in this project."""
+    """Save a small model of a family that orpo-ray does not know."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     tiny = TINY_FAMILIES["llava"]()
@@ -201,7 +201,7 @@ def tiny_unknown(model_type: str) -> Any:
 
 
 def test_an_unknown_family_is_derived_and_gives_what_its_own_forward_gives() -> None:
-    """Aya Vision's head scales its logits, which nothing here knows of."""
+    """Aya Vision scales the logits of its head, which orpo-ray must find out by itself."""
     model = tiny_unknown("aya_vision")
     assert model.config.model_type not in FAMILIES
     facts = family_of(model.config)
@@ -239,7 +239,7 @@ def test_what_cannot_be_derived_says_what_is_missing(model_type: str, missing: s
 
 
 def test_two_results_that_differ_are_not_equal() -> None:
-    """The yardstick of this file and of test_shared_prefix can fail."""
+    """The comparison in this file and in test_shared_prefix can fail."""
     model = tiny_pair_model("llava")
     pair = make_pair("llava", np.random.default_rng(0), 1, 5, 4, 3)
     one = run(model, [pair], "shared_prefix")

@@ -1,4 +1,4 @@
-"""The shared-prefix path against the concatenated one, and what may see what."""
+"""The shared-prefix path equals the concatenated path; which tokens attend to which."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SHARING = [family for family in TINY_FAMILIES if family not in CROSS]
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    # Pixtral is LLaVA with another vision part.
+    # Pixtral is LLaVA with another vision encoder.
     assert set(FAMILIES) | {"pixtral"} == set(TINY_FAMILIES)
 
 
@@ -78,7 +78,7 @@ def test_equals_it_with_lora_and_gradient_checkpointing(family: str, lora: bool,
 
 @pytest.mark.parametrize("family", SHARING)
 def test_answers_that_were_given_to_different_images(family: str) -> None:
-    """A pair with a prompt for each answer, between ordinary ones: both layouts, and each answer by itself."""
+    """A pair with a separate prompt per answer, between ordinary pairs: both layouts, and each answer alone."""
     rng = np.random.default_rng(0)
     plain = [
         make_pair(family, rng, *lengths, sample_index)
@@ -97,7 +97,7 @@ def test_answers_that_were_given_to_different_images(family: str) -> None:
     torch.testing.assert_close(run(model, [plain[0], again, plain[1]], "shared_prefix")[1], packed[1])
 
 
-# What may see what, said once more in plain words: the masks must equal it.
+# A second, simple implementation of which tokens attend to which, to compare the masks with.
 spans_of = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8)
 kinds = st.sampled_from([None, Bidirectional("images", True), Bidirectional("images", False),
                          Bidirectional("prompt", True), Bidirectional("prompt", False)])  # fmt: skip
@@ -114,9 +114,9 @@ def layout_of(lengths: list[tuple[int, int, int]], bidirectional: Bidirectional 
 
 
 def may_see(layout: PrefixLayout, span: PairSpan, query: int, key: int, window: int | None) -> bool:
-    """Whether a token of the row sees another one of its pair."""
+    """Whether a token of the row attends to another token of its pair."""
 
-    def place(index: int) -> int:  # in its own sequence, prompt + answer
+    def place(index: int) -> int:  # position in its own sequence, prompt + answer
         return index - span.start if index < span.rejected else index - span.rejected + span.chosen - span.start
 
     key_in_prompt = key < span.chosen
@@ -151,7 +151,7 @@ def test_masks_say_who_sees_whom(
 
 
 def reference_varlen(query: Any, key: Any, value: Any, index: VarlenIndex, window: int | None) -> torch.Tensor:
-    """What `varlen_attn` documents, sequence by sequence: causal from the end, a window that counts itself."""
+    """Attention per sequence as `varlen_attn` documents it: causal, aligned at the end, the window includes the token."""
     out = []
     for number in range(len(index.cu_queries) - 1):
         queries = query[index.cu_queries[number] : index.cu_queries[number + 1]]
@@ -168,7 +168,7 @@ def reference_varlen(query: Any, key: Any, value: Any, index: VarlenIndex, windo
 def test_the_index_of_variable_length_kernels_means_the_same(
     lengths: list[tuple[int, int, int]], window: int | None
 ) -> None:
-    """The kernel itself needs a GPU; which token is where in its input does not."""
+    """Only the kernel needs a GPU, not the check of its input."""
     layout = layout_of(lengths, None, 0)
     total = layout.spans[-1].end
     query, key, value = (torch.randn(total, heads, 8) for heads in (4, 2, 2))
@@ -200,7 +200,7 @@ def test_no_answer_hears_of_another(llava: PairModel, lengths: list[tuple[int, i
     with torch.no_grad():
         before = llava(build_batch(pairs, "response", "shared_prefix"))
         ids = getattr(pairs[victim], part)
-        ids[0] = 251 if ids[0] != 251 else 252  # the first, which all of its own sequence sees
+        ids[0] = 251 if ids[0] != 251 else 252  # the first token, which its whole sequence attends to
         after = llava(build_batch(pairs, "response", "shared_prefix"))
     for answer in ("chosen", "rejected"):
         old, new = getattr(before, answer), getattr(after, answer)
@@ -224,7 +224,7 @@ def test_a_model_called_without_a_layout_says_so(llava: PairModel) -> None:
 
 
 def test_bfloat16_is_as_near_as_the_concatenated_path() -> None:
-    """Rounding to 8 bits in both: neither is nearer to float32 than the other by much."""
+    """Both paths round to 8 bits of precision, so their distances to float32 are similar."""
     pairs = make_row("llava", ROWS["long answers"])
     exact = run(tiny_pair_model("llava"), pairs, "concatenated")[0]
     model = tiny_pair_model("llava")
@@ -238,7 +238,7 @@ def test_bfloat16_is_as_near_as_the_concatenated_path() -> None:
 
 
 def test_four_bit_weights_with_lora() -> None:
-    """NF4 on the language model, adapters trained: both layouts alike, and the weights are really packed."""
+    """NF4 language model with trained adapters: both layouts are equal, and the weights are packed."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
@@ -260,7 +260,7 @@ def test_four_bit_weights_with_lora() -> None:
 
 @pytest.fixture
 def recurrent(tmp_path: Path) -> Path:
-    """The config of a LLaVA whose language model has recurrent layers."""
+    """Save the config of a LLaVA whose language model has recurrent layers."""
     text = {"model_type": "qwen3_next", "num_hidden_layers": 4}
     LlavaConfig(vision_config={"model_type": "clip_vision_model"}, text_config=text).save_pretrained(tmp_path)
     return tmp_path
@@ -298,7 +298,7 @@ def states_of(layout: PrefixLayout) -> list[torch.Tensor]:
 def test_all_ways_to_attend_are_one(
     lengths: list[tuple[int, int, int]], bidirectional: Bidirectional | None, window: int | None, softcap: float | None
 ) -> None:
-    """What runs where there is no CPU flash kernel (masks on CUDA, capped scores) against what runs on a CPU."""
+    """The implementations without a CPU flash kernel (masks on CUDA, soft-capped scores) equal the one on a CPU."""
     layout = layout_of(lengths, bidirectional, 1)
     states = states_of(layout)
     expected, _ = shared_prefix.shared_prefix_attention(
@@ -316,7 +316,7 @@ def documented_varlen(
     query: Any, key: Any, value: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, scale: float | None,
     window_size: tuple[int, int], enable_gqa: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """`torch.nn.attention.varlen.varlen_attn` as its documentation has it, for a machine without its kernel."""
+    """`torch.nn.attention.varlen.varlen_attn` as documented, for machines without its kernel."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert max_q == int(cu_q.diff().max())
     assert max_k == int(cu_k.diff().max())
@@ -335,7 +335,7 @@ def documented_varlen(
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_call_of_the_variable_length_kernel(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is torch's and needs a GPU; that it is given the right things does not."""
+    """Torch's kernel needs a GPU, but its arguments can be checked without one."""
     monkeypatch.setattr(varlen, "varlen_attn", documented_varlen)
     layout = layout_of([(5, 4, 3), (1, 1, 1), (7, 2, 9)], None, 0)
     states = states_of(layout)
@@ -351,7 +351,7 @@ def test_attention_s_dropout_is_not_forgotten() -> None:
     states = [*(each.detach() for each in states_of(layout)[:2]), torch.ones(1, 2, 50, 8)]
     torch.manual_seed(0)
     out, _ = shared_prefix.shared_prefix_attention(torch.nn.Module(), *states, None, dropout=0.5, shared_prefix=layout)
-    assert out.std() > 0.05  # without dropout, a mean of ones is one
+    assert out.std() > 0.05  # without dropout, the mean of ones is 1
     assert out.mean() == pytest.approx(1.0, abs=0.1)
 
 
@@ -367,7 +367,7 @@ def test_what_a_model_adds_to_attention_is_refused_and_not_dropped() -> None:
     "language_model", sorted(PROVEN_LANGUAGE_MODELS - {"gemma3_text", "qwen2_5_vl_text", "qwen3_vl_text"})
 )
 def test_language_models_that_llava_may_have(language_model: str) -> None:
-    """Those left out are what their own families have."""
+    """Language models with families of their own are left out."""
     from transformers import LlavaForConditionalGeneration
 
     config = TINY_FAMILIES["llava"]().config().to_dict()

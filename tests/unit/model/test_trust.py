@@ -1,4 +1,4 @@
-"""What a model may do to the one who loads it: no code, no pickles, and no weights of another day, unless asked for."""
+"""Loading a model runs no code, reads no pickles and changes no revision, unless the recipe allows it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMIT = "c0ffee00" * 5
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A copy of the small model's folder."""
+    """Copy the folder of the tiny model."""
     return Path(shutil.copytree(resolve(TINY), tmp_path / "model"))
 
 
@@ -40,7 +40,7 @@ def load(folder: Path, **section: Any) -> torch.nn.Module:
 
 @pytest.fixture
 def with_code(model: Path) -> tuple[Path, Path]:
-    """A model whose config and processor are Python files of its own; each writes the returned marker if it is run."""
+    """A model with its own Python code for config and processor, which writes the returned marker file if it is run."""
     marker = model.parent / "ran"
     code = (
         "import pathlib\n"
@@ -86,7 +86,7 @@ def test_code_is_run_when_the_recipe_says_so(with_code: tuple[Path, Path]) -> No
 
 @pytest.fixture
 def pickled(model: Path) -> Path:
-    """The same model with its weights in a .bin."""
+    """The same model with its weights in a .bin file."""
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     return model
@@ -126,7 +126,7 @@ def test_a_folder_without_weights_is_not_called_pickled(model: Path) -> None:
 
 
 def saved(tmp_path: Path, revision: str | None) -> RunFolder:
-    """The folder of a run that has made steps, with the recipe that it was resolved to."""
+    """Write the folder of a run that made steps, with its resolved recipe."""
     recipe = of(tmp_path, revision)
     folder = RunFolder(recipe.run_uri)
     folder.make()

@@ -1,4 +1,4 @@
-"""The ways of tuning: 4-bit weights under adapters, every kind of adapter, frozen parts, 8-bit optimizers."""
+"""Tuning: adapters on 4-bit weights, every kind of adapter, frozen parts, 8-bit optimizers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Test4Bit:
         assert (head.weight is base.get_input_embeddings().weight) == tied
 
     def test_bytes_a_weight(self, folders: dict[str, str]) -> None:
-        """Half a byte, a byte of scale for 64 weights, 4 bytes of scale's scale for 64 * 256; then tables a layer."""
+        """Half a byte per weight, one byte of scale per 64 weights, 4 bytes per 256 scales; then tables per layer."""
         packed = weights = scales = 0
         for module in load(folders["smolvlm"], lora={"r": 4}, quantization={}).modules():
             if not isinstance(module, Linear4bit):
@@ -86,7 +86,7 @@ class Test4Bit:
         assert weights > 500_000
         assert packed == weights / 2
         bound = 0.5 + 1 / 64 + 4 / (64 * 256)
-        assert (packed + scales) / weights == pytest.approx(bound, abs=1e-3)  # and 4 bytes of offset a layer
+        assert (packed + scales) / weights == pytest.approx(bound, abs=1e-3)  # plus an offset of 4 bytes per layer
         assert (packed + scales) / weights <= 0.6
 
     def test_trains_on_shared_prefixes_and_only_the_adapters(self) -> None:
@@ -251,7 +251,7 @@ TINY_PARTS = {"vision": "vision_model", "connector": "connector"}
 
 
 def saved_for_backward(freeze: list[str]) -> tuple[PairModel, set[int], set[int]]:
-    """A model after a step, the storages that autograd saved in it, and those that its image parts' modules returned.
+    """Return a model after a step, the storages that autograd saved, and those that its vision modules returned.
 
     Not the last of the vision part where the connector is trained: that is the connector's input.
     """
@@ -261,7 +261,7 @@ def saved_for_backward(freeze: list[str]) -> tuple[PairModel, set[int], set[int]
     outputs: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no later one takes its place
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # keep a reference, so that the address is not used again
         return tensor
 
     def seen(_module: nn.Module, _inputs: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Features of a frozen vision part, kept on disk: the same numbers, seen once, never another weight's."""
+"""Cached features of a frozen vision encoder: equal values, computed once, and never those of other weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(family: str, tmp
     seen = calls_of(first, family)
     for name in ("chosen", "rejected"):
         torch.testing.assert_close(getattr(first(batch), name), getattr(plain, name), rtol=1e-5, atol=1e-5)
-    assert seen == [1]  # the second of the two calls found everything
+    assert seen == [1]  # the second call read all features from the cache
     second = frozen(family, tmp_path)
     seen = calls_of(second, family)
     again = second(batch)

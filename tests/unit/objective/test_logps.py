@@ -40,12 +40,12 @@ def test_equals_the_whole(chunks: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, expected)
     for mine, theirs in zip([hidden.grad, head.weight.grad], gradients, strict=True):
         torch.testing.assert_close(mine, theirs, **tolerance)
-    assert len(calls) == chunks + (chunks - 1)  # all but the last once more in backward
+    assert len(calls) == chunks + (chunks - 1)  # backward computes all but the last chunk again
     assert sum(calls[:chunks]) == 23
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Elements of the largest floating-point tensor that any operation made."""
+    """Records the size of the largest floating-point tensor that an operation returns."""
 
     largest = 0
 

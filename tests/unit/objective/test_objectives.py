@@ -1,4 +1,4 @@
-"""What a recipe says about the objective, and that every objective it can name is one."""
+"""The objective in a recipe, and the protocol of every objective that a recipe can name."""
 
 from __future__ import annotations
 

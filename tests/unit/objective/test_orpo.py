@@ -1,4 +1,4 @@
-"""The loss, worked by hand, and its edges."""
+"""The ORPO loss worked by hand, and its edge cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orpo_ray.objective.orpo import ORPO, log1mexp, log_odds
 
 
 def pair(chosen: float, rejected: float, tokens: int = 2, nll: float | None = None, nll_tokens: int = 2) -> PairLogps:
-    """One pair whose answers have the given mean log-probs."""
+    """Make a pair whose answers have the given mean log-probs."""
     total = -chosen * tokens if nll is None else nll
     values = (chosen * tokens, rejected * tokens, total, tokens, tokens, nll_tokens)
     return PairLogps(*(torch.tensor([float(value)]) for value in values))
@@ -72,7 +72,7 @@ def test_micro_batches_add_up_to_the_step() -> None:
     torch.testing.assert_close(sum(parts), expected)
 
 
-def test_fillers_count_for_nothing() -> None:
+def test_dummy_pairs_count_for_nothing() -> None:
     two = PairLogps(
         *(
             torch.tensor([value, other])
@@ -105,7 +105,7 @@ def test_values_and_gradients_are_finite_everywhere(logp: float) -> None:
 def test_log1mexp_against_double_precision(x: float) -> None:
     exact = torch.log(-torch.expm1(torch.tensor(x, dtype=torch.float64)))
     value = torch.tensor(x, dtype=torch.float32)
-    # The input's own rounding to float32 moves the result by 1 / |x| times 6e-8 |x|.
+    # Rounding the input to float32 changes the result by 6e-8 |x| * 1 / |x|.
     torch.testing.assert_close(log1mexp(value).double(), exact, rtol=2e-6, atol=2e-7)
 
 

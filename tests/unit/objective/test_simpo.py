@@ -1,4 +1,4 @@
-"""SimPO: the loss worked by hand, and against TRL's CPOTrainer with loss_type="simpo"."""
+"""SimPO: the loss worked by hand, and equal to TRL's CPOTrainer with loss_type="simpo"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.trl_reference import assert_equals_trl, concatenated_model, trl_tra
 
 
 def pairs(*values: tuple[float, float]) -> PairLogps:
-    """Pairs of these mean log-probs; chosen answers have 2 tokens, rejected ones 4."""
+    """Make pairs with these mean log-probs; chosen answers have 2 tokens, rejected ones 4."""
     chosen, rejected = (torch.tensor(column) for column in zip(*values, strict=True))
     two, four = torch.full_like(chosen, 2.0), torch.full_like(chosen, 4.0)
     return PairLogps(2 * chosen, 4 * rejected, -2 * chosen, two, four, two)

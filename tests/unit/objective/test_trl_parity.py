@@ -1,4 +1,4 @@
-"""ORPO against TRL's ORPOTrainer on the same text-only tokens and weights: value, metrics and gradient."""
+"""ORPO equals TRL's ORPOTrainer on the same text-only tokens and weights: loss, metrics and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans: shapes of well-known models, the dry run against a real one, the command."""
+"""Plans: configs of well-known models, the dry run against a real run, the command."""
 
 from __future__ import annotations
 
@@ -74,14 +74,16 @@ def test_a_dry_run_needs_what_a_real_one_does(family: str, lora: bool, checkpoin
 
 
 def test_states_by_hand() -> None:
-    """1,000,000 trained elements in bf16 on 4 workers, and 2,000,000 frozen ones."""
+    """1,000,000 trained and 2,000,000 frozen elements in bf16, on 4 workers."""
     weights = Weights((Weight(10**6, 2 * 10**6, True, True), Weight(2 * 10**6, 4 * 10**6, False, True)), 2, 8)
     plain = states(weights, 0, 4, "adamw")
     assert (plain.weights, plain.gradients, plain.optimizer) == (6 * 10**6, 2 * 10**6, 12 * 10**6)
-    assert plain.step == 4 * 10**6  # gradients once more in float32
+    assert plain.step == 4 * 10**6  # copy of the gradients in float32
     assert states(weights, 1, 4, "adamw").optimizer == 3 * 10**6
     assert states(weights, 1, 4, "adamw").gradients == 2 * 10**6
-    assert states(weights, 2, 4, "adamw").gradients == 2 * 10**6  # one parameter: whole on whoever holds a part of it
+    assert (
+        states(weights, 2, 4, "adamw").gradients == 2 * 10**6
+    )  # a single parameter is kept completely on every worker
     sharded = states(weights, 3, 4, "adamw")
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (1.5 * 10**6, 5 * 10**5, 3 * 10**6)
     assert sharded.start == 6 * 10**6

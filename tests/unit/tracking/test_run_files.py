@@ -1,4 +1,4 @@
-"""What a run writes, and how held-out pairs are scored."""
+"""Files that a run writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_metrics_after_the_resumed_step_are_taken_back(tmp_path: Path) -> None:
         first.log(step, {"train/loss": float(step)})
     first.close()
     with (Path(recipe.run_uri) / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "train/l')  # cut off by a kill
+        file.write('{"step": 6, "train/l')  # incomplete, since the process was killed
     second = MultiLogger.open(recipe, step=3, warn=pytest.fail)
     second.log(4, {"train/loss": 40.0})
     second.close()

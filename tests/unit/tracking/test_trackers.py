@@ -1,4 +1,4 @@
-"""Several trackers at once: what each receives, and that one that fails ends nothing."""
+"""Several trackers at once: what each receives; a tracker that fails does not end the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.tiny_runs import tiny_recipe
 
 
 class Recorder:
-    """A tracker as a user would add one: it keeps what it is told, and fails at the steps named in `failing`."""
+    """A tracker as a user would add it. Records its calls, and fails at the steps in `failing`."""
 
     calls: list[tuple[object, ...]]
     failing: frozenset[int] = frozenset()
@@ -88,7 +88,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning_and_the_others_go_on(t
 
 
 def test_any_other_error_ends_the_run(tmp_path: Path) -> None:
-    """The run's own files are not optional."""
+    """Files of the run are required."""
     logger = MultiLogger.open(tiny_recipe(tmp_path, "run"), 0, pytest.fail, {"full": FullDisk})
     with pytest.raises(OSError, match="No space left"):
         logger.log(1, {"train/loss": 1.0})
