@@ -151,7 +151,7 @@ def test_masks_say_who_sees_whom(
 
 
 def reference_varlen(query: Any, key: Any, value: Any, index: VarlenIndex, window: int | None) -> torch.Tensor:
-    """Attention per sequence as `varlen_attn` documents it: causal, aligned at the end, the window includes the token."""
+    """Attention per sequence as `varlen_attn` documents it: causal, aligned at the end, window includes the token."""
     out = []
     for number in range(len(index.cu_queries) - 1):
         queries = query[index.cu_queries[number] : index.cu_queries[number + 1]]
