@@ -37,10 +37,24 @@ class WorkerGroup:
         Raises:
             AssertionError: a rank raised or died; with its traceback, or with the end of what it printed.
         """
-        if not self._processes:
-            self._start()
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
+        try:
+            if not self._processes:
+                self._start()
+            for pipe in self._pipes:
+                pipe.send((function, arguments))
+            return self._results()
+        except BaseException:  # a test that ran out of time, too, leaves ranks in the middle of something
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _results(self) -> list[Any]:
         results: dict[int, Any] = {}
         while len(results) < self.size:
             for pipe in wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in results]):
@@ -50,16 +64,8 @@ class WorkerGroup:
                 except EOFError:
                     error = self._last_words(rank)
                 if error is not None:
-                    self.close()
                     raise AssertionError(f"rank {rank} of {self.size}: {error}")
         return [results[rank] for rank in range(self.size)]
-
-    def close(self) -> None:
-        """End the processes."""
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._processes, self._pipes = [], []
 
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
