@@ -48,7 +48,12 @@ class WorkerGroup:
             raise
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes by SIGKILL.
+
+        A rank that ends by itself may abort: gloo's threads hold the last tensors, and destroying one while Python shuts
+        down needs the lock that is gone (https://github.com/pytorch/pytorch/pull/179291). DeepSpeed keeps groups that
+        `destroy_process_group` does not reach.
+        """
         for process in self._processes:
             process.kill()
             process.join()
