@@ -50,9 +50,9 @@ class WorkerGroup:
     def close(self) -> None:
         """End the processes by SIGKILL.
 
-        A rank that ends by itself may abort: gloo's threads hold the last tensors, and destroying one while Python shuts
-        down needs the lock that is gone (https://github.com/pytorch/pytorch/pull/179291). DeepSpeed keeps groups that
-        `destroy_process_group` does not reach.
+        A rank that ends by itself may abort: gloo's threads hold the last tensors, and to destroy one while Python
+        shuts down they need a lock that is gone (https://github.com/pytorch/pytorch/pull/179291). DeepSpeed keeps
+        references to groups, so that `destroy_process_group` does not end their threads.
         """
         for process in self._processes:
             process.kill()
