@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from support.paths import ROOT
 
 
 def test_the_quickstart_without_its_extra_is_one_message() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from support.paths import ROOT
+
 PACKAGE = ROOT / "orpo_ray"
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from orpo_ray.config.recipe import Recipe
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 # What a browser loads by itself: scripts, styles, images, fonts. Links that a reader follows may lead anywhere.
 LOADED = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(https?:)?//|@import\s|url\(["']?(https?:)?//""")
 STYLESHEET = re.compile(r"""<link\b[^>]*\brel=["']?(?:stylesheet|icon|preconnect)[^>]*\bhref=["']?(https?:)?//""")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from support.paths import ROOT
+
 FOLDERS = (".", ".github", "benchmarks", "cluster", "docs")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 # Pages that exist on the site only; the strict build of the site checks links to them.

@@ -16,8 +16,8 @@ from packaging.utils import canonicalize_name
 
 import orpo_ray
 from orpo_ray.extras import EXTRAS
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = packages_distributions()
 
