@@ -37,7 +37,7 @@ def measure(raw: dict[str, Any], world: int) -> dict[str, int]:
     held = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     states = [t for t in _states(engine) if t.untyped_storage().data_ptr() not in held]
     found = {"parameters": _bytes(parameters), "gradients": gradients, "optimizer": _bytes(states)}
-    engine.ds.destroy()
+    engine.deepspeed.destroy()
     return found
 
 

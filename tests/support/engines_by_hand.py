@@ -129,13 +129,13 @@ def _resume(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[st
         training.step()
     training.engine.save(Path(folder))
     tail = [training.step() for _ in range(2)]
-    training.engine.ds.destroy()
+    training.engine.deepspeed.destroy()
     training = Training(recipe, rank, num_workers)
     training.engine.load(Path(folder))
     again = [training.step() for _ in range(2)]
     tensors = [v for state in training.engine.deepspeed.basic_optimizer.state.values() for v in state.values()]
     moments = {str(v.dtype) for v in tensors if isinstance(v, torch.Tensor) and v.numel() >= 4096}
-    training.engine.ds.destroy()
+    training.engine.deepspeed.destroy()
     return {"tail": tail, "again": again, "moments": sorted(moments)}
 
 

@@ -56,5 +56,5 @@ def _train(rank: int, num_workers: int, family: str, stage: int, patch: pytest.M
         engine.backward(loss)
         norm = engine.step()
         lines.append([reduce_sums(sums, device)["loss"], norm, batch.head_chunks])
-    engine.ds.destroy()
+    engine.deepspeed.destroy()
     return lines
