@@ -9,8 +9,11 @@ from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.evaluator import Scores, grounding_metrics, score
+from orpo_ray.objective.base import Objective
+from orpo_ray.objective.cpo import CPO
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.simpo import SimPO
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.streaming.steps import StepShard
 from support.encoded_pairs import make
@@ -48,3 +51,25 @@ def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
         {"rewards/accuracies_exchanged": 0.25, "grounding_gap": 0.5, "grounding_pairs": 4}
     )
     assert grounding_metrics(seen, Scores({}, {}), CPU) == {}
+
+
+def test_the_objective_says_which_answer_is_preferred() -> None:
+    """Log-probs -2 over one token against -3 over two: the sum prefers the chosen answer, the mean the rejected one."""
+    pairs = [make([1, 2], [3], [4, 4], 0)]
+
+    def forward(batch: PairBatch) -> PairLogps:
+        one, two = torch.ones(1), 2 * torch.ones(1)
+        return PairLogps(-2 * one, -3 * one, 2 * one, one, two, one)
+
+    def scores(objective: Objective) -> Scores:
+        planner = StepPlanner(
+            objective, 12, "shared_prefix", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU
+        )
+        return score(forward, [StepShard(0, pairs)], planner)
+
+    summed, averaged = scores(CPO(0.5)), scores(SimPO(2.0))
+    assert (summed.correct, averaged.correct) == ({0: True}, {0: False})
+    assert (summed.metrics["rewards/margins"], summed.metrics["rewards/accuracies"]) == (0.5, 1.0)
+    assert (averaged.metrics["rewards/margins"], averaged.metrics["rewards/accuracies"]) == (-1.0, 0.0)
+    assert summed.metrics["nll_loss"] == 2.0
+    assert "nll_loss" not in averaged.metrics
