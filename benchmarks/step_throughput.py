@@ -39,7 +39,7 @@ from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.orpo import ORPO
-from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
+from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 
 BETA = 0.1
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -183,7 +183,7 @@ def usual(model: PairModel, batch: PairBatch) -> torch.Tensor:
     """(b): the same from the model's own forward on a padded batch of both answers, as public trainers call it."""
     rows, images = batch.input_ids, {}
     if batch.images:
-        pixels = normalise_pixels(batch.images["pixel_values"], NORM).to(next(model.parameters()).dtype)
+        pixels = normalize_pixels(batch.images["pixel_values"], NORM).to(next(model.parameters()).dtype)
         twice = torch.cat([pixels, pixels])
         # SmolVLM takes [rows, tiles, ...], LLaVA a list of images.
         nested = isinstance(model.family, Idefics3)

@@ -231,7 +231,7 @@ class PairEncoder:
             return prompt
         if isinstance(other, RowError):
             return other
-        # Tokenised separately from the prompt, so no answer changes the prompt's tokens.
+        # Tokenized separately from the prompt, so no answer changes the prompt's tokens.
         chosen_ids, rejected_ids = self.prompts.tokenize([draft.chosen, draft.rejected])
         if not len(prompt.ids):
             return RowError(

@@ -108,7 +108,7 @@ def with_adapter(model: torch.nn.Module, folder: Path, autocast: bool = False) -
 
 
 def load_adapted(model_config: ModelConfig, folder: Path, device: torch.device, seed: int) -> torch.nn.Module:
-    """Load the base model that a recipe names, quantised if the recipe says so, and put a folder's adapters on it.
+    """Load the base model that a recipe names, quantized if the recipe says so, and put a folder's adapters on it.
 
     Raises:
         UserError: the model cannot be loaded, or the adapters do not fit.

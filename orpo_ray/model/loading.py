@@ -118,7 +118,7 @@ def load_model(model_config: ModelConfig, device: torch.device, seed: int) -> to
         check_quantized(model, model_config.quantization)
     model = ready_to_train(model, model_config, seed)
     if model_config.quantization is None:
-        model.to(device)  # a quantised model is already there
+        model.to(device)  # a quantized model is already there
     return model
 
 

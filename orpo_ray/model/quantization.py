@@ -1,6 +1,6 @@
 """Load the frozen language model in 4 bits (bitsandbytes) and everything else as it is, for QLoRA.
 
-peft's `prepare_model_for_kbit_training` is not used, on purpose. It makes every unquantised weight float32, vision
+peft's `prepare_model_for_kbit_training` is not used, on purpose. It makes every unquantized weight float32, vision
 encoder, embeddings and head included. That costs more memory than 4 bits save, and the weights then meet activations
 of another dtype. Norms compute in float32 whatever they are stored in, adapters keep the model's dtype (ZeRO gathers
 one dtype only), peft itself freezes the base model, and the recipe decides on gradient checkpointing (non-reentrant,
@@ -26,13 +26,13 @@ _HEADS = ("lm_head",)
 def quantization_config(quantization: QuantizationConfig, family: Family, dtype: torch.dtype) -> Any:
     """Make transformers' quantization config.
 
-    Only linear layers of the language model are quantised. The output head is not: it is tied to the embeddings in many
+    Only linear layers of the language model are quantized. The output head is not: it is tied to the embeddings in many
     families, and an error in it is an error in every log-prob.
 
     Args:
         quantization: the recipe's.
         family: the model's.
-        dtype: of the weights that are not quantised.
+        dtype: of the weights that are not quantized.
 
     Raises:
         UserError: the storage dtype does not fit the model's.
@@ -70,7 +70,7 @@ def check_saved_quantization(config: Any, model_config: ModelConfig) -> bool:
         model_config: the recipe's.
 
     Raises:
-        UserError: the weights are quantised in another way than the recipe says.
+        UserError: the weights are quantized in another way than the recipe says.
     """
     saved = getattr(config, "quantization_config", None)
     if saved is None:
@@ -79,11 +79,11 @@ def check_saved_quantization(config: Any, model_config: ModelConfig) -> bool:
     what = saved.get("quant_method") or "unknown"
     if not saved.get("load_in_4bit", saved.get("_load_in_4bit")):
         raise UserError(
-            f"the model's weights are already quantised ({what}), but adapters can only be trained on 4-bit weights of "
+            f"the model's weights are already quantized ({what}), but adapters can only be trained on 4-bit weights of "
             "bitsandbytes",
             field="model.id",
             value=model_config.id,
-            fix="use the model that it was made from; add model.quantization: {} to quantise that",
+            fix="use the model that it was made from; add model.quantization: {} to quantize that",
         )
     if model_config.quantization is None:
         raise UserError(
@@ -109,7 +109,7 @@ def check_saved_quantization(config: Any, model_config: ModelConfig) -> bool:
 
 
 def check_quantized(model: nn.Module, quantization: QuantizationConfig) -> None:
-    """Check that quantization did what the recipe says, and prepare the quantised layers for training.
+    """Check that quantization did what the recipe says, and prepare the quantized layers for training.
 
     Raises:
         UserError: no layer became 4-bit, or a module to skip does not exist.
@@ -123,7 +123,7 @@ def check_quantized(model: nn.Module, quantization: QuantizationConfig) -> None:
     quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if not quantized:
         raise UserError(
-            "no linear layer is left to quantise",
+            "no linear layer is left to quantize",
             field="model.quantization.skip_modules",
             value=quantization.skip_modules,
         )

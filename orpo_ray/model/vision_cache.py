@@ -69,7 +69,7 @@ class VisionCache:
 
         Args:
             raw: the vision input with pixels as uint8, which the files are named by.
-            inputs: the same input, normalised.
+            inputs: the same input, normalized.
             encode: computes the features of each image of such inputs.
         """
         keys = [_key(image) for image in self._split(raw)]

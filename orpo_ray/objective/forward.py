@@ -51,7 +51,7 @@ class PairModel(nn.Module):
 
         Args:
             model: transformers' model, or peft's wrapper around one.
-            pixel_norm: how its processor normalises pixels.
+            pixel_norm: how its processor normalizes pixels.
             pixels_at_once: most pixels that the vision encoder takes in one call; None means all. With gradient
                 checkpointing this bounds what the backward pass recomputes at once. Not for ZeRO-3: every call is a
                 collective there, and workers have different numbers of images.

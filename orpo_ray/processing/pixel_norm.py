@@ -1,4 +1,4 @@
-"""Rescale and normalise pixels on the device, with the numbers of the model's own image processor."""
+"""Rescale and normalize pixels on the device, with the numbers of the model's own image processor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PixelNorm:
         return cls(rescale, tuple(image.image_mean), tuple(image.image_std))
 
 
-def normalise_pixels(pixels: torch.Tensor, norm: PixelNorm) -> torch.Tensor:
+def normalize_pixels(pixels: torch.Tensor, norm: PixelNorm) -> torch.Tensor:
     """Compute what the processor itself would have made of raw pixels.
 
     Args:

@@ -16,7 +16,7 @@ from PIL import Image
 # [P, n, tiles] (Mllama).
 TOKEN_MASKS = ("image_attention_mask", "cross_attention_mask")
 _TEXT_OUTPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
-# Pixels are rescaled and normalised on the device: until then, uint8 takes a quarter of float32.
+# Pixels are rescaled and normalized on the device: until then, uint8 takes a quarter of float32.
 _RAW = {"do_rescale": False, "do_normalize": False}
 
 

@@ -19,7 +19,7 @@ import torch
 from orpo_ray.data.collate import PIXELS, ImageArrays, concatenate_images
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout
-from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
+from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 
 # Layers that attend from token to token and to nothing else: the ones that can share a prefix.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -124,7 +124,7 @@ class Family:
         return concatenate_images(inputs, row_width)
 
     def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
-        """What the vision encoder takes, with pixels rescaled and normalised as by the processor.
+        """What the vision encoder takes, with pixels rescaled and normalized as by the processor.
 
         Args:
             images: the batch's image tensors, as `collate` made them; pixels are uint8.
@@ -132,7 +132,7 @@ class Family:
             dtype: of the pixels that the vision encoder takes.
         """
         inputs = {name: images[name] for name in self.image_inputs if name in images}
-        return inputs | {PIXELS: normalise_pixels(inputs[PIXELS], norm).to(dtype)}
+        return inputs | {PIXELS: normalize_pixels(inputs[PIXELS], norm).to(dtype)}
 
     def encode_images(self, base: Any, inputs: ImageTensors) -> Any:
         """Run vision encoder and connector.

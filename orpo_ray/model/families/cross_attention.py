@@ -83,7 +83,7 @@ class Mllama(CrossAttentionFamily):
     """Llama-3.2-Vision: up to four tiles an image, padded."""
 
     def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
-        """Tiles that an image does not have stay 0, as the processor pads after normalising."""
+        """Tiles that an image does not have stay 0, as the processor pads after normalizing."""
         inputs = super().vision_inputs(images, norm, dtype)
         return inputs | {PIXELS: inputs[PIXELS] * inputs["aspect_ratio_mask"][..., None, None, None]}
 

@@ -32,7 +32,7 @@ class Idefics3(Family):
 
 
 def zero_padding(inputs: ImageTensors) -> ImageTensors:
-    """Set padded pixels to 0: processors pad after normalising, so padding is 0 there and not -mean / std."""
+    """Set padded pixels to 0: processors pad after normalizing, so padding is 0 there and not -mean / std."""
     mask = inputs.get(PADDING_MASK)
     return inputs if mask is None else inputs | {PIXELS: inputs[PIXELS] * mask.unsqueeze(1)}
 

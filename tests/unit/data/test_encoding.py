@@ -16,7 +16,7 @@ from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import to_pair
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.errors import RowError
-from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
+from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.families import with_processor
@@ -74,7 +74,7 @@ def check_against_processor(processor: Any, encoded: EncodedPair, source: Prefer
         )
         assert plain["input_ids"][0].tolist() == [*encoded.prompt_ids, *ids]
     if images:
-        pixels = normalise_pixels(torch.from_numpy(encoded.images["pixel_values"]), PixelNorm.of(processor))
+        pixels = normalize_pixels(torch.from_numpy(encoded.images["pixel_values"]), PixelNorm.of(processor))
         reference = plain["pixel_values"].flatten(0, -4)
         torch.testing.assert_close(pixels, reference, rtol=0, atol=1e-6)
     is_image = encoded.prompt_ids == processor.image_token_id
@@ -108,7 +108,7 @@ def test_every_family_gives_the_processors_tokens_and_pixels(
     plain = processor(text=[prompt], images=[images], add_special_tokens=False, return_tensors="pt")
     assert plain["input_ids"][0].tolist() == encoded.prompt_ids.tolist()
     assert encoded.images["pixel_values"].dtype == np.uint8
-    pixels = normalise_pixels(torch.from_numpy(encoded.images["pixel_values"]), PixelNorm.of(processor))
+    pixels = normalize_pixels(torch.from_numpy(encoded.images["pixel_values"]), PixelNorm.of(processor))
     torch.testing.assert_close(pixels, plain["pixel_values"].view_as(pixels), rtol=0, atol=1e-6)
     # The answer's tokens decode to the text that the template adds after the prompt.
     turn = {"role": "assistant", "content": [{"type": "text", "text": source.chosen}]}

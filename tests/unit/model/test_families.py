@@ -19,7 +19,7 @@ from orpo_ray.model.families.derived import DerivedFamily
 from orpo_ray.model.families.registry import FAMILIES, family_of
 from orpo_ray.model.loading import _freeze
 from orpo_ray.objective.forward import PairModel
-from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
+from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.families import with_processor
@@ -218,7 +218,7 @@ def test_an_unknown_family_is_derived_and_gives_what_its_own_forward_gives() -> 
     pair = EncodedPair(**{**vars(pair), "prompt_ids": short, "prompt_is_text": short != model.config.image_token_id})
     got = run(pair_model, [pair], "concatenated")
     with torch.no_grad():
-        pixels = normalise_pixels(torch.from_numpy(pair.images["pixel_values"]), NORM)
+        pixels = normalize_pixels(torch.from_numpy(pair.images["pixel_values"]), NORM)
         for answer in ("chosen", "rejected"):
             row = torch.tensor([[*pair.prompt_ids, *getattr(pair, f"{answer}_ids")]], dtype=torch.long)
             logps = model(input_ids=row, pixel_values=pixels).logits[0, :-1].log_softmax(-1)

@@ -22,7 +22,7 @@ from orpo_ray.objective.forward import ImageNotUsed, PairModel
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.step_planner import StepPlanner
-from orpo_ray.processing.pixel_norm import PixelNorm, normalise_pixels
+from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 from orpo_ray.processing.processor import load_processor
 from support.tiny_runs import write_pairs
 
@@ -58,7 +58,7 @@ def plain_logps(model: PairModel, pair: EncodedPair, answer: str) -> torch.Tenso
     ids = torch.tensor([[*pair.prompt_ids, *getattr(pair, f"{answer}_ids")]], dtype=torch.long)
     pixels = {}
     if pair.images:
-        norm = normalise_pixels(torch.from_numpy(pair.images["pixel_values"]), model.pixel_norm)
+        norm = normalize_pixels(torch.from_numpy(pair.images["pixel_values"]), model.pixel_norm)
         pixels = {"pixel_values": norm.unsqueeze(0)}
     logps = base(input_ids=ids, **pixels).logits[0, :-1].float().log_softmax(-1)
     return logps.gather(1, ids[0, 1:, None])[len(pair.prompt_ids) - 1 :, 0]
@@ -219,4 +219,4 @@ def test_qwen_s_flattened_patches_are_normalised_by_channel() -> None:
     own = processor([image], return_tensors="pt")["pixel_values"]
     raw = processor([image], do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
     norm = PixelNorm(processor.rescale_factor, tuple(processor.image_mean), tuple(processor.image_std))
-    torch.testing.assert_close(normalise_pixels(raw.to(torch.uint8), norm), own)
+    torch.testing.assert_close(normalize_pixels(raw.to(torch.uint8), norm), own)
