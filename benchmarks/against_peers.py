@@ -1,11 +1,11 @@
-"""Whole training steps of this project, measured by a probe that also sits in other trainers.
+"""Measure complete training steps with a probe that is also used in other trainers.
 
     python benchmarks/against_peers.py MODEL PAIRS --probe PROBE [--steps N] [--pairs N]
 
 MODEL: a model folder. PAIRS: JSONL of {id, image, prompt, chosen, rejected}, images relative to it, taken in order.
 PROBE: a Python file with train_begin(), step_begin(), batch(dict), step_end(loss) and finish(model), which writes
-$PROBE_OUT. What runs is the program itself without Ray around it: encoding, packing, forward, loss, backward, and the
-DeepSpeed engine's clipping and AdamW. See against_peers.md for what it was compared with.
+$PROBE_OUT. Runs the training program without Ray: encoding, packing, forward, loss, backward, and the DeepSpeed engine
+with clipping and AdamW. See against_peers.md for the comparison.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from orpo_ray.training.deepspeed import DeepSpeedEngine
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The settings that all trainers were given."""
+    """Return the settings that all trainers use."""
     return parse_recipe(
         {
             "name": "against-peers",
@@ -53,7 +53,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 
 def encode(row: dict[str, Any], root: Path, encoder: PairEncoder) -> EncodedPair:
-    """One row, decoded and encoded here and now, as the other trainers' loaders do; its image goes before the text."""
+    """Decode and encode a row in this process, as the loaders of other trainers do. The image goes before the text."""
     content = [{"type": "image"}, {"type": "text", "text": row["prompt"]}]
     image = {"bytes": (root / row["image"]).read_bytes(), "path": None}
     prompt = [{"role": "user", "content": content}]
@@ -64,7 +64,7 @@ def encode(row: dict[str, Any], root: Path, encoder: PairEncoder) -> EncodedPair
 
 
 def main() -> None:
-    """Train and let the probe write what it saw."""
+    """Train, and let the probe write its measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)

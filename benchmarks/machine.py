@@ -1,4 +1,4 @@
-"""What every row says besides its figures: commit, command, hardware, date."""
+"""Where a benchmark row comes from: commit, command, hardware, date."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def provenance() -> dict[str, str]:
-    """Commit (with + where files differ from it), command, hardware and date of this run."""
+    """Return commit (with + if files differ from it), command, hardware and date of this run."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
@@ -26,7 +26,7 @@ def provenance() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """The GPU's name if torch is loaded and sees one, else cores and name of the CPU."""
+    """Return the name of the GPU if torch is loaded and finds one, otherwise cores and name of the CPU."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())

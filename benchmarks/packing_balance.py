@@ -1,11 +1,11 @@
-"""How level the micro-batches of a step are, within a worker and across workers, on the lengths of real answers.
+"""Measure how evenly micro-batches are filled, within a worker and across workers, with lengths of real answers.
 
     python benchmarks/packing_balance.py PAIRS [--workers N] [--pairs-per-step N] [--tokens N] [--json]
 
-PAIRS: JSONL of {prompt, chosen, rejected}. Counts only, no model: a pair's tokens are its characters / 3.6 and the
-image's. Workers run their k-th micro-batch together and wait for the largest, so what counts is the sum over k of the
-largest against the mean: `lockstep_ratio`, 1 where nobody waits. `unsorted_ratio` is the same had each worker filled
-its micro-batches in order of arrival.
+PAIRS: JSONL of {prompt, chosen, rejected}. Runs no model: the tokens of a pair are its characters / 3.6 plus the image
+tokens. Workers run their k-th micro-batch together and wait for the largest one. `lockstep_ratio` is the sum over k of
+the largest micro-batch, relative to the mean; 1 means that no worker waits. `unsorted_ratio` is the same if each worker
+filled its micro-batches in order of arrival.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ CHARACTERS_PER_TOKEN = 3.6
 
 
 def pair_of(row: dict[str, str], image_tokens: int) -> EncodedPair:
-    """A pair of the right lengths, and nothing in it."""
+    """Make a pair of the right lengths, with tokens of 0."""
     lengths = [1 + round(len(row[key]) / CHARACTERS_PER_TOKEN) for key in ("prompt", "chosen", "rejected")]
     ids = [np.zeros(length, np.int32) for length in (lengths[0] + image_tokens, *lengths[1:])]
     return EncodedPair("", *ids, np.ones(len(ids[0]), bool), {})
 
 
 def in_order(pairs: list[EncodedPair], budget: int) -> list[list[EncodedPair]]:
-    """Fill one micro-batch after the other as pairs come."""
+    """Fill micro-batches one after another, in the order of the pairs."""
     batches: list[list[EncodedPair]] = []
     for pair in pairs:
         if batches and sum(map(packed_length, batches[-1])) + packed_length(pair) <= budget:
@@ -42,7 +42,7 @@ def in_order(pairs: list[EncodedPair], budget: int) -> list[list[EncodedPair]]:
 
 
 def lockstep_ratio(per_worker: list[list[list[EncodedPair]]], needed: int) -> float:
-    """Tokens that the slowest worker of every micro-batch computes, over the mean worker's."""
+    """Return the tokens of the slowest worker in each micro-batch, relative to the mean."""
     count = max(map(len, per_worker))
     sizes = np.zeros((len(per_worker), count))
     for worker, batches in enumerate(per_worker):
@@ -66,12 +66,12 @@ def main() -> None:
     for _ in range(50):
         chosen = rng.choice(len(rows), arguments.pairs_per_step)
         pairs = [pair_of(rows[index], arguments.image_tokens) for index in chosen]
-        shares = [pairs[worker :: arguments.workers] for worker in range(arguments.workers)]
+        step_shards = [pairs[worker :: arguments.workers] for worker in range(arguments.workers)]
         needed = sum(map(packed_length, pairs))
-        plans = [plan_microbatches(share, arguments.tokens, "shared_prefix") for share in shares]
+        plans = [plan_microbatches(step_shard, arguments.tokens, "shared_prefix") for step_shard in step_shards]
         count = max(map(len, plans))
         packed.append(lockstep_ratio([spread(plan, count, "shared_prefix") for plan in plans], needed))
-        unsorted.append(lockstep_ratio([in_order(share, arguments.tokens) for share in shares], needed))
+        unsorted.append(lockstep_ratio([in_order(step_shard, arguments.tokens) for step_shard in step_shards], needed))
         microbatches.append(count)
     row = provenance() | {
         "microbatches": float(np.mean(microbatches)),

@@ -1,11 +1,11 @@
-"""A plan's activation memory against what the same forward and backward really take of this machine's memory.
+"""Compare a plan's activation memory with the memory that the same forward and backward pass takes on this machine.
 
     python benchmarks/plan_memory.py [--json]
 
-For each way of training, a fresh process runs a random model of some 40 M parameters in float32 on the CPU, thousands
-of tokens and images in a packed row, twice: the first run leaves gradients and the allocator's own pages behind.
-Measured is the rise of the peak resident memory (Linux: VmHWM, reset through /proc/self/clear_refs) over the second.
-`predicted_over_measured_ratio` is the one farthest from 1.
+For each way of training, a new process runs a random model of about 40 M parameters in float32 on the CPU, with a
+packed row of thousands of tokens and several images. It runs twice, since the first run allocates gradients and pages of the
+allocator. Measured is the increase of peak resident memory during the second run (Linux: VmHWM, reset through
+/proc/self/clear_refs). `predicted_over_measured_ratio` is the ratio farthest from 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAIRS = 4
 
 
 def mid_size() -> Any:
-    """A SmolVLM of some 40 M parameters."""
+    """Return the config of a SmolVLM of about 40 M parameters."""
     from transformers import AutoConfig
 
     text = {
@@ -45,12 +45,12 @@ def mid_size() -> Any:
         "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
         "image_size": 256, "patch_size": 16,
     }  # fmt: skip
-    figures = {"text_config": text, "vision_config": vision, "scale_factor": 4, "image_token_id": 7, "pad_token_id": 0}
-    return AutoConfig.for_model("idefics3", **figures, tie_word_embeddings=False)
+    options = {"text_config": text, "vision_config": vision, "scale_factor": 4, "image_token_id": 7, "pad_token_id": 0}
+    return AutoConfig.for_model("idefics3", **options, tie_word_embeddings=False)
 
 
 def one(way: str) -> dict[str, Any]:
-    """Predicted and measured bytes over weights and gradients, in this process."""
+    """Measure in this process: predicted and measured bytes, without weights and gradients."""
     import numpy as np
     import torch
 
@@ -62,17 +62,17 @@ def one(way: str) -> dict[str, Any]:
     from orpo_ray.planning.activations import NORM, PairShape, batch_of, measure, unloaded_model
 
     torch.set_num_threads(2)
-    config, section = mid_size(), ModelConfig(id="mid-size", **WAYS[way])
-    layout = pick_attention(section, config).layout
+    config, model_config = mid_size(), ModelConfig(id="mid-size", **WAYS[way])
+    layout = pick_attention(model_config, config).layout
     shape = PairShape(60, 440, 400, 1, 64, {"pixel_values": np.zeros((4, 3, 256, 256), np.uint8)})
     batch = batch_of(shape, PAIRS, config, "response", layout)
-    dry = measure(section, config, torch.float32, layout, batch, True, "cpu")
-    model = unloaded_model(section, config, torch.float32, layout, "cpu").to_empty(device="cpu")
+    dry = measure(model_config, config, torch.float32, layout, batch, True, "cpu")
+    model = unloaded_model(model_config, config, torch.float32, layout, "cpu").to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     for name, buffer in model.named_buffers():
         buffer.fill_(1 if "freq" in name else 0)
-    pair_model = PairModel(model, NORM, PIXELS_AT_ONCE["cpu"] if section.gradient_checkpointing else None)
+    pair_model = PairModel(model, NORM, PIXELS_AT_ONCE["cpu"] if model_config.gradient_checkpointing else None)
     pair_model.layout = layout
 
     def step() -> None:
@@ -103,7 +103,7 @@ def _resident(field: str) -> int:
 
 
 def main() -> None:
-    """Each way in a process of its own."""
+    """Measure each way in a new process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
@@ -111,7 +111,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(one(options.one)))
         return
-    # Large tensors come from and go back to the system at once, so that resident memory is live memory.
+    # Large tensors are returned to the system at once, so that resident memory equals live memory.
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "131072",
         "MALLOC_TRIM_THRESHOLD_": "131072",

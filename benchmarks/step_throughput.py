@@ -1,13 +1,13 @@
-"""One training step, (a) as this project runs it against (b) as trainers usually do, in one process on one machine.
+"""Compare a training step (a) of orpo-ray with (b) the usual implementation, in one process.
 
     python benchmarks/step_throughput.py [--shapes NAME ...] [--rounds N] [--pairs N,N,...] [--json]
 
-Same model object, same pairs, same dtype. A step is forward, ORPO loss and backward; the optimizer is the same for
-both and left out. (a) one packed row [prompt | chosen | rejected] ..., images once, log-probs at response tokens;
-(b) chosen and rejected as padded rows of one batch, images twice, logits of every position. In turn, each after a
-warm-up of its own. Needs neither ray nor deepspeed. Random weights: only the shapes matter here.
+Both use the same model object, pairs and dtype. A step is forward, ORPO loss and backward; the optimizer is the same
+for both and left out. (a) is one packed row [prompt | chosen | rejected] ... with each image once and log-probs at
+response tokens. (b) has chosen and rejected as padded rows of one batch, with each image twice and logits at every
+position. They run in turn, each after its own warm-up. Requires neither Ray nor DeepSpeed. Weights are random.
 
-`--pairs 1,2,4,8,16` times (a) alone over that many pairs instead, to see that time grows no faster than the pairs.
+`--pairs 1,2,4,8,16` measures (a) alone with these numbers of pairs, to see how time grows with them.
 """
 
 from __future__ import annotations
@@ -45,24 +45,26 @@ BETA = 0.1
 M_MMAP_THRESHOLD = -3  # malloc.h
 NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 ANSWERS = ROOT.parent / "shared" / "data" / "mathv_model_responses" / "pairs.jsonl"
-# Characters a token, of English prose in tokenizers of 50,000 words and more.
+# For English prose and vocabularies of 50,000 tokens and more.
 CHARACTERS_PER_TOKEN = 3.6
-# Dense bf16 peaks without sparsity, from the makers' data sheets.
+# Dense bf16 peaks, from the data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured: `pairs` a step, `tiles` an image, `prompt` text tokens. responses: tokens of each answer;
-    None draws them from real answers.
-    """
+    """Model and sizes of a measurement."""
 
     name: str
     model: str
     pairs: int
+    """Pairs per step."""
     tiles: int
+    """Tiles per image."""
     prompt: int = 40
+    """Text tokens of the prompt."""
     responses: int | None = None
+    """Tokens of each answer; None takes the lengths of real answers."""
     gradient_checkpointing: bool = False
     lora: bool = False
     cuda_only: bool = False
@@ -75,11 +77,11 @@ SHAPES = [
     Shape("smolvlm-256m-text", "smolvlm-256m", pairs=4, tiles=0, prompt=300, responses=150),
     Shape("llava-1.6-7b-lora", "llava-7b", pairs=4, tiles=5, lora=True, gradient_checkpointing=True, cuda_only=True),
 ]
-ON_CUDA = {1: 16, 5: 4, 13: 2, 0: 16}  # tiles -> pairs, where there is memory for more of them
+ON_CUDA = {1: 16, 5: 4, 13: 2, 0: 16}  # tiles -> pairs, with more memory
 
 
 def smolvlm_256m() -> Any:
-    """SmolVLM-256M-Instruct: SigLIP-base at 512 px, 64 tokens a tile, SmolLM2-135M, untied head."""
+    """SmolVLM-256M-Instruct: SigLIP-base at 512 px, 64 tokens per tile, SmolLM2-135M, untied head."""
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
     text = {
@@ -99,7 +101,7 @@ def smolvlm_256m() -> Any:
 
 
 def llava_7b() -> Any:
-    """LLaVA-1.6-Mistral-7B's compute: CLIP-L at 336 px, 576 tokens a crop, Mistral-7B."""
+    """Same computation as LLaVA-1.6-Mistral-7B: CLIP-L at 336 px, 576 tokens per tile, Mistral-7B."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     text = {
@@ -115,13 +117,13 @@ def llava_7b() -> Any:
 
 
 BUILDERS: dict[str, tuple[Callable[[], Any], int, int]] = {
-    "smolvlm-256m": (smolvlm_256m, 64, 512),  # tokens a tile, pixels a side
+    "smolvlm-256m": (smolvlm_256m, 64, 512),  # tokens per tile, pixels per side
     "llava-7b": (llava_7b, 576, 336),
 }
 
 
 def load(shape: Shape, device: torch.device, dtype: torch.dtype) -> PairModel:
-    """A model of random weights, ready to train."""
+    """Build a model with random weights, ready to train."""
     torch.manual_seed(0)
     build = BUILDERS[shape.model][0]
     default = torch.get_default_dtype()
@@ -145,9 +147,9 @@ def load(shape: Shape, device: torch.device, dtype: torch.dtype) -> PairModel:
 
 
 def real_lengths() -> Iterator[tuple[int, int]]:
-    """Tokens of chosen and rejected of real answers, for ever."""
+    """Yield the tokens of chosen and rejected of real answers, repeatedly."""
     if not ANSWERS.is_file():
-        sys.exit(f"the lengths of real answers are read from {ANSWERS}, which is not there; run the text shape alone")
+        sys.exit(f"lengths of real answers are read from {ANSWERS}, which does not exist; run only the text shape")
     rows = [json.loads(line) for line in ANSWERS.open(encoding="utf-8")]
     while True:
         for row in rows:
@@ -156,7 +158,7 @@ def real_lengths() -> Iterator[tuple[int, int]]:
 
 
 def make_pairs(shape: Shape, count: int, lengths: Iterator[tuple[int, int]] | None, seed: int) -> list[EncodedPair]:
-    """Random tokens and pixels of the shape's lengths."""
+    """Make pairs of the shape, with random tokens and pixels."""
     _, tile_tokens, side = BUILDERS[shape.model]
     rng = np.random.default_rng(seed)
     image_id = 49190 if shape.model == "smolvlm-256m" else 32000
@@ -180,7 +182,7 @@ def ours(model: PairModel, batch: PairBatch) -> torch.Tensor:
 
 
 def usual(model: PairModel, batch: PairBatch) -> torch.Tensor:
-    """(b): the same from the model's own forward on a padded batch of both answers, as public trainers call it."""
+    """(b): the same with the model's own forward on a padded batch of both answers, as in other trainers."""
     rows, images = batch.input_ids, {}
     if batch.images:
         pixels = normalize_pixels(batch.images["pixel_values"], NORM).to(next(model.parameters()).dtype)
@@ -202,12 +204,12 @@ def usual(model: PairModel, batch: PairBatch) -> torch.Tensor:
 
 
 def set_attention(model: PairModel, name: str) -> None:
-    """Give the language model another attention."""
+    """Set the attention of the language model."""
     without_adapters(model.model).set_attn_implementation({"text_config": name, "vision_config": "sdpa"})
 
 
 def measured(run: Callable[[], torch.Tensor], model: PairModel, device: torch.device) -> dict[str, float]:
-    """Seconds, and the process's (on CUDA: the allocator's) peak memory in MiB, of one step."""
+    """Run a step; returns seconds and the peak memory in MiB of the process (on CUDA: of the allocator)."""
     model.zero_grad(set_to_none=True)
     gc.collect()
     if device.type == "cuda":
@@ -230,12 +232,12 @@ def measured(run: Callable[[], torch.Tensor], model: PairModel, device: torch.de
 
 
 def model_flops(model: PairModel, batch: PairBatch) -> float:
-    """Floating-point operations of (a) without what gradient checkpointing computes twice."""
+    """Return the FLOPs of (a), without the recomputation of gradient checkpointing."""
     set_attention(model, shared_prefix.NAME)
     base = without_adapters(model.model)
     checkpointing = base.is_gradient_checkpointing
     base.gradient_checkpointing_disable()
-    # Counted on the forward, which fits without checkpoints; backward is twice that, or once where weights are frozen.
+    # Counted in the forward pass, which fits without checkpointing. Backward has twice the FLOPs, with LoRA the same.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(batch)
     if checkpointing:
@@ -244,7 +246,7 @@ def model_flops(model: PairModel, batch: PairBatch) -> float:
 
 
 def compare(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """(a) and (b) in turn over `rounds` batches, each batch by both."""
+    """Run (a) and (b) in turn on each of `rounds` batches."""
     model = load(shape, device, dtype)
     if device.type == "cuda":
         shape = replace(shape, pairs=shape.pairs if shape.lora else ON_CUDA[shape.tiles])
@@ -298,7 +300,7 @@ def compare(shape: Shape, rounds: int, device: torch.device, dtype: torch.dtype)
 
 
 def scaling(shape: Shape, counts: list[int], rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """(a) over growing numbers of pairs, all of one length."""
+    """Run (a) with growing numbers of pairs of equal length."""
     model = load(shape, device, dtype)
     seconds: dict[int, float] = {}
     for count in counts:

@@ -1,4 +1,4 @@
-"""A recipe -> what a run reads: the order of the training pairs, the held-out ones, and how they are encoded."""
+"""Derive from a recipe which rows a run reads, in which order, and how they are encoded."""
 
 from __future__ import annotations
 
@@ -17,44 +17,52 @@ from orpo_ray.data.split import split_held_out
 from orpo_ray.errors import UserError
 from orpo_ray.storage.files import is_remote
 
-# What a reader holds: rows as they are stored, and as much again while they are put in order.
+# Limits of a shuffle window. A reader holds its rows as stored, and needs the same amount again to reorder them.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 128 << 20
 SMALLEST_WINDOW = 64
 
 
 def run_data(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
-    """What a run trains on, all of it, and what it evaluates on, if anything. Raises UserError.
+    """Return all training rows of a run, and its held-out rows if there are any.
 
-    A worker takes its share by `rank` and `num_workers`.
+    A worker reads its own rows of them by setting `rank` and `num_workers`.
+
+    Raises:
+        UserError: a source cannot be read, or nothing would be trained on.
     """
     train, held_out = _splits(recipe)
     optim = recipe.optim
-    sample_indices = total_samples(train.order.num_rows, optim.epochs, optim.pairs_per_step, optim.max_steps)
-    if not sample_indices:
-        raise UserError("less than one row would be trained on", field="optim.epochs", value=optim.epochs)
-    return replace(train, end_sample=sample_indices), None if held_out is None else _to_evaluate(recipe, held_out)
+    samples = total_samples(train.order.num_rows, optim.epochs, optim.pairs_per_step, optim.max_steps)
+    if not samples:
+        raise UserError(
+            "the run would have no training pairs",
+            field="optim.epochs",
+            value=optim.epochs,
+            fix="increase optim.epochs",
+        )
+    return replace(train, end_sample=samples), None if held_out is None else _for_evaluation(recipe, held_out)
 
 
 def held_out_data(recipe: Recipe) -> ReadSpec | None:
-    """What evaluations read, or None where the recipe has no held-out pairs. Raises UserError."""
+    """Return the held-out rows for evaluation; None if the recipe has none. Raises UserError."""
     if recipe.data.eval:
-        return _to_evaluate(recipe, _listed(recipe, dict.fromkeys(recipe.data.eval, 1.0), "data.eval"))
+        return _for_evaluation(recipe, _list_rows(recipe, dict.fromkeys(recipe.data.eval, 1.0), "data.eval"))
     return run_data(recipe)[1] if recipe.data.eval_fraction else None
 
 
 def all_data(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
-    """Every row of the training set and of the held-out set once, as they lie in their files. Raises UserError."""
+    """Return every training row and every held-out row once, in the order of the files. Raises UserError."""
     train, held_out = _splits(recipe)
     return _in_order(train), None if held_out is None else _in_order(held_out)
 
 
 def _splits(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
     data = recipe.data
-    train = _listed(recipe, data.train, "data.train")
+    train = _list_rows(recipe, data.train, "data.train")
     if data.eval_fraction:
         return split_held_out(train, data.eval_fraction)
-    return train, _listed(recipe, dict.fromkeys(data.eval, 1.0), "data.eval") if data.eval else None
+    return train, _list_rows(recipe, dict.fromkeys(data.eval, 1.0), "data.eval") if data.eval else None
 
 
 def _in_order(spec: ReadSpec) -> ReadSpec:
@@ -62,14 +70,14 @@ def _in_order(spec: ReadSpec) -> ReadSpec:
     return replace(spec, order=order, end_sample=order.num_rows)
 
 
-def _to_evaluate(recipe: Recipe, spec: ReadSpec) -> ReadSpec:
-    # Always shuffled: exchanged images should come from anywhere, and max_pairs take a fair sample.
+def _for_evaluation(recipe: Recipe, spec: ReadSpec) -> ReadSpec:
+    # Always shuffled, so that images are exchanged between random pairs and max_pairs takes a random sample.
     order = replace(spec.order, seed=0)
     return replace(spec, order=order, end_sample=min(order.num_rows, recipe.eval.max_pairs or order.num_rows))
 
 
 def encoder_of(recipe: Recipe) -> EncoderSpec:
-    """How the recipe's pairs are encoded."""
+    """Return how the recipe's pairs are encoded."""
     data, model = recipe.data, recipe.model
     return EncoderSpec(
         model.id,
@@ -81,10 +89,10 @@ def encoder_of(recipe: Recipe) -> EncoderSpec:
     )
 
 
-def _listed(recipe: Recipe, mix: Mapping[str, float], field: str) -> ReadSpec:
-    """Every row of a mix of sources, in the recipe's order."""
+def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str) -> ReadSpec:
+    """List all rows of the sources, in the recipe's order."""
     data = recipe.data
-    sources = list_sources(mix, field)
+    sources = list_sources(weighted_sources, field)
     formats: dict[str, str] = {}
     for shard in (shard for source in sources for shard in source.shards):
         if shard.path not in formats:
@@ -92,7 +100,7 @@ def _listed(recipe: Recipe, mix: Mapping[str, float], field: str) -> ReadSpec:
             formats[shard.path] = detect_format(columns, rows, data.columns, data.format, shard.path)
     root = data.image_root
     if root is not None and not is_remote(root) and not Path(root).is_dir():
-        raise UserError("no such folder", field="data.image_root", value=root)
+        raise UserError("no such folder", field="data.image_root", value=root, fix="give an existing folder or a URI")
     shards = tuple(shard for source in sources for shard in source.shards)
     order = Order(
         shard_rows=tuple(shard.num_rows for shard in shards),
@@ -114,7 +122,7 @@ def _listed(recipe: Recipe, mix: Mapping[str, float], field: str) -> ReadSpec:
 
 
 def _window_rows(shards: tuple[Shard, ...]) -> int:
-    """As many rows as a reader should hold, going by the heaviest source file."""
-    heaviest = max((shard.num_bytes / max(1, shard.num_rows) for shard in shards), default=0)
-    fitting = int(WINDOW_BYTES / max(heaviest, 1))
+    """Return the number of rows in a window, limited by the size of the rows in the largest shard."""
+    largest = max((shard.num_bytes / max(1, shard.num_rows) for shard in shards), default=0)
+    fitting = int(WINDOW_BYTES / max(largest, 1))
     return max(SMALLEST_WINDOW, min(WINDOW_ROWS, fitting))

@@ -16,48 +16,53 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """Rows of consecutive sample indices, shuffled among each other. rows: [n, 2] of (shard, row in the shard)."""
+    """Rows of consecutive sample indices, shuffled within the window."""
 
     first_sample: int
+    """Sample index of the first row."""
     rows: np.ndarray
+    """(shard, row in the shard) of each row: int [n, 2]."""
 
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Rows [first_row, first_row + num_rows) of a shard, in the `cycle`-th time that its source is gone through."""
+    """Rows [first_row, first_row + num_rows) of a shard."""
 
     shard: int
     first_row: int
     num_rows: int
     cycle: int
+    """Number of complete passes through the source before this one."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a mix of sources as a function of (seed, epoch), the same for any number of workers.
+    """The order of the rows of weighted sources, as a function of seed and epoch. It does not depend on the workers.
 
-    An epoch takes `weight * rows` rows of every source: a source goes on where the last epoch left it, so that no row
-    comes up a second time before all of that source did. Segments are shuffled among each other, then rows within
-    windows, so that a reader holds one window at a time. seed None keeps the order of the files.
-
-    shard_rows: the rows of every shard. shard_source: the source of every shard; by default all are of one.
-    weights: of every source.
+    An epoch takes `weight * rows` rows of each source. It continues where the last epoch ended, so that no row of a
+    source repeats before all others were used. Shards are shuffled first, then rows within windows, so that a reader
+    holds one window in memory.
     """
 
     shard_rows: tuple[int, ...]
+    """Number of rows of each shard."""
     seed: int | None
+    """Seed of the order; None keeps the order of the files."""
     window_rows: int
+    """Number of rows per window."""
     shard_source: tuple[int, ...] = ()
+    """Index of the source of each shard; empty if there is only one source."""
     weights: tuple[float, ...] = (1.0,)
+    """Weight of each source."""
 
     @cached_property
     def num_rows(self) -> int:
-        """N, the rows of one epoch."""
+        """Number of rows per epoch, N."""
         return sum(self._source_rows(source)[1] for source in range(len(self.weights)))
 
     @property
     def windows_per_epoch(self) -> int:
-        """How many windows an epoch is cut into."""
+        """Number of windows per epoch."""
         return -(-self.num_rows // self.window_rows)
 
     def windows(self, first_sample: int, end_sample: int) -> list[tuple[int, int]]:
@@ -68,25 +73,25 @@ class Order:
         return [divmod(number, self.windows_per_epoch) for number in range(first, last + 1)]
 
     def window(self, epoch: int, number: int) -> Window:
-        """The rows of one window, in the order of their sample indices."""
+        """Return the rows of a window, in the order of their sample indices."""
         first = number * self.window_rows
-        places = np.arange(first, min(first + self.window_rows, self.num_rows))
+        positions = np.arange(first, min(first + self.window_rows, self.num_rows))
         if self.seed is not None:
-            places = np.random.default_rng([self.seed, epoch, number]).permutation(places)
+            positions = np.random.default_rng([self.seed, epoch, number]).permutation(positions)
         shard_ranges = _shard_ranges(self, epoch)
         ends = np.cumsum([shard_range.num_rows for shard_range in shard_ranges])
-        which = np.searchsorted(ends, places, side="right")
-        rows = np.empty((len(places), 2), np.int64)
+        which = np.searchsorted(ends, positions, side="right")
+        rows = np.empty((len(positions), 2), np.int64)
         for index in np.unique(which):
             shard_range, here = shard_ranges[index], which == index
-            offsets = places[here] - (ends[index] - shard_range.num_rows)
+            offsets = positions[here] - (ends[index] - shard_range.num_rows)
             rows[here] = np.stack(
                 [np.full(len(offsets), shard_range.shard), self._rows_of(shard_range, offsets)], axis=1
             )
         return Window(epoch * self.num_rows + first, rows)
 
     def shard_ranges(self, epoch: int) -> list[ShardRange]:
-        """The runs of rows that an epoch is made of, in the order that windows take them."""
+        """Return the ranges of rows in an epoch, in the order in which windows take them."""
         found = [
             shard_range for source in range(len(self.weights)) for shard_range in self._source_ranges(source, epoch)
         ]
@@ -95,7 +100,7 @@ class Order:
         return [found[index] for index in np.random.default_rng([self.seed, epoch]).permutation(len(found))]
 
     def _source_rows(self, source: int) -> tuple[int, int]:
-        """Rows that a source has, and how many of them an epoch takes."""
+        """Return the rows of a source, and how many of them an epoch takes."""
         rows = sum(self.shard_rows[shard] for shard in self._shards(source))
         return rows, max(min(1, rows), round(rows * self.weights[source]))
 
@@ -105,7 +110,7 @@ class Order:
         return [shard for shard, owner in enumerate(self.shard_source) if owner == source]
 
     def _source_ranges(self, source: int, epoch: int) -> Iterator[ShardRange]:
-        """A source is an endless sequence of cycles through all its rows; an epoch takes the next run of it."""
+        """Yield the ranges of a source in an epoch. Epochs take consecutive rows of an endlessly repeated source."""
         rows, taken = self._source_rows(source)
         shards = self._shards(source)
         if not rows:
@@ -115,7 +120,7 @@ class Order:
             sequence = np.arange(len(shards))
             if self.seed is not None:
                 sequence = np.random.default_rng([self.seed, source, cycle]).permutation(sequence)
-            for shard in (shards[place] for place in sequence):
+            for shard in (shards[index] for index in sequence):
                 count = min(self.shard_rows[shard] - skip, taken)
                 if count > 0:
                     yield ShardRange(shard, skip, count, cycle)
@@ -124,7 +129,7 @@ class Order:
             cycle += 1
 
     def _rows_of(self, shard_range: ShardRange, offsets: np.ndarray) -> np.ndarray:
-        """The rows of a shard_range at these offsets. A part of a shard is a random part, not its beginning."""
+        """Return the rows of a range at these offsets. An incomplete range has random rows, not the first ones."""
         size = self.shard_rows[shard_range.shard]
         if self.seed is None or shard_range.num_rows == size:
             return shard_range.first_row + offsets
@@ -132,8 +137,8 @@ class Order:
         return shuffled[shard_range.first_row + offsets]
 
     def _window_of(self, sample_index: int) -> int:
-        epoch, place = divmod(sample_index, self.num_rows)
-        return epoch * self.windows_per_epoch + place // self.window_rows
+        epoch, position = divmod(sample_index, self.num_rows)
+        return epoch * self.windows_per_epoch + position // self.window_rows
 
 
 @lru_cache(maxsize=4)
@@ -147,12 +152,12 @@ def owner(sample_indices: np.ndarray, pairs_per_step: int, num_workers: int) -> 
 
 
 def step_samples(step: int, pairs_per_step: int, total_samples: int) -> tuple[int, int]:
-    """Slots [first, last) of a step; the very last step may be smaller."""
+    """Return the sample indices [first, end) of a step. The last step of a run can be smaller."""
     first = step * pairs_per_step
     return min(first, total_samples), min(first + pairs_per_step, total_samples)
 
 
 def total_samples(num_rows: int, epochs: float, pairs_per_step: int, max_steps: int | None) -> int:
-    """Slots of a whole run."""
-    sample_indices = round(num_rows * epochs)
-    return sample_indices if max_steps is None else min(sample_indices, max_steps * pairs_per_step)
+    """Return the number of samples in a run."""
+    samples = round(num_rows * epochs)
+    return samples if max_steps is None else min(samples, max_steps * pairs_per_step)
