@@ -3,8 +3,8 @@
     python benchmarks/plan_memory.py [--json]
 
 For each way of training, a new process runs a random model of about 40 M parameters in float32 on the CPU, with a
-packed row of thousands of tokens and several images. It runs twice, since the first run allocates gradients and pages of the
-allocator. Measured is the increase of peak resident memory during the second run (Linux: VmHWM, reset through
+packed row of thousands of tokens and several images. It runs twice, since the first run allocates gradients and pages
+of the allocator. Measured is the increase of peak resident memory during the second run (Linux: VmHWM, reset through
 /proc/self/clear_refs). `predicted_over_measured_ratio` is the ratio farthest from 1.
 """
 
