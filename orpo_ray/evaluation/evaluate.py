@@ -28,7 +28,7 @@ from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 
-# A folder with one of these has a processor of its own.
+# A folder with one of these files has its own processor.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -49,37 +49,41 @@ def evaluate_run(uri: str, overrides: list[str], console: Console) -> dict[str, 
         UserError: The folder or the recipe cannot be used, or there are no held-out pairs.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        folder = RunFolder(uri.rstrip("/"))  # its copy of a remote run is deleted with this object
+        folder = RunFolder(uri.rstrip("/"))  # the local copy of a remote run is deleted with this object
         recipe, model = _recipe_of(folder, overrides)
-        section = _section(recipe, model)
+        model_config = _model_config(recipe, model)
         held_out = held_out_data(recipe)
         if held_out is None:
             raise UserError("there are no held-out pairs", field="data.eval", fix="add data.eval=FILE to the command")
         start_ray()
-        if why := pick_attention(section).why:
+        if why := pick_attention(model_config).why:
             console.print(concatenated_because(why), highlight=False, soft_wrap=True)
         console.print(f"scoring {held_out.end_sample:,} pairs with {model}", highlight=False, soft_wrap=True)
-        return with_prefix(_evaluate(recipe, section, model, held_out), "eval")
+        return with_prefix(_evaluate(recipe, model_config, model, held_out), "eval")
 
 
-def _section(recipe: Recipe, folder: Path) -> ModelConfig:
-    """How to load the model without adapters: the recipe's base model, or the folder's own model."""
+def _model_config(recipe: Recipe, folder: Path) -> ModelConfig:
+    """Return the model section for loading without adapters: the recipe's base model, or the model in the folder."""
     if is_adapter(folder):
         return recipe.model
     whole: dict[str, Any] = {"id": str(folder), "revision": None, "lora": None, "freeze": [], "quantization": None}
     return recipe.model.model_copy(update=whole)
 
 
-def _evaluate(recipe: Recipe, section: ModelConfig, folder: Path, held_out: ReadSpec) -> dict[str, float]:
+def _evaluate(recipe: Recipe, model_config: ModelConfig, folder: Path, held_out: ReadSpec) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Adapters without a processor beside them use the base model's.
+    # Adapters without a processor in their folder use the one of the base model.
     own_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
     spec = encoder_of(recipe)
     if own_processor:
         spec = replace(spec, model_id=str(folder), revision=None)
     encoder = spec.build()
     seed = recipe.optim.seed
-    loaded = load_adapted(section, folder, device, seed) if is_adapter(folder) else load_model(section, device, seed)
+    loaded = (
+        load_adapted(model_config, folder, device, seed)
+        if is_adapter(folder)
+        else load_model(model_config, device, seed)
+    )
     model = PairModel(loaded, PixelNorm.of(encoder.processor)).eval()
     planner = StepPlanner.of(load_objective(recipe), recipe.optim.tokens_per_microbatch, encoder, model, device)
     max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
@@ -109,11 +113,11 @@ def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, Path]:
         model = folder.path
     else:
         missing = f"no {RECIPE_FILE}) nor a model (no config.json or {ADAPTER_CONFIG})"
-        raise UserError(f"is neither a run ({missing}", field=uri)
-    # The base model of adapters may have moved, so its id can be given anew; a whole model is the folder itself.
+        raise UserError(f"the folder is neither a run ({missing}", field=uri, fix="give a run folder or a model folder")
+    # The base model of adapters can have moved, so an override can change its id. A full model is the folder itself.
     if not is_adapter(model) and any(override.startswith("model.id=") for override in overrides):
         raise UserError(
-            "the folder already decides the model", field="model.id", fix="give the folder of the model to evaluate"
+            "the model is the one in the folder", field="model.id", fix="give the folder of the model to evaluate"
         )
     apply_overrides(raw, overrides)
     return parse_recipe(raw, source=uri).with_absolute_paths(), model.resolve()

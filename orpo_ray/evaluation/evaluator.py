@@ -1,6 +1,6 @@
-"""The one way to score held-out pairs: TRL's metrics of an objective, and what exchanged images cost.
+"""Score held-out pairs: the objective's metrics with TRL's names, and the drop in accuracy with exchanged images.
 
-Training evaluates with it on every worker, `orpo-ray evaluate` in one process.
+Used by training, on every worker, and by `orpo-ray evaluate`, in one process.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 POLL_SECONDS = 0.5
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw on
+LINE_SECONDS = 10.0  # between lines, if the console is not a terminal
 
 
 @ray.remote(num_cpus=0)
@@ -41,7 +41,7 @@ class RunStatus:
         self._fatal = self._fatal or error
 
     def fatal(self) -> Exception | None:
-        """Return that error."""
+        """Return the error that a restart would repeat, or None."""
         return self._fatal
 
 
@@ -89,13 +89,13 @@ class ProgressDisplay:
                 )
 
     def _run_lines(self) -> None:
-        said, last = "", 0.0
+        last_line, last_time = "", 0.0
         while not self._stop.wait(POLL_SECONDS):
             state = self._state()
             line = f"{state.get('phase', 'starting workers')} {state.get('step', 0)}/{state.get('num_steps', '?')}"
-            if line != said and time.monotonic() - last >= PLAIN_SECONDS:
+            if line != last_line and time.monotonic() - last_time >= LINE_SECONDS:
                 self._console.print(f"{line}  {_note(state)}", highlight=False, soft_wrap=True)
-                said, last = line, time.monotonic()
+                last_line, last_time = line, time.monotonic()
 
     def _state(self) -> dict[str, Any]:
         """Fetch the state, and print warnings that were not printed yet."""

@@ -53,7 +53,7 @@ class Sweep:
     best: str
     """Name of the best trial."""
     best_recipe: str
-    """Where the recipe of the best trial is."""
+    """Path or URI of the recipe of the best trial."""
 
 
 def run_sweep(recipe: Recipe, console: Console) -> Sweep:
@@ -68,18 +68,18 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     if not recipe.has_held_out:
         fix = "name held-out pairs in data.eval, or set data.eval_fraction"
         raise UserError("a search needs held-out pairs to rank its trials", field="data.eval", fix=fix)
-    # Check once, up front, what would make every trial fail.
+    # Check the data once before the trials start, since an error would make all of them fail.
     num_steps = -(-run_data(recipe)[0].end_sample // recipe.optim.pairs_per_step)
     # Tune would print a screenful every few seconds; `TrialLogger` prints one line per evaluation.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     start_ray()
     together = min(section.max_concurrent, section.num_trials)
-    share = worker_resources(recipe, ray.cluster_resources(), runs=together, reserved=together * DRIVER_CPUS)
+    resources = worker_resources(recipe, ray.cluster_resources(), runs=together, reserved=together * DRIVER_CPUS)
     every = recipe.eval.every_steps or max(1, num_steps // 4)
     base = recipe.model_copy(
         update={
             "eval": recipe.eval.model_copy(update={"every_steps": every}),
-            "scaling": recipe.scaling.model_copy(update={"cpus_per_worker": share.cpus}),
+            "scaling": recipe.scaling.model_copy(update={"cpus_per_worker": resources.cpus}),
         }
     )
     console.print(
@@ -141,9 +141,9 @@ class TrialLogger(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if self.metric in result:
-            shown = f"{trial.trial_id}  step {result['step']}  {self.metric} {result[self.metric]:.4f}"
+            line = f"{trial.trial_id}  step {result['step']}  {self.metric} {result[self.metric]:.4f}"
             # Made here because Tune pickles its callbacks and a console cannot be pickled.
-            Console(stderr=True).print(shown, highlight=False, soft_wrap=True)
+            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def _run_trial(params: dict[str, float], recipe: dict[str, Any]) -> None:
