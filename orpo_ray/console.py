@@ -97,7 +97,7 @@ def print_prepared(written: Mapping[str, Prepared], recipe: str, overrides: Sequ
     options = [*overrides, *(f"data.{name}={split.uri}" for name, split in written.items())]
     # The written data has one format with its own columns, is split already, and holds its images.
     options += ["data.format=auto", "data.columns={}", "data.eval_fraction=0", "data.image_root=null"]
-    print_line(f"train  {shlex.join(['orpo-ray', 'train', recipe, *options])}")
+    print_line(f"next   {shlex.join(['orpo-ray', 'train', recipe, *options])}")
 
 
 def print_check(report: Mapping[str, Any]) -> None:

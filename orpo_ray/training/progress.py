@@ -77,12 +77,12 @@ class ProgressDisplay:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
         times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
         with Progress(*columns, *times, console=self._console, transient=True) as progress:
-            task = progress.add_task("starting workers", total=1, note="")
+            task = progress.add_task(_phase({}), total=1, note="")
             while not self._stop.wait(POLL_SECONDS):
                 state = self._state()
                 progress.update(
                     task,
-                    description=state.get("phase", "starting workers"),
+                    description=_phase(state),
                     completed=state.get("step", 0),
                     total=state.get("num_steps", 1),
                     note=_note(state),
@@ -92,9 +92,11 @@ class ProgressDisplay:
         last_line, last_time = "", 0.0
         while not self._stop.wait(POLL_SECONDS):
             state = self._state()
-            line = f"{state.get('phase', 'starting workers')} {state.get('step', 0)}/{state.get('num_steps', '?')}"
+            line = _phase(state)
+            if "num_steps" in state:
+                line += f"  step {state['step']:,}/{state['num_steps']:,}"
             if line != last_line and time.monotonic() - last_time >= LINE_SECONDS:
-                self._console.print(f"{line}  {_note(state)}", highlight=False, soft_wrap=True)
+                self._console.print(f"{line}  {_note(state)}".rstrip(), highlight=False, soft_wrap=True)
                 last_line, last_time = line, time.monotonic()
 
     def _state(self) -> dict[str, Any]:
@@ -107,6 +109,11 @@ class ProgressDisplay:
             self._console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
         self._warnings_shown = len(state["warnings"])
         return state
+
+
+def _phase(state: dict[str, Any]) -> str:
+    phase: str = state.get("phase", "starting workers")
+    return phase
 
 
 def _note(state: dict[str, Any]) -> str:

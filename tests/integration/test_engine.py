@@ -36,16 +36,3 @@ def test_every_zero_stage_trains_as_plain_torch_does(tmp_path: Path) -> None:
                 torch.testing.assert_close(state[key], weight.detach(), rtol=0, atol=1e-5, msg=f"{name} {stage} {key}")
             storages = [{value.data_ptr() for value in each.values()} for each in (state, weights)]
             assert len(storages[0]) == len(storages[1]), (name, stage, "tied weights must stay tied")
-
-
-def test_a_plain_engine_resumes(tmp_path: Path) -> None:
-    """The protocol works for an engine without DeepSpeed."""
-    training = Training(recipe_of(optim=OPTIM), 0, 1, PlainEngine)
-    for _ in range(2):
-        training.step()
-    training.engine.save(tmp_path)
-    tail = [training.step() for _ in range(2)]
-    again = Training(recipe_of(optim=OPTIM), 0, 1, PlainEngine)
-    again.engine.load(tmp_path)
-    assert again.engine.learning_rate == OPTIM["learning_rate"]
-    assert [again.step() for _ in range(2)] == tail

@@ -1,17 +1,13 @@
-"""A second implementation of the `Engine` protocol: torch's AdamW in one process."""
+"""What `Engine` needs to train, with torch's AdamW in one process."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.packing import PairBatch
-from orpo_ray.objective.orpo import PairLogps
-
-STATE_FILE = "state.pt"
+from orpo_ray.objective.logps import PairLogps
 
 
 class PlainEngine:
@@ -63,20 +59,6 @@ class PlainEngine:
         self.optimizer.zero_grad()
         self.steps_done += 1
         return norm
-
-    def save(self, folder: Path) -> None:
-        """Write the state."""
-        trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
-        state = {"weights": trained, "optimizer": self.optimizer.state_dict(), "steps_done": self.steps_done}
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, folder / STATE_FILE)
-
-    def load(self, folder: Path) -> None:
-        """Read the state back."""
-        state = torch.load(folder / STATE_FILE, weights_only=True)
-        self.model.load_state_dict(state["weights"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_done = state["steps_done"]
 
     def consolidated_weights(self, trained_only: bool) -> dict[str, torch.Tensor]:
         """Return the weights."""
