@@ -172,9 +172,7 @@ def _medians(runs: list[FirstStep], prefix: str) -> dict[str, object]:
             role: round(statistics.median(run.appeared[role] for run in runs if role in run.appeared), 2)
             for role in roles
         },
-        f"{prefix}cpu_s": {
-            role: round(statistics.median(run.cpu_seconds[role] for run in runs), 2) for role in roles
-        },
+        f"{prefix}cpu_s": {role: round(statistics.median(run.cpu_seconds[role] for run in runs), 2) for role in roles},
     }
 
 

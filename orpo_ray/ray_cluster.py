@@ -31,6 +31,8 @@ def start_ray() -> None:
     # Worker output goes to Ray's logs; what a user should see comes through the board.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if not address:
+        # The nodes of a Ray that is this machine alone are not preempted, and the watcher is one more process to start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Not address=None: that joins whatever cluster was last started here, and waits minutes for one that has died.
         with own_address():
             ray.init(address="local", **quiet)

@@ -35,7 +35,7 @@ ENCODE_CPUS = 0.5
 # A block of encoded pairs: some 40 MB of pixels where they are photographs.
 ROWS_PER_BLOCK = 32
 BYTES_PER_BLOCK = 512 << 10
-READERS = 2  # windows that one worker's pipeline reads at a time
+READERS = 1  # windows that one worker's pipeline reads at a time; each costs the run's start a process
 # Encoding yields to training where both run on the same cores: a thread of a CPU worker that loses its core to an
 # encoder holds up all the others. It catches up whenever training waits. The variables give encoders processes of
 # their own, so that no worker ever starts in one whose priority was lowered.
@@ -70,6 +70,8 @@ def iter_blocks(
         override_num_blocks=len(windows),
         num_cpus=READ_CPUS,
         concurrency=max(1, min(READERS, len(windows))),
+        # In the encoders' processes: the one that has read a window goes on to encode it.
+        ray_remote_args={"runtime_env": ENCODE_ENV},
     ).map_batches(
         work,
         batch_size=None,

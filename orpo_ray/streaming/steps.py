@@ -7,6 +7,7 @@ sample index is the position.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -61,6 +62,21 @@ def iter_steps(
             else:
                 share.pairs.append(item)
         yield share
+
+
+def started(steps: Iterator[StepShard]) -> Iterator[StepShard]:
+    """The same steps, the first of which a thread fetches from now on."""
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, steps, None)
+    pool.shutdown(wait=False)
+
+    def fetched() -> Iterator[StepShard]:
+        shard = first.result()
+        if shard is not None:
+            yield shard
+            yield from steps
+
+    return fetched()
 
 
 def _iter_encoded(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Iterator[dict[int, EncodedPair | BadRow]]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import OptimConfig
@@ -176,13 +177,24 @@ def adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     return cast(torch.optim.Optimizer, kind(present, **options))
 
 
-def schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int) -> Any:
-    """Return transformers' linear, cosine or constant schedule, after a linear warm-up."""
-    from transformers import get_scheduler
+def schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int) -> LambdaLR:
+    """Return transformers' linear, cosine or constant schedule, after a linear warm-up.
 
+    The formulas are written here because importing transformers' own also imports peft and bitsandbytes, which takes
+    seconds of every start.
+    """
     warmup = math.ceil(optim.warmup * num_steps) if optim.warmup < 1 else round(optim.warmup)
-    name = {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule)
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        if optim.schedule == "constant":
+            return 1.0
+        if optim.schedule == "linear":
+            return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, num_steps - warmup)))))
+
+    return LambdaLR(optimizer, factor)
 
 
 class _ClipAndKeepNorm:

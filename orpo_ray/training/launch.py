@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from rich.console import Console
 
 from orpo_ray.config.load import parse_recipe
@@ -15,15 +16,15 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import encoder_of, run_data
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError
-from orpo_ray.model.loading import Attention, concatenated_because, pick_attention
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import is_remote, locate
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
+from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay, RunStatus
 from orpo_ray.training.resources import Resources, worker_resources
 from orpo_ray.training.resume import check_run_folder, pinned
-from orpo_ray.training.worker import WorkerConfig, train_worker
+from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10
 
@@ -48,26 +49,25 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     saved = check_run_folder(recipe, folder)
     if saved and folder.has_model(FINAL):
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
-    recipe = pinned(recipe, saved)
     read, held_out = run_data(recipe)
-    # Loaded here once, so that a wrong model id is one message and not a failed worker.
-    attention = pick_attention(recipe.model)
-    encoder = encoder_of(recipe)
-    encoder.build()
+    with ThreadPoolExecutor(1) as pool:
+        # Importing what a model's config needs takes seconds; starting Ray is mostly waiting.
+        checked = pool.submit(_check_model, recipe, saved)
+        start_ray()
+        recipe, without_sharing = checked.result()
     folder.make()
-    start_ray()
     resources = worker_resources(recipe, ray.cluster_resources())
     num_steps = -(-read.end_sample // recipe.optim.pairs_per_step)
     recipe = _resolved(recipe, num_steps)
     (folder.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     folder.push(RECIPE_FILE)
-    console.print(_headline(recipe, attention, read, held_out, num_steps), highlight=False, soft_wrap=True)
+    console.print(_headline(recipe, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
     board = RunStatus.remote()  # type: ignore[attr-defined]
     config = WorkerConfig(
         recipe=recipe.model_dump(mode="json"),
         train=read,
         held_out=held_out,
-        encoder=encoder,
+        encoder=encoder_of(recipe),
         num_steps=num_steps,
         board=board,
         cpu_threads=resources.cpu_threads,
@@ -78,12 +78,24 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     return RunSummary(folder.uri, last_metrics(folder))
 
 
+def _check_model(recipe: Recipe, saved: Recipe | None) -> tuple[Recipe, str | None]:
+    """Pin the model's revision, and tell why the model cannot share prefixes, if so.
+
+    A wrong model is found here and not in a worker. Raises UserError.
+    """
+    from orpo_ray.model.loading import concatenated_because, pick_attention
+
+    recipe = pinned(recipe, saved)
+    why = pick_attention(recipe.model).why
+    return recipe, concatenated_because(why) if why else None
+
+
 def _fit(config: WorkerConfig, recipe: Recipe, resources: Resources, callbacks: list[Any]) -> None:
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         train_worker,
-        train_loop_config={"worker": config},
-        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        train_loop_config={"worker": ray.put(config)},
+        backend_config=SharedDevices(),
         scaling_config=ScalingConfig(
             num_workers=recipe.scaling.num_workers, use_gpu=bool(resources.gpus), resources_per_worker=per_worker
         ),
@@ -130,7 +142,9 @@ def _resolved(recipe: Recipe, num_steps: int) -> Recipe:
     return parse_recipe(raw)
 
 
-def _headline(recipe: Recipe, attention: Attention, read: ReadSpec, held_out: ReadSpec | None, num_steps: int) -> str:
+def _headline(
+    recipe: Recipe, without_sharing: str | None, read: ReadSpec, held_out: ReadSpec | None, num_steps: int
+) -> str:
     held = f", {held_out.end_sample:,} held out" if held_out else ""
     formats = f"{', '.join(sorted(set(read.format_names)))} format"
     revision = f"@{recipe.model.revision[:12]}" if recipe.model.revision else ""
@@ -138,7 +152,7 @@ def _headline(recipe: Recipe, attention: Attention, read: ReadSpec, held_out: Re
         f"[bold]{recipe.name}[/bold]  {recipe.model.id}{revision}, {_tuning(recipe)}, {recipe.objective.title}, "
         f"ZeRO {recipe.deepspeed.zero_stage}, {recipe.scaling.num_workers} worker(s)\n"
         f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
-        f"-> {recipe.run_uri}" + (f"\n{concatenated_because(attention.why)}" if attention.why else "")
+        f"-> {recipe.run_uri}" + (f"\n{without_sharing}" if without_sharing else "")
     )
 
 

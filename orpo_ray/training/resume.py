@@ -7,7 +7,6 @@ import re
 from orpo_ray.config.load import parse_recipe, read_mapping
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
-from orpo_ray.model.loading import commit_of
 from orpo_ray.storage.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 
 # A resumed run may change these: they decide how it runs, not what it computes.
@@ -23,6 +22,9 @@ def pinned(recipe: Recipe, saved: Recipe | None) -> Recipe:
         recipe: the recipe to run.
         saved: the recipe of the run so far, whose commit is kept; None for a new run.
     """
+    # Imported here: it brings in torch, and check_run_folder should answer before that.
+    from orpo_ray.model.loading import commit_of
+
     revision = saved.model.revision if saved is not None else commit_of(recipe.model) or recipe.model.revision
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
 

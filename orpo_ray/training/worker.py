@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,8 @@ import torch
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, refuse_rows
-from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.errors import OrpoRayError
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import load_objective
@@ -30,45 +28,20 @@ from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
 from orpo_ray.training.deepspeed import DeepSpeedEngine
 from orpo_ray.training.engine import Engine
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What the driver decided once and every worker gets.
-
-    recipe: the resolved recipe as a mapping. train, held_out: what to read; each worker takes its own share of it.
-    board: the actor that the driver watches. cpu_threads: for a CPU run, threads of one worker. max_encoders: encoding
-    tasks at a time for one worker.
-    """
-
-    recipe: dict[str, Any]
-    train: ReadSpec
-    held_out: ReadSpec | None
-    encoder: EncoderSpec
-    num_steps: int
-    board: Any
-    cpu_threads: int
-    max_encoders: int
-
-
-def train_worker(config: dict[str, WorkerConfig]) -> None:
-    """What Ray Train runs in every worker. Errors that a restart would only repeat are told to the board."""
-    worker_config = config["worker"]
-    if ray.get(worker_config.board.fatal.remote()) is not None:
-        return  # a restart after such an error: there is nothing to retry
-    try:
-        Worker(worker_config).run()
-    except OrpoRayError as error:
-        ray.get(worker_config.board.fail.remote(error))
-        raise
+from orpo_ray.training.worker_start import WorkerConfig
 
 
 class Worker:
     """One training process."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, from_the_start: Iterator[StepShard] | None = None) -> None:
+        """Set up the model, the engine and the position.
+
+        from_the_start: the steps of a run without a checkpoint, whose data is being read already.
+        """
         context = ray.train.get_context()
         self.config, self.recipe = config, parse_recipe(config.recipe)
+        self.from_the_start = from_the_start
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
@@ -121,7 +94,9 @@ class Worker:
         recipe, first = self.recipe, self.position.step
         read = self._mine(self.config.train, first_sample=first * recipe.optim.pairs_per_step)
         config = self.config
-        shares = iter_steps(read, config.encoder, first, config.num_steps, config.max_encoders)
+        shares = self.from_the_start or iter_steps(
+            read, config.encoder, first, config.num_steps, config.max_encoders
+        )
         while True:
             started = time.perf_counter()
             share = next(shares, None)

@@ -1,0 +1,77 @@
+"""The workers of a run become one torch.distributed process group.
+
+Ray Train's TorchTrainer does this before the training function starts, for which the driver, the controller and the
+workers import torch one after the other. Here a worker does it itself, when its data is being read already.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import ray
+import ray.train
+from ray.train.backend import Backend, BackendConfig
+from ray.train.collective import broadcast_from_rank_zero
+
+# How long a collective waits for a worker that lags behind, saving a large model for one.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass
+class SharedDevices(BackendConfig):
+    """Ray Train's configuration of workers that form a process group by themselves."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """What Ray Train asks about the workers' devices."""
+        return _SharedDevicesBackend
+
+
+class _SharedDevicesBackend(Backend):
+    # A worker sees the GPUs of all workers of its node, so that its local rank is the index of its own.
+    share_cuda_visible_devices = True
+
+
+def join_process_group() -> None:
+    """Join the process group of all workers: NCCL between GPUs, gloo between CPUs. A collective."""
+    import ray.train.torch
+    import torch
+
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    address, port = (
+        broadcast_from_rank_zero(_free_address() if rank == 0 else None) if num_workers > 1 else _free_address()
+    )
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_workers),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "NODE_RANK": str(context.get_node_rank()),
+        "ACCELERATE_TORCH_DEVICE": str(device),
+    }
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, rank=rank, world_size=num_workers, timeout=TIMEOUT)
+
+
+def leave_process_group() -> None:
+    """Leave the group at the end of a run; after an error Ray Train ends the processes instead."""
+    import torch
+
+    torch.distributed.destroy_process_group()
+
+
+def _free_address() -> tuple[str, int]:
+    """This node's address, with a port that is free now."""
+    address = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
+        free.bind(("", 0))
+        return address, free.getsockname()[1]

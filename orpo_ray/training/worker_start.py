@@ -1,0 +1,81 @@
+"""What Ray Train runs in every worker. It starts reading the data, then imports the training program.
+
+Nothing heavy is imported at the top: the driver imports this file too, and a worker's data is read while the worker
+imports torch, transformers and DeepSpeed, which takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+
+from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.errors import OrpoRayError
+
+if TYPE_CHECKING:
+    from orpo_ray.streaming.steps import StepShard
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What the driver decided once and every worker gets.
+
+    recipe: the resolved recipe as a mapping.
+    train, held_out: what all workers together read; each worker takes its own shards of the steps.
+    encoder: how pairs are encoded.
+    num_steps: optimizer steps of the whole run.
+    board: the `RunStatus` actor that the driver watches.
+    cpu_threads: for a CPU run, threads of one worker.
+    max_encoders: encoding tasks at a time for one worker.
+    """
+
+    recipe: dict[str, Any]
+    train: ReadSpec
+    held_out: ReadSpec | None
+    encoder: EncoderSpec
+    num_steps: int
+    board: Any
+    cpu_threads: int
+    max_encoders: int
+
+
+def train_worker(config: dict[str, ray.ObjectRef]) -> None:
+    """Train as one worker of a run.
+
+    An error that a restart would only repeat is reported to the board, where the driver finds it.
+
+    Args:
+        config: `worker`, a reference to the `WorkerConfig`. A reference, so that Ray Train's controller, which handles
+            this mapping, needs none of this package.
+
+    Raises:
+        OrpoRayError: bad input or a run that cannot go on.
+    """
+    worker_config: WorkerConfig = ray.get(config["worker"])
+    if ray.get(worker_config.board.fatal.remote()) is not None:
+        return  # a restart after such an error: there is nothing to retry
+    try:
+        steps = _steps_from_the_start(worker_config) if ray.train.get_checkpoint() is None else None
+        from orpo_ray.training.process_group import join_process_group, leave_process_group
+        from orpo_ray.training.worker import Worker
+
+        join_process_group()
+        Worker(worker_config, steps).run()
+        leave_process_group()
+    except OrpoRayError as error:
+        ray.get(worker_config.board.fail.remote(error))
+        raise
+
+
+def _steps_from_the_start(config: WorkerConfig) -> Iterator[StepShard]:
+    """This worker's shards of all steps, whose first is being read and encoded from now on."""
+    from orpo_ray.streaming.steps import iter_steps, started
+
+    context = ray.train.get_context()
+    read = replace(config.train, rank=context.get_world_rank(), num_workers=context.get_world_size(), first_sample=0)
+    return started(iter_steps(read, config.encoder, 0, config.num_steps, config.max_encoders))
