@@ -37,6 +37,7 @@ from machine import provenance
 from PIL import Image
 
 from orpo_ray.config.load import parse_recipe
+from orpo_ray.data.encoded_columns import to_arrow
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.from_recipe import run_data
 from orpo_ray.processing.processor import load_processor
@@ -87,7 +88,7 @@ def stream(parquet: Path, processor: str, times: int, cores: int) -> Streamed:
                 raise SystemExit(f"the set should have no bad rows: {share.bad[0]}")
             arrived.append(time.perf_counter())
             if len(weights) < 64:
-                weights += [(len(pair.to_bytes()), 3 * pixels_of(pair)) for pair in share.pairs]
+                weights += [(to_arrow([0], [pair]).nbytes, 3 * pixels_of(pair)) for pair in share.pairs]
     # The first fifth pays for starting processes and filling the pipeline.
     first = len(arrived) // 5
     seconds = arrived[-1] - arrived[first]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from jinja2 import TemplateError
 from PIL import Image
 
@@ -62,39 +61,6 @@ class EncodedPair:
         """Tokens of prompt + chosen or prompt + rejected, whichever is longer."""
         second = self.rejected_prompt.ids if self.rejected_prompt else self.prompt_ids
         return max(len(self.prompt_ids) + len(self.chosen_ids), len(second) + len(self.rejected_ids))
-
-    def to_bytes(self) -> bytes:
-        """Write a safetensors buffer for the object store. Reading it runs no code."""
-        tensors = {
-            "id": np.frombuffer(self.id.encode(), np.uint8),
-            "prompt_ids": self.prompt_ids,
-            "chosen_ids": self.chosen_ids,
-            "rejected_ids": self.rejected_ids,
-            "prompt_is_text": self.prompt_is_text,
-            "truncated": np.array([self.truncated]),
-        }
-        tensors |= {f"images.{name}": value for name, value in self.images.items()}
-        if (second := self.rejected_prompt) is not None:
-            tensors |= {"rejected_prompt.ids": second.ids, "rejected_prompt.is_text": second.is_text}
-            tensors |= {f"rejected_images.{name}": value for name, value in second.images.items()}
-        return safetensors.numpy.save(tensors)
-
-    @classmethod
-    def from_bytes(cls, data: Any, sample_index: int) -> EncodedPair:
-        """Read what `to_bytes` wrote. Arrays are views of the buffer; the sample index is kept outside it."""
-        tensors = _views(data)
-        second = None
-        if "rejected_prompt.ids" in tensors:
-            ids, is_text = tensors.pop("rejected_prompt.ids"), tensors.pop("rejected_prompt.is_text")
-            second = EncodedPrompt(ids, is_text, _pop_prefixed(tensors, "rejected_images."))
-        return cls(
-            id=tensors.pop("id").tobytes().decode(),
-            images=_pop_prefixed(tensors, "images."),
-            truncated=int(tensors.pop("truncated")[0]),
-            sample_index=sample_index,
-            rejected_prompt=second,
-            **tensors,
-        )
 
 
 @dataclass(frozen=True)
@@ -278,23 +244,3 @@ class PairEncoder:
         for text in (*texts, pair.chosen, pair.rejected):
             if found := sorted(token for token in tokens if token in text):
                 raise RowError("placeholder_in_text", f"the text contains {found[0]!r}: {json.dumps(text[:80])}")
-
-
-def _views(data: Any) -> dict[str, np.ndarray]:
-    """Read the tensors of a safetensors buffer without copying: safetensors' own reader copies each one twice."""
-    buffer = memoryview(data)
-    start = 8 + int.from_bytes(buffer[:8], "little")
-    header = json.loads(bytes(buffer[8:start]))
-    header.pop("__metadata__", None)
-    views = {}
-    for name, facts in header.items():
-        first, last = (start + offset for offset in facts["data_offsets"])
-        kind = facts["dtype"]  # "U8", "I32", "BOOL", ...
-        dtype = np.dtype(bool) if kind == "BOOL" else np.dtype(f"{kind[0].lower()}{int(kind[1:]) // 8}")
-        views[name] = np.frombuffer(buffer[first:last], dtype).reshape(facts["shape"])
-    return views
-
-
-def _pop_prefixed(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Remove the tensors with this prefix, and return them under names without it."""
-    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

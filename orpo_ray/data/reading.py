@@ -20,25 +20,27 @@ from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
 from orpo_ray.data.containers import Shard, read_rows
 from orpo_ray.data.formats import get_row_id, to_pair
 from orpo_ray.data.order import Order, owner
-from orpo_ray.data.pairs import Image, PreferencePair
+from orpo_ray.data.pairs import Image, Message, PreferencePair
 from orpo_ray.errors import RowError
 
 # What one encoding task takes: a pair with a large photograph costs it some 150 ms and 10 MB of pixels, one with a
 # thumbnail 1 ms, and between two tasks a process idles for 100 ms or more.
-ROWS_PER_CHUNK = 128
-BYTES_PER_CHUNK = 4 << 20
+ROWS_PER_TASK_BATCH = 128
+BYTES_PER_TASK_BATCH = 4 << 20
 BYTES_OF_A_PATH = 128 << 10  # a guess at the file behind a path
 
-_IMAGES = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
+IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
+_CONTENT_TYPE = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
+MESSAGES_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", _CONTENT_TYPE)]))
 SCHEMA = pa.schema(
     [
         ("sample_index", pa.int64()),
         ("id", pa.string()),
         ("source", pa.string()),
         ("image_root", pa.string()),
-        ("images", _IMAGES),
-        ("rejected_images", _IMAGES),  # null where both answers are to the same images
-        ("prompt", pa.string()),  # the messages, as JSON
+        ("images", IMAGES_TYPE),
+        ("rejected_images", IMAGES_TYPE),  # null where both answers are to the same images
+        ("prompt", MESSAGES_TYPE),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
         ("bad", BAD_ROW_TYPE),  # null for a pair
@@ -202,12 +204,12 @@ def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | BadRow
     for sample_index, shard, pair in rows:
         base: dict[str, object] = {"sample_index": sample_index, "image_root": spec.root_of(shard)}
         if isinstance(pair, PreferencePair):
-            named = ("id", "source", "images", "rejected_images", "chosen", "rejected")
-            block.append(base | {name: getattr(pair, name) for name in named} | {"prompt": json.dumps(pair.prompt)})
+            named = ("id", "source", "images", "rejected_images", "prompt", "chosen", "rejected")
+            block.append(base | {name: getattr(pair, name) for name in named})
             size += stored_bytes(block[-1])
         else:
             block.append(base | {"id": pair.id, "source": pair.source, "bad": asdict(pair)})
-        if len(block) >= ROWS_PER_CHUNK or size >= BYTES_PER_CHUNK:
+        if len(block) >= ROWS_PER_TASK_BATCH or size >= BYTES_PER_TASK_BATCH:
             yield pa.Table.from_pylist(block, schema=SCHEMA)
             block, size = [], 0
     if block:
@@ -227,9 +229,22 @@ def pair_of(row: Mapping[str, Any]) -> PreferencePair | BadRow:
     return PreferencePair(
         id=row["id"],
         images=row["images"] or [],
-        prompt=json.loads(row["prompt"]),
+        prompt=messages_of(row["prompt"]),
         chosen=row["chosen"],
         rejected=row["rejected"],
         source=row["source"],
         rejected_images=row["rejected_images"],
     )
+
+
+def messages_of(column: list[Message]) -> list[Message]:
+    """Rebuild messages from a value of `MESSAGES_TYPE`, in which an image has a text, which is null."""
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {key: value for key, value in part.items() if value is not None} for part in message["content"]
+            ],
+        }
+        for message in column
+    ]

@@ -14,28 +14,26 @@ from orpo_ray.data.bad_rows import BAD_ROW_TYPE, BadRow
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.images import load_image, read_image_bytes
 from orpo_ray.data.pairs import Image, PreferencePair
-from orpo_ray.data.reading import ReadSpec, image_fingerprint, pair_of
+from orpo_ray.data.reading import IMAGES_TYPE, MESSAGES_TYPE, ReadSpec, image_fingerprint, pair_of
 from orpo_ray.data_report.report import PairFacts, facts_from_json, facts_of
 from orpo_ray.storage.files import image_folder
 from orpo_ray.streaming.pipeline import (
     encode_rows,
+    encoder_batches,
     encoder_of_this_process,
     iter_blocks,
-    pack_rows,
-    portions,
-    unpack_rows,
+    one_block,
+    rows_of_blocks,
 )
 
-_IMAGES = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
-_PARTS = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
 # Schema of prepared data: TRL's conversational vision format, with the original image bytes.
 CLEAN_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("source", pa.string()),
-        ("images", _IMAGES),
-        ("rejected_images", _IMAGES),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", _PARTS)]))),
+        ("images", IMAGES_TYPE),
+        ("rejected_images", IMAGES_TYPE),
+        ("prompt", MESSAGES_TYPE),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
     ]
@@ -50,10 +48,10 @@ def iter_checked(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Ite
         encoder: how to encode them.
         max_encoders: maximum number of encoding processes.
     """
-    for block in iter_blocks(read, partial(_check_chunk, encoder=encoder), max_encoders, ordered=False):
-        for chunk in block.to_pylist():
-            yield from map(facts_from_json, json.loads(chunk["facts"]))
-            yield from (BadRow(**bad) for bad in chunk["bad"])
+    for blocks in iter_blocks(read, partial(_check, encoder=encoder), max_encoders, ordered=False):
+        for block in blocks.to_pylist():
+            yield from map(facts_from_json, json.loads(block["facts"]))
+            yield from (BadRow(**bad) for bad in block["bad"])
 
 
 def iter_clean(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Iterator[tuple[pa.Table, list[BadRow]]]:
@@ -64,15 +62,14 @@ def iter_clean(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Itera
         encoder: how to encode them.
         max_encoders: maximum number of encoding processes.
     """
-    for block in iter_blocks(read, partial(_clean_chunk, encoder=encoder), max_encoders, ordered=True):
-        for chunk in block.to_pylist():
-            table = pa.ipc.open_stream(pa.py_buffer(chunk["pairs"])).read_all()
-            yield table, [BadRow(**bad) for bad in chunk["bad"]]
+    for blocks in iter_blocks(read, partial(_clean, encoder=encoder), max_encoders, ordered=True):
+        for rows, bad in zip(rows_of_blocks(blocks), blocks["bad"].to_pylist(), strict=True):
+            yield pa.Table.from_struct_array(rows), [BadRow(**each) for each in bad]
 
 
-def _check_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
-    """Encode a packed chunk of rows; return the `PairFacts` of its pairs as JSON, and its bad rows."""
-    for rows in portions(unpack_rows(chunk)):
+def _check(task_batch: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
+    """Encode a task batch; yield the `PairFacts` of its pairs as JSON, and its bad rows."""
+    for rows in encoder_batches(task_batch):
         facts, bad = [], []
         for row, item in zip(rows, encode_rows(rows, encoder_of_this_process(encoder)), strict=True):
             if isinstance(item, BadRow):
@@ -88,9 +85,9 @@ def _check_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
         yield table.append_column("bad", _bad_column(bad))
 
 
-def _clean_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
-    """Encode a packed chunk of rows; return its usable pairs in `CLEAN_SCHEMA`, and its bad rows."""
-    for rows in portions(unpack_rows(chunk)):
+def _clean(task_batch: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
+    """Encode a task batch; yield its usable pairs in `CLEAN_SCHEMA`, and its bad rows."""
+    for rows in encoder_batches(task_batch):
         encoded = encode_rows(rows, encoder_of_this_process(encoder))
         bad = [item for item in encoded if isinstance(item, BadRow)]
         good = [
@@ -98,12 +95,12 @@ def _clean_chunk(chunk: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
             for row, item in zip(rows, encoded, strict=True)
             if not isinstance(item, BadRow)
         ]
-        packed = pack_rows(pa.Table.from_pylist(good, schema=CLEAN_SCHEMA))
-        yield packed.append_column("bad", _bad_column(bad))
+        block = one_block(pa.array(good, pa.struct(list(CLEAN_SCHEMA))))
+        yield block.append_column("bad", _bad_column(bad))
 
 
 def _bad_column(bad: list[BadRow]) -> pa.Array:
-    """Put all bad rows of a chunk into one cell."""
+    """Put all bad rows of a block into one cell."""
     return pa.array([[asdict(row) for row in bad]], pa.list_(BAD_ROW_TYPE))
 
 
@@ -115,6 +112,6 @@ def _clean_row(row: dict[str, Any], allow_http: bool) -> dict[str, Any]:
             return None
         return [{"bytes": read_image_bytes(image, root, allow_http), "path": None} for image in images]
 
-    texts = {name: row[name] for name in ("id", "source", "chosen", "rejected")}
+    texts = {name: row[name] for name in ("id", "source", "prompt", "chosen", "rejected")}
     images = {name: with_bytes(row[name]) for name in ("images", "rejected_images")}
-    return texts | images | {"prompt": json.loads(row["prompt"])}
+    return texts | images

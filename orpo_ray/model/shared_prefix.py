@@ -131,8 +131,6 @@ def _attend_varlen(
     from torch.nn.attention import varlen
 
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
-    from torch.nn.attention import varlen  # imports torch's compiler: seconds, for GPUs only
-
     out = varlen.varlen_attn(
         queries.contiguous(),
         keys.index_select(0, index.keys),

@@ -1,7 +1,8 @@
-"""Ray Data: windows of rows -> chunks -> whatever encoding tasks make of them, anywhere in the cluster.
+"""Ray Data pipelines: windows of rows -> task batches -> what encoding tasks make of them, anywhere in the cluster.
 
-Reading tasks (one a window) and encoding tasks, blocks through the object store. What a chunk becomes is the caller's:
-encoded pairs for training (`stream.py`), facts or clean rows for the `data` commands (`survey.py`).
+A reading task reads one window and cuts it into task batches; an encoding task takes one task batch. The caller chooses
+what it makes of the rows: encoded pairs for training (`streaming/steps.py`), or facts and clean rows for the `data`
+commands (`data_report/scan.py`).
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from orpo_ray.data.reading import ReadSpec, pair_of, read_window, stored_bytes
 from orpo_ray.errors import RowError
 from orpo_ray.storage.files import image_folder
 
-# A block is one row, and that row a whole chunk of pairs: Ray Data merges small blocks and splits large ones at row
-# borders, and a one-row block it can do neither to.
-_CHUNK = pa.schema([("pairs", pa.large_binary())])
-# Reading takes little CPU. That it differs from encoding also keeps Ray Data from fusing the two into one task, which
-# would encode a whole window in one process. Encoding asks for less than a core, so that it fits beside the workers
-# of a small machine.
+# A block is one row that holds a list of rows. Ray Data merges small blocks and splits large ones, but never a row, so
+# a task batch stays whole.
+_ROWS = "rows"
+# Reading takes little CPU. The two numbers also differ so that Ray Data does not fuse both into one task, which would
+# encode a whole window in one process. Encoding asks for less than a core, so that it fits beside the workers of a
+# small machine.
 READ_CPUS = 0.01
 ENCODE_CPUS = 0.5
-# A block of encoded pairs: some 40 MB of pixels where they are photographs.
+# What an encoding task makes at a time: about 40 MB of pixels if they are photographs.
 ROWS_PER_BLOCK = 32
 BYTES_PER_BLOCK = 512 << 10
 READERS = 1  # windows that one worker's pipeline reads at a time; each costs the run's start a process
-# Encoding yields to training where both run on the same cores: a thread of a CPU worker that loses its core to an
-# encoder holds up all the others. It catches up whenever training waits. The variables give encoders processes of
-# their own, so that no worker ever starts in one whose priority was lowered.
+# Encoding yields to training where both run on the same cores: if one thread of a CPU worker loses its core to an
+# encoder, all other threads wait for it. Encoding catches up whenever training waits. The variables give encoders
+# processes of their own, so that no worker starts in a process of lowered priority.
 ENCODE_NICENESS = 10
-# Make the allocators keep freed memory: an image's tiles are 10 MB allocations, and fresh pages for each cost a tenth
-# of the time.
+# Make the allocators keep freed memory: an image's tiles are allocations of 10 MB, and fresh pages for each would cost
+# a tenth of the time.
 KEEP_BYTES = str(256 << 20)
 ENCODE_ENV = {
     "env_vars": {
@@ -56,14 +57,21 @@ ENCODE_ENV = {
 
 
 def least_cpus(num_pipelines: int) -> float:
-    """CPUs that must stay free for this many workers' pipelines to get on at all: one encoder, and all readers."""
+    """Return how many CPUs the pipelines of this many workers need to make progress: one encoder and all readers."""
     return ENCODE_CPUS + READERS * READ_CPUS * num_pipelines
 
 
 def iter_blocks(
     read: ReadSpec, work: Callable[[pa.Table], Iterator[pa.Table]], max_encoders: int, ordered: bool
 ) -> Iterator[pa.Table]:
-    """What encoding tasks make of every chunk that this worker reads, handed on as soon as it is made."""
+    """Yield what encoding tasks make of the rows that this worker reads, as soon as it is made.
+
+    Args:
+        read: which rows.
+        work: makes blocks of one row each out of one task batch, in an encoding task.
+        max_encoders: encoding tasks at a time.
+        ordered: whether blocks come in the order of their sample indices.
+    """
     windows = read.order.windows(read.first_sample, read.end_sample)
     dataset = ray.data.read_datasource(
         _WindowSource(read, windows),
@@ -82,43 +90,43 @@ def iter_blocks(
         compute=ray.data.TaskPoolStrategy(max_encoders),
     )
     context = dataset.context
-    context.target_max_block_size = 1  # one chunk a block
+    context.target_max_block_size = 1  # one row is one block
     context.execution_options.preserve_order = ordered
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # What an encoding task raises on purpose (a processor that cannot be loaded) comes as itself.
+    # So that a UserError of an encoding task (a processor that cannot be loaded) arrives as a UserError.
     context.raise_original_map_exception = True
-    # Where a command itself is the reader, Ray Data's own lines would stand between what it says.
+    # If a command reads in its own process, Ray Data's lines would be mixed with the command's output.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 
-def pack_rows(table: pa.Table) -> pa.Table:
-    """A table as one row, which no operator merges with others or splits."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return pa.table({"pairs": pa.array([sink.getvalue().to_pybytes()], pa.large_binary())}, schema=_CHUNK)
+def one_block(rows: pa.StructArray) -> pa.Table:
+    """Make a block that no operator merges with others or splits: one row, a list of these rows. Copies nothing."""
+    return pa.table({_ROWS: pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)})
 
 
-def unpack_rows(chunk: pa.Table) -> list[dict[str, Any]]:
-    """The rows of `reading.SCHEMA` in a packed chunk."""
-    rows: list[dict[str, Any]] = pa.ipc.open_stream(chunk["pairs"][0].as_buffer()).read_all().to_pylist()
-    return rows
+def rows_of_blocks(blocks: pa.Table) -> Iterator[pa.StructArray]:
+    """Yield the rows of each block that `one_block` made."""
+    for block in blocks[_ROWS]:
+        yield block.values
 
 
-def portions(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """A chunk's rows in parts of about one block: what waits together in the object store, and in a worker's hands."""
-    part: list[dict[str, Any]] = []
+def encoder_batches(task_batch: pa.Table) -> Iterator[list[dict[str, Any]]]:
+    """Yield a task batch's rows of `reading.SCHEMA`, as many at a time as should become one block of encoded pairs.
+
+    Such a block waits whole in the object store and in a worker's memory.
+    """
+    batch: list[dict[str, Any]] = []
     size = 0
-    for row in rows:
-        part.append(row)
+    for row in (row for rows in rows_of_blocks(task_batch) for row in rows.to_pylist()):
+        batch.append(row)
         size += stored_bytes(row)
-        if len(part) >= ROWS_PER_BLOCK or size >= BYTES_PER_BLOCK:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+        if len(batch) >= ROWS_PER_BLOCK or size >= BYTES_PER_BLOCK:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[EncodedPair | BadRow]:
@@ -138,32 +146,33 @@ def encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[Encode
 
 @lru_cache(maxsize=2)
 def encoder_of_this_process(spec: EncoderSpec) -> PairEncoder:
-    """The encoder of a spec, made once a process; the process yields to others from then on."""
+    """Return the encoder of a spec, made once in a process. From then on, the process has a lower priority."""
     lower_priority()
     return spec.build()
 
 
 @cache
 def lower_priority() -> None:
-    """Make this process yield to others, once."""
+    """Lower this process's priority, once."""
     os.nice(ENCODE_NICENESS)
 
 
 class _WindowSource(Datasource):
-    """One read task a window, so that windows are read in parallel and none before its time."""
+    """A data source with one read task for every window, so that no window is read before it is needed."""
 
     def __init__(self, read: ReadSpec, windows: list[tuple[int, int]]) -> None:
         super().__init__()
         self._windows = windows
-        self._read = ray.put(read)  # once, not with each task: it lists every shard of the set
+        self._read = ray.put(read)  # sent once and not with each task: it lists every shard
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        return [ReadTask(partial(_read_chunks, self._read, *window), metadata) for window in self._windows]
+        return [ReadTask(partial(_read_task_batches, self._read, *window), metadata) for window in self._windows]
 
 
-def _read_chunks(read: ray.ObjectRef, epoch: int, number: int) -> Iterator[pa.Table]:
-    yield from map(pack_rows, read_window(ray.get(read), epoch, number))
+def _read_task_batches(read: ray.ObjectRef, epoch: int, number: int) -> Iterator[pa.Table]:
+    for rows in read_window(ray.get(read), epoch, number):
+        yield one_block(rows.to_struct_array().combine_chunks())

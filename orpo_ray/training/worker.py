@@ -94,9 +94,7 @@ class Worker:
         recipe, first = self.recipe, self.position.step
         read = self._mine(self.config.train, first_sample=first * recipe.optim.pairs_per_step)
         config = self.config
-        shares = self.from_the_start or iter_steps(
-            read, config.encoder, first, config.num_steps, config.max_encoders
-        )
+        shares = self.from_the_start or iter_steps(read, config.encoder, first, config.num_steps, config.max_encoders)
         while True:
             started = time.perf_counter()
             share = next(shares, None)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from orpo_ray.data.encoded_columns import from_arrow, to_arrow
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import to_pair
 from orpo_ray.data.pairs import PreferencePair
@@ -150,16 +151,7 @@ def test_a_batch_is_encoded_like_its_single_pairs(tiny: PairEncoder, tmp_path: P
             assert str(got) == str(alone)
             continue
         assert isinstance(alone, EncodedPair)
-        assert got.to_bytes() == alone.to_bytes()
-
-
-def test_bytes_round_trip(tiny: PairEncoder, tmp_path: Path) -> None:
-    (encoded,) = encode(tiny, tmp_path, pair([png(tmp_path, "a.png", (64, 64))]))
-    assert isinstance(encoded, EncodedPair)
-    copy = EncodedPair.from_bytes(encoded.to_bytes(), sample_index=7)
-    assert (copy.id, copy.sample_index, copy.row_length) == ("1", 7, encoded.row_length)
-    np.testing.assert_array_equal(copy.prompt_ids, encoded.prompt_ids)
-    np.testing.assert_array_equal(copy.images["pixel_values"], encoded.images["pixel_values"])
+        assert to_arrow([0], [got]) == to_arrow([0], [alone])
 
 
 def test_answers_do_not_change_the_prompts_tokens(tiny: PairEncoder, tmp_path: Path) -> None:
@@ -213,7 +205,7 @@ def test_only_answers_are_truncated(tmp_path: Path) -> None:
     assert cut.chosen_ids.tolist() == whole.chosen_ids[:3].tolist()
     assert cut.rejected_ids.tolist() == whole.rejected_ids[:3].tolist()
     assert cut.truncated == len(whole.chosen_ids) + len(whole.rejected_ids) - 6
-    assert EncodedPair.from_bytes(cut.to_bytes(), 5).truncated == cut.truncated
+    assert from_arrow(to_arrow([5], [cut]))[5].truncated == cut.truncated
     assert encode(PairEncoder(processor, prompt + 3), tmp_path, long)[0].reason == "too_long"
     # The truncated answers are equal, or empty.
     assert encode(PairEncoder(processor, prompt + 1, truncate=True), tmp_path, long)[0].reason == "identical_responses"
@@ -231,7 +223,7 @@ def test_answers_to_different_images_have_separate_prompts(tiny: PairEncoder, tm
     assert together.rejected_prompt is not None
     np.testing.assert_array_equal(together.rejected_prompt.images["pixel_values"], alone[1].images["pixel_values"])
     assert together.rejected_prompt.ids.tolist() == alone[1].prompt_ids.tolist()
-    again = EncodedPair.from_bytes(together.to_bytes(), 3)
+    again = from_arrow(to_arrow([3], [together]))[3]
     assert again.rejected_prompt is not None
     np.testing.assert_array_equal(again.rejected_prompt.is_text, together.rejected_prompt.is_text)
 

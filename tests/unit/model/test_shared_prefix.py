@@ -17,7 +17,7 @@ from torch.nn.attention import varlen
 from transformers import LlavaConfig
 
 from orpo_ray.config.schema import ModelConfig
-from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.encoded_columns import from_arrow, to_arrow
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, PairSpan, build_batch
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model import shared_prefix
@@ -93,7 +93,7 @@ def test_answers_that_were_given_to_different_images(family: str) -> None:
     alone = run(model, [one, replace(other, rejected_ids=one.rejected_ids)], "concatenated")
     torch.testing.assert_close(packed[0].chosen[1], alone[0].chosen[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed[0].rejected[1], alone[0].rejected[1], rtol=1e-5, atol=1e-5)
-    (again,) = [EncodedPair.from_bytes(pair.to_bytes(), pair.sample_index) for pair in pairs[1:2]]
+    (again,) = from_arrow(to_arrow([pairs[1].sample_index], pairs[1:2])).values()
     torch.testing.assert_close(run(model, [plain[0], again, plain[1]], "shared_prefix")[1], packed[1])
 
 

@@ -1,0 +1,141 @@
+"""`EncodedPair`s as an Arrow array and back, for the object store.
+
+A pair's tensors lie in Arrow's own buffers. What is read back are views of them: pixels stay in shared memory until
+they are packed into a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from orpo_ray.data.bad_rows import BAD_ROW_TYPE, BadRow
+from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.processing.prompts import EncodedPrompt
+
+_TENSOR = pa.struct(
+    [("name", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int64())), ("data", pa.large_binary())]
+)
+ENCODED_TYPE = pa.struct(
+    [
+        ("sample_index", pa.int64()),
+        ("id", pa.string()),
+        ("truncated", pa.int64()),
+        ("tensors", pa.list_(_TENSOR)),
+        ("bad", BAD_ROW_TYPE),  # null for a pair
+    ]
+)
+# Every tensor starts at a multiple of this many bytes, so that views of any dtype are aligned.
+_ALIGNMENT = 8
+_REJECTED = "rejected_prompt."
+_IMAGES = "images."
+
+
+def to_arrow(sample_indices: Sequence[int], items: Sequence[EncodedPair | BadRow]) -> pa.StructArray:
+    """Write pairs and bad rows, each with its sample index, as an array of `ENCODED_TYPE`. Copies tensors once."""
+    tensors = [{} if isinstance(item, BadRow) else _tensors_of(item) for item in items]
+    flat = [(name, np.ascontiguousarray(value)) for each in tensors for name, value in each.items()]
+    tensor_array = pa.StructArray.from_arrays(
+        [
+            pa.array([name for name, _ in flat], pa.string()),
+            pa.array([value.dtype.str for _, value in flat], pa.string()),
+            pa.array([value.shape for _, value in flat], pa.list_(pa.int64())),
+            _aligned_binary([value for _, value in flat]),
+        ],
+        fields=list(_TENSOR),
+    )
+    ends = np.cumsum([0, *map(len, tensors)], dtype=np.int32)
+    return pa.StructArray.from_arrays(
+        [
+            pa.array(sample_indices, pa.int64()),
+            pa.array([item.id for item in items], pa.string()),
+            pa.array([0 if isinstance(item, BadRow) else item.truncated for item in items], pa.int64()),
+            pa.ListArray.from_arrays(pa.array(ends), tensor_array),
+            pa.array([vars(item) if isinstance(item, BadRow) else None for item in items], BAD_ROW_TYPE),
+        ],
+        fields=list(ENCODED_TYPE),
+    )
+
+
+def from_arrow(array: pa.StructArray) -> dict[int, EncodedPair | BadRow]:
+    """Read what `to_arrow` wrote, by sample index. The pairs' arrays are views of the Arrow buffers."""
+    sample_indices = array.field("sample_index").to_pylist()
+    ids, truncated, bad = (array.field(name).to_pylist() for name in ("id", "truncated", "bad"))
+    lists = array.field("tensors")
+    flat = lists.flatten()
+    values = _views(flat)
+    names = flat.field("name").to_pylist()
+    counts = np.diff(lists.offsets.to_numpy()).tolist()
+    out: dict[int, EncodedPair | BadRow] = {}
+    first = 0
+    for place, sample_index in enumerate(sample_indices):
+        last = first + counts[place]
+        if bad[place] is not None:
+            out[sample_index] = BadRow(**bad[place])
+        else:
+            tensors = dict(zip(names[first:last], values[first:last], strict=True))
+            out[sample_index] = _pair_of(tensors, ids[place], sample_index, truncated[place])
+        first = last
+    return out
+
+
+def _tensors_of(pair: EncodedPair) -> dict[str, np.ndarray]:
+    """All arrays of a pair by name, in one mapping."""
+    tensors = {
+        "prompt_ids": pair.prompt_ids,
+        "chosen_ids": pair.chosen_ids,
+        "rejected_ids": pair.rejected_ids,
+        "prompt_is_text": pair.prompt_is_text,
+    }
+    tensors |= {_IMAGES + name: value for name, value in pair.images.items()}
+    if (second := pair.rejected_prompt) is not None:
+        tensors |= {f"{_REJECTED}ids": second.ids, f"{_REJECTED}is_text": second.is_text}
+        tensors |= {f"{_REJECTED}{_IMAGES}{name}": value for name, value in second.images.items()}
+    return tensors
+
+
+def _pair_of(tensors: dict[str, np.ndarray], pair_id: str, sample_index: int, truncated: int) -> EncodedPair:
+    second = None
+    if f"{_REJECTED}ids" in tensors:
+        ids, is_text = tensors.pop(f"{_REJECTED}ids"), tensors.pop(f"{_REJECTED}is_text")
+        second = EncodedPrompt(ids, is_text, _pop_prefixed(tensors, _REJECTED + _IMAGES))
+    images = _pop_prefixed(tensors, _IMAGES)
+    return EncodedPair(
+        id=pair_id,
+        images=images,
+        sample_index=sample_index,
+        rejected_prompt=second,
+        truncated=truncated,
+        **tensors,
+    )
+
+
+def _pop_prefixed(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Remove the tensors whose names start with `prefix`, and return them under names without it."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+
+
+def _aligned_binary(values: list[np.ndarray]) -> pa.LargeBinaryArray:
+    """The bytes of contiguous arrays, one value each, every one padded to `_ALIGNMENT`."""
+    offsets = np.cumsum([0, *(-(-value.nbytes // _ALIGNMENT) * _ALIGNMENT for value in values)], dtype=np.int64)
+    data = np.zeros(offsets[-1], np.uint8)
+    for start, value in zip(offsets[:-1].tolist(), values, strict=True):
+        data[start : start + value.nbytes] = value.reshape(-1).view(np.uint8)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(values), buffers)
+
+
+def _views(tensors: pa.StructArray) -> list[np.ndarray]:
+    """The arrays of a `_TENSOR` column where they lie."""
+    data = tensors.field("data")
+    if not len(data):
+        return []
+    _, offsets, buffer = data.buffers()
+    starts = np.frombuffer(offsets, np.int64)[data.offset : data.offset + len(data)].tolist()
+    dtypes, shapes = tensors.field("dtype").to_pylist(), tensors.field("shape").to_pylist()
+    return [
+        np.frombuffer(buffer, np.dtype(dtype), int(np.prod(shape, dtype=np.int64)), start).reshape(shape)
+        for start, dtype, shape in zip(starts, dtypes, shapes, strict=True)
+    ]
