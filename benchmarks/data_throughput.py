@@ -1,4 +1,4 @@
-"""How fast pairs with photographs come to a worker, and what they weigh on the way.
+"""How fast pairs with photographs reach a worker, and how many bytes they take on the way.
 
     python benchmarks/data_throughput.py PAIRS PROCESSOR [--epochs N] [--cores N] [--json]
 
@@ -9,9 +9,9 @@ PROCESSOR: a folder with a model's processor, as the hub has it. Compared in one
   bare:   as many processes as cores, each decoding and calling the same processor in a loop, no data frame, no Ray
 
 `pairs_per_core_ratio` is stream to bare; `memory_growth_ratio` the peak of all processes' own memory with ten times the
-rows to that with once (Ray's object store stands beside it: it touches ever more of the share of the machine that it
-was given, and stays within that); `float32_to_uint8_bytes_ratio` what a pair would weigh with float32 pixels to what it
-does.
+rows to that with one time (Ray's object store is listed apart: it touches more and more of the memory that it was
+given, and stays within that); `float32_to_uint8_bytes_ratio` the bytes of a pair with float32 pixels to those with
+uint8.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ def stream(parquet: Path, processor: str, times: int, cores: int) -> Streamed:
     arrived: list[float] = []
     weights: list[tuple[int, int]] = []
     with PeakMemory() as memory:
-        for share in iter_steps(replace(read, rank=0), encoder, 0, steps, max_encoders=cores):
-            if share.bad:
-                raise SystemExit(f"the set should have no bad rows: {share.bad[0]}")
+        for shard in iter_steps(replace(read, rank=0), encoder, 0, steps, max_encoders=cores):
+            if shard.bad:
+                raise SystemExit(f"the set should have no bad rows: {shard.bad[0]}")
             arrived.append(time.perf_counter())
             if len(weights) < 64:
-                weights += [(to_arrow([0], [pair]).nbytes, 3 * pixels_of(pair)) for pair in share.pairs]
+                weights += [(to_arrow([0], [pair]).nbytes, 3 * pixels_of(pair)) for pair in shard.pairs]
     # The first fifth pays for starting processes and filling the pipeline.
     first = len(arrived) // 5
     seconds = arrived[-1] - arrived[first]

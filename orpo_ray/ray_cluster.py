@@ -1,4 +1,4 @@
-"""Start a Ray on this machine, or join the one that RAY_ADDRESS names."""
+"""Start Ray on this machine, or join the cluster that RAY_ADDRESS names."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from orpo_ray.errors import UserError
 
 
 def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names (a submitted job has it), or start one on this machine.
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
 
-    Raises UserError where RAY_ADDRESS names no cluster that answers.
+    Raises:
+        UserError: no cluster answers at RAY_ADDRESS.
     """
     if ray.is_initialized():
         return
-    # A new process takes seconds to import what encoding needs: keep idle ones between training and evaluation.
+    # A new encoder needs seconds to import its libraries: keep idle processes between training and evaluation.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    # Ray lowers the priority of all its workers; here only encoders should yield (see data/pipeline.py).
+    # Ray lowers the priority of all its workers; here, only encoders have a lower one (streaming/pipeline.py).
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # A run has some ten small actors; on two cores Ray warns about that many at once.
+    # A run has about ten small actors; on two cores, Ray warns about so many at once.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     address = os.environ.get("RAY_ADDRESS")
-    # Worker output goes to Ray's logs; what a user should see comes through the board.
+    # Worker output goes to Ray's logs; what users should see comes through `RunStatus`.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if not address:
-        # The nodes of a Ray that is this machine alone are not preempted, and the watcher is one more process to start.
+        # This machine is not preempted, and Ray Train's watcher for that is one more process to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Not address=None: that joins whatever cluster was last started here, and waits minutes for one that has died.
+        # address=None would join the cluster that was started here last, and wait for minutes if it has died.
         with own_address():
             ray.init(address="local", **quiet)
         return
@@ -46,10 +47,11 @@ def start_ray() -> None:
 
 @contextlib.contextmanager
 def own_address() -> Iterator[None]:
-    """Tell the processes of a Ray that is about to start here where it is.
+    """Set the address of the Ray that is about to start here, for all its processes.
 
-    Those that ask Ray for the state of an actor (Train's cleaner after a stopped trial) look for a cluster on the
-    machine otherwise; with an old or a second one there they fail, a stopped trial keeps its CPUs, and a sweep hangs.
+    Without an address, a process that asks Ray for the state of an actor (Ray Train's cleaner after a stopped trial)
+    looks for any cluster on the machine. If there is an old or a second one, the cleaner fails, a stopped trial keeps
+    its CPUs, and a sweep hangs.
     """
     with socket.socket() as free:
         free.bind(("", 0))

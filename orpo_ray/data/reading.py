@@ -1,6 +1,6 @@
-"""Windows of the order -> tables of `PreferencePair`s. What a read task does; plain functions without ray.
+"""Read windows of the order as tables of `PreferencePair`s. Reading tasks call this; it needs no Ray.
 
-Every source comes out in one schema (`SCHEMA`), a row a pair, so that sources of any kind can stand in one stream.
+Every source is read into one schema (`SCHEMA`), one row for each pair, so that one stream can mix sources of any kind.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from orpo_ray.data.order import Order, owner
 from orpo_ray.data.pairs import Image, Message, PreferencePair
 from orpo_ray.errors import RowError
 
-# What one encoding task takes: a pair with a large photograph costs it some 150 ms and 10 MB of pixels, one with a
-# thumbnail 1 ms, and between two tasks a process idles for 100 ms or more.
+# Size of a task batch, which one encoding task takes. A pair with a large photograph costs about 150 ms and 10 MB of
+# pixels, one with a thumbnail 1 ms, and between two tasks a process idles for 100 ms or more.
 ROWS_PER_TASK_BATCH = 128
 BYTES_PER_TASK_BATCH = 4 << 20
 BYTES_OF_A_PATH = 128 << 10  # a guess at the file behind a path
@@ -50,51 +50,51 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """Which rows one worker reads, and how.
-
-    Samples [first_sample, end_sample) that `rank` of `num_workers` owns.
-    format_names: the format of each shard.
-    row_indices: for shards that are read in part (`data/split.py`), the rows to read; the order counts only those.
-    exchange_images: give each pair the images of another pair of its window, to see whether they matter.
-    """
+    """Which rows one worker reads, and how."""
 
     shards: tuple[Shard, ...]
+    """All shards of all sources."""
     format_names: tuple[str, ...]
+    """The format of each shard."""
     order: Order
     pairs_per_step: int
     first_sample: int
     end_sample: int
+    """Samples first_sample to end_sample - 1 are read, of which a worker reads those that it owns."""
     rank: int = 0
     num_workers: int = 1
     columns: Mapping[str, str] = field(default_factory=dict)
+    """`data.columns` of the recipe."""
     row_indices: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Rows to read of shards that are not read whole (`data/split.py`). The order counts only these rows."""
     image_root: str | None = None
+    """`data.image_root` of the recipe."""
     exchange_images: bool = False
+    """Whether each pair gets the images of another pair of its window, to measure how much images matter."""
 
     @property
     def digest(self) -> str:
-        """The same for the same files of rows, wherever they lie."""
+        """Hash of the data files' names and sizes: equal for the same files in another folder."""
         facts = [(PurePosixPath(each.path).name, each.num_rows, each.num_bytes) for each in self.shards]
         kept = [hashlib.sha256(rows.tobytes()).hexdigest() for rows in self.row_indices.values()]
         return hashlib.sha256(json.dumps([facts, kept, self.order.weights]).encode()).hexdigest()[:16]
 
     def root_of(self, shard: Shard) -> str | None:
-        """What image paths of a shard's rows are relative to."""
+        """Return the folder that a shard's image paths are relative to."""
         return self.image_root or shard.image_root
 
     def owned(self, sample_indices: np.ndarray) -> np.ndarray:
-        """Which of these sample indices this worker trains on: bool, same shape."""
+        """Return which of these sample indices this worker trains on: bool, same shape."""
         mine = owner(sample_indices, self.pairs_per_step, self.num_workers) == self.rank
         return mine & (sample_indices >= self.first_sample) & (sample_indices < self.end_sample)
 
 
 def read_window(spec: ReadSpec, epoch: int, number: int) -> Iterator[pa.Table]:
-    """Tables of `SCHEMA` with this worker's rows of one window, in the order of their sample indices."""
+    """Yield task batches, as tables of `SCHEMA`, of this worker's rows of a window, in order of sample indices."""
     window = spec.order.window(epoch, number)
     sample_indices = window.first_sample + np.arange(len(window.rows))
     owned = spec.owned(sample_indices)
-    # A pair's new images may come from any row of the window, whoever owns it: that keeps them the same for any
-    # number of workers.
+    # A pair's new images may come from any row of the window, so that they are the same for any number of workers.
     wanted = np.ones_like(owned) if spec.exchange_images else owned
     pairs = _read_window(spec, sample_indices[wanted], window.rows[wanted])
     if spec.exchange_images:
@@ -119,12 +119,12 @@ def read_pairs(spec: ReadSpec, shard: int, rows: np.ndarray) -> list[PreferenceP
 
 
 def _writable(text: str) -> str:
-    """Without halves of characters, which no file takes."""
+    """Replace lone surrogates, which cannot be written to a file."""
     return text.encode(errors="replace").decode()
 
 
 def pair_at(spec: ReadSpec, sample_index: int) -> tuple[Shard, PreferencePair | BadRow]:
-    """The pair of one sample index, whoever owns it."""
+    """Read the pair of one sample index, whichever worker owns it."""
     ((epoch, number),) = spec.order.windows(sample_index, sample_index + 1)
     window = spec.order.window(epoch, number)
     place = sample_index - window.first_sample
@@ -132,7 +132,7 @@ def pair_at(spec: ReadSpec, sample_index: int) -> tuple[Shard, PreferencePair | 
 
 
 def image_fingerprint(image: Image, root: str | None) -> str:
-    """The same for the same image: its bytes, or its path and what that is relative to."""
+    """Hash an image's bytes, or its path with the folder that the path is relative to."""
     digest = hashlib.sha256()
     if image["bytes"] is not None:
         digest.update(image["bytes"])
@@ -144,7 +144,7 @@ def image_fingerprint(image: Image, root: str | None) -> str:
 def _read_window(
     spec: ReadSpec, sample_indices: np.ndarray, rows: np.ndarray
 ) -> dict[int, tuple[Shard, PreferencePair | BadRow]]:
-    """sample index -> (shard, pair or what is wrong). Each shard is read once."""
+    """Return the shard and the pair, or bad row, of each sample index. Reads each shard once."""
     pairs: dict[int, tuple[Shard, PreferencePair | BadRow]] = {}
     for index in np.unique(rows[:, 0]).tolist():
         here = rows[:, 0] == index
@@ -162,7 +162,10 @@ def _exchange(
     spec: ReadSpec,
     pairs: dict[int, tuple[Shard, PreferencePair | BadRow]],
 ) -> dict[int, tuple[Shard, PreferencePair | BadRow]]:
-    """Give every pair the images of the next pair with as many, but other, images; a BadRow where there is none."""
+    """Give every pair the images of the next pair with the same number of images, but not the same ones.
+
+    A pair without such a partner becomes a BadRow.
+    """
     groups: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
     for sample_index, (shard, pair) in pairs.items():
         if isinstance(pair, PreferencePair) and pair.images:
@@ -182,10 +185,10 @@ def _exchange(
             if other is None:
                 out[sample_index] = (shard, _not_exchanged(sample_index, pair, "no other images to exchange with"))
                 continue
-            other_segment, other_pair = pairs[other]
+            other_shard, other_pair = pairs[other]
             assert isinstance(other_pair, PreferencePair)
             swapped = replace(pair, images=other_pair.images, rejected_images=other_pair.rejected_images)
-            out[sample_index] = (other_segment, swapped)
+            out[sample_index] = (other_shard, swapped)
     return out
 
 
@@ -194,30 +197,31 @@ def _not_exchanged(sample_index: int, pair: PreferencePair, detail: str) -> BadR
 
 
 def _fingerprint(pair: PreferencePair, root: str | None) -> str:
-    """The same for the same images in the same order."""
+    """Hash the images of a pair, in their order."""
     return " ".join(image_fingerprint(image, root) for image in pair.images)
 
 
 def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | BadRow]]) -> Iterator[pa.Table]:
-    block: list[dict[str, object]] = []
+    """Yield task batches of rows."""
+    batch: list[dict[str, object]] = []
     size = 0
     for sample_index, shard, pair in rows:
         base: dict[str, object] = {"sample_index": sample_index, "image_root": spec.root_of(shard)}
         if isinstance(pair, PreferencePair):
             named = ("id", "source", "images", "rejected_images", "prompt", "chosen", "rejected")
-            block.append(base | {name: getattr(pair, name) for name in named})
-            size += stored_bytes(block[-1])
+            batch.append(base | {name: getattr(pair, name) for name in named})
+            size += stored_bytes(batch[-1])
         else:
-            block.append(base | {"id": pair.id, "source": pair.source, "bad": asdict(pair)})
-        if len(block) >= ROWS_PER_TASK_BATCH or size >= BYTES_PER_TASK_BATCH:
-            yield pa.Table.from_pylist(block, schema=SCHEMA)
-            block, size = [], 0
-    if block:
-        yield pa.Table.from_pylist(block, schema=SCHEMA)
+            batch.append(base | {"id": pair.id, "source": pair.source, "bad": asdict(pair)})
+        if len(batch) >= ROWS_PER_TASK_BATCH or size >= BYTES_PER_TASK_BATCH:
+            yield pa.Table.from_pylist(batch, schema=SCHEMA)
+            batch, size = [], 0
+    if batch:
+        yield pa.Table.from_pylist(batch, schema=SCHEMA)
 
 
 def stored_bytes(row: Mapping[str, Any]) -> int:
-    """About what the images of a row of `SCHEMA` weigh."""
+    """Estimate the bytes of the images of a row of `SCHEMA`."""
     images = [*(row.get("images") or ()), *(row.get("rejected_images") or ())]
     return sum(len(image["bytes"]) if image["bytes"] else BYTES_OF_A_PATH for image in images)
 

@@ -1,4 +1,4 @@
-"""A recipe -> a run on Ray: what to read, whether it fits the cluster, the trainer, and what came of it."""
+"""Launch a recipe's run on Ray: list the data, check the model and the cluster, train, and collect the result."""
 
 from __future__ import annotations
 
@@ -30,20 +30,32 @@ DEFAULT_CHECKPOINTS = 10
 
 
 class TrainingFailed(OrpoRayError):
-    """The run ended with an error that is not the user's input."""
+    """The run ended with an error that is not caused by the user's input."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run left: its folder, the latest value of every metric, whether it had been finished before."""
+    """Result of a run."""
 
     run_uri: str
     metrics: dict[str, float]
+    """The latest value of every metric."""
     was_finished: bool = False
+    """Whether the run was finished before, so that nothing was done."""
 
 
 def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
-    """Run a recipe to its end, resuming what its run folder holds. Raises UserError and TrainingFailed."""
+    """Train a recipe to its end. If its run folder holds a checkpoint, resume from there.
+
+    Args:
+        recipe: the recipe.
+        console: where to print.
+        callbacks: callbacks for Ray Train.
+
+    Raises:
+        UserError: the recipe, its data, model or cluster do not work.
+        TrainingFailed: the run ended with another error.
+    """
     recipe = recipe.with_absolute_paths()
     folder = RunFolder(recipe.run_uri)
     saved = check_run_folder(recipe, folder)
@@ -51,7 +63,7 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     read, held_out = run_data(recipe)
     with ThreadPoolExecutor(1) as pool:
-        # Importing what a model's config needs takes seconds; starting Ray is mostly waiting.
+        # Checking the model needs seconds of imports, and starting Ray is mostly waiting.
         checked = pool.submit(_check_model, recipe, saved)
         start_ray()
         recipe, without_sharing = checked.result()
@@ -62,26 +74,26 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     (folder.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     folder.push(RECIPE_FILE)
     console.print(_headline(recipe, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
-    board = RunStatus.remote()  # type: ignore[attr-defined]
+    status = RunStatus.remote()  # type: ignore[attr-defined]
     config = WorkerConfig(
         recipe=recipe.model_dump(mode="json"),
         train=read,
         held_out=held_out,
         encoder=encoder_of(recipe),
         num_steps=num_steps,
-        board=board,
+        status=status,
         cpu_threads=resources.cpu_threads,
         max_encoders=resources.max_encoders,
     )
-    with ProgressDisplay(board, console):
+    with ProgressDisplay(status, console):
         _fit(config, recipe, resources, callbacks or [])
     return RunSummary(folder.uri, last_metrics(folder))
 
 
 def _check_model(recipe: Recipe, saved: Recipe | None) -> tuple[Recipe, str | None]:
-    """Pin the model's revision, and tell why the model cannot share prefixes, if so.
+    """Pin the model's revision. Also return the line about a model that cannot share prefixes, or None.
 
-    A wrong model is found here and not in a worker. Raises UserError.
+    Here, a wrong model is an error of the driver, before any worker starts. Raises UserError.
     """
     from orpo_ray.model.loading import concatenated_because, pick_attention
 
@@ -110,17 +122,17 @@ def _fit(config: WorkerConfig, recipe: Recipe, resources: Resources, callbacks: 
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        fatal = ray.get(config.board.fatal.remote())
+        fatal = ray.get(config.status.fatal.remote())
         if fatal is not None:
             raise fatal from None
         raise TrainingFailed(_first_failure(error)) from error
-    fatal = ray.get(config.board.fatal.remote())
+    fatal = ray.get(config.status.fatal.remote())
     if fatal is not None:
         raise fatal
 
 
 def storage_of(recipe: Recipe) -> dict[str, Any]:
-    """Where Ray Train and Tune write: the options of a RunConfig."""
+    """Return the options of a RunConfig that say where Ray Train and Ray Tune write."""
     above, _, name = recipe.run_uri.rpartition("/")
     if not is_remote(recipe.run_uri):
         return {"name": name, "storage_path": above}
@@ -136,7 +148,7 @@ def _first_failure(error: Exception) -> str:
 
 
 def _resolved(recipe: Recipe, num_steps: int) -> Recipe:
-    """The recipe with what it left open: here, how often to save."""
+    """Fill in what the recipe leaves open: how often to save."""
     raw = recipe.model_dump(mode="json")
     raw["checkpoint"]["every_steps"] = recipe.checkpoint.every_steps or max(1, num_steps // DEFAULT_CHECKPOINTS)
     return parse_recipe(raw)
@@ -157,7 +169,7 @@ def _headline(
 
 
 def _tuning(recipe: Recipe) -> str:
-    """What is trained, in two words or three."""
+    """Name the kind of tuning."""
     lora = recipe.model.lora
     if lora is None:
         return "full fine-tuning"

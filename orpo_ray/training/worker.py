@@ -1,4 +1,4 @@
-"""The whole program of one worker, read top to bottom: set up, resume, loop, evaluate, save."""
+"""The training program of one worker, from top to bottom: set up, resume, loop, evaluate, save."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Worker:
     def __init__(self, config: WorkerConfig, from_the_start: Iterator[StepShard] | None = None) -> None:
         """Set up the model, the engine and the position.
 
-        from_the_start: the steps of a run without a checkpoint, whose data is being read already.
+        Args:
+            config: what the driver decided.
+            from_the_start: for a run without a checkpoint, all its steps; their data is already being read.
         """
         context = ray.train.get_context()
         self.config, self.recipe = config, parse_recipe(config.recipe)
@@ -66,11 +68,11 @@ class Worker:
         """Train from the position to the end, then evaluate and write `final/`."""
         recipe, num_steps = self.recipe, self.config.num_steps
         self.model.train()
-        for share, plan, waited, started in self._steps():
+        for shard, plan, waited, started in self._steps():
             metrics = self._train_step(plan)
             seconds = time.perf_counter() - started
             metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_fraction": waited / seconds}
-            self._advance(share, plan, metrics)
+            self._advance(shard, plan, metrics)
             step = self.position.step
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
                 self._report(self._evaluate(grounding=False))
@@ -90,23 +92,23 @@ class Worker:
         save_checkpoint(self.engine, self.position, metrics)
 
     def _steps(self) -> Iterator[tuple[StepShard, StepPlan, float, float]]:
-        """Each step's share and plan, the seconds spent waiting for data, and when the step began."""
+        """Yield each step's shard and plan, the seconds spent waiting for data, and when the step began."""
         recipe, first = self.recipe, self.position.step
         read = self._mine(self.config.train, first_sample=first * recipe.optim.pairs_per_step)
         config = self.config
-        shares = self.from_the_start or iter_steps(read, config.encoder, first, config.num_steps, config.max_encoders)
+        shards = self.from_the_start or iter_steps(read, config.encoder, first, config.num_steps, config.max_encoders)
         while True:
             started = time.perf_counter()
-            share = next(shares, None)
-            if share is None:
+            shard = next(shards, None)
+            if shard is None:
                 return
             waited = time.perf_counter() - started
-            # Dropout depends on the step alone, so a resumed run draws what an uninterrupted one would have drawn.
-            torch.manual_seed((recipe.optim.seed << 32) + share.step * self.num_workers + self.rank)
-            yield share, self.planner.plan(share.pairs, len(share.bad)), waited, started
+            # Dropout depends on the step only, so a resumed run draws the same as an uninterrupted one.
+            torch.manual_seed((recipe.optim.seed << 32) + shard.step * self.num_workers + self.rank)
+            yield shard, self.planner.plan(shard.pairs, len(shard.bad)), waited, started
 
     def _train_step(self, plan: StepPlan) -> dict[str, float]:
-        """Forward and backward of every micro-batch, one optimizer step; TRL's metrics of it."""
+        """Run forward and backward on every micro-batch, then one optimizer step. Return its metrics."""
         learning_rate = self.engine.learning_rate
         sums: dict[str, torch.Tensor] = {}
         if not plan.pairs:
@@ -126,14 +128,14 @@ class Worker:
         metrics = self.objective.metrics(reduce_sums(sums, self.device))
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def _advance(self, share: StepShard, plan: StepPlan, metrics: dict[str, float]) -> None:
-        """The step is done: move the position, log, tell the driver, and see to bad rows."""
-        _, end_sample = step_samples(share.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
+    def _advance(self, shard: StepShard, plan: StepPlan, metrics: dict[str, float]) -> None:
+        """Finish a step: move the position, log, report the progress, and handle bad rows."""
+        _, end_sample = step_samples(shard.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
         old = self.position
-        self.position = replace(old, step=share.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs)
+        self.position = replace(old, step=shard.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs)
         metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
         if plan.bad:
-            rows = self._log_bad_rows(share.bad)
+            rows = self._log_bad_rows(shard.bad)
             self.first_bad = [*self.first_bad, *rows][:BAD_ROWS_SHOWN]
             refuse_rows(self.recipe, rows)
         if self.tracker is not None:
@@ -171,14 +173,14 @@ class Worker:
         return replace(read, rank=self.rank, num_workers=self.num_workers, first_sample=first_sample)
 
     def _report(self, metrics: dict[str, float]) -> None:
-        """Evaluations in between go to Ray Train without a checkpoint: a scheduler of Ray Tune may be waiting."""
+        """Report an evaluation before the end to Ray Train, without a checkpoint, for a scheduler of Ray Tune."""
         ray.train.report(with_prefix(metrics, "eval") | {"step": self.position.step})
 
     def _warn(self, text: str) -> None:
         with contextlib.suppress(ray.exceptions.RayActorError):
-            self.config.board.warn.remote(text)
+            self.config.status.warn.remote(text)
 
     def _tell(self, **state: Any) -> None:
         if self.rank == 0:
-            with contextlib.suppress(ray.exceptions.RayActorError):  # the driver is gone, and its board
-                self.config.board.update.remote(**state)
+            with contextlib.suppress(ray.exceptions.RayActorError):  # the driver has ended, and the actor with it
+                self.config.status.update.remote(**state)

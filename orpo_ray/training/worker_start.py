@@ -23,31 +23,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What the driver decided once and every worker gets.
-
-    recipe: the resolved recipe as a mapping.
-    train, held_out: what all workers together read; each worker takes its own shards of the steps.
-    encoder: how pairs are encoded.
-    num_steps: optimizer steps of the whole run.
-    board: the `RunStatus` actor that the driver watches.
-    cpu_threads: for a CPU run, threads of one worker.
-    max_encoders: encoding tasks at a time for one worker.
-    """
+    """What the driver decided once, for every worker."""
 
     recipe: dict[str, Any]
+    """The resolved recipe."""
     train: ReadSpec
+    """What all workers together train on. Each worker selects its own shards of the steps."""
     held_out: ReadSpec | None
+    """What all workers together evaluate on."""
     encoder: EncoderSpec
     num_steps: int
-    board: Any
+    """Optimizer steps of the whole run."""
+    status: Any
+    """The `RunStatus` actor, which the driver watches."""
     cpu_threads: int
+    """Threads of one worker in a run on CPUs."""
     max_encoders: int
+    """Encoding tasks at a time for one worker."""
 
 
 def train_worker(config: dict[str, ray.ObjectRef]) -> None:
     """Train as one worker of a run.
 
-    An error that a restart would only repeat is reported to the board, where the driver finds it.
+    An error that a restart would repeat is kept in the run's status, where the driver finds it.
 
     Args:
         config: `worker`, a reference to the `WorkerConfig`. A reference, so that Ray Train's controller, which handles
@@ -57,7 +55,7 @@ def train_worker(config: dict[str, ray.ObjectRef]) -> None:
         OrpoRayError: bad input or a run that cannot go on.
     """
     worker_config: WorkerConfig = ray.get(config["worker"])
-    if ray.get(worker_config.board.fatal.remote()) is not None:
+    if ray.get(worker_config.status.fatal.remote()) is not None:
         return  # a restart after such an error: there is nothing to retry
     try:
         steps = _steps_from_the_start(worker_config) if ray.train.get_checkpoint() is None else None
@@ -68,12 +66,12 @@ def train_worker(config: dict[str, ray.ObjectRef]) -> None:
         Worker(worker_config, steps).run()
         leave_process_group()
     except OrpoRayError as error:
-        ray.get(worker_config.board.fail.remote(error))
+        ray.get(worker_config.status.fail.remote(error))
         raise
 
 
 def _steps_from_the_start(config: WorkerConfig) -> Iterator[StepShard]:
-    """This worker's shards of all steps, whose first is being read and encoded from now on."""
+    """Start reading and encoding the first step; return this worker's shards of all steps."""
     from orpo_ray.streaming.steps import iter_steps, started
 
     context = ray.train.get_context()
