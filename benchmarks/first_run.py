@@ -34,22 +34,24 @@ from machine import ROOT, provenance
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
 FIRST_STEP_LIMIT = 300.0
 POLL_SECONDS = 0.05
-# What a process is for, by its command line; the first match counts.
+OTHER_WORKERS = "Ray's other workers"
+# What a process is for, by a part of its command line; the first match counts.
 ROLES = (
     ("gcs_server", "Ray's own processes"),
     ("raylet/raylet", "Ray's own processes"),
     ("dashboard", "Ray's own processes"),
     ("log_monitor", "Ray's own processes"),
     ("monitor.py", "Ray's own processes"),
-    ("runtime_env", "Ray's own processes"),
-    ("setup_worker", "other Ray workers"),
+    ("runtime_env/agent", "Ray's own processes"),
+    ("ray::DashboardAgent", "Ray's own processes"),
+    ("ray::RuntimeEnvAgent", "Ray's own processes"),
+    ("forkserver", "Ray's own processes"),
     ("ray::TrainController", "Train controller"),
     ("ray::RayTrainWorker", "training worker"),
-    ("ray::_RayTrainWorker", "training worker"),
-    ("ray::ReadWindow", "reading tasks"),
-    ("ray::MapBatches", "encoding tasks"),
-    ("ray::", "other Ray workers"),
-    ("default_worker.py", "other Ray workers"),
+    ("ray::Read", "reading and encoding"),
+    ("ray::MapBatches", "reading and encoding"),
+    ("ray::", OTHER_WORKERS),
+    ("_worker.py", OTHER_WORKERS),
     ("orpo_ray", "driver"),
 )
 
@@ -107,8 +109,9 @@ def first_step(checkout: Path, recipe: Path) -> FirstStep:
                 for process in _family(driver):
                     with contextlib.suppress(psutil.Error):
                         role = _role(process)
-                        seen[process] = role
                         found.appeared.setdefault(role, round(now, 2))
+                        if role != OTHER_WORKERS or process not in seen:  # an idle one keeps the role that it had
+                            seen[process] = role
                 time.sleep(POLL_SECONDS)
             found.seconds = time.perf_counter() - started
             for process, role in seen.items():
