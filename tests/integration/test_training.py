@@ -146,7 +146,7 @@ def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
     same_curve(Path(recipe.run_uri), reference)
     third = orpo_ray_here(*command(recipe, tmp_path)[3:])
     assert third.returncode == 0
-    assert "finished before" in third.stderr
+    assert "finished already" in third.stderr
 
 
 def test_final_loads_in_plain_transformers_and_differs_from_the_start(

@@ -22,7 +22,7 @@ from support.paths import ROOT
         (["train", str(ROOT / "recipes/quickstart.yaml"), "data.image_root=/none"], "data.image_root: no such folder"),
         (["train", str(ROOT / "recipes/quickstart.yaml"), "checkpoint.storage=file"], "checkpoint.storage"),
         (["evaluate", "nowhere"], "is neither a run"),
-        (["export", "nowhere"], "is not a run"),
+        (["export", "nowhere"], "not a run folder"),
         (["evaluate", "broken-run"], "not valid YAML"),
         (["tune", str(ROOT / "recipes/quickstart.yaml"), "data.eval=[]"], "held-out pairs"),
     ],
