@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orpo_ray.data_report.text_format import counted, number, percent
+from orpo_ray.extras import install_command, is_installed
 
 Split = Mapping[str, Any]
 LEVELS = ("none", "good", "warning", "problem")  # in order of severity
@@ -89,7 +90,10 @@ def _too_long(split: Split, report: Mapping[str, Any]) -> Card:
 def _text_only(split: Split, report: Mapping[str, Any]) -> Card:
     found = split["text_only"]
     if found is None:
-        return Card("\u2013", "", "none", "There are too few pairs for an estimate.")
+        reason = "There are too few pairs for an estimate."
+        if not is_installed("sklearn"):
+            reason = f"Not measured: scikit-learn is not installed. Install it with {install_command('sklearn')}"
+        return Card("\u2013", "", "none", reason)
     level, text = "good", "The texts alone rarely reveal the chosen answer"
     if found["accuracy"] > 0.8:
         level, text = "problem", "Most chosen answers can be identified without the image"

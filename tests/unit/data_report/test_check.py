@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -169,3 +170,10 @@ def test_repeated_pairs_stay_in_one_fold() -> None:
 
 def test_too_few_pairs_give_no_estimate() -> None:
     assert text_only_accuracy(texts(50, 0, "word")) is None
+
+
+def test_without_scikit_learn_the_report_lacks_only_the_text_only_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # what Python does when a package is absent
+    report = check(*(facts(number, question=f"q{number}") for number in range(200))).report()
+    assert report["text_only"] is None
+    assert report["pairs"] == 200

@@ -6,6 +6,7 @@ import base64
 import copy
 import hashlib
 import re
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
@@ -224,3 +225,11 @@ def test_numbers() -> None:
     assert [number(value) for value in (0, 12.0, 3.14159, 1234567.8)] == ["0", "12", "3.1", "1,234,568"]
     shares = {0: "0", 1: "100", 0.5: "50", 0.031: "3.1", 0.0999: "10", 0.123: "12", 1e-6: "<0.1", 0.99999: ">99.9"}
     assert {share: percent(share) for share in shares} == {share: f"{text}\u00a0%" for share, text in shares.items()}
+
+
+def test_without_scikit_learn_the_page_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # what Python does when a package is absent
+    report = a_report()
+    set_in("train.text_only", None)(report)
+    page = Structure(render_page(report, a_gallery()))
+    assert 'pip install "orpo-ray[text-baseline]"' in page.text
