@@ -1,4 +1,4 @@
-"""What the commands print: all of it goes to stderr. stdout carries only results for programs (`--json`)."""
+"""Output of the commands. Everything goes to stderr, except results for programs (`--json`), which go to stdout."""
 
 from __future__ import annotations
 

@@ -43,11 +43,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError("no such recipe file", field=str(path), fix="give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", field=str(path)) from None
+        raise UserError(
+            f"cannot read the recipe: {error}", field=str(path), fix="give the path of a YAML file in UTF-8"
+        ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {error}", field=str(path)) from None
+        raise UserError(f"not valid YAML: {error}", field=str(path), fix="correct the file at this line") from None
     if not isinstance(raw, dict):
-        raise UserError("a recipe must be a mapping of sections", field=str(path), value=type(raw).__name__)
+        raise UserError(
+            "a recipe must be a mapping of sections",
+            field=str(path),
+            value=type(raw).__name__,
+            fix="see recipes/quickstart.yaml for an example",
+        )
     return raw
 
 
@@ -78,11 +85,18 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not key:
-        raise UserError("an override must have the form section.key=value", field="command line", value=override)
+        raise UserError(
+            "an override must have the form section.key=value",
+            field="command line",
+            value=override,
+            fix="for example optim.learning_rate=1e-5",
+        )
     try:
         value = _parse_exponent(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise UserError(f"the override's value is not valid YAML: {error}", field=key, value=text) from None
+        raise UserError(
+            f"the override's value is not valid YAML: {error}", field=key, value=text, fix="put the value in quotes"
+        ) from None
     *parents, last = key.split(".")
     section = raw
     for parent in parents:
@@ -92,7 +106,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if child is None:
             child = section[parent] = {}
         if not isinstance(child, dict):
-            raise UserError(f"'{parent}' holds a value, so it cannot have keys", field=key, value=child)
+            raise UserError(
+                f"'{parent}' holds a value, so it cannot have keys",
+                field=key,
+                value=child,
+                fix="correct the name of the field; orpo-ray schema lists all fields",
+            )
         section = child
     section[last] = value
 

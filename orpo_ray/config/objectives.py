@@ -27,7 +27,7 @@ class LossConfig(Config):
     beta_range: ClassVar[tuple[float, float]]
     """Range of beta in a search that gives none."""
     search_metrics: ClassVar[tuple[str, ...]] = ()
-    """Metrics of the loss that can rank trials, besides those that every loss has."""
+    """Metrics of this loss that can rank trials, in addition to those of every loss."""
 
     @classmethod
     def options(cls) -> type[Config]:
@@ -56,7 +56,7 @@ class OrpoObjective(LossConfig):
     search_metrics = ("eval/nll_loss", "eval/log_odds_ratio")
 
     name: Literal["orpo"] = "orpo"
-    """Which objective."""
+    """Name of the objective."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,7 +82,7 @@ class CpoObjective(LossConfig):
     search_metrics = ("eval/nll_loss",)
 
     name: Literal["cpo"]
-    """Which objective."""
+    """Name of the objective."""
     beta: float = Field(0.1, ge=0)
     """Scale of the difference between the answers' log-probs, each summed over an answer's tokens."""
     cpo_alpha: float = Field(1.0, ge=0)
@@ -101,7 +101,7 @@ class SimpoObjective(LossConfig):
     beta_range = (1.0, 10.0)
 
     name: Literal["simpo"]
-    """Which objective."""
+    """Name of the objective."""
     beta: float = Field(2.0, ge=0)
     """Scale of the difference between the answers' mean log-probs per token."""
     gamma: float = Field(1.0, ge=0)
@@ -152,7 +152,7 @@ def check_search(tune: TuneConfig, objective: LossConfig) -> None:
 
 
 def default_search(objective: LossConfig) -> dict[str, SearchRange]:
-    """What a search without ranges of its own tries: beta and the learning rate."""
+    """Return the default ranges of a search: beta and the learning rate."""
     low, high = objective.beta_range
     return {
         f"{objective.section}.beta": SearchRange(low=low, high=high),

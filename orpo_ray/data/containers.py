@@ -75,7 +75,12 @@ def list_file_shards(path: str, field: str) -> list[Shard]:
     try:
         return with_retries(lambda: list(list_shards(path))) if is_remote(path) else list(list_shards(path))
     except (OSError, pa.ArrowException, tarfile.TarError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read the file: {error}", field=field, value=path) from None
+        raise UserError(
+            f"cannot read the file: {error}",
+            field=field,
+            value=path,
+            fix="check that the content of the file matches its suffix",
+        ) from None
 
 
 def has_data_suffix(path: str) -> bool:

@@ -148,14 +148,18 @@ class PairEncoder:
         ]
 
     def dummy_pair(self, with_image: bool) -> EncodedPair:
-        """A pair of weight 0, for a worker that must run a forward but has no pair of its own."""
+        """A pair of weight 0, for a worker that must run a forward but has no pair."""
         images = [Image.new("RGB", (64, 64), "gray")] if with_image else []
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
         pair = PreferencePair("dummy_pair", [], [{"role": "user", "content": content}], "a", "b")
         draft = _Draft(pair, images, None, *self._texts(pair))
         encoded = self._finish(draft, self.prompts.encode([(draft.prompt, images)])[0], None)
         if isinstance(encoded, RowError):
-            raise UserError(f"even the shortest possible pair is refused: {encoded}", field="data.max_length")
+            raise UserError(
+                f"cannot encode even the shortest possible pair: {encoded}",
+                field="data.max_length",
+                fix="increase data.max_length",
+            )
         return encoded
 
     def _draft(self, pair: PreferencePair, root: Root) -> _Draft:

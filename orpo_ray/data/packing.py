@@ -191,7 +191,7 @@ class _Rows:
         self.token_kind[row, column:end] = np.where(prompt.is_text, TEXT, IMAGE)
         self.position_ids[row, column:end] = np.arange(end - column)
         if self.prompt_targets and answer < len(self.pairs):
-            # Nothing stands before the very first token that could predict it.
+            # No token before the first one could predict it.
             columns = column + 1 + np.flatnonzero(prompt.is_text[1:])
             self._target(row * self.width + columns - 1, self.input_ids[row, columns], answer, in_response=False)
 
@@ -220,7 +220,7 @@ def packed_length(pair: EncodedPair) -> int:
 def plan_microbatches(pairs: Sequence[EncodedPair], token_budget: int, layout: Layout) -> list[list[EncodedPair]]:
     """Cut a worker's step shard into as few micro-batches as fit the budget, the largest first.
 
-    A pair that is larger than the budget gets a micro-batch of its own.
+    A pair that is larger than the budget gets its own micro-batch.
 
     Args:
         pairs: the worker's pairs of a step.

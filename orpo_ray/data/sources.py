@@ -53,7 +53,7 @@ def list_sources(weighted_sources: Mapping[str, float], field: str) -> list[Sour
     sources = [Source(uri, weight, tuple(_shards_of(uri, field))) for uri, weight in weighted_sources.items()]
     for source in sources:
         if not any(shard.num_rows for shard in source.shards):
-            raise UserError("the source has no rows", field=field, value=source.uri)
+            raise UserError("the source has no rows", field=field, value=source.uri, fix="remove it from the recipe")
     return sources
 
 
@@ -128,7 +128,12 @@ def _hub_files(uri: str, field: str) -> list[str]:
         builder = load_dataset_builder(name, options.get("config"), revision=revision or None)
     # A missing or gated dataset and a lost connection raise errors of several libraries.
     except Exception as error:  # noqa: BLE001
-        raise UserError(f"cannot read the dataset from the hub: {error}", field=field, value=uri) from None
+        raise UserError(
+            f"cannot read the dataset from the hub: {error}",
+            field=field,
+            value=uri,
+            fix="check the name and the network; for private and gated data sets, set HF_TOKEN",
+        ) from None
     found = builder.config.data_files or {}
     if split not in found:
         fix = f"add ?split=NAME; the splits are: {', '.join(map(str, found)) or 'none'}"

@@ -38,7 +38,12 @@ def split_held_out(spec: ReadSpec, fraction: float) -> tuple[ReadSpec, ReadSpec]
         UserError: no such split exists.
     """
     if spec.order.num_rows == 0:
-        raise UserError("there are no rows to hold out", field="data.eval_fraction", value=fraction)
+        raise UserError(
+            "there are no rows to hold out",
+            field="data.eval_fraction",
+            value=fraction,
+            fix="check data.train, or set data.eval_fraction to 0",
+        )
     shards = range(len(spec.shards))
     with ThreadPoolExecutor(READER_THREADS) as pool:
         keys_by_shard = dict(zip(shards, pool.map(lambda shard: _read_keys(spec, shard), shards), strict=True))

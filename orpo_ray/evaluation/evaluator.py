@@ -121,7 +121,11 @@ def score(forward: Forward, shards: Iterable[StepShard], planner: StepPlanner) -
             correct |= {sample_index: is_chosen for sample_index, is_chosen in preferred if sample_index >= 0}
     totals = reduce_sums(sums, planner.device)
     if not totals.get("pairs"):
-        raise UserError(f"none of the {num_bad} held-out rows can be used", field="data.eval")
+        raise UserError(
+            f"none of the {num_bad} held-out rows can be used",
+            field="data.eval",
+            fix="run orpo-ray data check to see why",
+        )
     runtime = time.perf_counter() - started
     metrics = objective.metrics(totals) | {
         "runtime": runtime,

@@ -125,7 +125,12 @@ def export_run(uri: str, options: ExportOptions, console: Console) -> Exported:
             url, push_error = _try_push(scratch, options)
             target.move_model(scratch, name)
         except OSError as error:
-            raise UserError(f"cannot write the export: {error}", field="--output", value=output) from None
+            raise UserError(
+                f"cannot write the export: {error}",
+                field="--output",
+                value=output,
+                fix="give a folder you can write to",
+            ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if push_error:

@@ -76,7 +76,9 @@ def trained_dtype(model_config: ModelConfig, folder: Path) -> str:
         with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
             first = file.get_tensor(next(iter(file.keys())))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights: {error}", field=str(folder)) from None
+        raise UserError(
+            f"cannot read the weights: {error}", field=str(folder), fix="the files are damaged; train the run again"
+        ) from None
     return _DTYPES.get(first.dtype, model_config.dtype)
 
 

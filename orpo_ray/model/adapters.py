@@ -41,9 +41,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {error}", field=str(path)) from None
+        raise UserError(
+            f"cannot read the adapter config: {error}", field=str(path), fix="give the folder of peft adapters"
+        ) from None
     if not isinstance(config, dict) or not config.get("base_model_name_or_path"):
-        raise UserError("does not name a base model", field=str(path), fix="set base_model_name_or_path in it")
+        raise UserError(
+            "the adapter config names no base model", field=str(path), fix="set base_model_name_or_path in it"
+        )
     return config
 
 
@@ -136,11 +140,20 @@ def quantized_base(model_config: ModelConfig, dtype: str) -> dict[str, Any]:
             resolve(model_config.id), revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be loaded: {error}", field="model.id", value=model_config.id) from None
+        raise UserError(
+            f"cannot load the base model's config: {error}",
+            field="model.id",
+            value=model_config.id,
+            fix="give a folder, or a name on the hub (with network access)",
+        ) from None
     options = quantization_config(model_config.quantization, family_of(config), getattr(torch, dtype)).to_dict()
     kept = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
     return {name: options[name] for name in (*kept, "llm_int8_skip_modules")}
 
 
 def _does_not_fit(folder: Path, why: str) -> UserError:
-    return UserError(f"these adapters cannot be put on the base model: {why}", field=str(folder))
+    return UserError(
+        f"these adapters cannot be put on the base model: {why}",
+        field=str(folder),
+        fix="set model.id to the model that they were trained on",
+    )

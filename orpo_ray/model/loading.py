@@ -224,7 +224,10 @@ def _freeze(model: torch.nn.Module, model_config: ModelConfig, family: Family) -
         ]
         if not found:
             raise UserError(
-                f"no parameter's name starts with {' or '.join(prefixes)}", field="model.freeze", value=component
+                f"no parameter's name starts with {' or '.join(prefixes)}",
+                field="model.freeze",
+                value=component,
+                fix="remove it from model.freeze",
             )
         for parameter in found:
             parameter.requires_grad_(False)

@@ -119,13 +119,19 @@ def check_quantized(model: nn.Module, quantization: QuantizationConfig) -> None:
     names = [name for name, _ in model.named_modules()]
     for skipped in quantization.skip_modules:
         if not any(name == skipped or name.endswith(f".{skipped}") for name in names):
-            raise UserError("no module has this name", field="model.quantization.skip_modules", value=skipped)
+            raise UserError(
+                "no module has this name",
+                field="model.quantization.skip_modules",
+                value=skipped,
+                fix="give the name of a module of the language model",
+            )
     quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if not quantized:
         raise UserError(
             "no linear layer is left to quantize",
             field="model.quantization.skip_modules",
             value=quantization.skip_modules,
+            fix="remove some of the names",
         )
     for module in quantized:
         # On some CPUs evaluation would repack the weights into a layout that training cannot read.

@@ -47,7 +47,7 @@ class Objective(Protocol):
 
     @property
     def further_forwards(self) -> tuple[str, ...]:
-        """Forwards that the loss needs besides the policy's, by name, such as a reference model's; usually none."""
+        """Names of forward passes that the loss needs in addition to the policy's, such as a reference model's."""
 
     def answer_logps(self, logps: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
         """The log-probs by which the loss compares the chosen and the rejected answers, two float32 [B]."""

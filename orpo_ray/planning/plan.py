@@ -69,6 +69,7 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
             "plans do not support models with cross-attention to images yet",
             field="model.id",
             value=recipe.model.id,
+            fix="plan a model of another family of the same size",
         )
     attention = pick_attention(recipe.model, config)
     hidden = config.get_text_config().hidden_size

@@ -34,7 +34,10 @@ def load_processor(model_id: str, revision: str | None, trust_remote_code: bool 
         raise cannot_load("processor", model_id, error) from None
     if not hasattr(processor, "image_processor"):
         raise UserError(
-            "this is not a vision-language model: it has no image processor", field="model.id", value=model_id
+            "this is not a vision-language model: it has no image processor",
+            field="model.id",
+            value=model_id,
+            fix="use a vision-language model; docs/models.md lists the families",
         )
     give_template(processor)
     return processor
@@ -58,7 +61,10 @@ def cannot_load(what: str, model_id: str, error: Exception) -> UserError:
         )
     if isinstance(error, pickle.UnpicklingError):
         return UserError(
-            "the pickled weights contain more than tensors, so they are not loaded", field="model.id", value=model_id
+            "the pickled weights contain more than tensors, so they are not loaded",
+            field="model.id",
+            value=model_id,
+            fix=f"convert {model_id} to safetensors",
         )
     if what == "model" and _only_pickled(model_id, text):
         return UserError(

@@ -139,15 +139,22 @@ def list_files(uri: str, field: str) -> list[str]:
     try:
         found = with_retries(lambda: list(_walk(filesystem, root)))
     except OSError as error:
-        raise UserError(f"cannot list files: {_one_line(error)}", field=field, value=uri) from None
+        raise UserError(
+            f"cannot list files: {_one_line(error)}",
+            field=field,
+            value=uri,
+            fix="check the path and your access to it",
+        ) from None
     try:
         matches = re.compile(_glob_pattern(path)).fullmatch if root != path else None
     except re.error as error:
-        raise UserError(f"not a valid glob: {error}", field=field, value=uri) from None
+        raise UserError(
+            f"not a valid glob: {error}", field=field, value=uri, fix="use *, **, ? and [...] as wildcards"
+        ) from None
     visible = (name for name in found if not re.search(r"/\.", name[len(root) :]))
     files = sorted(name for name in visible if matches is None or matches(name))
     if not files and filesystem.get_file_info(root).type == pafs.FileType.NotFound:
-        raise UserError("no such file or folder", field=field, value=uri)
+        raise UserError("no such file or folder", field=field, value=uri, fix="check the path")
     return [with_scheme_of(uri, name) for name in files]
 
 

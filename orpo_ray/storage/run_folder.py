@@ -54,7 +54,12 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot create the run folder: {error}", field="checkpoint.storage") from None
+            raise UserError(
+                f"cannot create the run folder: {error}",
+                field="checkpoint.storage",
+                value=self.uri,
+                fix="set checkpoint.storage to a folder you can write to",
+            ) from None
 
     def has(self, name: str) -> bool:
         """Whether a file or folder of this name exists in the run folder."""

@@ -28,7 +28,7 @@ class BadRowsFile:
         return cls(folder, step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Do nothing: metrics have a file of their own."""
+        """Do nothing: metrics have their own file."""
 
     def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
         """Write the rows that the file does not hold yet."""

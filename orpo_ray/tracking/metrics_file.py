@@ -33,7 +33,7 @@ class MetricsFile:
         self._file.flush()
 
     def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
-        """Do nothing: bad rows have a file of their own."""
+        """Do nothing: bad rows have their own file."""
 
     def flush(self) -> None:
         """Push the file to a remote run folder."""

@@ -1,4 +1,4 @@
-"""All trackers of a run. To add one: write its class in a file of its own and name it in TRACKERS."""
+"""All trackers of a run. To add one: write its class in a new file and add it to TRACKERS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a small preference dataset in four scripts: JSONL with column names of its own, and images next to it.
+"""Write a small preference dataset in four scripts: JSONL with its own column names, and images next to it.
 
     python recipes/own-data/make_pairs.py my-pairs
 

@@ -30,7 +30,7 @@ class CrossAttentionFamily(Family):
     """Always in the concatenated layout."""
 
     def why_not_shared_prefix(self, config: Any) -> str | None:
-        """The cross-attention layers would need a layout of their own."""
+        """Cross-attention layers would need their own layout."""
         return "its language model looks at images by cross-attention"
 
     def can_cache_images(self, config: Any) -> bool:

@@ -367,7 +367,7 @@ def test_what_a_model_adds_to_attention_is_refused_and_not_dropped() -> None:
     "language_model", sorted(PROVEN_LANGUAGE_MODELS - {"gemma3_text", "qwen2_5_vl_text", "qwen3_vl_text"})
 )
 def test_language_models_that_llava_may_have(language_model: str) -> None:
-    """Language models with families of their own are left out."""
+    """Language models that have their own family are left out."""
     from transformers import LlavaForConditionalGeneration
 
     config = TINY_FAMILIES["llava"]().config().to_dict()
