@@ -43,7 +43,10 @@ def check_run_folder(recipe: Recipe, folder: RunFolder) -> Recipe | None:
         folder.pull(RECIPE_FILE)
     except OSError as error:
         raise UserError(
-            f"the run folder cannot be reached: {error}", field="checkpoint.storage", value=folder.uri
+            f"cannot reach the run folder: {error}",
+            field="checkpoint.storage",
+            value=folder.uri,
+            fix="check the path and your access to it",
         ) from None
     path = folder.path / RECIPE_FILE
     if not path.exists():
