@@ -50,7 +50,7 @@ ANY_LENGTH = 10**6
 
 @dataclass(frozen=True)
 class Streamed:
-    """What a stream did: pairs a second after its start-up, peaks of own and shared memory, bytes a pair."""
+    """Measurements of a stream: pairs per second after start-up, peaks of own and shared memory, bytes per pair."""
 
     pairs_per_s: float
     peak_mib: float
@@ -70,7 +70,7 @@ def write_parquet(pairs: Path, folder: Path) -> Path:
 
 
 def stream(parquet: Path, processor: str, times: int, cores: int) -> Streamed:
-    """All rows `times` over, as the training set of a recipe whose mix takes them so often."""
+    """Return all rows `times` times, as training data of a recipe with that weight."""
     raw = {
         "name": "data-throughput",
         "model": {"id": processor},

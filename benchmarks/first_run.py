@@ -1,4 +1,4 @@
-"""What a newcomer waits for: `orpo-ray --help`, the first optimizer step, and the quickstart to its final model.
+"""Measure how long a new user waits: for `orpo-ray --help`, the first optimizer step, and the quickstart's final model.
 
     python benchmarks/first_run.py [--json] [--quickstart]
     python benchmarks/first_run.py --first-step [--against CHECKOUT] [--rounds N] [--recipe FILE] [--json]

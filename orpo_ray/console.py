@@ -36,7 +36,7 @@ def stdout_to_stderr() -> contextlib.redirect_stdout[Any]:
 
 
 def print_line(text: str) -> None:
-    """Print a line as it is: no colours for numbers, no breaks within paths."""
+    """Print a line unchanged: without colored numbers, and without line breaks in paths."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 

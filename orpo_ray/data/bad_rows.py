@@ -32,7 +32,7 @@ class BadRow:
     reason: str
     """A short stable word for counting, for example `unreadable_image`."""
     detail: str
-    """What was found."""
+    """Description of the problem."""
 
     @classmethod
     def of(cls, error: RowError, sample_index: int, row_id: str, source: str) -> BadRow:

@@ -28,7 +28,7 @@ TEXT, IMAGE, RESPONSE, PADDING = range(4)
 
 @dataclass(frozen=True)
 class PairSpan:
-    """Where one pair lies in a packed row: [start, chosen) prompt, [chosen, rejected) and [rejected, end) answers.
+    """Position of a pair in a packed row: [start, chosen) prompt, [chosen, rejected) and [rejected, end) answers.
 
     A pair whose answers were given to different images has two prompts, and two spans with one answer each.
     """
@@ -56,7 +56,7 @@ class PairBatch:
     position_ids: torch.Tensor
     """int64, like input_ids: a token's index in its own sequence, prompt + answer."""
     spans: tuple[PairSpan, ...]
-    """Where the pairs lie in the packed row, in its order; empty in the concatenated layout."""
+    """Positions of the pairs in the packed row, in order; empty in the concatenated layout."""
     target_position: torch.Tensor
     """int64 [M], into the flattened hidden states: the token before each target."""
     target_ids: torch.Tensor

@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """Which rows one worker reads, and how."""
+    """Rows that a worker reads, and how to read them."""
 
     shards: tuple[Shard, ...]
     """All shards of all sources."""

@@ -30,7 +30,7 @@ class HeldOut:
     """The held-out pairs that one worker scores."""
 
     read: ReadSpec
-    """What to read; its rank and number of workers decide which pairs are this worker's."""
+    """Rows to read. Rank and number of workers determine which pairs belong to this worker."""
     encoder: EncoderSpec
     max_encoders: int
     """Encoding tasks at a time, for this worker."""
@@ -86,7 +86,7 @@ class Evaluator:
             scores = score(self.forward, self.held_out.shards(exchange_images=False), self.planner)
             if grounding:
                 self.on_pass("evaluating with exchanged images")
-                # A pair that finds no partner to exchange images with is not a bad row, so `bad` stays as it is.
+                # A pair without a partner to exchange images with is not a bad row, so `bad` does not change.
                 exchanged = score(self.forward, self.held_out.shards(exchange_images=True), self.planner)
                 gap = grounding_metrics(scores, exchanged, self.planner.device)
                 scores = replace(scores, metrics=scores.metrics | gap)

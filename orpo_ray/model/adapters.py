@@ -52,7 +52,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def save_adapter(model: Any, state: Mapping[str, torch.Tensor], model_config: ModelConfig, folder: Path) -> None:
-    """Write the adapters of a peft model, and the modules that were trained in full beside them.
+    """Write the adapters of a peft model, and the modules that were trained in full.
 
     Args:
         model: the peft model.

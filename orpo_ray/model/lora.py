@@ -1,4 +1,4 @@
-"""Put low-rank adapters (peft) on a model: on which layers they go, and what is trained in full beside them.
+"""Add low-rank adapters (peft) to a model: choose the layers, and the modules that are trained in full.
 
 A recipe names components (`language`, `connector`, `vision`) or modules: `q_proj`, `self_attn.q_proj`, or the whole
 path. Components that `model.freeze` names get no adapters.

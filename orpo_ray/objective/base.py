@@ -1,4 +1,4 @@
-"""What a loss is to the rest of the package: the `Objective` protocol, and the parts that losses share.
+"""The `Objective` protocol, which every loss implements, and functions that several losses use.
 
 Legend: B pairs in a micro-batch.
 """
@@ -22,7 +22,7 @@ Sums = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What the sums of a step are divided by, counted over all workers and micro-batches."""
+    """Divisors of the sums of a step, counted over all workers and micro-batches."""
 
     pairs: float
     """Pairs in the step, without dummy pairs."""

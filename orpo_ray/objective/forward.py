@@ -38,7 +38,7 @@ class PairModel(nn.Module):
     """
 
     layout: Layout
-    """Which batches the model takes, by the attention that it was loaded with."""
+    """Layout of the batches, which depends on the attention that the model was loaded with."""
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ class ORPO:
 
     @property
     def nll_span(self) -> NllSpan:
-        """As the option `nll` says."""
+        """Scope of the NLL term, from the option `nll`."""
         return self.nll
 
     @property

@@ -23,7 +23,7 @@ from orpo_ray.objective.logps import count_chunks
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one worker runs in one step."""
+    """Micro-batches of a worker in a step."""
 
     batches: list[PairBatch]
     """Equally many on every worker."""

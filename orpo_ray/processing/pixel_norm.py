@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PixelNorm:
-    """What the image processor would do to pixels of 0 to 255: (x * rescale - mean) / std, per channel."""
+    """Normalization of pixels from 0 to 255 as in the image processor: (x * rescale - mean) / std, per channel."""
 
     rescale: float
     mean: tuple[float, ...]

@@ -40,9 +40,9 @@ class PromptEncoder:
         self.tokenizer = processor.tokenizer
         self.is_idefics = type(processor).__name__ == "IdeficsProcessor"
         self.image_token: str = getattr(processor, "image_token", "<image>")
-        """What stands for an image in a rendered prompt."""
+        """Text that represents an image in a rendered prompt."""
         self.image_token_ids = [int(token) for token in processor.image_token_ids]
-        """What stands for an image in the ids. Not always the id of `image_token`: Gemma-3 expands one into others."""
+        """Token id that represents an image. Not always the id of `image_token`: Gemma-3 expands it to others."""
         # A mask over the tokens of several prompts would be padded to the longest prompt.
         self.one_at_a_time = any(name in processor.model_input_names for name in TOKEN_MASKS)
 

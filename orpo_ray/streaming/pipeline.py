@@ -64,7 +64,7 @@ def least_cpus(num_pipelines: int) -> float:
 def iter_blocks(
     read: ReadSpec, work: Callable[[pa.Table], Iterator[pa.Table]], max_encoders: int, ordered: bool
 ) -> Iterator[pa.Table]:
-    """Yield what encoding tasks make of the rows that this worker reads, as soon as it is made.
+    """Yield the results of encoding tasks for the rows that this worker reads, as soon as they are available.
 
     Args:
         read: which rows.

@@ -1,4 +1,4 @@
-"""What a run tells its trackers: the protocol that every tracker implements."""
+"""The protocol that every tracker implements: the calls that a run makes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ POSITION_FILE = "position.json"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands, and what a resumed run must have in common with it."""
+    """Position of a run in its data, and properties that a resumed run must have in common with it."""
 
     step: int = 0
     """Steps done: all sample indices below step * pairs_per_step are consumed."""

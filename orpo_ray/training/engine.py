@@ -1,4 +1,4 @@
-"""What the training loop needs from an engine: the protocol that every engine implements."""
+"""The `Engine` protocol: what the training loop needs from an engine."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class SharedDevices(BackendConfig):
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """What Ray Train asks about the workers' devices."""
+        """Answers Ray Train's questions about the workers' devices."""
         return _SharedDevicesBackend
 
 

@@ -13,7 +13,7 @@ from orpo_ray.streaming.pipeline import least_cpus
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker gets."""
+    """Resources of a worker."""
 
     cpus: float
     """CPUs that Ray reserves for the worker."""

@@ -1,4 +1,4 @@
-"""What Ray Train runs in every worker. It starts reading the data, then imports the training program.
+"""Entry point of every worker. Starts reading the data, then imports the training program.
 
 Nothing heavy is imported at the top: the driver imports this file too, and a worker's data is read while the worker
 imports torch, transformers and DeepSpeed, which takes seconds.
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What the driver decided once, for every worker."""
+    """Settings that the driver determines once, for all workers."""
 
     recipe: dict[str, Any]
     """The resolved recipe."""
     train: ReadSpec
-    """What all workers together train on. Each worker selects its own shards of the steps."""
+    """Training rows of all workers. Each worker selects its own shards of the steps."""
     held_out: ReadSpec | None
-    """What all workers together evaluate on."""
+    """Held-out rows of all workers."""
     encoder: EncoderSpec
     num_steps: int
     """Optimizer steps of the whole run."""

@@ -1,4 +1,4 @@
-"""What `Engine` needs to train, with torch's AdamW in one process."""
+"""An `Engine` with torch's AdamW, in one process."""
 
 from __future__ import annotations
 

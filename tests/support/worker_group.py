@@ -1,5 +1,5 @@
 """Processes that stand for the workers of a run, kept for all tests of a process: importing torch, transformers and
-DeepSpeed anew costs more than most cases.
+DeepSpeed again takes longer than most cases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What differs between families of vision-language models, as methods whose defaults hold for most of them.
+"""Differences between families of vision-language models, as methods with defaults that suit most families.
 
 Add a family: write an entry in `registry.py` with the prefixes of its parameter names. If it behaves differently from
 `Family`, subclass it and override the methods in question. What transformers states itself (image token, output head,

@@ -1,4 +1,4 @@
-"""The package's metadata: one version, declared dependencies, extras that a user is told about when one is missing."""
+"""The package's metadata: one version, declared dependencies, and extras that error messages name."""
 
 from __future__ import annotations
 
