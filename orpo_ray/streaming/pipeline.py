@@ -79,7 +79,7 @@ def iter_blocks(
         num_cpus=READ_CPUS,
         concurrency=max(1, min(READERS, len(windows))),
         # In the encoders' processes: the one that has read a window goes on to encode it.
-        ray_remote_args={"runtime_env": ENCODE_ENV},
+        runtime_env=ENCODE_ENV,
     ).map_batches(
         work,
         batch_size=None,
