@@ -22,6 +22,8 @@ def start_ray() -> None:
     """
     if ray.is_initialized():
         return
+    # Without this, every command begins with a warning that Ray's default, token authentication, is on.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # A new encoder needs seconds to import its libraries: keep idle processes between training and evaluation.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     # Ray lowers the priority of all its workers; here, only encoders have a lower one (streaming/pipeline.py).
