@@ -30,8 +30,11 @@ def ray_cluster() -> Iterator[None]:
 
     from orpo_ray.ray_cluster import own_address
 
+    # As `start_ray` sets them.
     os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"
     os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_maximum_startup_concurrency"] = "8"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     # "local", because None would join a cluster that already runs on this machine.
     with own_address():
         ray.init("local", num_cpus=4, log_to_driver=False, logging_level="warning", dashboard_host="127.0.0.1")
