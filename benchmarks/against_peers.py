@@ -26,11 +26,11 @@ from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import load_objective
-from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.processing.processor import load_processor
-from orpo_ray.training.deepspeed import DeepSpeedEngine
+from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:

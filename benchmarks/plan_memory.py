@@ -57,8 +57,8 @@ def one(way: str) -> dict[str, Any]:
     from orpo_ray.config.schema import ModelConfig
     from orpo_ray.model.loading import pick_attention
     from orpo_ray.objective.base import Normaliser
-    from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
     from orpo_ray.objective.orpo import ORPO
+    from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
     from orpo_ray.planning.activations import NORM, PairShape, batch_of, measure, unloaded_model
 
     torch.set_num_threads(2)

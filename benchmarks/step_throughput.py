@@ -36,9 +36,9 @@ from orpo_ray.model import shared_prefix
 from orpo_ray.model.families.idefics3 import Idefics3
 from orpo_ray.model.loading import is_adapted, without_adapters
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 
 BETA = 0.1

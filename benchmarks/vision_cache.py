@@ -27,8 +27,8 @@ from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.model import shared_prefix
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 
 

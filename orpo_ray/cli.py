@@ -95,7 +95,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a model on held-out pairs, with their own images and with exchanged images."""
-    from orpo_ray.evaluation.evaluate import evaluate_run
+    from orpo_ray.evaluation.evaluate_run import evaluate_run
 
     metrics = evaluate_run(run_or_model, overrides or [], console)
     if as_json:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from orpo_ray.config.objectives import OBJECTIVES, LossConfig
+from orpo_ray.config.objectives import OBJECTIVES, ObjectiveOptions
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 
@@ -149,7 +149,7 @@ def _section(location: list[str]) -> type[BaseModel]:
     """The class of the section at a location."""
     section: type[BaseModel] = Recipe
     for key in location:
-        if key in OBJECTIVES and issubclass(section, LossConfig):
+        if key in OBJECTIVES and issubclass(section, ObjectiveOptions):
             section = OBJECTIVES[key]
             continue
         field = section.model_fields.get(key)

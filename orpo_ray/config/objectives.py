@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from orpo_ray.config.schema import Config, SearchRange, TuneConfig
 
 
-class LossConfig(Config):
+class ObjectiveOptions(Config):
     """The options of one objective. Each field but `name` is a field of the class that implements the loss."""
 
     title: ClassVar[str]
@@ -45,7 +45,7 @@ class OrpoConfig(Config):
     prompt+response: the prompt's text too, averaged over the step's tokens (TRL). Image placeholders never count."""
 
 
-class OrpoObjective(LossConfig):
+class OrpoObjective(ObjectiveOptions):
     """Odds Ratio Preference Optimization, the default. Its options are in the section `orpo`."""
 
     title = "ORPO"
@@ -71,7 +71,7 @@ class OrpoObjective(LossConfig):
         return OrpoConfig
 
 
-class CpoObjective(LossConfig):
+class CpoObjective(ObjectiveOptions):
     """Contrastive Preference Optimization:
     loss = -log sigmoid(beta * (logp(chosen) - logp(rejected))) + cpo_alpha * NLL(chosen)."""
 
@@ -91,7 +91,7 @@ class CpoObjective(LossConfig):
     """Probability that a pair's answers are labelled the wrong way round."""
 
 
-class SimpoObjective(LossConfig):
+class SimpoObjective(ObjectiveOptions):
     """Simple Preference Optimization:
     loss = -log sigmoid(beta * (mean_logp(chosen) - mean_logp(rejected)) - gamma)."""
 
@@ -112,7 +112,7 @@ class SimpoObjective(LossConfig):
 
 ObjectiveConfig = OrpoObjective | CpoObjective | SimpoObjective
 
-OBJECTIVES: dict[str, type[LossConfig]] = {
+OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
     get_args(each.model_fields["name"].annotation)[0]: each for each in get_args(ObjectiveConfig)
 }
 
@@ -138,7 +138,7 @@ Objective = Annotated[
 ]
 
 
-def check_search(tune: TuneConfig, objective: LossConfig) -> None:
+def check_search(tune: TuneConfig, objective: ObjectiveOptions) -> None:
     """Raise ValueError if a search names an option or a metric that the objective does not have."""
     floats = [name for name, field in objective.options().model_fields.items() if field.annotation is float]
     keys = [*(f"{objective.section}.{name}" for name in floats), "optim.learning_rate"]
@@ -151,7 +151,7 @@ def check_search(tune: TuneConfig, objective: LossConfig) -> None:
                 raise ValueError(f"tune.{field}: '{value}' does not exist with the objective {objective.title}; {hint}")
 
 
-def default_search(objective: LossConfig) -> dict[str, SearchRange]:
+def default_search(objective: ObjectiveOptions) -> dict[str, SearchRange]:
     """Return the default ranges of a search: beta and the learning rate."""
     low, high = objective.beta_range
     return {

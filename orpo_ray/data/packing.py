@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from orpo_ray.data.collate import Collate, concatenate_images
+from orpo_ray.data.collate_images import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.processing.prompts import EncodedPrompt
 

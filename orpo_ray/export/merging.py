@@ -15,7 +15,7 @@ from torch import nn
 
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
-from orpo_ray.model.adapters import with_adapter
+from orpo_ray.model.adapter_folder import with_adapter
 from orpo_ray.model.loading import load_model
 
 # Options of a model that is loaded without training it.

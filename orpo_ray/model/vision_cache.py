@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from orpo_ray.data.collate import PIXELS
+from orpo_ray.data.collate_images import PIXELS
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.base import Family, ImageTensors
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from orpo_ray.data.collate import Collate, concatenate_images
+from orpo_ray.data.collate_images import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.packing import Layout, PairBatch, build_batch, nll_token_count, plan_microbatches, spread
 from orpo_ray.model.loading import vocabulary_size
 from orpo_ray.objective.base import Normaliser, Objective
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.logps import count_chunks
+from orpo_ray.objective.pair_model import PairModel
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import no_mask, shared_prefix_attention
 from orpo_ray.model.shared_prefix import register as register_shared_prefix
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.logps import count_chunks
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.processing.pixel_norm import PixelNorm
 

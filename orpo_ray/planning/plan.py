@@ -21,7 +21,7 @@ from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, MFU, NCCL, Estimate, M
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.states import STAGES, Weights
-from orpo_ray.planning.step import Workload, estimate_workload, pairs_per_microbatch
+from orpo_ray.planning.workload import Workload, estimate_workload, pairs_per_microbatch
 from orpo_ray.tiny_models.build import resolve
 
 # Pairs in the dry run. Memory of larger micro-batches is computed from it, since more pairs only repeat the same work.

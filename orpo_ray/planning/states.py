@@ -1,7 +1,7 @@
 """Bytes that a worker holds between steps, by ZeRO stage: weights, gradients, optimizer states.
 
-The formulas follow DeepSpeed 0.19.8 with the config of `training/deepspeed.py`; comments name the files in DeepSpeed.
-tests/integration/test_planning_states.py compares the results with the storages of real engines.
+The formulas follow DeepSpeed 0.19.8 with the config of `training/deepspeed_engine.py`; comments name the files in
+DeepSpeed. tests/integration/test_planning_states.py compares the results with the storages of real engines.
 """
 
 from __future__ import annotations

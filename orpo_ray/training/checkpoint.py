@@ -15,9 +15,9 @@ import ray.train
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
-from orpo_ray.model.adapters import save_adapter
+from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import is_adapted
-from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.storage.run_folder import FINAL, RunFolder
 from orpo_ray.training.engine import Engine

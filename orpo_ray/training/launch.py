@@ -23,7 +23,7 @@ from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay, RunStatus
 from orpo_ray.training.resources import Resources, worker_resources
-from orpo_ray.training.resume import check_run_folder, pinned
+from orpo_ray.training.run_identity import check_run_folder, pinned
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10

@@ -20,13 +20,13 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import load_objective
-from orpo_ray.objective.forward import PIXELS_AT_ONCE, PairModel
+from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, reduce_sums
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.streaming.steps import StepShard, iter_steps
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
-from orpo_ray.training.deepspeed import DeepSpeedEngine
+from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
 from orpo_ray.training.engine import Engine
 from orpo_ray.training.worker_start import WorkerConfig
 

@@ -20,7 +20,7 @@ from orpo_ray.data.reading import pair_of
 from orpo_ray.data_report.check import check_data
 from orpo_ray.data_report.prepare import prepare_data
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.evaluate import evaluate_run
+from orpo_ray.evaluation.evaluate_run import evaluate_run
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.training.launch import launch_training
 from support.broken_rows import KINDS, write_broken

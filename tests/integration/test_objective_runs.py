@@ -12,7 +12,7 @@ from rich.console import Console
 from orpo_ray.config.load import parse_recipe, read_mapping
 from orpo_ray.config.objectives import OBJECTIVES
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.evaluate import evaluate_run
+from orpo_ray.evaluation.evaluate_run import evaluate_run
 from orpo_ray.objective.base import load_objective
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.training.launch import launch_training

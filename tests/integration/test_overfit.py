@@ -18,12 +18,12 @@ from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.export.merging import load_merged_model
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.adapters import save_adapter
+from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.pairs_by_hand import NORM, layouts_of, make_pair, run_as
 

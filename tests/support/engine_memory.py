@@ -12,9 +12,9 @@ from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.packing import build_batch
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
-from orpo_ray.training.deepspeed import DeepSpeedEngine
+from orpo_ray.objective.pair_model import PairModel
+from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
 from support.pairs_by_hand import NORM, make_pair
 
 FAMILY = "smolvlm"

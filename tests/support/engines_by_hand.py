@@ -14,11 +14,11 @@ from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.loading import load_model
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
-from orpo_ray.training import deepspeed
-from orpo_ray.training.deepspeed import DeepSpeedEngine
+from orpo_ray.training import deepspeed_engine
+from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
 from orpo_ray.training.engine import Engine
 from support.pairs_by_hand import NORM, make_pair
 from support.worker_group import worker_group
@@ -103,7 +103,7 @@ def _spawned(worker: Callable[..., Any], recipes: list[Recipe], num_workers: int
 
 def _run(rank: int, num_workers: int, worker: Callable[..., Any], raw: list[dict[str, Any]], folder: str) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed, "deepspeed_config", _keeping_nothing(deepspeed.deepspeed_config))
+        patch.setattr(deepspeed_engine, "deepspeed_config", _keeping_nothing(deepspeed_engine.deepspeed_config))
         return [worker(parse_recipe(recipe), rank, num_workers, f"{folder}/{n}") for n, recipe in enumerate(raw)]
 
 

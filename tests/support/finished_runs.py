@@ -10,7 +10,7 @@ import torch
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import ModelConfig
-from orpo_ray.model.adapters import save_adapter
+from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import is_adapted, load_model
 from orpo_ray.processing.processor import load_processor
 

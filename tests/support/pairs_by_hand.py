@@ -14,8 +14,8 @@ from orpo_ray.data.packing import Layout, build_batch
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.loading import without_adapters
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 

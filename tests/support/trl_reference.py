@@ -15,7 +15,7 @@ from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import build_batch, nll_token_count
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import Normaliser, Objective
-from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.tiny_models.build import resolve
 

@@ -11,10 +11,10 @@ from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective import logps
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
-from orpo_ray.training.deepspeed import DeepSpeedEngine
+from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
 from support.pairs_by_hand import NORM, make_pair
 
 STEPS = 3

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate import PIXELS, ImageArrays, concatenate_images
+from orpo_ray.data.collate_images import PIXELS, ImageArrays, concatenate_images
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout
 from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
@@ -120,7 +120,7 @@ class Family:
     # ---- Images
 
     def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
-        """Join the image tensors of several prompts; see `orpo_ray.data.collate.Collate`."""
+        """Join the image tensors of several prompts; see `orpo_ray.data.collate_images.Collate`."""
         return concatenate_images(inputs, row_width)
 
     def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:

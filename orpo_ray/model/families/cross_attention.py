@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate import PIXELS, ImageArrays
+from orpo_ray.data.collate_images import PIXELS, ImageArrays
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.families.base import Family, ImageFeatures, ImageTensors
 from orpo_ray.model.families.llava_like import PREFIXES

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate import ImageArrays, concatenate_images
+from orpo_ray.data.collate_images import ImageArrays, concatenate_images
 from orpo_ray.data.packing import IMAGE, PairBatch
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.base import Family, ImageFeatures, ImageTensors

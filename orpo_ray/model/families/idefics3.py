@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate import PIXELS, ImageArrays, concatenate_images
+from orpo_ray.data.collate_images import PIXELS, ImageArrays, concatenate_images
 from orpo_ray.model.families.base import Family, ImageTensors
 from orpo_ray.processing.pixel_norm import PixelNorm
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, L
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from orpo_ray.config.schema import ModelConfig
-from orpo_ray.data.collate import ImageArrays, concatenate_images
+from orpo_ray.data.collate_images import ImageArrays, concatenate_images
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.families.base import Family, ImageTensors
@@ -21,8 +21,8 @@ from orpo_ray.model.families.llava_like import PREFIXES
 from orpo_ray.model.families.registry import FAMILIES
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.tiny_models.families import TINY_FAMILIES

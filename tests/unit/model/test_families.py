@@ -18,7 +18,7 @@ from orpo_ray.model import shared_prefix
 from orpo_ray.model.families.derived import DerivedFamily
 from orpo_ray.model.families.registry import FAMILIES, family_of
 from orpo_ray.model.loading import _freeze
-from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.tiny_models.families import TINY_FAMILIES

@@ -26,7 +26,7 @@ from orpo_ray.model.families.registry import FAMILIES
 from orpo_ray.model.loading import Attention, load_model, pick_attention
 from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout, VarlenIndex
 from orpo_ray.model.shared_prefix import ScoreOptions, attend
-from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.tiny_models.build import resolve
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.pairs_by_hand import (

@@ -20,7 +20,7 @@ from orpo_ray.model.loading import commit_of, load_model
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.storage.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 from orpo_ray.tiny_models.build import resolve
-from orpo_ray.training.resume import check_run_folder, pinned
+from orpo_ray.training.run_identity import check_run_folder, pinned
 from support.tiny_runs import tiny_recipe
 
 TINY = "orpo-ray/tiny-llava"

@@ -19,8 +19,8 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import load_model, without_adapters
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.engines_by_hand import CPU
 from support.pairs_by_hand import NORM, make_pair

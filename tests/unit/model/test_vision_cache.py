@@ -10,7 +10,7 @@ import torch
 
 from orpo_ray.data.packing import build_batch
 from orpo_ray.errors import UserError
-from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.pairs_by_hand import NORM, make_row, tiny_pair_model
 

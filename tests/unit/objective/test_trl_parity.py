@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orpo_ray.objective.forward import PairModel
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import PairModel
 from support.trl_reference import assert_equals_trl, concatenated_model, trl_trainer
 
 

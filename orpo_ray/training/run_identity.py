@@ -1,4 +1,4 @@
-"""Find out whether a run folder already holds a run of this recipe, and pin the commit of its model."""
+"""Compare the recipe of a run folder with the one given, and pin the commit of the model."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from orpo_ray.data.collate import PIXELS
+from orpo_ray.data.collate_images import PIXELS
 from orpo_ray.data.packing import Layout, PairBatch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.families.base import ImageFeatures, ImageTensors

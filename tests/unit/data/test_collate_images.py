@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from orpo_ray.data.collate import concatenate_images
+from orpo_ray.data.collate_images import concatenate_images
 
 SMALL = {"pixel_values": np.full((1, 3, 2, 1), 7, np.uint8)}
 WIDE = {"pixel_values": np.full((2, 3, 1, 3), 9, np.uint8)}

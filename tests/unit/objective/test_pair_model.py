@@ -18,9 +18,9 @@ from orpo_ray.data.reading import ReadSpec, pair_of, read_window
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import is_adapted, load_model, without_adapters
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.forward import ImageNotUsed, PairModel
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.orpo import ORPO
+from orpo_ray.objective.pair_model import ImageNotUsed, PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 from orpo_ray.processing.processor import load_processor

@@ -19,10 +19,10 @@ from orpo_ray.data.from_recipe import encoder_of, held_out_data
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
-from orpo_ray.model.adapters import ADAPTER_CONFIG, adapter_config, is_adapter, load_adapted
+from orpo_ray.model.adapter_folder import ADAPTER_CONFIG, adapter_config, is_adapter, load_adapted
 from orpo_ray.model.loading import concatenated_because, load_model, pick_attention
 from orpo_ray.objective.base import load_objective
-from orpo_ray.objective.forward import PairModel
+from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.ray_cluster import start_ray
