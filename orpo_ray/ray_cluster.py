@@ -13,6 +13,8 @@ import ray
 
 from orpo_ray.errors import UserError
 
+CONNECT_TIMEOUT = 10.0  # seconds
+
 
 def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
@@ -41,10 +43,18 @@ def start_ray() -> None:
             ray.init(address="local", **quiet)
         return
     try:
+        _check_port(address)
         ray.init(address=address, **quiet)
-    except ConnectionError as error:
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:
         fix = "unset it to run on this machine alone, or start a cluster: ray start --head"
         raise UserError(str(error).split("\n")[0], field="RAY_ADDRESS", value=address, fix=fix) from None
+
+
+def _check_port(address: str) -> None:
+    """Connect to a `host:port` address once: Ray itself tries for two minutes. Raises OSError if nothing listens."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
 
 
 @contextlib.contextmanager

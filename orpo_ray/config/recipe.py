@@ -34,6 +34,7 @@ from orpo_ray.config.schema import (
     TrackingConfig,
     TuneConfig,
 )
+from orpo_ray.errors import UserError
 
 
 class Recipe(Config):
@@ -127,7 +128,11 @@ class Recipe(Config):
         return f"{storage}/{self.name}"
 
     def with_absolute_paths(self) -> Recipe:
-        """Return a copy with absolute local paths, since workers and trials run in other working directories."""
+        """Return a copy with absolute local paths, since workers and trials run in other working directories.
+
+        Raises:
+            UserError: `model.id` is a path without a folder.
+        """
         raw = self.model_dump(mode="json")
         raw["checkpoint"]["storage"] = self.run_uri.removesuffix(f"/{self.name}")
         if self.model.vision_cache is not None:
@@ -140,8 +145,12 @@ class Recipe(Config):
                 # Two spellings of one path (`a.jsonl`, `./a.jsonl`) become one source.
                 sources[_absolute(source)] = sources.get(_absolute(source), 0.0) + weight
             raw["data"][split] = sources
-        if Path(self.model.id).expanduser().is_dir():
-            raw["model"]["id"] = str(Path(self.model.id).expanduser().resolve())
+        model = Path(self.model.id).expanduser()
+        if model.is_dir():
+            raw["model"]["id"] = str(model.resolve())
+        elif self.model.id.startswith((".", "/", "~")):
+            fix = "give a model's folder, or its name on the Hugging Face hub"
+            raise UserError("no such folder", field="model.id", value=self.model.id, fix=fix)
         return Recipe.model_validate(raw)
 
     def to_yaml(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,15 @@ def test_schema_is_json() -> None:
     assert "optim" in json.loads(orpo_ray_here("schema").stdout)["properties"]
 
 
-def test_an_address_without_a_cluster_is_one_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
+def test_an_address_without_a_cluster_is_one_message(host: str, tmp_path: Path) -> None:
     quickstart = str(ROOT / "recipes/quickstart.yaml")
-    result = orpo_ray("train", quickstart, cwd=tmp_path, env={"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"{host}:{port}"
+    result = orpo_ray("train", quickstart, cwd=tmp_path, env={"RAY_ADDRESS": address})
     assert result.returncode == 2, result.stderr
     assert "RAY_ADDRESS" in result.stderr
+    assert address in result.stderr
     assert "Traceback" not in result.stderr
