@@ -12,24 +12,24 @@ TORCH_AND_TORCHVISION := torch==2.14.1 torchvision==0.29.1
 
 .PHONY: quickstart test fast slow nightly torchvision-tests lint clean
 
-quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, in about 3 minutes
+quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, about 3 minutes after installation
 	$(BIN)/orpo-ray train recipes/quickstart.yaml
 
-test: lint fast slow  ## everything but what is nightly
+test: lint fast slow  ## run all checks and tests except the nightly ones
 
-fast: $(INSTALLED)  ## tests/unit: each takes seconds at most
+fast: $(INSTALLED)  ## run tests/unit; each test takes seconds at most
 	$(BIN)/pytest -q tests/unit -n 2
 
-slow: $(INSTALLED)  ## tests/integration: whole runs on a real Ray, engines of several processes, a browser
+slow: $(INSTALLED)  ## run tests/integration: runs on a real Ray, engines in several processes, a browser
 	$(BIN)/pytest -q tests/integration -n 2 --dist loadfile
 
-nightly: lint $(INSTALLED) torchvision-tests  ## everything: tests/nightly, full matrices, processors that need torchvision
+nightly: lint $(INSTALLED) torchvision-tests  ## run every test, with full matrices and torchvision
 	$(BIN)/pytest -q -m "nightly or not nightly" -n 2 --dist loadfile
 
-torchvision-tests: $(TORCHVISION)/.installed  ## what needs torchvision, in an environment of its own (5.5 GB)
+torchvision-tests: $(TORCHVISION)/.installed  ## run the tests that need torchvision, in a separate environment (5.5 GB)
 	$(TORCHVISION)/bin/pytest -q -m torchvision -n 2 --dist loadfile
 
-lint: $(INSTALLED)  ## style, undefined names, types
+lint: $(INSTALLED)  ## check style, types, and imports between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

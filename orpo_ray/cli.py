@@ -81,9 +81,10 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def tune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Search hyperparameters with Ray Tune; every trial is an ordinary training run."""
     loaded = load_recipe(recipe, overrides or [])
+    searched = list(loaded.search)
     from orpo_ray.training.sweep import run_sweep
 
-    print_sweep(run_sweep(loaded, console), list(loaded.search), loaded.tune.metric)
+    print_sweep(run_sweep(loaded, console), searched, loaded.tune.metric)
 
 
 @app.command()

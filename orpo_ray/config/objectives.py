@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from orpo_ray.config.schema import Config, SearchRange, TuneConfig
+from orpo_ray.errors import UserError
 
 
 class ObjectiveOptions(Config):
@@ -105,7 +106,7 @@ class SimpoObjective(ObjectiveOptions):
     beta: float = Field(2.0, ge=0)
     """Scale of the difference between the answers' mean log-probs per token."""
     gamma: float = Field(1.0, ge=0)
-    """Target margin: by how much beta times the difference shall exceed 0. The paper uses 0.3 to 1.6."""
+    """Target margin: by how much beta times the difference should exceed 0. The paper uses 0.3 to 1.6."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Probability that a pair's answers are labelled the wrong way round."""
 
@@ -139,7 +140,7 @@ Objective = Annotated[
 
 
 def check_search(tune: TuneConfig, objective: ObjectiveOptions) -> None:
-    """Raise ValueError if a search names an option or a metric that the objective does not have."""
+    """Raise UserError if a search names an option or a metric that the objective does not have."""
     floats = [name for name, field in objective.options().model_fields.items() if field.annotation is float]
     keys = [*(f"{objective.section}.{name}" for name in floats), "optim.learning_rate"]
     metrics = ["eval/rewards/accuracies", "eval/rewards/margins", "eval/loss", *objective.search_metrics]
@@ -147,8 +148,11 @@ def check_search(tune: TuneConfig, objective: ObjectiveOptions) -> None:
         for value in values:
             if value not in known:
                 near = difflib.get_close_matches(value, known, n=1, cutoff=0.8)
-                hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
-                raise ValueError(f"tune.{field}: '{value}' does not exist with the objective {objective.title}; {hint}")
+                fix = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
+                if field == "search":
+                    fix += "; tune.search={} searches beta and the learning rate"
+                problem = f"'{value}' does not exist with the objective {objective.title}"
+                raise UserError(problem, field=f"tune.{field}", fix=fix)
 
 
 def default_search(objective: ObjectiveOptions) -> dict[str, SearchRange]:

@@ -93,7 +93,6 @@ class Recipe(Config):
                 f"orpo.{unused[0]} is set, but the objective is {self.objective.title}; set its options under "
                 "objective, and remove the section orpo (on the command line: orpo={})"
             )
-        check_search(self.tune, self.objective)
         return self
 
     @model_serializer(mode="wrap")
@@ -111,7 +110,15 @@ class Recipe(Config):
 
     @property
     def search(self) -> dict[str, SearchRange]:
-        """The ranges that `orpo-ray tune` searches: a recipe key -> its range."""
+        """The ranges that `orpo-ray tune` searches: a recipe key -> its range.
+
+        Checked here and not when the recipe is read, so that other commands can switch the objective of a recipe that
+        has a search.
+
+        Raises:
+            UserError: the search names an option or a metric that the objective does not have.
+        """
+        check_search(self.tune, self.objective)
         return self.tune.search or default_search(self.objective)
 
     @property

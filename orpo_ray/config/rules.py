@@ -1,7 +1,7 @@
 """Combinations of tuning options that are not supported, each with the reason and an alternative.
 
-A recipe is checked against these rules when it is read. Each rule stands for a run that was seen to fail or to train
-something else than the recipe says. Combinations without a rule are tested to work:
+A recipe is checked against these rules when it is read. Each rule stands for a run that failed, or trained something
+other than the recipe says. Combinations without a rule are tested to work:
 `tests/integration/test_tuning_engines.py`.
 """
 

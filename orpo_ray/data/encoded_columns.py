@@ -1,7 +1,7 @@
 """`EncodedPair`s as an Arrow array and back, for the object store.
 
-A pair's tensors lie in Arrow's own buffers. What is read back are views of them: pixels stay in shared memory until
-they are packed into a batch.
+A pair's tensors lie in Arrow's own buffers. Reading returns views of them: pixels stay in shared memory until they
+are packed into a batch.
 """
 
 from __future__ import annotations

@@ -60,11 +60,12 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     """Run the search of the recipe's `tune` section; the run folders of the trials are in `<run folder>/trials/`.
 
     Raises:
-        UserError: there are no held-out pairs, or the trials would fail on their data or do not fit the cluster.
+        UserError: the search does not fit the objective, there are no held-out pairs, or the trials would fail on
+            their data or do not fit the cluster.
         TrainingFailed: no trial was evaluated.
     """
     recipe = recipe.with_absolute_paths()
-    section = recipe.tune
+    section, search = recipe.tune, recipe.search
     if not recipe.has_held_out:
         fix = "name held-out pairs in data.eval, or set data.eval_fraction"
         raise UserError("a search needs held-out pairs to rank its trials", field="data.eval", fix=fix)
@@ -88,7 +89,7 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
         highlight=False,
         soft_wrap=True,
     )
-    results = _tuner(base, num_steps, every, together).fit()
+    results = _tuner(base, search, num_steps, every, together).fit()
     trials = sorted((_trial(base, result) for result in results), key=lambda trial: _rank(trial, section.mode))
     if not trials or trials[0].metric is None:
         raise TrainingFailed("no trial was evaluated: " + "; ".join(f"{trial.name} {trial.status}" for trial in trials))
@@ -100,7 +101,7 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     return Sweep(trials, best.name, f"{recipe.run_uri}/{BEST_RECIPE_FILE}")
 
 
-def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tuner:
+def _tuner(base: Recipe, search: dict[str, SearchRange], num_steps: int, every: int, together: int) -> tune.Tuner:
     section = base.tune
     scheduler: TrialScheduler = FIFOScheduler()
     if section.scheduler == "asha":
@@ -114,7 +115,7 @@ def _tuner(base: Recipe, num_steps: int, every: int, together: int) -> tune.Tune
         tune.with_resources(
             tune.with_parameters(_run_trial, recipe=base.model_dump(mode="json")), {"cpu": DRIVER_CPUS}
         ),
-        param_space={key: _domain(search) for key, search in base.search.items()},
+        param_space={key: _domain(values) for key, values in search.items()},
         tune_config=tune.TuneConfig(
             metric=section.metric,
             mode=section.mode,

@@ -2,7 +2,7 @@
 
 Add a family: write an entry in `registry.py` with the prefixes of its parameter names. If it behaves differently from
 `Family`, subclass it and override the methods in question. What transformers states itself (image token, output head,
-processor) is asked there and is not repeated here.
+processor) is read from transformers.
 
 Legend: B pairs, T tokens of a row, n images or tiles of a batch, D hidden size, V vocabulary.
 """

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from orpo_ray.config.load import load_recipe
+from orpo_ray.config.objectives import OBJECTIVES
 from orpo_ray.data.from_recipe import all_data
 from orpo_ray.data.reading import pair_of, read_window
+from orpo_ray.errors import UserError
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.tiny_models.build import is_tiny
 from support.paths import ROOT
@@ -29,6 +31,19 @@ def test_recipe_is_valid_and_states_its_requirements(path: Path) -> None:
         assert word in head
     assert is_tiny(recipe.model.id) or recipe.model.id in KNOWN_SHAPES
     assert is_tiny(recipe.model.id) or MEMORY.search(head)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_takes_every_objective(path: Path, objective: str) -> None:
+    """As docs/objectives.md says: with `orpo={}`; without it, the message names it if the recipe has the section."""
+    assert load_recipe(path, ["orpo={}", f"objective={objective}"]).objective.name == objective
+    has_section = bool(load_recipe(path).orpo.model_fields_set)
+    if has_section and objective != "orpo":
+        with pytest.raises(UserError, match=r"on the command line: orpo=\{\}"):
+            load_recipe(path, [f"objective={objective}"])
+    else:
+        assert load_recipe(path, [f"objective={objective}"]).objective.name == objective
 
 
 def test_the_own_data_example(tmp_path: Path) -> None:

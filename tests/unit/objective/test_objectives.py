@@ -68,15 +68,31 @@ def test_a_resolved_recipe_reads_back_equal(objective: Any) -> None:
         ({"objective": {"name": "cpo", "beta": -1}}, "objective.beta: Input should be greater than or equal to 0"),
         ({"objective": {"beta": 2}}, "options of ORPO belong in the section orpo: write orpo.beta"),
         ({"objective": "cpo", "orpo": {"beta": 0.1}}, "orpo.beta is set, but the objective is CPO"),
-        ({"objective": "cpo", "tune": {"search": {"orpo.beta": {"low": 1, "high": 2}}}}, "'orpo.beta' does not exist"),
-        ({"tune": {"search": {"objective.beta": {"low": 1, "high": 2}}}}, "choose from orpo.beta, optim.learning_rate"),
-        ({"tune": {"metric": "eval/nll_los"}}, "did you mean 'eval/nll_loss'?"),
-        ({"objective": "cpo", "tune": {"metric": "eval/log_odds_ratio"}}, "'eval/log_odds_ratio' does not exist with"),
     ],
     ids=str,
 )
 def test_errors_say_what_to_write(sections: dict[str, Any], expected: str) -> None:
     assert expected in message(**sections)
+
+
+@pytest.mark.parametrize(
+    ("objective", "search", "metric", "expected"),
+    [
+        ("cpo", "orpo.beta", "eval/loss", "tune.search: 'orpo.beta' does not exist with the objective CPO"),
+        ("cpo", "orpo.beta", "eval/loss", "; tune.search={} searches beta and the learning rate"),
+        ("orpo", "objective.beta", "eval/loss", "choose from orpo.beta, optim.learning_rate"),
+        ("orpo", "orpo.bet", "eval/loss", "did you mean 'orpo.beta'?"),
+        ("orpo", "orpo.beta", "eval/nll_los", "did you mean 'eval/nll_loss'?"),
+        ("cpo", "objective.beta", "eval/log_odds_ratio", "tune.metric: 'eval/log_odds_ratio' does not exist with"),
+    ],
+)
+def test_a_search_that_does_not_fit_the_objective_is_refused(
+    objective: str, search: str, metric: str, expected: str
+) -> None:
+    recipe = recipe_of(objective=objective, tune={"search": {search: {"low": 1, "high": 2}}, "metric": metric})
+    with pytest.raises(UserError) as error:
+        _ = recipe.search
+    assert expected in str(error.value)
 
 
 def test_a_search_is_over_the_options_of_the_objective() -> None:
