@@ -21,10 +21,10 @@ fast: $(INSTALLED)  ## run tests/unit; each test takes seconds at most
 	$(BIN)/pytest -q tests/unit -n 2
 
 slow: $(INSTALLED)  ## run tests/integration: runs on a real Ray, engines in several processes, a browser
-	$(BIN)/pytest -q tests/integration -n 2 --dist loadfile
+	$(BIN)/pytest -q tests/integration
 
 nightly: lint $(INSTALLED) torchvision-tests  ## run every test, with full matrices and torchvision
-	$(BIN)/pytest -q -m "nightly or not nightly" -n 2 --dist loadfile
+	$(BIN)/pytest -q -m "nightly or not nightly"
 
 torchvision-tests: $(TORCHVISION)/.installed  ## run the tests that need torchvision, in a separate environment (5.5 GB)
 	$(TORCHVISION)/bin/pytest -q -m torchvision -n 2 --dist loadfile

@@ -14,6 +14,7 @@ from orpo_ray.extras import require
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.logger import TrackerError
 
+INIT_TIMEOUT = 30.0  # seconds that the start of a run waits for the service
 # Seconds that the end of a run waits for uploads. Whatever is not uploaded by then stays in the run folder, and
 # `wandb sync` uploads it later.
 FINISH_TIMEOUT = 120.0
@@ -38,7 +39,11 @@ class WandbLogger:
                 dir=run_dir,
                 config=recipe.model_dump(mode="json"),
                 settings=wandb.Settings(
-                    console="off", disable_code=True, disable_git=True, finish_timeout=FINISH_TIMEOUT
+                    console="off",
+                    disable_code=True,
+                    disable_git=True,
+                    init_timeout=INIT_TIMEOUT,
+                    finish_timeout=FINISH_TIMEOUT,
                 ),
             )
 

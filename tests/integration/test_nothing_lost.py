@@ -83,9 +83,11 @@ def test_a_kill_and_another_number_of_workers_change_nothing(tmp_path: Path, bro
     command = [sys.executable, "-m", "orpo_ray", "train", str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    wait_until(lambda: last_step(Path(killed.run_uri)) >= 9, "step 9")
-    first.kill()
-    first.wait()
+    try:
+        wait_until(lambda: last_step(Path(killed.run_uri)) >= 9, "step 9")
+    finally:
+        first.kill()
+        first.wait()
     assert last_step(Path(killed.run_uri)) < ROWS // PER_STEP
     run(recipe_of(tmp_path, "killed", broken, 1))
     check(killed, broken)

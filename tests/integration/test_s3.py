@@ -171,9 +171,11 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> Non
     folder = RunFolder(f"s3://{BUCKET}/runs/remote")
     whole = [sys.executable, "-m", "orpo_ray", "train", str(path)]
     first = subprocess.Popen(whole, env=without_cluster(), stderr=subprocess.DEVNULL)
-    wait_until(lambda: pushed_step(folder) >= 5, "the first checkpoint")
-    first.kill()
-    first.wait()
+    try:
+        wait_until(lambda: pushed_step(folder) >= 5, "the first checkpoint")
+    finally:
+        first.kill()
+        first.wait()
     assert not folder.has("final/config.json")
     again = subprocess.run(whole, env=without_cluster(), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr

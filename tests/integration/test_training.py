@@ -137,9 +137,11 @@ def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     recipe = tiny_recipe(tmp_path, "driver-killed", optim=LONG, checkpoint={"every_steps": 3})
     first = subprocess.Popen(command(recipe, tmp_path), env=environment, stderr=subprocess.DEVNULL)
-    wait_until(lambda: last_step(Path(recipe.run_uri)) >= 8, "step 8")
-    first.kill()
-    first.wait()
+    try:
+        wait_until(lambda: last_step(Path(recipe.run_uri)) >= 8, "step 8")
+    finally:
+        first.kill()
+        first.wait()
     assert last_step(Path(recipe.run_uri)) < 40
     again = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
