@@ -53,6 +53,8 @@ $(INSTALLED): pyproject.toml
 	    || $(BIN)/pip install -q $(TORCH); \
 	fi
 	$(BIN)/pip install -q -e ".[dev]"
+# A torchvision that was built for another torch cannot be imported, and transformers with it cannot either.
+	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall -q -y torchvision 2>/dev/null
 	touch $@
 
 $(TORCHVISION)/.installed: pyproject.toml

@@ -45,9 +45,11 @@ def start_ray() -> None:
     try:
         _check_port(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, TimeoutError, socket.gaierror) as error:
+    except OSError as error:
         fix = "unset it to run on this machine alone, or start a cluster: ray start --head"
-        raise UserError(str(error).split("\n")[0], field="RAY_ADDRESS", value=address, fix=fix) from None
+        raise UserError(
+            f"no Ray answers: {str(error).splitlines()[0]}", field="RAY_ADDRESS", value=address, fix=fix
+        ) from None
 
 
 def _check_port(address: str) -> None:

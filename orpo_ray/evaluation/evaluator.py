@@ -115,7 +115,7 @@ def score(forward: Forward, shards: Iterable[StepShard], planner: StepPlanner) -
             logps = forward(batch.to(planner.device))
             # Averages within each pair, then over pairs: a token average over a step would depend on the step's size.
             _, more = objective.loss(logps, batch.weights.to(planner.device), Normaliser(1.0))
-            sums = add_sums(sums, {name: value.double() for name, value in more.items()})
+            sums = add_sums(sums, more)
             chosen, rejected = objective.answer_logps(logps)
             preferred = zip(batch.sample_indices, (chosen > rejected).tolist(), strict=True)
             correct |= {sample_index: is_chosen for sample_index, is_chosen in preferred if sample_index >= 0}

@@ -11,8 +11,10 @@ from importlib import import_module
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.errors import UserError
 from orpo_ray.objective.logps import PairLogps
 
 NllSpan = Literal["none", "response", "prompt+response"]
@@ -70,12 +72,19 @@ class Objective(Protocol):
 
 
 def load_objective(recipe: Recipe) -> Objective:
-    """Build the objective that a recipe names, with the recipe's options."""
+    """Build the objective that a recipe names, with the recipe's options.
+
+    Raises:
+        UserError: The objective needs forwards besides the policy's, which training does not run.
+    """
     module, _, name = recipe.objective.implementation.partition(":")
     objective: Objective = getattr(import_module(module), name)(**recipe.objective_options)
     if objective.further_forwards:
-        raise NotImplementedError(
-            f"{name} needs further forwards, which nothing runs yet: {objective.further_forwards}"
+        raise UserError(
+            f"{name} needs further forwards ({', '.join(objective.further_forwards)}), which training does not run",
+            field="objective",
+            value=recipe.objective.name,
+            fix="choose an objective without a reference model",
         )
     return objective
 
@@ -83,6 +92,14 @@ def load_objective(recipe: Recipe) -> Objective:
 def mean_logps(logps: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs per token of the chosen and the rejected answers, two [B]."""
     return logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens
+
+
+def smoothed_sigmoid_loss(margin: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """Negative log-probability, [B], that the labels are right, if each is wrong with this probability.
+
+    Conservative DPO, https://ericmitchell.ai/cdpo.pdf, equation 3, on any margin [B].
+    """
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def nll_terms(logps: PairLogps, normaliser: Normaliser) -> torch.Tensor:

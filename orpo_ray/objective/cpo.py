@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from orpo_ray.objective.base import (
     NllAverage,
@@ -25,6 +24,7 @@ from orpo_ray.objective.base import (
     averages,
     nll_terms,
     reward_metrics,
+    smoothed_sigmoid_loss,
     weighted_sums,
 )
 from orpo_ray.objective.logps import PairLogps
@@ -57,8 +57,7 @@ class CPO:
         """See `Objective.loss`."""
         chosen, rejected = self.answer_logps(logps)
         margin = self.beta * (chosen - rejected)
-        smooth = self.label_smoothing
-        preference = -(1 - smooth) * F.logsigmoid(margin) - smooth * F.logsigmoid(-margin)
+        preference = smoothed_sigmoid_loss(margin, self.label_smoothing)
         nll = nll_terms(logps, normaliser) if self.cpo_alpha else torch.zeros_like(chosen)
         per_pair = preference / normaliser.pairs + self.cpo_alpha * nll
         values = {

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from orpo_ray.objective.base import (
     NllAverage,
@@ -25,6 +24,7 @@ from orpo_ray.objective.base import (
     averages,
     mean_logps,
     reward_metrics,
+    smoothed_sigmoid_loss,
     weighted_sums,
 )
 from orpo_ray.objective.logps import PairLogps
@@ -53,8 +53,7 @@ class SimPO:
         """See `Objective.loss`."""
         chosen, rejected = self.answer_logps(logps)
         margin = self.beta * (chosen - rejected) - self.gamma
-        smooth = self.label_smoothing
-        per_pair = -(1 - smooth) * F.logsigmoid(margin) - smooth * F.logsigmoid(-margin)
+        per_pair = smoothed_sigmoid_loss(margin, self.label_smoothing)
         values = {
             "loss": per_pair,
             "logps/chosen": chosen,

@@ -20,13 +20,14 @@ TRACKERS: dict[str, type[Logger]] = {
 
 
 class MultiLogger:
-    """Passes every call to all open trackers.
+    """Passes every call to all open trackers, of which the workers besides rank 0 have none.
 
     The only place that catches TrackerError: it warns once and drops the tracker, and the run goes on.
     """
 
-    def __init__(self, loggers: Mapping[str, Logger], warn: Callable[[str], None]) -> None:
-        self._loggers, self._warn = dict(loggers), warn
+    def __init__(self, warn: Callable[[str], None] = lambda text: None) -> None:
+        self._loggers: dict[str, Logger] = {}
+        self._warn = warn
 
     @classmethod
     def open(
@@ -42,7 +43,7 @@ class MultiLogger:
         """
         folder = RunFolder(recipe.run_uri)
         folder.make()
-        multi = cls({}, warn)
+        multi = cls(warn)
         for name, tracker in trackers.items():
             try:
                 logger = tracker.open(recipe, folder, step)

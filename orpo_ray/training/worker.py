@@ -53,14 +53,15 @@ class Worker:
         bounded = self.recipe.model.gradient_checkpointing and self.recipe.deepspeed.zero_stage < 3
         pixels_at_once = PIXELS_AT_ONCE.get(self.device.type) if bounded else None
         cache = self.recipe.model.vision_cache
-        kept = Path(cache) if cache is not None else None
-        self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once, kept)
+        cache_folder = Path(cache) if cache is not None else None
+        self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once, cache_folder)
         self.objective = load_objective(self.recipe)
         budget = self.recipe.optim.tokens_per_microbatch
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = DeepSpeedEngine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.position = load_latest(self.engine, self.recipe, config.train)
-        self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if self.rank == 0 else None
+        is_first = self.rank == 0
+        self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()
         self.images_checked = False
         self.first_bad: list[BadRow] = []
 
@@ -83,12 +84,10 @@ class Worker:
         self._tell(phase="saving")
         save_final(self.engine, self.model, recipe)
         self._save(with_prefix(final, "eval") | {"step": self.position.step, "final": True})
-        if self.tracker is not None:
-            self.tracker.close()
+        self.tracker.close()
 
     def _save(self, metrics: dict[str, float]) -> None:
-        if self.tracker is not None:
-            self.tracker.flush()
+        self.tracker.flush()
         save_checkpoint(self.engine, self.position, metrics)
 
     def _steps(self) -> Iterator[tuple[StepShard, StepPlan, float, float]]:
@@ -138,8 +137,7 @@ class Worker:
             rows = self._log_bad_rows(shard.bad)
             self.first_bad = [*self.first_bad, *rows][:BAD_ROWS_SHOWN]
             refuse_rows(self.recipe, rows)
-        if self.tracker is not None:
-            self.tracker.log(self.position.step, with_prefix(metrics, "train"))
+        self.tracker.log(self.position.step, with_prefix(metrics, "train"))
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
         self._judge_bad_rows(at_end=False)
 
@@ -149,8 +147,7 @@ class Worker:
         if self.num_workers > 1:
             torch.distributed.all_gather_object(everyone, mine)
         rows = sorted((row for rows in everyone for row in rows), key=lambda row: row.sample_index)
-        if self.tracker is not None:
-            self.tracker.log_bad_rows(rows)
+        self.tracker.log_bad_rows(rows)
         return rows
 
     def _judge_bad_rows(self, at_end: bool) -> None:
@@ -165,8 +162,7 @@ class Worker:
         )
         scores = evaluator.evaluate(grounding)
         self._log_bad_rows(scores.bad)
-        if self.tracker is not None:
-            self.tracker.log(self.position.step, with_prefix(scores.metrics, "eval"))
+        self.tracker.log(self.position.step, with_prefix(scores.metrics, "eval"))
         return scores.metrics
 
     def _mine(self, read: ReadSpec, first_sample: int = 0) -> ReadSpec:

@@ -50,9 +50,8 @@ class WorkerGroup:
     def close(self) -> None:
         """End the processes by SIGKILL.
 
-        A rank that ends by itself may abort: gloo's threads hold the last tensors, and to destroy one while Python
-        shuts down they need a lock that is gone (https://github.com/pytorch/pytorch/pull/179291). DeepSpeed keeps
-        references to groups, so that `destroy_process_group` does not end their threads.
+        A rank that ends by itself may abort. Probably a thread of gloo then destroys a tensor while Python shuts down
+        (https://github.com/pytorch/pytorch/pull/179291); this was not reproduced here.
         """
         for process in self._processes:
             process.kill()

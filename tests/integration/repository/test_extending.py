@@ -41,7 +41,7 @@ def sections() -> dict[str, list[Block]]:
 
 
 def edited(text: str, diff: str) -> str:
-    """A file after a diff without line numbers. Its context and removed lines must stand in the file exactly once."""
+    """Apply a diff without line numbers. Its context and removed lines must occur in the file exactly once."""
     lines = diff.splitlines(keepends=True)
     before = "".join(line[1:] for line in lines if line[0] in " -")
     after = "".join(line[1:] for line in lines if line[0] in " +")

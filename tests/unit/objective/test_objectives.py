@@ -141,5 +141,5 @@ class NeedsReference(CPO):
 
 def test_further_forwards_are_refused_until_something_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpoObjective, "implementation", f"{__name__}:NeedsReference")
-    with pytest.raises(NotImplementedError, match=r"NeedsReference needs further forwards.*reference"):
+    with pytest.raises(UserError, match=r"objective: NeedsReference needs further forwards \(reference\)"):
         load_objective(recipe_of(objective="cpo"))

@@ -60,10 +60,10 @@ def test_a_bad_row_is_written_once(tmp_path: Path) -> None:
 def test_a_new_run_forgets_what_a_check_wrote(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
     Path(recipe.run_uri).mkdir()
-    mended = BadRow(0, "1", "a:1", "too_long", "x")
-    (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(mended.as_line()) + "\n")
+    old_row = BadRow(0, "1", "a:1", "too_long", "x")
+    (Path(recipe.run_uri) / "bad_rows.jsonl").write_text(json.dumps(old_row.as_line()) + "\n")
     tracker = MultiLogger.open(recipe, step=0, warn=pytest.fail)
-    tracker.log_bad_rows([replace(mended, source="a:2")])
+    tracker.log_bad_rows([replace(old_row, source="a:2")])
     tracker.close()
     assert [line["source"] for line in read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl")] == ["a:2"]
 
