@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 
 PIXELS = "pixel_values"
+# Tensors whose names begin with this stay in main memory: reading numbers back from a device would wait for it.
+ON_HOST = "on_host."
 ImageArrays = Mapping[str, np.ndarray]
 
 

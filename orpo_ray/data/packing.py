@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from orpo_ray.data.collate_images import Collate, concatenate_images
+from orpo_ray.data.collate_images import ON_HOST, Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.processing.prompts import EncodedPrompt
 
@@ -68,7 +68,8 @@ class PairBatch:
     weights: torch.Tensor
     """float32 [B]: 1 for a pair, 0 for a dummy pair."""
     images: dict[str, torch.Tensor]
-    """The image tensors of all pairs, in the order of the rows; empty if no pair has an image."""
+    """The image tensors of all pairs, in the order of the rows; empty if no pair has an image. Those with `ON_HOST` in
+    their names are never moved to a device."""
     sample_indices: tuple[int, ...]
     """The sample index of each pair, [B]."""
     trains_on_images: bool
@@ -87,7 +88,8 @@ class PairBatch:
         """The same batch on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {k: value.to(device) for k, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved, images={name: value.to(device) for name, value in self.images.items()})
+        images = {name: value if name.startswith(ON_HOST) else value.to(device) for name, value in self.images.items()}
+        return replace(self, **moved, images=images)
 
 
 def build_batch(

@@ -20,6 +20,7 @@ from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.quantization import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import register
+from orpo_ray.model.vision_attention import use_in as use_vision_attention
 from orpo_ray.processing.processor import cannot_load
 from orpo_ray.tiny_models.build import resolve
 
@@ -114,6 +115,7 @@ def load_model(model_config: ModelConfig, device: torch.device, seed: int) -> to
         )
     except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
         raise cannot_load("model", model_config.id, error) from None
+    use_vision_attention(model)
     if model_config.quantization is not None:
         check_quantized(model, model_config.quantization)
     model = ready_to_train(model, model_config, seed)

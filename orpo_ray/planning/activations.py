@@ -13,6 +13,7 @@ import torch
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, PairBatch, build_batch
+from orpo_ray.model import vision_attention
 from orpo_ray.model.attention_kernel import PLANNED_GPU
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import own_attention, ready_to_train, without_adapters
@@ -27,6 +28,7 @@ from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 AS_ON_CUDA = "orpo_ray_planned_for_cuda"
+VISION_AS_ON_CUDA = "orpo_ray_vision_flash_planned_for_cuda"
 # Layers of the language model and of the vision encoder that the dry run of a deep model keeps.
 LAYERS_RUN = 2
 NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -136,14 +138,15 @@ def unloaded_model(
         import peft  # noqa: F401 - imported here, since its module constants must not be created on meta
 
     language = own_attention(config)
+    _register_as_on_cuda()
     if layout == "shared_prefix":
         register_shared_prefix()
-        _register_as_on_cuda()
         language = AS_ON_CUDA if device == "cuda" else SHARED_PREFIX
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation={"text_config": language, "vision_config": "sdpa"}
         )
+        vision_attention.use_in(model, VISION_AS_ON_CUDA if device == "cuda" else vision_attention.NAME)
         return ready_to_train(model, model_config, seed=0)
 
 
@@ -287,8 +290,14 @@ def _register_as_on_cuda() -> None:
 
     AttentionInterface.register(AS_ON_CUDA, _attention_as_on_cuda)
     AttentionMaskInterface.register(AS_ON_CUDA, no_mask)
+    AttentionInterface.register(VISION_AS_ON_CUDA, _vision_attention_as_on_cuda)
 
 
 def _attention_as_on_cuda(*states: Any, **options: Any) -> tuple[torch.Tensor, None]:
     """Run the kernel that training would choose on a GPU."""
     return shared_prefix_attention(*states, **(options | {"hardware": PLANNED_GPU}))
+
+
+def _vision_attention_as_on_cuda(*states: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    """Run the kernel that training would choose on a GPU."""
+    return vision_attention.vision_attention(*states, **(options | {"hardware": PLANNED_GPU}))

@@ -11,7 +11,7 @@ import torch
 
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, build_batch
-from orpo_ray.model import shared_prefix
+from orpo_ray.model import shared_prefix, vision_attention
 from orpo_ray.model.loading import without_adapters
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.orpo import ORPO
@@ -49,6 +49,7 @@ def run_as(model: PairModel, layout: Layout) -> None:
     own = "eager" if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
     name = shared_prefix.NAME if layout == "shared_prefix" else own
     base.set_attn_implementation({"text_config": name, "vision_config": "sdpa"})
+    vision_attention.use_in(base)
     model.layout = layout
 
 

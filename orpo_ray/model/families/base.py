@@ -98,6 +98,10 @@ class Family:
         """Which tokens of a prompt also see later tokens; None if none do."""
         return None
 
+    def fitted(self, config: Any) -> Family:
+        """This family with what its other methods must know of a model's config."""
+        return self
+
     def prefixes(self, component: str) -> Prefixes:
         """Parameter prefixes of `vision`, `connector` or `language`, as `str.startswith` takes them."""
         return {"vision": self.vision, "connector": self.connector, "language": self.language}[component]

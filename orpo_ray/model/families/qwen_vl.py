@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from orpo_ray.data.collate_images import PIXELS, ImageArrays
 from orpo_ray.data.packing import IMAGE, PairBatch
-from orpo_ray.model.families.base import Family
+from orpo_ray.model.families.base import Family, ImageTensors
+from orpo_ray.model.patch_layout import PatchFacts, encoder_arguments, image_patches, patch_layout
+from orpo_ray.processing.pixel_norm import PixelNorm
 
 GRID = "image_grid_thw"
 
 
+@dataclass(frozen=True)
 class QwenVL(Family):
     """The size of each image in patches is its own tensor, `image_grid_thw` [n, 3]: time, height, width."""
+
+    facts: PatchFacts | None = None
+    """Of the vision encoder; None until the family is fitted to a config."""
+
+    def fitted(self, config: Any) -> QwenVL:
+        """Keep what the layout of patches depends on."""
+        return replace(self, facts=PatchFacts.of(config.vision_config))
 
     def can_cache_images(self, config: Any) -> bool:
         """Qwen3-VL's vision encoder also gives features to the first language layers."""
         return not hasattr(config.vision_config, "deepstack_visual_indexes")
+
+    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+        """Add what the vision encoder would compute from the sizes of its images."""
+        tensors = super().collate(inputs, row_width)
+        return tensors if self.facts is None else tensors | patch_layout(self.facts, tensors[GRID])
+
+    def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
+        """With the layout of the patches."""
+        layout = {name: tensor for name, tensor in images.items() if name not in self.image_inputs}
+        return layout | super().vision_inputs(images, norm, dtype)
+
+    def encode_images(self, base: Any, inputs: ImageTensors) -> Any:
+        """As the model's `get_image_features`, but without waiting for the device where the layout is known."""
+        arguments = encoder_arguments(inputs)
+        if "cu_seqlens" not in arguments:
+            return super().encode_images(base, {name: inputs[name] for name in self.image_inputs})
+        output = base.model.visual(inputs[PIXELS], grid_thw=inputs[GRID], return_dict=True, **arguments)
+        tokens = [patches // base.config.vision_config.spatial_merge_size**2 for patches in image_patches(inputs)]
+        output.pooler_output = output.pooler_output.split(tokens)
+        if hasattr(output, "deepstack_features"):
+            output.deepstack_features = [layer.split(tokens) for layer in output.deepstack_features]
+        return output
 
     def rows_per_image(self, config: Any, inputs: Mapping[str, torch.Tensor]) -> list[int]:
         """The patches of each image."""

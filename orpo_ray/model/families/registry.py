@@ -31,10 +31,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model with this transformers config: its entry, or what its class tells.
+    """The family of a model with this transformers config: its entry, fitted to the config, or what its class tells.
 
     Raises:
         UserError: there is no entry, and something cannot be derived.
     """
     known = FAMILIES.get(config.model_type)
-    return derived_family(config, FAMILIES) if known is None else known
+    return derived_family(config, FAMILIES) if known is None else known.fitted(config)
