@@ -11,16 +11,25 @@ from typing import Any
 
 import ray
 
-from orpo_ray.errors import UserError
+from orpo_ray.errors import OrpoRayError, UserError
 
 CONNECT_TIMEOUT = 10.0  # seconds
 
 
-def start_ray() -> None:
+class RayNotStarted(OrpoRayError):
+    """Ray did not start on this machine."""
+
+
+def start_ray(*, state_api: bool = False) -> None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
+
+    Args:
+        state_api: whether a Ray that is started here can be asked for the state of its actors, as Ray Train's cleaner
+            does after a stopped trial. Ray's dashboard answers that, whose processes take seconds to start.
 
     Raises:
         UserError: no cluster answers at RAY_ADDRESS.
+        RayNotStarted: Ray did not start on this machine.
     """
     if ray.is_initialized():
         return
@@ -32,15 +41,15 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # A run has about ten small actors; on two cores, Ray warns about so many at once.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+    # Ray starts a process for each core at once, in an environment that none of this package's tasks has.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     address = os.environ.get("RAY_ADDRESS")
     # Worker output goes to Ray's logs; what users should see comes through `RunStatus`.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if not address:
-        # This machine is not preempted, and Ray Train's watcher for that is one more process to start.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # address=None would join the cluster that was started here last, and wait for minutes if it has died.
         with own_address():
-            ray.init(address="local", **quiet)
+            _start_here(include_dashboard=state_api, runtime_env={"env_vars": train_variables()}, **quiet)
         return
     try:
         _check_port(address)
@@ -50,6 +59,27 @@ def start_ray() -> None:
         raise UserError(
             f"no Ray answers: {str(error).splitlines()[0]}", field="RAY_ADDRESS", value=address, fix=fix
         ) from None
+
+
+def train_variables() -> dict[str, str]:
+    """Return the variables that Ray Train sets for its workers.
+
+    As the whole job has them, Ray can give an idle process of the driver's tasks to the tasks of a worker.
+    """
+    # This machine is not preempted, and Ray Train's watcher for that is one more process to start.
+    names = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
+    return {name: os.environ.setdefault(name, value) for name, value in names.items()}
+
+
+def _start_here(**options: Any) -> None:
+    try:
+        ray.init(address="local", **options)
+    except Exception as error:  # Ray raises bare exceptions, for example when its raylet starts too late
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RayNotStarted(
+            f"Ray did not start on this machine: {reason[0]}\n"
+            "  fix: close other programs and try again; Ray's logs are in /tmp/ray/session_latest/logs"
+        ) from error
 
 
 def _check_port(address: str) -> None:

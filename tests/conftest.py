@@ -28,16 +28,24 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with four logical CPUs, for the whole session."""
     import ray
 
-    from orpo_ray.ray_cluster import own_address
+    from orpo_ray.ray_cluster import own_address, train_variables
 
     # As `start_ray` sets them.
     os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"
     os.environ["RAY_worker_niceness"] = "0"
     os.environ["RAY_worker_maximum_startup_concurrency"] = "8"
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    os.environ["RAY_prestart_worker_first_driver"] = "0"
+    variables = {"env_vars": train_variables()}
     # "local", because None would join a cluster that already runs on this machine.
     with own_address():
-        ray.init("local", num_cpus=4, log_to_driver=False, logging_level="warning", dashboard_host="127.0.0.1")
+        ray.init(
+            "local",
+            num_cpus=4,
+            runtime_env=variables,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+        )
     yield
     ray.shutdown()
 

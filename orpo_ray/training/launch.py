@@ -8,6 +8,8 @@ from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from rich.console import Console
 
@@ -20,10 +22,11 @@ from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import is_remote, locate
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
+from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay, RunStatus
 from orpo_ray.training.resources import Resources, worker_resources
-from orpo_ray.training.run_identity import check_run_folder, pinned
+from orpo_ray.training.run_identity import check_run_folder
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10
@@ -44,6 +47,21 @@ class RunSummary:
     """Whether the run was finished before, so that nothing was done."""
 
 
+class _RunTrainer(DataParallelTrainer):
+    """Ray Train's trainer without the actors that a run has no use for; each takes seconds of every start.
+
+    Ray Data hands no dataset to the workers, which read for themselves. What a dead controller leaves is freed with
+    its driver, except for the trials of a sweep, where one is stopped and the driver goes on.
+    """
+
+    def __init__(self, *arguments: Any, is_trial: bool, **options: Any) -> None:
+        self._without = {DatasetsCallback} if is_trial else {DatasetsCallback, PlacementGroupCleanerCallback}
+        super().__init__(*arguments, **options)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [callback for callback in super()._create_default_callbacks() if type(callback) not in self._without]
+
+
 def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
     """Train a recipe to its end. If its run folder holds a checkpoint, resume from there.
 
@@ -62,51 +80,49 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     if saved and folder.has_model(FINAL):
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     read, held_out = run_data(recipe)
-    with ThreadPoolExecutor(1) as pool:
-        # Checking the model needs seconds of imports, and starting Ray is mostly waiting.
-        checked = pool.submit(_check_model, recipe, saved)
-        start_ray()
-        recipe, without_sharing = checked.result()
-    folder.make()
+    start_ray()
+    status = RunStatus.remote()  # type: ignore[attr-defined]
+    checked = start_model_check(recipe, saved)
     resources = worker_resources(recipe, ray.cluster_resources())
     num_steps = -(-read.end_sample // recipe.optim.pairs_per_step)
-    recipe = _resolved(recipe, num_steps)
-    (folder.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    folder.push(RECIPE_FILE)
-    console.print(_headline(recipe, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
-    status = RunStatus.remote()  # type: ignore[attr-defined]
-    config = WorkerConfig(
-        recipe=recipe.model_dump(mode="json"),
-        train=read,
-        held_out=held_out,
-        encoder=encoder_of(recipe),
-        num_steps=num_steps,
-        status=status,
-        cpu_threads=resources.cpu_threads,
-        max_encoders=resources.max_encoders,
-    )
-    with ProgressDisplay(status, console):
-        _fit(config, recipe, resources, callbacks or [])
+
+    def begin() -> None:
+        try:
+            pinned, without_sharing = ray.get(checked)
+            resolved = _resolved(pinned, num_steps)
+            folder.make()
+            (folder.path / RECIPE_FILE).write_text(resolved.to_yaml(), encoding="utf-8")
+            folder.push(RECIPE_FILE)
+        except Exception as error:  # noqa: BLE001 - the workers wait for what is made here, and end with this error
+            ray.get(status.fail.remote(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error))
+            return
+        console.print(_headline(resolved, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
+        config = WorkerConfig(
+            recipe=resolved.model_dump(mode="json"),
+            train=read,
+            held_out=held_out,
+            encoder=encoder_of(resolved),
+            num_steps=num_steps,
+            status=status,
+            cpu_threads=resources.cpu_threads,
+            max_encoders=resources.max_encoders,
+        )
+        ray.get([status.begin.remote([ray.put(config)]), status.update.remote(phase="starting workers")])
+
+    # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
+    with ThreadPoolExecutor(1) as pool, ProgressDisplay(status, console):
+        begun = pool.submit(begin)
+        _fit(status, recipe, resources, callbacks or [])
+        begun.result()
     return RunSummary(folder.uri, last_metrics(folder))
 
 
-def _check_model(recipe: Recipe, saved: Recipe | None) -> tuple[Recipe, str | None]:
-    """Pin the model's revision. Also return the line about a model that cannot share prefixes, or None.
-
-    Here, a wrong model is an error of the driver, before any worker starts. Raises UserError.
-    """
-    from orpo_ray.model.loading import concatenated_because, pick_attention
-
-    recipe = pinned(recipe, saved)
-    why = pick_attention(recipe.model).why
-    return recipe, concatenated_because(why) if why else None
-
-
-def _fit(config: WorkerConfig, recipe: Recipe, resources: Resources, callbacks: list[Any]) -> None:
+def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]) -> None:
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-    trainer = DataParallelTrainer(
+    trainer = _RunTrainer(
         train_worker,
-        train_loop_config={"worker": ray.put(config)},
+        is_trial=bool(callbacks),
+        train_loop_config={"status": status},
         backend_config=SharedDevices(),
         scaling_config=ScalingConfig(
             num_workers=recipe.scaling.num_workers, use_gpu=bool(resources.gpus), resources_per_worker=per_worker
@@ -122,11 +138,11 @@ def _fit(config: WorkerConfig, recipe: Recipe, resources: Resources, callbacks: 
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        fatal = ray.get(config.status.fatal.remote())
+        fatal = ray.get(status.fatal.remote())
         if fatal is not None:
             raise fatal from None
         raise TrainingFailed(_first_failure(error)) from error
-    fatal = ray.get(config.status.fatal.remote())
+    fatal = ray.get(status.fatal.remote())
     if fatal is not None:
         raise fatal
 

@@ -23,6 +23,15 @@ class RunStatus:
     def __init__(self) -> None:
         self._state: dict[str, Any] = {"warnings": []}
         self._fatal: Exception | None = None
+        self._config: ray.ObjectRef | None = None
+
+    def begin(self, config: list[ray.ObjectRef]) -> None:
+        """Keep a reference to what the workers train with. In a list, since Ray would fetch a bare one."""
+        (self._config,) = config
+
+    def config(self) -> ray.ObjectRef | None:
+        """Return the reference, or None while the driver is not ready."""
+        return self._config
 
     def update(self, **state: Any) -> None:
         """Merge values into the state: `step, num_steps, phase` and metrics."""
@@ -112,7 +121,7 @@ class ProgressDisplay:
 
 
 def _phase(state: dict[str, Any]) -> str:
-    phase: str = state.get("phase", "starting workers")
+    phase: str = state.get("phase", "checking the model")
     return phase
 
 

@@ -73,7 +73,7 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     num_steps = -(-run_data(recipe)[0].end_sample // recipe.optim.pairs_per_step)
     # Tune would print a screenful every few seconds; `TrialLogger` prints one line per evaluation.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    start_ray()
+    start_ray(state_api=True)
     together = min(section.max_concurrent, section.num_trials)
     resources = worker_resources(recipe, ray.cluster_resources(), runs=together, reserved=together * DRIVER_CPUS)
     every = recipe.eval.every_steps or max(1, num_steps // 4)

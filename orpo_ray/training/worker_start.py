@@ -6,6 +6,7 @@ imports torch, transformers and DeepSpeed, which takes seconds.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from orpo_ray.errors import OrpoRayError
 
 if TYPE_CHECKING:
     from orpo_ray.streaming.steps import StepShard
+
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,21 @@ class WorkerConfig:
     """Encoding tasks at a time for one worker."""
 
 
-def train_worker(config: dict[str, ray.ObjectRef]) -> None:
+def train_worker(config: dict[str, Any]) -> None:
     """Train as one worker of a run.
 
     An error that a restart would repeat is kept in the run's status, where the driver finds it.
 
     Args:
-        config: `worker`, a reference to the `WorkerConfig`. A reference, so that Ray Train's controller, which handles
-            this mapping, needs none of this package.
+        config: `status`, the run's `RunStatus` actor. Nothing else, so that Ray Train's controller, which handles this
+            mapping, needs none of this package.
 
     Raises:
         OrpoRayError: bad input or a run that cannot go on.
     """
-    worker_config: WorkerConfig = ray.get(config["worker"])
-    if ray.get(worker_config.status.fatal.remote()) is not None:
-        return  # a restart after such an error: there is nothing to retry
+    worker_config = _wait_for_config(config["status"])
+    if worker_config is None:
+        return
     try:
         steps = _steps_from_the_start(worker_config) if ray.train.get_checkpoint() is None else None
         from orpo_ray.training.process_group import join_process_group, leave_process_group
@@ -68,6 +71,17 @@ def train_worker(config: dict[str, ray.ObjectRef]) -> None:
     except OrpoRayError as error:
         ray.get(worker_config.status.fail.remote(error))
         raise
+
+
+def _wait_for_config(status: Any) -> WorkerConfig | None:
+    """Wait for what the driver decides; return None after an error that a restart would repeat."""
+    while ray.get(status.fatal.remote()) is None:
+        reference = ray.get(status.config.remote())
+        if reference is not None:
+            config: WorkerConfig = ray.get(reference)
+            return config
+        time.sleep(POLL_SECONDS)
+    return None
 
 
 def _steps_from_the_start(config: WorkerConfig) -> Iterator[StepShard]:
