@@ -11,6 +11,8 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# The models are tiny, and tests run on as many processes as there are cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without a time limit per example, which a busy machine would exceed.
 settings.register_profile("orpo-ray", deadline=None)
 settings.load_profile("orpo-ray")
