@@ -44,7 +44,7 @@ def ray_cluster() -> Iterator[None]:
             "local",
             num_cpus=4,
             runtime_env=variables,
-            include_dashboard=False,
+            dashboard_host="127.0.0.1",  # `ray job submit` needs the dashboard
             log_to_driver=False,
             logging_level="warning",
         )
