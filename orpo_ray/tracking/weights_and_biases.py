@@ -14,7 +14,8 @@ from orpo_ray.extras import require
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.logger import TrackerError
 
-INIT_TIMEOUT = 30.0  # seconds that the start of a run waits for the service
+# Seconds that the start of a run waits for the service, unless WANDB_INIT_TIMEOUT says otherwise.
+INIT_TIMEOUT = 30.0
 # Seconds that the end of a run waits for uploads. Whatever is not uploaded by then stays in the run folder, and
 # `wandb sync` uploads it later.
 FINISH_TIMEOUT = 120.0
@@ -42,7 +43,7 @@ class WandbLogger:
                     console="off",
                     disable_code=True,
                     disable_git=True,
-                    init_timeout=INIT_TIMEOUT,
+                    init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)),
                     finish_timeout=FINISH_TIMEOUT,
                 ),
             )
