@@ -76,8 +76,6 @@ class PairBatch:
     """Whether a pair has an image, rather than only a dummy pair."""
     images_shared: bool = True
     """Whether both rows of every pair take the same images, which are stored once. Always true of a packed row."""
-    head_chunks: int = 1
-    """How many chunks the targets are cut into for the output head; the same on every worker."""
 
     @property
     def num_pairs(self) -> int:

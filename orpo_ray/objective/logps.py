@@ -1,5 +1,9 @@
 """Hidden states -> log-probs of target tokens, in chunks, so that [tokens, vocabulary] never exists whole.
 
+The output head is called once for all chunks. Under ZeRO-3 each call of a module gathers its weights from all workers,
+and a number of calls that differs between batches or workers would end prefetching, or a worker would wait for a gather
+that the others do not make.
+
 Legend: B pairs, M target tokens, m target tokens of a chunk, D hidden size, V vocabulary.
 """
 
@@ -10,10 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Most bytes for the float32 logits of one chunk.
-CHUNK_BYTES = 2**27
+# Most bytes for the logits of one chunk if they are float32, by the type of the device. A chunk reads the whole weight
+# of the head, which a GPU does at a fraction of the speed of its arithmetic.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
+# Most bytes of such a chunk that log-softmax processes at once. On a CPU, few rows fit its caches.
+BLOCK_BYTES, CPU_ROWS = 2**26, 16
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,36 @@ def sum_by_pair(
     return PairLogps(chosen, rejected, -nll, chosen_tokens, rejected_tokens, nll_tokens)
 
 
-def count_chunks(num_targets: int, vocab_size: int) -> int:
+def count_chunks(num_targets: int, vocab_size: int, device_type: str) -> int:
     """Number of chunks in which the output head processes this many target tokens."""
-    return max(1, -(-num_targets * 4 * vocab_size // CHUNK_BYTES))
+    most = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
+    return max(1, -(-num_targets * 4 * vocab_size // most))
+
+
+def call_with(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """Call a module with its hooks around another `forward`, within which its own one is back in place.
+
+    ZeRO-3 gathers weights in the module's hooks: before the call, and again before the backward pass through whatever
+    the call computed.
+    """
+    replaced = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if replaced is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = replaced
+
+    def once(states: torch.Tensor) -> torch.Tensor:
+        restore()
+        return forward(states)
+
+    module.forward = once
+    try:
+        out: torch.Tensor = module(states)
+    finally:
+        restore()
+    return out
 
 
 def target_logps(
@@ -68,8 +103,7 @@ def target_logps(
         head: Maps hidden states [m, D] to logits [m, V] in a new tensor, which backward overwrites.
         hidden: [M, D], hidden state before each target token.
         target_ids: int64 [M].
-        chunks: Number of calls of `head`; all chunks but the last call it once more in backward. Under ZeRO-3 every
-            call gathers the head's weight from all workers, so this must be equal on all of them.
+        chunks: Number of calls of `head`; all chunks but the last call it once more in backward.
 
     Returns:
         float32 [M].
@@ -95,28 +129,29 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
     """Log-softmax in float32, then one entry of each row.
 
     torch's own holds three tensors [m, V] in backward. This one holds only the logits and overwrites them with their
-    gradient, since the head that made them no longer needs them. On a CPU it processes few rows at a time, which fit
-    its caches.
+    gradient, since the head that made them no longer needs them. Blocks of rows are converted to float32 one at a time.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        rows = _rows_at_once(logits)
-        sums = torch.cat([few.logsumexp(-1) for few in logits.float().split(rows)])
+        sums = torch.cat([few.float().logsumexp(-1) for few in logits.split(_rows_at_once(logits))])
         ctx.save_for_backward(logits, ids, sums)
         return logits.gather(1, ids.unsqueeze(1)).squeeze(1).float() - sums
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """d logp[id] / d logits = onehot(id) - softmax."""
-        logits, ids, sums = ctx.saved_tensors
+        logits, *by_row = ctx.saved_tensors
         rows = _rows_at_once(logits)
-        out = logits if logits.dtype == torch.float32 else logits.float()
-        for few, total, weight in zip(out.split(rows), sums.split(rows), gradient.split(rows), strict=True):
-            few.sub_(total.unsqueeze(1)).exp_().mul_(-weight.unsqueeze(1))
-        out.scatter_add_(1, ids.unsqueeze(1), gradient.unsqueeze(1))
-        return out.to(logits.dtype), None
+        blocks = zip(logits.split(rows), *(each.split(rows) for each in (*by_row, gradient)), strict=True)
+        for few, ids, total, weight in blocks:
+            out = few.float()  # not a copy if the logits are float32
+            out.sub_(total.unsqueeze(1)).exp_().mul_(-weight.unsqueeze(1))
+            out.scatter_add_(1, ids.unsqueeze(1), weight.unsqueeze(1))
+            if out is not few:
+                few.copy_(out)
+        return logits, None
 
 
 def _rows_at_once(logits: torch.Tensor) -> int:
-    return 16 if logits.device.type == "cpu" else max(1, len(logits))
+    return CPU_ROWS if logits.device.type == "cpu" else max(1, BLOCK_BYTES // (4 * logits.shape[1]))

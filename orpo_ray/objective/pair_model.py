@@ -17,9 +17,9 @@ from orpo_ray.data.packing import Layout, PairBatch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.families.base import ImageFeatures, ImageTensors
 from orpo_ray.model.families.registry import family_of
-from orpo_ray.model.loading import layout_of, without_adapters
+from orpo_ray.model.loading import layout_of, vocabulary_size, without_adapters
 from orpo_ray.model.vision_cache import VisionCache
-from orpo_ray.objective.logps import PairLogps, sum_by_pair, target_logps
+from orpo_ray.objective.logps import PairLogps, call_with, count_chunks, sum_by_pair, target_logps
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 # Values for PairModel's `pixels_at_once` that keep the device busy, by its type.
@@ -39,6 +39,8 @@ class PairModel(nn.Module):
 
     layout: Layout
     """Layout of the batches, which depends on the attention that the model was loaded with."""
+    head_device: str | None = None
+    """Type of the device whose chunks the output head takes, if not the one that it runs on."""
 
     def __init__(
         self,
@@ -77,8 +79,19 @@ class PairModel(nn.Module):
         images = self._encode_images(base, batch) if batch.images else None
         hidden = self.family.hidden_states(base, batch, images)
         selected = hidden.flatten(0, 1).index_select(0, batch.target_position)  # [M, D]
-        logps = target_logps(partial(self.family.logits, base), selected, batch.target_ids, batch.head_chunks)
+        logps = self._logps(base, selected, batch.target_ids)
         return sum_by_pair(logps, batch.target_answer, batch.target_in_response, batch.num_pairs)
+
+    def _logps(self, base: Any, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        """Log-probs [M] of target tokens, from the hidden state before each [M, D]."""
+        device_type = self.head_device or hidden.device.type
+        chunks = count_chunks(len(target_ids), vocabulary_size(base), device_type)
+
+        def all_chunks(hidden: torch.Tensor) -> torch.Tensor:
+            return target_logps(partial(self.family.logits, base), hidden, target_ids, chunks)
+
+        head = self.family.output_head(base)
+        return all_chunks(hidden) if head is None else call_with(head, all_chunks, hidden)
 
     def check_images_used(self) -> None:
         """Check, after a backward pass with `watch_images`, that a gradient reached the image features.

@@ -7,7 +7,7 @@ the model. A worker with too few pairs, or with no images, adds dummy pairs of w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,7 @@ import torch.distributed as dist
 from orpo_ray.data.collate_images import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.packing import Layout, PairBatch, build_batch, nll_token_count, plan_microbatches, spread
-from orpo_ray.model.loading import vocabulary_size
 from orpo_ray.objective.base import Normaliser, Objective
-from orpo_ray.objective.logps import count_chunks
 from orpo_ray.objective.pair_model import PairModel
 
 
@@ -43,7 +41,6 @@ class StepPlanner:
         objective: Objective,
         token_budget: int,
         layout: Layout,
-        vocab_size: int,
         text_dummy: EncodedPair,
         image_dummy: EncodedPair,
         device: torch.device,
@@ -55,14 +52,13 @@ class StepPlanner:
             objective: Decides which tokens are targets, and whether the step's NLL tokens are counted.
             token_budget: Most tokens in one micro-batch.
             layout: Layout of the batches, the one that the model's attention was loaded for.
-            vocab_size: Width of the logits.
             text_dummy: Dummy pair without an image.
             image_dummy: Dummy pair with an image.
             device: Where collectives run.
             collate: Joins the vision inputs of a batch's images, as the model's family takes them.
         """
         self.objective, self.token_budget, self.layout, self.device = objective, token_budget, layout, device
-        self.vocab_size, self.collate = vocab_size, collate
+        self.collate = collate
         self.text_dummy, self.image_dummy = text_dummy, image_dummy
 
     @classmethod
@@ -71,8 +67,7 @@ class StepPlanner:
     ) -> StepPlanner:
         """Make the planner for a model, with dummy pairs from its encoder."""
         dummy_pairs = (encoder.dummy_pair(with_image=False), encoder.dummy_pair(with_image=True))
-        vocab_size = vocabulary_size(model.model)
-        return cls(objective, token_budget, model.layout, vocab_size, *dummy_pairs, device, model.family.collate)
+        return cls(objective, token_budget, model.layout, *dummy_pairs, device, model.family.collate)
 
     def plan(self, pairs: Sequence[EncodedPair], num_bad: int) -> StepPlan:
         """Cut this worker's pairs of a step into as many micro-batches as the other workers run."""
@@ -84,7 +79,6 @@ class StepPlanner:
         total_pairs, total_tokens, total_bad = (int(column) for column in everyone[:, :3].sum(0))
         count, any_images = int(everyone[:, 3].max()), bool(everyone[:, 4].max())
         batches = [self._build(batch, any_images) for batch in spread(microbatches, count, self.layout)]
-        batches = self._agree_on_chunks(batches)
         nll_tokens = float(total_tokens) if self.objective.nll_average == "token" else None
         return StepPlan(batches, Normaliser(float(total_pairs), nll_tokens), total_pairs, total_bad)
 
@@ -95,12 +89,6 @@ class StepPlanner:
         elif not batch:
             dummy_pairs = [self.text_dummy]
         return build_batch(batch, self.objective.nll_span, self.layout, dummy_pairs, self.collate)
-
-    def _agree_on_chunks(self, batches: list[PairBatch]) -> list[PairBatch]:
-        """Give each micro-batch as many head chunks as its counterparts on other workers: each is a collective."""
-        mine = [float(count_chunks(len(batch.target_ids), self.vocab_size)) for batch in batches]
-        most = gather_rows(mine, self.device).amax(0).tolist() if mine else []
-        return [replace(batch, head_chunks=int(chunks)) for batch, chunks in zip(batches, most, strict=True)]
 
 
 def gather_rows(values: Sequence[float], device: torch.device) -> torch.Tensor:

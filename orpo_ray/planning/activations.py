@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import no_mask, shared_prefix_attention
 from orpo_ray.model.shared_prefix import register as register_shared_prefix
 from orpo_ray.objective.base import Normaliser
-from orpo_ray.objective.logps import count_chunks
+from orpo_ray.objective.logps import CHUNK_BYTES
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.planning.dry_run import Live, dry_run
@@ -105,11 +105,11 @@ class Activations:
         )
         return Activations(saved, tuple(peaks), flops, self.pairs, self.tokens)
 
-    def with_pairs(self, pairs: int, chunked_vision: bool) -> Activations:
+    def with_pairs(self, pairs: int, chunked_vision: bool, more_logits: int = 0) -> Activations:
         """Return the activations of a micro-batch with `pairs` pairs.
 
-        Saved activations grow with the pairs. The logits do not, since they are computed in chunks; with
-        `chunked_vision`, neither does what the vision encoder recomputes (`PIXELS_AT_ONCE`).
+        Saved activations grow with the pairs. The logits grow by `more_logits` bytes, until a chunk is full; with
+        `chunked_vision`, what the vision encoder recomputes (`PIXELS_AT_ONCE`) does not grow.
         """
         ratio = pairs / self.pairs
         saved = round(self.saved * ratio)
@@ -117,6 +117,7 @@ class Activations:
         for phase in ("language backward", "vision backward") if chunked_vision else ("language backward",):
             index = PHASES.index(phase)
             peaks[index] = saved + max(0, self.peaks[index] - self.saved)
+        peaks[PHASES.index("language backward")] += more_logits
         return Activations(saved, tuple(peaks), round(self.flops * ratio), pairs, round(self.tokens * ratio))
 
 
@@ -152,10 +153,15 @@ def unloaded_model(
 
 def batch_of(shape: PairShape, pairs: int, config: Any, nll: str, layout: Layout) -> PairBatch:
     """Build a micro-batch of `pairs` pairs of this shape."""
-    vocabulary = config.get_text_config().vocab_size
     shaped = [shape.pair(config.image_token_id, sample_index) for sample_index in range(pairs)]
-    batch = build_batch(shaped, nll, layout, collate=family_of(config).collate)
-    return replace(batch, head_chunks=count_chunks(len(batch.target_ids), vocabulary))
+    return build_batch(shaped, nll, layout, collate=family_of(config).collate)
+
+
+def more_logits(targets: int, pairs: float, config: Any, dtype: torch.dtype) -> int:
+    """Bytes by which the logits of one chunk on a GPU grow if `targets` target tokens become `pairs` times as many."""
+    vocabulary: int = config.get_text_config().vocab_size
+    chunk = CHUNK_BYTES["cuda"] // (4 * vocabulary)
+    return (min(round(targets * pairs), chunk) - min(targets, chunk)) * vocabulary * dtype.itemsize
 
 
 def measure(
@@ -212,7 +218,7 @@ def _measure(
                 parameter.grad = torch.empty_like(parameter)
         pixels_at_once = PIXELS_AT_ONCE[device] if bounded and model_config.gradient_checkpointing else None
         pair_model = PairModel(model, NORM, pixels_at_once)
-        pair_model.layout = layout
+        pair_model.layout, pair_model.head_device = layout, device
         return step(pair_model, batch, dry)
 
 

@@ -16,7 +16,7 @@ from orpo_ray.model.families.cross_attention import CrossAttentionFamily
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import pick_attention
 from orpo_ray.objective.base import load_objective
-from orpo_ray.planning.activations import Activations, batch_of, measure, unloaded_model
+from orpo_ray.planning.activations import Activations, batch_of, measure, more_logits, unloaded_model
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, MFU, NCCL, Estimate, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
@@ -85,7 +85,8 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
         model_config = recipe.model.model_copy(update={"gradient_checkpointing": checkpointing})
         bounded = recipe.deepspeed.zero_stage < 3
         one = measure(model_config, config, dtype, attention.layout, batch, bounded, "cuda")
-        activations[checkpointing] = one.with_pairs(microbatch_pairs, chunked_vision=checkpointing and bounded)
+        logits = more_logits(len(batch.target_ids), microbatch_pairs / batch.num_pairs, config, dtype)
+        activations[checkpointing] = one.with_pairs(microbatch_pairs, checkpointing and bounded, logits)
     planner = Planner(
         weights,
         recipe.optim.optimizer,

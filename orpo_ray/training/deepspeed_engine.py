@@ -70,6 +70,8 @@ class DeepSpeedEngine:
             # In this case DeepSpeed clips without reporting the norm.
             optimizer.register_step_pre_hook(self._grad_norm)
         deepspeed.init_distributed(dist_init_required=False)
+        if recipe.deepspeed.zero_stage == 3:
+            _gather_head_at_once(deepspeed, model)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -209,6 +211,14 @@ class _ClipAndKeepNorm:
 
     def _with_gradient(self) -> Iterator[torch.Tensor]:
         return (parameter for parameter in self.model.parameters() if parameter.grad is not None)
+
+
+def _gather_head_at_once(deepspeed: Any, model: nn.Module) -> None:
+    """Gather an output head with modules inside, such as adapters, as one: they run once for each chunk of targets, and
+    workers have different numbers of chunks."""
+    head = without_adapters(model.model).get_output_embeddings()  # type: ignore[arg-type]
+    if next(head.children(), None) is not None:
+        deepspeed.utils.set_z3_leaf_module(head, True)
 
 
 def _compile_nothing(deepspeed: Any) -> None:

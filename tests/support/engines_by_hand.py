@@ -57,10 +57,8 @@ class Training:
         self, recipe: Recipe, rank: int, num_workers: int, engine: Callable[..., Engine] = DeepSpeedEngine
     ) -> None:
         self.model = PairModel(load_model(recipe.model, CPU, seed=0), NORM)
-        config = self.model.model.config
         dummy_pairs = share_of(0, 2) * 2
-        vocabulary = config.get_text_config().vocab_size
-        self.planner = StepPlanner(ORPO(), 8192, self.model.layout, vocabulary, dummy_pairs[0], dummy_pairs[1], CPU)
+        self.planner = StepPlanner(ORPO(), 8192, self.model.layout, dummy_pairs[0], dummy_pairs[1], CPU)
         self.engine: Any = engine(self.model, recipe, STEPS, num_workers)
         self.pairs = share_of(rank, num_workers)
 
@@ -103,7 +101,7 @@ def _spawned(worker: Callable[..., Any], recipes: list[Recipe], num_workers: int
 
 def _run(rank: int, num_workers: int, worker: Callable[..., Any], raw: list[dict[str, Any]], folder: str) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed_engine, "deepspeed_config", _keeping_nothing(deepspeed_engine.deepspeed_config))
+        patch.setattr(deepspeed_engine, "deepspeed_config", keeping_nothing(deepspeed_engine.deepspeed_config))
         return [worker(parse_recipe(recipe), rank, num_workers, f"{folder}/{n}") for n, recipe in enumerate(raw)]
 
 
@@ -139,7 +137,7 @@ def _resume(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[st
     return {"tail": tail, "again": again, "moments": sorted(moments)}
 
 
-def _keeping_nothing(config: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def keeping_nothing(config: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """The same, but ZeRO-3 releases weights after each use. By default, it would keep all weights of this model."""
     limits = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshold", "prefetch_bucket_size")
 

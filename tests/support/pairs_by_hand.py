@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ import torch
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, build_batch
 from orpo_ray.model import shared_prefix, vision_attention
-from orpo_ray.model.loading import without_adapters
+from orpo_ray.model.loading import vocabulary_size, without_adapters
 from orpo_ray.objective.base import Normaliser
+from orpo_ray.objective.logps import CHUNK_BYTES
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.pixel_norm import PixelNorm
@@ -153,13 +155,13 @@ def relative_distance(got: Any, expected: Any) -> float:
     return float((got - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def run(model: PairModel, pairs: list[EncodedPair], layout: Any, nll: str = "response", chunks: int = 1) -> Any:
-    """Return log-probs, loss and the gradients of all parameters, in a layout."""
+def run(model: PairModel, pairs: list[EncodedPair], layout: Any, nll: str = "response", targets: int = 2**20) -> Any:
+    """Return log-probs, loss and the gradients of all parameters, in a layout; the head takes `targets` at once."""
     run_as(model, layout)
     batch = build_batch(pairs, nll, layout, collate=model.family.collate)
-    object.__setattr__(batch, "head_chunks", chunks)
     torch.manual_seed(0)
-    logps = model(batch)
+    with patch.dict(CHUNK_BYTES, cpu=targets * 4 * vocabulary_size(model.model)):
+        logps = model(batch)
     loss, _ = ORPO(0.5).loss(logps, batch.weights, Normaliser(len(pairs)))
     loss.backward()
     return logps, loss.detach(), gradients(model)

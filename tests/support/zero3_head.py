@@ -2,59 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from orpo_ray.config.load import parse_recipe
-from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.model.loading import load_model
+from orpo_ray.model.loading import load_model, vocabulary_size, without_adapters
 from orpo_ray.objective import logps
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
+from orpo_ray.training import deepspeed_engine
 from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
+from support.engines_by_hand import keeping_nothing
 from support.pairs_by_hand import NORM, make_pair
 
-STEPS = 3
+# Tokens of both answers of both pairs, by step. Rank 0 of two gets the long pair.
+LENGTHS = [[(30, 25), (2, 3)], [(60, 50), (4, 6)], [(9, 20), (2, 2)], [(40, 41), (20, 3)]]
 
 
-def share_of(family: str, rank: int, num_workers: int) -> list[EncodedPair]:
-    """Rank 0 of two gets the long answers."""
-    rng = np.random.default_rng(0)
-    pairs = [
-        make_pair(family, rng, 1, 6, *lengths, sample_index) for sample_index, lengths in enumerate([(30, 25), (2, 3)])
-    ]
+def share_of(family: str, step: int, rank: int, num_workers: int) -> list[EncodedPair]:
+    """Return this worker's pairs of a step."""
+    rng = np.random.default_rng(step)
+    pairs = [make_pair(family, rng, 1, 6, *lengths, sample_index) for sample_index, lengths in enumerate(LENGTHS[step])]
     return pairs[rank::num_workers]
 
 
-def train(rank: int, num_workers: int, family: str, stage: int) -> list[list[float]]:
-    """Run a few steps on a worker; returns losses, gradient norms, and numbers of chunks of the head."""
+class Gathers:
+    """Counts how often ZeRO-3 gathers a weight, and how often its trace of modules turns out wrong."""
+
+    def __init__(self, engine: Any, weight: Any) -> None:
+        self.count = self.invalidated = 0
+        self.coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        for parameter in engine.module.parameters():
+            parameter.all_gather_coalesced = self._counting(parameter.all_gather_coalesced, weight.ds_id)
+        invalidate = self.coordinator._invalidate_trace
+
+        def counting() -> None:
+            self.invalidated += 1
+            invalidate()
+
+        self.coordinator._invalidate_trace = counting
+
+    def of_step(self) -> list[Any]:
+        """Return the gathers of the weight since the last call, invalidated traces, and whether the trace is whole."""
+        count, self.count = self.count, 0
+        return [count, self.invalidated, self.coordinator.is_complete_trace()]
+
+    def _counting(self, gather: Callable[..., Any], ds_id: int) -> Callable[..., Any]:
+        def counted(parameters: list[Any], *args: Any, **kwargs: Any) -> Any:
+            self.count += sum(parameter.ds_id == ds_id for parameter in parameters)
+            return gather(parameters, *args, **kwargs)
+
+        return counted
+
+
+def train(rank: int, num_workers: int, family: str, lora: bool, stage: int) -> list[list[Any]]:
+    """Run a few steps on a worker; returns the loss, the gradient norm and what `Gathers` saw of each."""
     with pytest.MonkeyPatch.context() as patch:
-        return _train(rank, num_workers, family, stage, patch)
+        patch.setattr(deepspeed_engine, "deepspeed_config", keeping_nothing(deepspeed_engine.deepspeed_config))
+        return _train(rank, num_workers, family, lora, stage, patch)
 
 
-def _train(rank: int, num_workers: int, family: str, stage: int, patch: pytest.MonkeyPatch) -> list[list[float]]:
-    model_id = f"orpo-ray/tiny-{family}"
+def _train(
+    rank: int, num_workers: int, family: str, lora: bool, stage: int, patch: pytest.MonkeyPatch
+) -> list[list[Any]]:
+    section = {"id": f"orpo-ray/tiny-{family}"}
+    section |= {"lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}} if lora else {}
     recipe = parse_recipe(
-        {"name": "x", "model": {"id": model_id}, "data": {"train": "none"}, "deepspeed": {"zero_stage": stage},
+        {"name": "x", "model": section, "data": {"train": "none"}, "deepspeed": {"zero_stage": stage},
          "optim": {"learning_rate": 1e-3, "warmup": 0, "pairs_per_step": 2}}
     )  # fmt: skip
     device = torch.device("cpu")
-    model = PairModel(load_model(ModelConfig(id=model_id), device, seed=0), NORM)
-    vocabulary = model.model.config.get_text_config().vocab_size
-    patch.setattr(logps, "CHUNK_BYTES", 16 * vocabulary * 4)  # 16 targets per chunk
-    dummy_pairs = share_of(family, 0, 2) * 2
-    planner = StepPlanner(ORPO(), 8192, "shared_prefix", vocabulary, dummy_pairs[0], dummy_pairs[1], device)
-    engine = DeepSpeedEngine(model, recipe, STEPS, num_workers)
+    model = PairModel(load_model(recipe.model, device, seed=0), NORM)
+    patch.setitem(logps.CHUNK_BYTES, "cpu", 16 * vocabulary_size(model.model) * 4)  # 16 targets per chunk
+    dummy_pairs = share_of(family, 0, 0, 2) * 2
+    planner = StepPlanner(ORPO(), 8192, "shared_prefix", dummy_pairs[0], dummy_pairs[1], device)
+    engine = DeepSpeedEngine(model, recipe, len(LENGTHS), num_workers)
+    head = without_adapters(model.model).get_output_embeddings()
+    gathers = Gathers(engine.deepspeed, getattr(head, "base_layer", head).weight) if stage == 3 else None
     lines = []
-    for _ in range(STEPS):
-        plan = planner.plan(share_of(family, rank, num_workers), 0)
+    for step in range(len(LENGTHS)):
+        plan = planner.plan(share_of(family, step, rank, num_workers), 0)
         (batch,) = plan.batches
         loss, sums = ORPO(0.1).loss(engine.forward(batch), batch.weights, plan.normaliser)
         engine.backward(loss)
         norm = engine.step()
-        lines.append([reduce_sums(sums, device)["loss"], norm, batch.head_chunks])
+        seen = gathers.of_step() if gathers is not None else []
+        lines.append([reduce_sums(sums, device)["loss"], norm, *seen])
     engine.deepspeed.destroy()
     return lines

@@ -179,9 +179,17 @@ class Family:
         """
         return {}
 
+    def output_head(self, base: Any) -> torch.nn.Module | None:
+        """The module that `logits` runs; None if `hidden_states` has already run it."""
+        head: torch.nn.Module = base.get_output_embeddings()
+        return head
+
     def logits(self, base: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the output head on some positions: [m, D] -> [m, V], a new tensor."""
-        logits: torch.Tensor = base.get_output_embeddings()(hidden)
+        """Run the output head on some positions: [m, D] -> [m, V], a new tensor.
+
+        Without the head's hooks: `PairModel` runs them once around the calls for all positions.
+        """
+        logits: torch.Tensor = base.get_output_embeddings().forward(hidden)
         return logits
 
     def _forward_inputs(self, base: Any, batch: PairBatch, images: ImageFeatures | None) -> dict[str, Any]:

@@ -62,6 +62,10 @@ class DerivedFamily(Family):
         logits: torch.Tensor = base(**self._forward_inputs(base, batch, images)).logits
         return logits
 
+    def output_head(self, base: Any) -> None:
+        """The model's own forward has run it."""
+        return None
+
     def logits(self, base: Any, hidden: torch.Tensor) -> torch.Tensor:
         """What `hidden_states` computed, as a new tensor."""
         return hidden.clone()

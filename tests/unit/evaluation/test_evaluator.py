@@ -23,14 +23,14 @@ BAD = BadRow(3, "id", "file:3", "too_long", "x")
 
 
 def test_no_usable_pair_is_an_error_not_a_zero() -> None:
-    planner = StepPlanner(ORPO(0.5), 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+    planner = StepPlanner(ORPO(0.5), 12, "concatenated", make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
     with pytest.raises(UserError, match="none of the 3 held-out rows"):
         score(lambda batch: pytest.fail("nothing to score"), [StepShard(0, bad=[BAD] * 3)], planner)
 
 
 def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
     pairs = [make([1, 2], [3], [4], sample_index) for sample_index in range(5)]
-    planner = StepPlanner(ORPO(0.5), 12, "concatenated", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+    planner = StepPlanner(ORPO(0.5), 12, "concatenated", make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
 
     def forward(batch: PairBatch) -> PairLogps:
         """Sample s has log-probs -1 for the chosen answer and -(s + 0.5) / 2 for the rejected one."""
@@ -62,9 +62,7 @@ def test_the_objective_says_which_answer_is_preferred() -> None:
         return PairLogps(-2 * one, -3 * one, 2 * one, one, two, one)
 
     def scores(objective: Objective) -> Scores:
-        planner = StepPlanner(
-            objective, 12, "shared_prefix", 600, make([1], [2], [3], -1), make([1], [2], [3], -1), CPU
-        )
+        planner = StepPlanner(objective, 12, "shared_prefix", make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
         return score(forward, [StepShard(0, pairs)], planner)
 
     summed, averaged = scores(CPO(0.5)), scores(SimPO(2.0))

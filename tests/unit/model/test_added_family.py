@@ -104,7 +104,7 @@ def test_a_family_from_outside_trains_a_step(dimmer: str) -> None:
     assert_equal(run(model, pairs, "shared_prefix"), run(model, pairs, "concatenated"))
 
     run_as(model, "shared_prefix")
-    planner = StepPlanner(ORPO(), 8192, model.layout, 300, pairs[1], pairs[2], CPU, model.family.collate)
+    planner = StepPlanner(ORPO(), 8192, model.layout, pairs[1], pairs[2], CPU, model.family.collate)
     plan = planner.plan(pairs, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []

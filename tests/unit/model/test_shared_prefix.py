@@ -72,7 +72,7 @@ def test_equals_the_concatenated_path(family: str, row: list[tuple[int, int, int
 def test_equals_it_with_lora_and_gradient_checkpointing(family: str, lora: bool, checkpointing: bool) -> None:
     model = tiny_pair_model(family, lora, checkpointing)
     pairs = make_row(family, ROWS["four images"])
-    packed = run(model, pairs, "shared_prefix", "prompt+response", chunks=3)
+    packed = run(model, pairs, "shared_prefix", "prompt+response", targets=8)
     assert_equal(packed, run(model, pairs, "concatenated", "prompt+response"))
 
 

@@ -104,7 +104,7 @@ def test_micro_batches_and_fillers_give_the_same_gradient(encoder: PairEncoder, 
     def gradients(budget: int, dummy_pairs: list[EncodedPair]) -> dict[str, torch.Tensor]:
         model = model_of(encoder)
         fillers_of = (encoder.dummy_pair(image) for image in (False, True))
-        planner = StepPlanner(ORPO(nll="prompt+response"), budget, model.layout, 600, *fillers_of, CPU)
+        planner = StepPlanner(ORPO(nll="prompt+response"), budget, model.layout, *fillers_of, CPU)
         plan = planner.plan(pairs, 0)
         batches = [
             *plan.batches,

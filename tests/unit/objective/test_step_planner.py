@@ -31,7 +31,7 @@ def test_the_objective_decides_targets_and_normaliser(
 ) -> None:
     """Two pairs: prompts of 2 tokens, of which the first is never a target; answers of 1 + 2 and of 4 + 1 tokens."""
     pairs = [make([1, 1], [2], [3, 3, 3, 3], 0), make([1, 1], [2, 2], [3], 1)]
-    planner = StepPlanner(objective, 100, "shared_prefix", 600, DUMMY, DUMMY, CPU)
+    planner = StepPlanner(objective, 100, "shared_prefix", DUMMY, DUMMY, CPU)
     plan = planner.plan(pairs, num_bad=3)
     assert plan.normaliser == Normaliser(2.0, nll_tokens)
     assert (plan.pairs, plan.bad) == (2, 3)

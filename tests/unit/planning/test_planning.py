@@ -73,6 +73,17 @@ def test_a_dry_run_needs_what_a_real_one_does(family: str, lora: bool, checkpoin
     assert planned.flops > 0
 
 
+def test_logits_grow_until_a_chunk_is_full() -> None:
+    """Qwen2.5's vocabulary in bf16: a chunk of 1 GiB in float32 has 1,765 targets of 304,128 bytes."""
+    config = KNOWN_SHAPES["Qwen/Qwen2.5-VL-7B-Instruct"].config()
+    assert config.get_text_config().vocab_size == 152_064
+    grown = [activations.more_logits(240, pairs, config, torch.bfloat16) for pairs in (1, 2, 100)]
+    assert grown == [0, 240 * 304_128, (1765 - 240) * 304_128]
+    one = activations.Activations(100, (10, 110, 150, 120), 1000, 1, 50)
+    two = one.with_pairs(2, chunked_vision=False, more_logits=7)
+    assert (two.saved, two.peaks) == (200, (20, 220, 257, 240))
+
+
 def test_states_by_hand() -> None:
     """1,000,000 trained and 2,000,000 frozen elements in bf16, on 4 workers."""
     weights = Weights((Weight(10**6, 2 * 10**6, True, True), Weight(2 * 10**6, 4 * 10**6, False, True)), 2, 8)
