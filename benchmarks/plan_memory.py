@@ -23,9 +23,11 @@ from machine import provenance
 
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
-    "full, gradient checkpointing": {"gradient_checkpointing": True},
+    "full, selective": {"gradient_checkpointing": "selective"},
+    "full, gradient checkpointing": {"gradient_checkpointing": "full"},
     "lora": {"lora": {"r": 16}},
-    "lora, gradient checkpointing": {"lora": {"r": 16}, "gradient_checkpointing": True},
+    "lora, selective": {"lora": {"r": 16}, "gradient_checkpointing": "selective"},
+    "lora, gradient checkpointing": {"lora": {"r": 16}, "gradient_checkpointing": "full"},
     "frozen vision": {"freeze": ["vision"]},
     "concatenated": {"attention": "concatenated"},
 }
@@ -72,7 +74,8 @@ def one(way: str) -> dict[str, Any]:
         torch.nn.init.normal_(parameter, std=0.02)
     for name, buffer in model.named_buffers():
         buffer.fill_(1 if "freq" in name else 0)
-    pair_model = PairModel(model, NORM, PIXELS_AT_ONCE["cpu"] if model_config.gradient_checkpointing else None)
+    bounded = model_config.gradient_checkpointing != "none"
+    pair_model = PairModel(model, NORM, PIXELS_AT_ONCE["cpu"] if bounded else None)
     pair_model.layout = layout
 
     def step() -> None:

@@ -27,6 +27,10 @@ def _as_weighted_sources(value: Any) -> Any:
     return value
 
 
+def _as_checkpointing(value: Any) -> Any:
+    return ("full" if value else "none") if isinstance(value, bool) else value
+
+
 def _check_format(value: str) -> str:
     if value == "auto" or value in FORMATS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
         return value
@@ -40,6 +44,10 @@ FORMATS = ("trl", "plain", "sharegpt", "alpaca", "swift", "rlaif-v", "rlhf-v", "
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[list[str], BeforeValidator(_string_as_list)]
+Checkpointing = Literal["none", "selective", "full", "auto"]
+CheckpointingField = Annotated[
+    Checkpointing, BeforeValidator(_as_checkpointing, json_schema_input_type=Checkpointing | bool)
+]
 FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
 RowFormat = Annotated[str, AfterValidator(_check_format)]
 Weight = Annotated[float, Field(gt=0, le=1000)]
@@ -113,9 +121,11 @@ class ModelConfig(Config):
     freeze: FrozenParts = Field(default_factory=list)
     """Parts of the model that are not trained. With LoRA, which freezes all base weights, the parts that get no
     adapter."""
-    gradient_checkpointing: bool = False
-    """Recompute activations during the backward pass instead of storing them. Reduces memory; a step takes about a
-    third longer."""
+    gradient_checkpointing: CheckpointingField = "none"
+    """Which activations the backward pass computes again instead of keeping them in memory. `none`: it keeps all.
+    `selective`: it keeps the results of matrix products and of attention, and computes again what is cheap. `full`, or
+    `true`: it computes whole layers again, and a step takes about a third longer. `auto`: the first of these that fits
+    the memory of the run's GPUs by the estimate of `orpo-ray plan`; `full` on a CPU."""
     lora: LoraConfig | None = None
     """Train LoRA adapters instead of all weights. `{}` uses the defaults."""
     quantization: QuantizationConfig | None = None

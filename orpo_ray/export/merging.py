@@ -22,7 +22,7 @@ from orpo_ray.model.loading import load_model
 _WITHOUT_TRAINING: dict[str, Any] = {
     "lora": None,
     "freeze": [],
-    "gradient_checkpointing": False,
+    "gradient_checkpointing": "none",
     "attention": "concatenated",
 }
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

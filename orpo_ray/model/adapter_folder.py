@@ -117,7 +117,7 @@ def load_adapted(model_config: ModelConfig, folder: Path, device: torch.device, 
     Raises:
         UserError: the model cannot be loaded, or the adapters do not fit.
     """
-    plain = model_config.model_copy(update={"lora": None, "freeze": [], "gradient_checkpointing": False})
+    plain = model_config.model_copy(update={"lora": None, "freeze": [], "gradient_checkpointing": "none"})
     adapted: torch.nn.Module = with_adapter(load_model(plain, device, seed), folder)
     return adapted
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.packing import Layout
 from orpo_ray.errors import UserError
+from orpo_ray.model.checkpointing import enable_checkpointing
 from orpo_ray.model.families.base import Family
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.lora import add_adapters
@@ -137,12 +137,7 @@ def ready_to_train(model: Any, model_config: ModelConfig, seed: int) -> torch.nn
     _freeze(model, model_config, family)
     if model_config.lora is not None:
         model = add_adapters(model, model_config, family, seed)
-    if model_config.gradient_checkpointing:
-        # Non-reentrant: reentrant checkpointing drops gradients if no input of a layer requires one, as with frozen
-        # embeddings.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the new name is missing from some supported versions
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model, model_config.gradient_checkpointing)
     model.train()
     return model
 

@@ -216,7 +216,7 @@ def _measure(
         for parameter in model.parameters():
             if parameter.requires_grad:  # gradients of an earlier micro-batch are accumulated
                 parameter.grad = torch.empty_like(parameter)
-        pixels_at_once = PIXELS_AT_ONCE[device] if bounded and model_config.gradient_checkpointing else None
+        pixels_at_once = PIXELS_AT_ONCE[device] if bounded and model_config.gradient_checkpointing != "none" else None
         pair_model = PairModel(model, NORM, pixels_at_once)
         pair_model.layout, pair_model.head_device = layout, device
         return step(pair_model, batch, dry)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from orpo_ray.config.schema import Checkpointing
 from orpo_ray.planning.activations import Activations
 from orpo_ray.planning.gpus import GIB, Gpu
 from orpo_ray.planning.states import STAGES, Stage, Weights, states
@@ -13,6 +14,8 @@ from orpo_ray.planning.states import STAGES, Stage, Weights, states
 CONTEXT, NCCL, FRAGMENTATION = 1.0 * GIB, 0.5 * GIB, 0.1
 # FLOPs utilization, recomputation included: a usual value for well-tuned training of models of some billion parameters.
 MFU = 0.30
+# From the fastest to the one with the least memory.
+MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 # Maximum fraction of GPU memory that is recommended, since the estimates have not been compared with a GPU.
 MAX_FILL = 0.9
@@ -43,7 +46,7 @@ class Setting:
 
     workers: int
     stage: Stage
-    checkpointing: bool
+    checkpointing: Checkpointing
     budget: int
     """`optim.tokens_per_microbatch`."""
 
@@ -66,8 +69,8 @@ class Planner:
     weights: Weights
     optimizer: str
     """`optim.optimizer`."""
-    activations: dict[bool, Activations]
-    """Activations of a full micro-batch, without (False) and with (True) gradient checkpointing."""
+    activations: dict[Checkpointing, Activations]
+    """Activations of a full micro-batch, by mode of gradient checkpointing."""
     budget: int
     """Tokens of a full micro-batch."""
     row: int
@@ -108,6 +111,13 @@ class Planner:
         """Whether a setting fits in this fraction of a GPU's memory."""
         return self.memory(setting).total <= fill * gpu.memory * GIB
 
+    def resolved(self, setting: Setting, gib: float) -> Setting:
+        """Replace `auto` by the fastest mode that fits in a GPU's memory in GiB, or by `full` if none does."""
+        if setting.checkpointing != "auto":
+            return setting
+        modes = [replace(setting, checkpointing=mode) for mode in MODES]
+        return next((each for each in modes if self.memory(each).total <= MAX_FILL * gib * GIB), modes[-1])
+
     def estimate(self, gpu: Gpu, setting: Setting) -> Estimate:
         """Estimate memory, time and cost of a setting."""
         hours = self.hours(gpu, setting)
@@ -119,7 +129,7 @@ class Planner:
         By these estimates, the number of workers changes the time but not the cost. Of settings with equal cost, the
         one with the fewest workers and then the lowest ZeRO stage is returned.
         """
-        for checkpointing in sorted(self.activations):
+        for checkpointing in MODES:
             for workers in (n for n in WORKERS if n <= self.pairs_per_step):
                 for budget in (self.budget, self.budget // 2, self.budget // 4):
                     for stage in STAGES if workers > 1 else STAGES[:1]:

@@ -7,25 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
-from orpo_ray.model.families.cross_attention import CrossAttentionFamily
-from orpo_ray.model.families.registry import family_of
-from orpo_ray.model.loading import pick_attention
-from orpo_ray.objective.base import load_objective
-from orpo_ray.planning.activations import Activations, batch_of, measure, more_logits, unloaded_model
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, MFU, NCCL, Estimate, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
-from orpo_ray.planning.states import STAGES, Weights
-from orpo_ray.planning.workload import Workload, estimate_workload, pairs_per_microbatch
+from orpo_ray.planning.prepare import prepare
+from orpo_ray.planning.states import STAGES
+from orpo_ray.planning.workload import Workload
 from orpo_ray.tiny_models.build import resolve
-
-# Pairs in the dry run. Memory of larger micro-batches is computed from it, since more pairs only repeat the same work.
-PAIRS_MEASURED = 1
 
 
 @dataclass(frozen=True)
@@ -62,44 +53,15 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
             "must be at least 1", field="--pairs", value=options.pairs, fix="give the number of training pairs"
         )
     gpus = gpus_with_prices(options.prices)
-    config, source = _load_config(recipe.model)
-    dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
-    if isinstance(family_of(config), CrossAttentionFamily):
-        raise UserError(
-            "plans do not support models with cross-attention to images yet",
-            field="model.id",
-            value=recipe.model.id,
-            fix="plan a model of another family of the same size",
-        )
-    attention = pick_attention(recipe.model, config)
-    hidden = config.get_text_config().hidden_size
-    model = unloaded_model(recipe.model, config, dtype, attention.layout)
-    weights = Weights.of(model, recipe.model, dtype, hidden)
-    work = estimate_workload(recipe, config, attention.layout, options.pairs)
-    workers, budget = recipe.scaling.num_workers, recipe.optim.tokens_per_microbatch
-    microbatch_pairs = pairs_per_microbatch(recipe, work, attention.layout, budget, workers)
-    nll_span = load_objective(recipe).nll_span
-    batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, attention.layout)
-    activations: dict[bool, Activations] = {}
-    for checkpointing in (False, True):
-        model_config = recipe.model.model_copy(update={"gradient_checkpointing": checkpointing})
-        bounded = recipe.deepspeed.zero_stage < 3
-        one = measure(model_config, config, dtype, attention.layout, batch, bounded, "cuda")
-        logits = more_logits(len(batch.target_ids), microbatch_pairs / batch.num_pairs, config, dtype)
-        activations[checkpointing] = one.with_pairs(microbatch_pairs, checkpointing and bounded, logits)
-    planner = Planner(
-        weights,
-        recipe.optim.optimizer,
-        activations,
-        budget,
-        work.longest,
-        work.steps(recipe),
-        recipe.optim.pairs_per_step,
-        options.mfu,
-        recipe.model.quantization is not None,
-    )
-    setting = Setting(workers, recipe.deepspeed.zero_stage, recipe.model.gradient_checkpointing, budget)
-    gpu_reports = [_report_gpu(planner, gpu, setting) for gpu in gpus]
+    config, source = load_config(recipe.model)
+    prepared = prepare(recipe, config, options.mfu, options.pairs)
+    planner, work, setting = prepared.planner, prepared.work, prepared.setting
+    weights, microbatch_pairs = planner.weights, prepared.microbatch_pairs
+    gpu_reports = [_report_gpu(planner, gpu, planner.resolved(setting, gpu.memory)) for gpu in gpus]
+    assumptions = [*_recipe_assumptions(recipe, source), *work.assumptions, *_constant_assumptions(options)]
+    if setting.checkpointing == "auto":
+        assumptions.insert(0, _chosen_modes(planner, gpus, setting))
+        setting = replace(setting, checkpointing="full")
     candidates = [each["cheapest"] for each in gpu_reports if each["cheapest"]]
     return {
         "name": recipe.name,
@@ -108,8 +70,8 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
             "config": source,
             "parameters": weights.total,
             "trained": weights.trained,
-            "dtype": str(dtype).removeprefix("torch."),
-            "layout": attention.layout,
+            "dtype": str(prepared.dtype).removeprefix("torch."),
+            "layout": prepared.layout,
         },
         "setting": asdict(setting),
         "memory": {str(stage): _round_bytes(planner.memory(replace(setting, stage=stage))) for stage in STAGES},
@@ -117,11 +79,11 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
         "gpus": gpu_reports,
         "cheapest": min(candidates, key=lambda candidate: candidate["cost"], default=None),
         "mfu": options.mfu,
-        "assumptions": [*_recipe_assumptions(recipe, source), *work.assumptions, *_constant_assumptions(options)],
+        "assumptions": assumptions,
     }
 
 
-def _load_config(model_config: ModelConfig) -> tuple[Any, str]:
+def load_config(model_config: ModelConfig) -> tuple[Any, str]:
     """Load the model's config from its folder or the hub, or from the known shapes if the hub cannot be reached.
 
     Returns the config, and `config.json` or `known shape`.
@@ -193,6 +155,15 @@ def _report_step(
         "steps": planner.steps,
         "flops_per_step": full.flops / full.pairs * recipe.optim.pairs_per_step,
     }
+
+
+def _chosen_modes(planner: Planner, gpus: Sequence[Gpu], setting: Setting) -> str:
+    """Say which gradient checkpointing `auto` means on each GPU type."""
+    chosen: dict[str, list[str]] = {}
+    for gpu in gpus:
+        chosen.setdefault(planner.resolved(setting, gpu.memory).checkpointing, []).append(gpu.name)
+    modes = "; ".join(f"{mode} on {', '.join(names)}" for mode, names in chosen.items())
+    return f"model.gradient_checkpointing auto is {modes}; the memory table is for full"
 
 
 def _recipe_assumptions(recipe: Recipe, source: str) -> list[str]:

@@ -62,7 +62,7 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
 
 def _memory_table(report: dict[str, Any]) -> Table:
     setting = report["setting"]
-    how = "with gradient checkpointing" if setting["checkpointing"] else "without gradient checkpointing"
+    how = f"gradient checkpointing {setting['checkpointing']}"
     title = f"\nmemory per GPU in GiB: {_counted(setting['workers'], 'GPU')}, {how}"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
     table.add_column()
@@ -93,7 +93,7 @@ def _gpu_tables(report: dict[str, Any]) -> tuple[Table, Table]:
     needed = report["memory"][str(report["setting"]["stage"])]["total"] / GIB
     for each in report["gpus"]:
         in_recipe, found = each["recipe"], each["cheapest"]
-        fill = needed / each["memory_gib"]
+        fill = (in_recipe["memory"] / GIB if in_recipe else needed) / each["memory_gib"]
         fits = f"{'[green]yes[/green]' if fill <= MAX_FILL else '[yellow]barely[/yellow]'}, {fill:.0%} full"
         facts = (each["gpu"], f"{each['memory_gib']:g}", f"{each['price_per_hour']:.2f}")
         if not in_recipe:
@@ -116,15 +116,13 @@ def _setting(found: dict[str, Any] | None) -> tuple[str, ...]:
     """Cells of a setting: GPUs, ZeRO stage, checkpointing, tokens per micro-batch."""
     if found is None:
         return ("[red]none[/red]", "-", "-", "-")
-    checkpointing = "yes" if found["checkpointing"] else "no"
-    return (str(found["workers"]), str(found["stage"]), checkpointing, f"{found['budget']:,}")
+    return (str(found["workers"]), str(found["stage"]), found["checkpointing"], f"{found['budget']:,}")
 
 
 def _overrides(found: dict[str, Any]) -> str:
-    checkpointing = str(found["checkpointing"]).lower()
     return (
         f"scaling.num_workers={found['workers']} deepspeed.zero_stage={found['stage']} "
-        f"model.gradient_checkpointing={checkpointing} optim.tokens_per_microbatch={found['budget']}"
+        f"model.gradient_checkpointing={found['checkpointing']} optim.tokens_per_microbatch={found['budget']}"
     )
 
 

@@ -25,6 +25,7 @@ from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, red
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.streaming.steps import StepShard, iter_steps
 from orpo_ray.tracking.trackers import MultiLogger
+from orpo_ray.training.auto_checkpointing import with_checkpointing
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
 from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
 from orpo_ray.training.engine import Engine
@@ -49,8 +50,9 @@ class Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)
         encoder = config.encoder.build()
-        model = load_model(self.recipe.model, self.device, self.recipe.optim.seed)
-        bounded = self.recipe.model.gradient_checkpointing and self.recipe.deepspeed.zero_stage < 3
+        model_config = with_checkpointing(self.recipe, self.device)
+        model = load_model(model_config, self.device, self.recipe.optim.seed)
+        bounded = model_config.gradient_checkpointing != "none" and self.recipe.deepspeed.zero_stage < 3
         pixels_at_once = PIXELS_AT_ONCE.get(self.device.type) if bounded else None
         cache = self.recipe.model.vision_cache
         cache_folder = Path(cache) if cache is not None else None

@@ -10,9 +10,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from orpo_ray.config.schema import Checkpointing
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, build_batch
 from orpo_ray.model import shared_prefix, vision_attention
+from orpo_ray.model.checkpointing import enable_checkpointing
 from orpo_ray.model.loading import vocabulary_size, without_adapters
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.logps import CHUNK_BYTES
@@ -26,7 +28,7 @@ CROSS = ("idefics", "mllama")
 NORM = PixelNorm(1 / 255, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
-def tiny_pair_model(family: str, lora: bool = False, checkpointing: bool = False) -> PairModel:
+def tiny_pair_model(family: str, lora: bool = False, checkpointing: Checkpointing = "none") -> PairModel:
     """Load a family's tiny model, fully trained or with LoRA. It can run both layouts (see `run_as`)."""
     model = copy.deepcopy(_tiny(family))
     shared_prefix.register()
@@ -35,8 +37,7 @@ def tiny_pair_model(family: str, lora: bool = False, checkpointing: bool = False
 
         targets = r".*(language_model|text_model).*\.(q_proj|v_proj|gate_proj|down_proj)"
         model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model, checkpointing)
     return PairModel(model.train(), NORM)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from orpo_ray.config.schema import Checkpointing
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model import vision_attention
@@ -39,8 +40,10 @@ def batch_of(model: PairModel, family: str) -> PairBatch:
 
 
 @pytest.mark.parametrize("family", PACKED)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-def test_equals_the_encoders_own_attention(family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_equals_the_encoders_own_attention(
+    family: str, checkpointing: Checkpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Log-probs, loss and all gradients, with several images of different sizes in the row."""
     model = tiny_pair_model(family, checkpointing=checkpointing)
     pairs = make_row(family, ROW)
@@ -91,7 +94,7 @@ def test_a_layer_calls_the_kernel_once_per_length_of_windows(monkeypatch: pytest
 def test_nothing_is_read_back_from_the_device(family: str) -> None:
     """Tensors on `meta` have no values, so whatever reads one raises. The kernel is the one for a GPU."""
     _register_as_on_cuda()
-    model = tiny_pair_model(family, checkpointing=True)
+    model = tiny_pair_model(family, checkpointing="full")
     base = model.model
     base.model.visual.to(META)
     batch = batch_of(model, family).to(META)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from orpo_ray.cli import app
 from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.schema import Checkpointing
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.planning import activations
@@ -43,10 +44,10 @@ def some_pairs(family: str) -> PairBatch:
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("family", ["smolvlm", "gemma3"])
-def test_a_dry_run_needs_what_a_real_one_does(family: str, lora: bool, checkpointing: bool) -> None:
+def test_a_dry_run_needs_what_a_real_one_does(family: str, lora: bool, checkpointing: Checkpointing) -> None:
     batch = some_pairs(family)
 
     def prepared() -> Any:

@@ -1,0 +1,101 @@
+"""Recipe + model config -> everything that a plan computes with: sizes of weights, activations, and the workload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.schema import Checkpointing
+from orpo_ray.data.packing import Layout
+from orpo_ray.errors import UserError
+from orpo_ray.model.families.cross_attention import CrossAttentionFamily
+from orpo_ray.model.families.registry import family_of
+from orpo_ray.model.loading import pick_attention
+from orpo_ray.objective.base import load_objective
+from orpo_ray.planning.activations import Activations, batch_of, measure, more_logits, unloaded_model
+from orpo_ray.planning.fit import MFU, MODES, Planner, Setting
+from orpo_ray.planning.states import Weights
+from orpo_ray.planning.workload import Workload, estimate_workload, pairs_per_microbatch
+
+# Pairs in the dry run. Memory of larger micro-batches is computed from it, since more pairs only repeat the same work.
+PAIRS_MEASURED = 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a plan computes with."""
+
+    planner: Planner
+    work: Workload
+    setting: Setting
+    """The recipe's, with gradient checkpointing as the recipe has it."""
+    dtype: torch.dtype
+    layout: Layout
+    microbatch_pairs: int
+    """Pairs in a full micro-batch."""
+
+
+def can_plan(config: Any) -> bool:
+    """Whether plans support the family of a model with this transformers config."""
+    return not isinstance(family_of(config), CrossAttentionFamily)
+
+
+def prepare(recipe: Recipe, config: Any, mfu: float = MFU, pairs: int | None = None) -> Prepared:
+    """Measure the model in dry runs.
+
+    Args:
+        recipe: the recipe.
+        config: the model's config in transformers.
+        mfu: fraction of the GPU's peak FLOPs that is reached.
+        pairs: training pairs; by default, the number in the data check, or an assumption.
+
+    Raises:
+        UserError: plans do not support the model.
+    """
+    if not can_plan(config):
+        raise UserError(
+            "plans do not support models with cross-attention to images yet",
+            field="model.id",
+            value=recipe.model.id,
+            fix="plan a model of another family of the same size",
+        )
+    dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
+    layout = pick_attention(recipe.model, config).layout
+    model = unloaded_model(recipe.model, config, dtype, layout)
+    weights = Weights.of(model, recipe.model, dtype, config.get_text_config().hidden_size)
+    work = estimate_workload(recipe, config, layout, pairs)
+    workers, budget = recipe.scaling.num_workers, recipe.optim.tokens_per_microbatch
+    microbatch_pairs = pairs_per_microbatch(recipe, work, layout, budget, workers)
+    nll_span = load_objective(recipe).nll_span
+    batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, layout)
+    bounded = recipe.deepspeed.zero_stage < 3
+    logits = more_logits(len(batch.target_ids), microbatch_pairs / batch.num_pairs, config, dtype)
+    activations: dict[Checkpointing, Activations] = {}
+    for mode in MODES:
+        model_config = recipe.model.model_copy(update={"gradient_checkpointing": mode})
+        one = measure(model_config, config, dtype, layout, batch, bounded, "cuda")
+        activations[mode] = one.with_pairs(microbatch_pairs, mode != "none" and bounded, logits)
+    planner = Planner(
+        weights,
+        recipe.optim.optimizer,
+        activations,
+        budget,
+        work.longest,
+        work.steps(recipe),
+        recipe.optim.pairs_per_step,
+        mfu,
+        recipe.model.quantization is not None,
+    )
+    setting = Setting(workers, recipe.deepspeed.zero_stage, recipe.model.gradient_checkpointing, budget)
+    return Prepared(planner, work, setting, dtype, layout, microbatch_pairs)
+
+
+def choose_checkpointing(recipe: Recipe, config: Any, gib: float) -> Checkpointing:
+    """Return the fastest gradient checkpointing that fits in this much GPU memory, or `full` if none does."""
+    if not can_plan(config):
+        return "full"
+    prepared = prepare(recipe, config)
+    return prepared.planner.resolved(prepared.setting, gib).checkpointing

@@ -1,0 +1,66 @@
+"""`model.gradient_checkpointing: auto`: the fastest mode that fits, by the plan's estimate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.planning.fit import MAX_FILL, MODES
+from orpo_ray.planning.gpus import GIB
+from orpo_ray.planning.plan import Options, load_config, plan
+from orpo_ray.planning.prepare import choose_checkpointing, prepare
+from orpo_ray.training.auto_checkpointing import decide, with_checkpointing
+
+
+def recipe_of(folder: Path, model: str = "orpo-ray/tiny-smolvlm", checkpointing: Any = "auto") -> Recipe:
+    """Long rows in small micro-batches, so that activations are most of what differs."""
+    return parse_recipe(
+        {
+            "name": "x",
+            "model": {"id": model, "gradient_checkpointing": checkpointing},
+            "data": {"train": "none", "max_length": 2048},
+            "optim": {"tokens_per_microbatch": 8192, "pairs_per_step": 64},
+            "checkpoint": {"storage": str(folder)},
+        }
+    )
+
+
+def test_it_is_the_fastest_mode_that_fits(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    config, _ = load_config(recipe.model)
+    prepared = prepare(recipe, config)
+    planner, setting = prepared.planner, prepared.setting
+    needed = [planner.memory(replace(setting, checkpointing=mode)).total / MAX_FILL / GIB for mode in MODES]
+    assert needed == sorted(set(needed), reverse=True)
+    for mode, gib in zip(MODES, needed, strict=True):
+        assert planner.resolved(setting, 1.0001 * gib).checkpointing == mode
+    assert planner.resolved(setting, 0.1).checkpointing == "full"
+    assert planner.resolved(replace(setting, checkpointing="none"), 0.1).checkpointing == "none"
+    assert choose_checkpointing(recipe, config, 1.0001 * needed[1]) == "selective"
+
+
+def test_a_model_that_cannot_be_planned_is_recomputed_in_full(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "orpo-ray/tiny-mllama")
+    assert choose_checkpointing(recipe, load_config(recipe.model)[0], 1000.0) == "full"
+
+
+def test_a_plan_says_what_it_means_on_each_gpu(tmp_path: Path) -> None:
+    report = plan(recipe_of(tmp_path), Options())
+    assert [gpu["recipe"]["checkpointing"] for gpu in report["gpus"]] == ["none"] * len(report["gpus"])
+    assert report["setting"]["checkpointing"] == "full"
+    assert report["assumptions"][0].startswith("model.gradient_checkpointing auto is none on L4, A10G")
+
+
+def test_a_run_on_a_cpu_recomputes_in_full_and_other_modes_stay(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    for given, mode in {"auto": "full", "selective": "selective", False: "none"}.items():
+        assert with_checkpointing(recipe_of(tmp_path, checkpointing=given), cpu).gradient_checkpointing == mode
+
+
+def test_a_model_without_a_readable_config_is_recomputed_in_full(tmp_path: Path) -> None:
+    assert decide(recipe_of(tmp_path, str(tmp_path)), 1000.0) == "full"
