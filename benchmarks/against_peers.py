@@ -30,7 +30,7 @@ from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.processing.processor import load_processor
-from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
+from orpo_ray.training.engine import make_engine
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -89,7 +89,7 @@ def main() -> None:
     model = PairModel(load_model(recipe.model, device, seed=0), PixelNorm.of(encoder.processor))
     objective = load_objective(recipe)
     planner = StepPlanner.of(objective, recipe.optim.tokens_per_microbatch, encoder, model, device)
-    engine = DeepSpeedEngine(model, recipe, arguments.steps, num_workers=1)
+    engine = make_engine(model, recipe, arguments.steps, num_workers=1)
     rows = [json.loads(line) for line in arguments.data.open(encoding="utf-8")]
 
     probe.train_begin()

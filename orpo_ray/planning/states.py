@@ -1,7 +1,8 @@
 """Bytes that a worker holds between steps, by ZeRO stage: weights, gradients, optimizer states.
 
-The formulas follow DeepSpeed 0.19.8 with the config of `training/deepspeed_engine.py`; comments name the files in
-DeepSpeed. tests/integration/test_planning_states.py compares the results with the storages of real engines.
+Stage 0 is `training/replicated_engine.py`. For the others, the formulas follow DeepSpeed 0.19.8 with the config of
+`training/deepspeed_engine.py`; comments name the files in DeepSpeed.
+tests/integration/test_planning_states.py compares the results with the storages of real engines.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from orpo_ray.config.schema import ModelConfig
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-# Defaults of DeepSpeed, in elements: size of a reduce bucket, size of a ZeRO-3 sub-group, and maximum of weights that
-# ZeRO-3 keeps gathered (zero/config.py: reduce_bucket_size, sub_group_size, max_live_parameters).
-BUCKET, SUB_GROUP, MAX_LIVE = 500_000_000, 1_000_000_000, 1_000_000_000
+# Defaults of DeepSpeed, in elements: size of a ZeRO-3 sub-group, and maximum of weights that ZeRO-3 keeps gathered
+# (zero/config.py: sub_group_size, max_live_parameters).
+SUB_GROUP, MAX_LIVE = 1_000_000_000, 1_000_000_000
+# Elements of the smallest reduce bucket, unless there are fewer weights to reduce: 64 MiB in float32, enough to use a
+# link fully.
+MIN_BUCKET = 2**24
 # bitsandbytes: weights per scale, scales per second-level scale, moments per scale, and elements of the smallest tensor
 # with 8-bit moments.
 BLOCK, BLOCK_OF_SCALES, MOMENT_BLOCK, MIN_8BIT = 64, 256, 256, 4096
@@ -94,6 +98,16 @@ class Weights:
         return max((weight.elements * self.element for weight in self.each if weight.quantized), default=0)
 
 
+def reduce_bucket(hidden: int, trained: int) -> int:
+    """Return the elements of gradients that ZeRO reduces at a time: a matrix of the language model, or all it trains.
+
+    Args:
+        hidden: hidden size of the language model.
+        trained: elements of all trained weights.
+    """
+    return min(max(hidden**2, MIN_BUCKET), trained)
+
+
 def states(weights: Weights, stage: Stage, workers: int, optimizer: str) -> States:
     """Return the bytes on each worker.
 
@@ -106,30 +120,36 @@ def states(weights: Weights, stage: Stage, workers: int, optimizer: str) -> Stat
     trained, element = weights.trained, weights.element
     whole = weights.bytes
     shard = -(-trained // workers) if stage else trained
-    # float32 master weights for bf16 weights: at stage 0 from FP16_UnfusedOptimizer (fp16/unfused_optimizer.py), since
-    # the recipe's AdamW is torch's and not DeepSpeed's fused one. ZeRO clones its shard even of float32 weights
-    # (zero/stage_1_and_2.py and stage3.py: `single_partition_of_fp32_groups`, `fp32_partitioned_groups_flat`).
-    masters = 4 * shard if stage or element != 4 else 0
+    is_float32 = element == 4
+    # float32 copies of bf16 weights. ZeRO clones its shard even of float32 weights (zero/stage_1_and_2.py and
+    # stage3.py: `single_partition_of_fp32_groups`, `fp32_partitioned_groups_flat`).
+    masters = 4 * shard if stage or not is_float32 else 0
     held = masters + _moment_bytes(weights, stage, shard, optimizer)
-    bucket = BUCKET * element
-    if stage == 0:
-        # The unfused optimizer copies all gradients to float32 (`step`, "copying gradients to fp32").
-        step = 4 * trained if element != 4 else 0
-        # After backward, gradients are reduced in a flat copy of at most a bucket (engine.py, allreduce_no_retain).
-        reduction = min(trained, BUCKET) * element if workers > 1 else 0
-        return States(whole, element * trained, held, 0, max(step, reduction), whole)
-    # The bucket has its full size even for small models (stage_1_and_2.py: setup_buckets; stage3.py: `bucket.buffer`).
+    if stage == 0 or (stage == 1 and not is_float32):
+        # A float32 buffer of all gradients, which is reduced in the step: at stage 0 in place, at stage 1 in a copy
+        # (bf16_optimizer.py; engine.py: allreduce_no_retain).
+        return States(whole, 4 * trained, held, 0, 4 * trained if stage else 0, whole)
+    bucket = reduce_bucket(weights.hidden, trained)
+    # While a bucket is reduced, there is a copy in float32 (`communication_data_type`).
+    copy = 0 if is_float32 else 4 * bucket
     if stage < 3:
-        gradients = element * (trained if stage == 1 else _gradient_elements_at_stage_2(weights, workers))
-        # `step` flattens the gradients of a shard and converts them to float32, after bucket and activations are freed.
-        step = shard * (element + 4 if element != 4 else 4)
-        return States(whole, gradients, held, bucket, step, whole)
+        # Gradients fill one bucket while the other is reduced, at stage 2 (`overlap_comm`). Reducing flattens a bucket
+        # (stage_1_and_2.py: setup_buckets, allreduce_bucket).
+        buffers = (stage + 1) * bucket * element + copy
+        # bf16 gradients are added up in a float32 buffer of the shard, which the step uses as it is
+        # (_build_compact_grad_partition_buffer); float32 gradients are kept as they are and flattened in the step.
+        if not is_float32:
+            return States(whole, 4 * shard, held, buffers, 0, whole)
+        gradients = 4 * (trained if stage == 1 else _gradient_elements_at_stage_2(weights, workers))
+        return States(whole, gradients, held, buffers, 4 * shard, whole)
+    # Reducing joins the shards of a bucket by worker (stage3.py: reduce_scatter_coalesced).
+    buffers = bucket * (element + 4) + copy
     # A shard of each weight, and small weights unsharded in addition (param_persistence_threshold).
     small = sum(weight.bytes for weight in weights.each if weight.elements <= 10 * weights.hidden)
     gathered = min(whole, MAX_LIVE * element)
-    step = min(shard, SUB_GROUP) * (element + 4 if element != 4 else 4)
+    step = 4 * min(shard, SUB_GROUP)  # the step flattens the gradients of a sub-group
     shards = sum(-(-weight.bytes // workers) for weight in weights.each)
-    return States(shards + small, element * shard, held, bucket + gathered, step, whole)
+    return States(shards + small, 4 * shard, held, buffers + gathered, step, whole)
 
 
 def _moment_bytes(weights: Weights, stage: Stage, shard: int, optimizer: str) -> int:

@@ -1,4 +1,4 @@
-"""The `Engine` protocol: what the training loop needs from an engine."""
+"""The `Engine` protocol: what the training loop needs from an engine; and the engine of a recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
+from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.objective.logps import PairLogps
 
@@ -53,3 +55,22 @@ class Engine(Protocol):
         Returns:
             The `PairModel`'s state dict on rank 0, with tied weights still tied; an empty one on other ranks.
         """
+
+
+def make_engine(model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> Engine:
+    """Return the engine of a recipe's ZeRO stage. A collective.
+
+    Args:
+        model: the `PairModel` to train, on this worker's device.
+        recipe: the resolved recipe.
+        num_steps: number of steps of the whole run, for the schedule.
+        num_workers: number of workers that train together.
+    """
+    if recipe.deepspeed.zero_stage == 0:
+        from orpo_ray.training.replicated_engine import ReplicatedEngine
+
+        return ReplicatedEngine(model, recipe, num_steps, num_workers)
+    # Importing DeepSpeed takes seconds.
+    from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, recipe, num_steps, num_workers)

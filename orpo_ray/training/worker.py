@@ -27,8 +27,7 @@ from orpo_ray.streaming.steps import StepShard, iter_steps
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.auto_checkpointing import with_checkpointing
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
-from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
-from orpo_ray.training.engine import Engine
+from orpo_ray.training.engine import Engine, make_engine
 from orpo_ray.training.worker_start import WorkerConfig
 
 
@@ -60,7 +59,7 @@ class Worker:
         self.objective = load_objective(self.recipe)
         budget = self.recipe.optim.tokens_per_microbatch
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
-        self.engine: Engine = DeepSpeedEngine(self.model, self.recipe, config.num_steps, self.num_workers)
+        self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.position = load_latest(self.engine, self.recipe, config.train)
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()

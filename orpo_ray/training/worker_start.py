@@ -17,6 +17,7 @@ import ray.train
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError
+from orpo_ray.training.process_group import prefer_expandable_segments
 
 if TYPE_CHECKING:
     from orpo_ray.streaming.steps import StepShard
@@ -57,6 +58,7 @@ def train_worker(config: dict[str, Any]) -> None:
     Raises:
         OrpoRayError: bad input or a run that cannot go on.
     """
+    prefer_expandable_segments()
     worker_config = _wait_for_config(config["status"])
     if worker_config is None:
         return

@@ -18,8 +18,8 @@ from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training import deepspeed_engine
-from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
-from orpo_ray.training.engine import Engine
+from orpo_ray.training.engine import Engine, make_engine
+from support.engine_memory import end_engine, optimizer_of
 from support.pairs_by_hand import NORM, make_pair
 from support.worker_group import worker_group
 
@@ -54,7 +54,7 @@ class Training:
     """Model, planner and engine of a worker."""
 
     def __init__(
-        self, recipe: Recipe, rank: int, num_workers: int, engine: Callable[..., Engine] = DeepSpeedEngine
+        self, recipe: Recipe, rank: int, num_workers: int, engine: Callable[..., Engine] = make_engine
     ) -> None:
         self.model = PairModel(load_model(recipe.model, CPU, seed=0), NORM)
         dummy_pairs = share_of(0, 2) * 2
@@ -108,7 +108,7 @@ def _run(rank: int, num_workers: int, worker: Callable[..., Any], raw: list[dict
 def _curve(recipe: Recipe, rank: int, num_workers: int, _folder: str) -> list[list[float]]:
     training = Training(recipe, rank, num_workers)
     lines = [training.step() for _ in range(STEPS)]
-    training.engine.deepspeed.destroy()
+    end_engine(training.engine)
     return lines
 
 
@@ -117,7 +117,7 @@ def _weights(recipe: Recipe, rank: int, num_workers: int, path: str) -> list[lis
     lines = [training.step() for _ in range(STEPS)]
     state = training.engine.consolidated_weights(trained_only=recipe.model.lora is not None)
     torch.save(state, f"{path}.pt")
-    training.engine.deepspeed.destroy()
+    end_engine(training.engine)
     return lines
 
 
@@ -127,13 +127,13 @@ def _resume(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[st
         training.step()
     training.engine.save(Path(folder))
     tail = [training.step() for _ in range(2)]
-    training.engine.deepspeed.destroy()
+    end_engine(training.engine)
     training = Training(recipe, rank, num_workers)
     training.engine.load(Path(folder))
     again = [training.step() for _ in range(2)]
-    tensors = [v for state in training.engine.deepspeed.basic_optimizer.state.values() for v in state.values()]
+    tensors = [v for state in optimizer_of(training.engine).state.values() for v in state.values()]
     moments = {str(v.dtype) for v in tensors if isinstance(v, torch.Tensor) and v.numel() >= 4096}
-    training.engine.deepspeed.destroy()
+    end_engine(training.engine)
     return {"tail": tail, "again": again, "moments": sorted(moments)}
 
 

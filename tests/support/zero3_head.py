@@ -17,7 +17,8 @@ from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training import deepspeed_engine
-from orpo_ray.training.deepspeed_engine import DeepSpeedEngine
+from orpo_ray.training.engine import make_engine
+from support.engine_memory import end_engine
 from support.engines_by_hand import keeping_nothing
 from support.pairs_by_hand import NORM, make_pair
 
@@ -82,7 +83,7 @@ def _train(
     patch.setitem(logps.CHUNK_BYTES, "cpu", 16 * vocabulary_size(model.model) * 4)  # 16 targets per chunk
     dummy_pairs = share_of(family, 0, 0, 2) * 2
     planner = StepPlanner(ORPO(), 8192, "shared_prefix", dummy_pairs[0], dummy_pairs[1], device)
-    engine = DeepSpeedEngine(model, recipe, len(LENGTHS), num_workers)
+    engine: Any = make_engine(model, recipe, len(LENGTHS), num_workers)
     head = without_adapters(model.model).get_output_embeddings()
     gathers = Gathers(engine.deepspeed, getattr(head, "base_layer", head).weight) if stage == 3 else None
     lines = []
@@ -94,5 +95,5 @@ def _train(
         norm = engine.step()
         seen = gathers.of_step() if gathers is not None else []
         lines.append([reduce_sums(sums, device)["loss"], norm, *seen])
-    engine.deepspeed.destroy()
+    end_engine(engine)
     return lines

@@ -22,7 +22,7 @@ from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.planning.gpus import gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.plan import Options, plan
-from orpo_ray.planning.states import Weight, Weights, states
+from orpo_ray.planning.states import Weight, Weights, reduce_bucket, states
 from support.pairs_by_hand import make_pair, run_as, tiny_pair_model
 
 
@@ -89,18 +89,25 @@ def test_states_by_hand() -> None:
     """1,000,000 trained and 2,000,000 frozen elements in bf16, on 4 workers."""
     weights = Weights((Weight(10**6, 2 * 10**6, True, True), Weight(2 * 10**6, 4 * 10**6, False, True)), 2, 8)
     plain = states(weights, 0, 4, "adamw")
-    assert (plain.weights, plain.gradients, plain.optimizer) == (6 * 10**6, 2 * 10**6, 12 * 10**6)
-    assert plain.step == 4 * 10**6  # copy of the gradients in float32
+    assert (plain.weights, plain.gradients, plain.optimizer) == (6 * 10**6, 4 * 10**6, 12 * 10**6)
+    assert (plain.buffers, plain.step) == (0, 0)
     assert states(weights, 1, 4, "adamw").optimizer == 3 * 10**6
-    assert states(weights, 1, 4, "adamw").gradients == 2 * 10**6
-    assert (
-        states(weights, 2, 4, "adamw").gradients == 2 * 10**6
-    )  # a single parameter is kept completely on every worker
+    assert states(weights, 1, 4, "adamw").gradients == 4 * 10**6
+    halved = states(weights, 2, 4, "adamw")
+    assert halved.gradients == 10**6  # a quarter, in float32
+    assert halved.buffers == (3 * 2 + 4) * 10**6  # two buckets of all that is trained, one flattened, one in float32
     sharded = states(weights, 3, 4, "adamw")
-    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (1.5 * 10**6, 5 * 10**5, 3 * 10**6)
+    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (1.5 * 10**6, 10**6, 3 * 10**6)
+    assert sharded.buffers == (2 + 4 + 4) * 10**6 + 6 * 10**6  # and all weights gathered
     assert sharded.start == 6 * 10**6
     assert states(weights, 0, 1, "adamw_8bit").optimizer == 4 * 10**6 + 2 * (10**6 + 4 * 3907)
     assert states(weights, 0, 1, "paged_adamw_8bit").optimizer == 4 * 10**6
+
+
+def test_a_reduce_bucket_holds_a_matrix_or_all_that_is_trained() -> None:
+    assert reduce_bucket(8192, 10**10) == 8192**2
+    assert reduce_bucket(2048, 10**10) == 2**24
+    assert reduce_bucket(8192, 10**6) == 10**6
 
 
 RECIPE = """

@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from orpo_ray.config.schema import OptimConfig
-from orpo_ray.training.deepspeed_engine import schedule
+from orpo_ray.training.optimizer import schedule
 
 NUM_STEPS = 23
 NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}

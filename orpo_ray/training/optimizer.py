@@ -1,0 +1,52 @@
+"""AdamW and the learning-rate schedule of a recipe, which all engines share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from orpo_ray.config.schema import OptimConfig
+
+
+def adamw(trained: Sequence[torch.Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW over the trained parameters, with moments in 32 or 8 bits. Biases and norms do not decay."""
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    present = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {
+        "lr": optim.learning_rate,
+        "betas": (optim.adam_beta1, optim.adam_beta2),
+        "eps": optim.adam_epsilon,
+    }
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(present, fused=True, **options)
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+
+    kind: Any = AdamW8bit if optim.optimizer == "adamw_8bit" else PagedAdamW8bit
+    return cast(torch.optim.Optimizer, kind(present, **options))
+
+
+def schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int) -> LambdaLR:
+    """Return transformers' linear, cosine or constant schedule, after a linear warm-up.
+
+    The formulas are written here because importing transformers' own also imports peft and bitsandbytes, which takes
+    seconds of every start.
+    """
+    warmup = math.ceil(optim.warmup * num_steps) if optim.warmup < 1 else round(optim.warmup)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        if optim.schedule == "constant":
+            return 1.0
+        if optim.schedule == "linear":
+            return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, num_steps - warmup)))))
+
+    return LambdaLR(optimizer, factor)

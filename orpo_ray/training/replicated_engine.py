@@ -1,0 +1,157 @@
+"""The engine without sharding (ZeRO stage 0): every worker holds the whole training state.
+
+Torch alone suffices. DeepSpeed's stage 0 adds up bfloat16 gradients in bfloat16 and waits for the device once for each
+parameter of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.packing import PairBatch
+from orpo_ray.errors import UserError
+from orpo_ray.objective.logps import PairLogps
+from orpo_ray.training.consolidated import consolidated
+from orpo_ray.training.optimizer import adamw, schedule
+
+_FOLDER, _STATE_FILE = "engine", "replicated.pt"  # in a checkpoint
+_REDUCED_AT_ONCE = 2**28  # elements of one all-reduce
+_ALIGNMENT = 4  # elements: AdamW's fused kernel wants gradients that begin at a multiple of 16 bytes
+
+
+class ReplicatedEngine:
+    """Implements `Engine` without sharding.
+
+    Weights that are not float32 have a float32 copy, which AdamW updates. Gradients are added up in one float32 buffer.
+
+    Args:
+        model: the `PairModel` to train, on this worker's device.
+        recipe: the resolved recipe.
+        num_steps: number of steps of the whole run, for the schedule.
+        num_workers: number of workers that train together.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> None:
+        self._model, self._num_workers = model, num_workers
+        self._max_norm = recipe.optim.max_grad_norm or math.inf
+        if num_workers > 1:
+            _copy_from_rank_0(model)
+        self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._masters = {
+            name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
+            for name, weight in self._trained.items()
+        }
+        self._gradients = _gradient_buffer(list(self._masters.values()))
+        for name, weight in self._trained.items():
+            if self._masters[name] is not weight:
+                weight.register_post_accumulate_grad_hook(_Accumulate(self._masters[name]))
+        self.optimizer = adamw(list(self._masters.values()), recipe.optim)
+        self._schedule = schedule(self.optimizer, recipe.optim, num_steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def forward(self, batch: PairBatch) -> PairLogps:
+        """Run the model on a micro-batch."""
+        logps: PairLogps = self._model(batch)
+        return logps
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradient."""
+        loss.backward()
+
+    def step(self) -> float:
+        """Reduce and clip the gradient, update the weights; return the norm before clipping."""
+        if self._num_workers > 1:
+            for part in self._gradients.split(_REDUCED_AT_ONCE):
+                dist.all_reduce(part)
+        norm = nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm)
+        self.optimizer.step()
+        self._schedule.step()
+        self._update_weights()
+        self._gradients.zero_()
+        return float(norm)
+
+    def save(self, folder: Path) -> None:
+        """Write the state, which is equal on all workers, on rank 0."""
+        (folder / _FOLDER).mkdir(parents=True)
+        if dist.get_rank() == 0:
+            trained = self._trained.keys()
+            buffers = {name: value for name, value in self._model.named_buffers() if name not in trained}
+            state = {
+                "weights": {name: weight.detach() for name, weight in self._masters.items()},
+                "buffers": buffers,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
+            }
+            torch.save(state, folder / _FOLDER / _STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Load the state, whatever the number of workers that wrote it."""
+        path = folder / _FOLDER / _STATE_FILE
+        if not path.exists():
+            raise UserError(
+                "the run's checkpoint has no state of an unsharded engine; an earlier version of orpo-ray wrote it",
+                field="name",
+                fix="finish the run with that version, or start a new run under another name (name=...)",
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                master.copy_(state["weights"][name])
+            for name, buffer in self._model.named_buffers():
+                buffer.copy_(state["buffers"][name])
+        self._update_weights()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+
+    def consolidated_weights(self, trained_only: bool) -> dict[str, torch.Tensor]:
+        """Copy the weights into the main memory of rank 0."""
+        return consolidated(self._model, trained_only)
+
+    @torch.no_grad()
+    def _update_weights(self) -> None:
+        """Round the float32 copies into the weights that the model computes with."""
+        pairs = [(w, self._masters[n]) for n, w in self._trained.items() if self._masters[n] is not w]
+        if pairs:
+            torch._foreach_copy_([weight for weight, _ in pairs], [master for _, master in pairs])
+
+
+class _Accumulate:
+    """Hook of a weight that is not float32: adds its gradient to that of its float32 copy, and frees it."""
+
+    def __init__(self, master: torch.Tensor) -> None:
+        self._master = master
+
+    def __call__(self, weight: torch.Tensor) -> None:
+        assert self._master.grad is not None
+        assert weight.grad is not None
+        self._master.grad.add_(weight.grad)
+        weight.grad = None
+
+
+def _gradient_buffer(weights: list[torch.Tensor]) -> torch.Tensor:
+    """Return a zeroed buffer that holds all gradients; each weight's `grad` becomes a view of it.
+
+    A reduction is one collective without copies. A weight that a step does not use (of the vision module in a step
+    without images) has a zero gradient, so AdamW's momentum still moves it, for any number of workers.
+    """
+    sizes = [-(-weight.numel() // _ALIGNMENT) * _ALIGNMENT for weight in weights]
+    buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=weights[0].device)
+    for weight, view in zip(weights, buffer.split(sizes), strict=True):
+        weight.grad = view[: weight.numel()].view_as(weight)
+    return buffer
+
+
+def _copy_from_rank_0(model: nn.Module) -> None:
+    """Weights that a model's files lack are drawn at random by each worker."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.data, 0)

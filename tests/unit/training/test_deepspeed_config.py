@@ -1,0 +1,26 @@
+"""What the recipe says reaches DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.training.deepspeed_engine import deepspeed_config
+
+
+def config_of(stage: int, num_trained: int = 7 * 10**9) -> dict[str, Any]:
+    raw = {"name": "a", "model": {"id": "m"}, "data": {"train": "t"}, "deepspeed": {"zero_stage": stage}}
+    return deepspeed_config(parse_recipe(raw), torch.bfloat16, 3584 * 2, num_trained)
+
+
+@pytest.mark.parametrize(("stage", "overlaps"), [(1, False), (2, True), (3, True)])
+def test_gradients_are_reduced_during_the_backward_pass_where_deepspeed_allows(stage: int, overlaps: bool) -> None:
+    assert config_of(stage)["zero_optimization"]["overlap_comm"] == overlaps
+
+
+def test_buckets_follow_the_model_and_never_exceed_what_is_trained() -> None:
+    assert config_of(2)["zero_optimization"]["reduce_bucket_size"] == 7168**2
+    assert config_of(2, 5_000_000)["zero_optimization"]["reduce_bucket_size"] == 5_000_000
