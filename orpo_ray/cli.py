@@ -180,7 +180,17 @@ def plan(
     mfu: Annotated[
         float | None,
         typer.Option(
-            help="Fraction of a GPU's peak FLOP/s that training reaches, 0 to 1 (default: 0.3).", show_default=False
+            help="Fraction of a GPU's peak FLOP/s that the recipe reaches, 0 to 1, without recomputation (default: "
+            "estimated for each GPU type).",
+            show_default=False,
+        ),
+    ] = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A rate that the estimate of time assumes, for example overlap=0.8; repeat for others.",
+            show_default=False,
         ),
     ] = None,
     pairs: Annotated[
@@ -191,13 +201,12 @@ def plan(
 ) -> None:
     """Estimate memory, hours and price of a training run from the model's config alone."""
     loaded = load_recipe(recipe, overrides or [])
-    from orpo_ray.planning.fit import MFU
     from orpo_ray.planning.plan import Options
     from orpo_ray.planning.plan import plan as make_plan
     from orpo_ray.planning.table import print_plan
 
     with stdout_to_stderr():
-        report = make_plan(loaded, Options(price_per_hour or (), MFU if mfu is None else mfu, pairs))
+        report = make_plan(loaded, Options(price_per_hour or (), mfu, assume or (), pairs))
     if as_json:
         print(json.dumps(report))
     else:

@@ -25,6 +25,7 @@ from orpo_ray.objective.logps import CHUNK_BYTES
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.planning.dry_run import Live, dry_run
+from orpo_ray.planning.work import Work
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 AS_ON_CUDA = "orpo_ray_planned_for_cuda"
@@ -81,8 +82,8 @@ class Activations:
     """Bytes saved for the backward pass when the output head starts."""
     peaks: tuple[int, ...]
     """Peak bytes in each of `PHASES`."""
-    flops: int
-    """FLOPs of matrix products, including recomputation."""
+    work: Work
+    """Work of one pair, recomputation included."""
     pairs: int
     """Pairs in the micro-batch."""
     tokens: int
@@ -95,15 +96,13 @@ class Activations:
 
     def layer_cost(self, deeper: Activations) -> tuple[int, ...]:
         """Return what one layer adds, given the activations of the model with one more layer."""
-        without, with_layer = ((each.saved, *each.peaks, each.flops) for each in (self, deeper))
+        without, with_layer = ((each.saved, *each.peaks) for each in (self, deeper))
         return tuple(b - a for a, b in zip(without, with_layer, strict=True))
 
-    def with_layers(self, layer: tuple[int, ...], layers: int) -> Activations:
-        """Return the activations with `layers` more layers, each of cost `layer`."""
-        saved, *peaks, flops = (
-            a + layers * b for a, b in zip((self.saved, *self.peaks, self.flops), layer, strict=True)
-        )
-        return Activations(saved, tuple(peaks), flops, self.pairs, self.tokens)
+    def with_layers(self, layer: tuple[int, ...], work: Work, layers: int) -> Activations:
+        """Return the activations with `layers` more layers, each of cost `layer` and with this work."""
+        saved, *peaks = (a + layers * b for a, b in zip((self.saved, *self.peaks), layer, strict=True))
+        return Activations(saved, tuple(peaks), self.work.plus(work, layers), self.pairs, self.tokens)
 
     def with_pairs(self, pairs: int, chunked_vision: bool, more_logits: int = 0) -> Activations:
         """Return the activations of a micro-batch with `pairs` pairs.
@@ -118,7 +117,7 @@ class Activations:
             index = PHASES.index(phase)
             peaks[index] = saved + max(0, self.peaks[index] - self.saved)
         peaks[PHASES.index("language backward")] += more_logits
-        return Activations(saved, tuple(peaks), round(self.flops * ratio), pairs, round(self.tokens * ratio))
+        return Activations(saved, tuple(peaks), self.work, pairs, round(self.tokens * ratio))
 
 
 def unloaded_model(
@@ -195,10 +194,13 @@ def measure(
         return _measure(model_config, _with_depth(config, language, vision), dtype, layout, batch, bounded, device)
 
     few = measure_layers(LAYERS_RUN, LAYERS_RUN)
-    language_layer = few.layer_cost(measure_layers(LAYERS_RUN + 1, LAYERS_RUN))
-    vision_layer = few.layer_cost(measure_layers(LAYERS_RUN, LAYERS_RUN + 1))
-    deep = few.with_layers(language_layer, depth[0] - LAYERS_RUN)
-    return deep.with_layers(vision_layer, depth[1] - LAYERS_RUN)
+    deep = few
+    for one_more, layers in (
+        (measure_layers(LAYERS_RUN + 1, LAYERS_RUN), depth[0] - LAYERS_RUN),
+        (measure_layers(LAYERS_RUN, LAYERS_RUN + 1), depth[1] - LAYERS_RUN),
+    ):
+        deep = deep.with_layers(few.layer_cost(one_more), one_more.work.plus(few.work, -1), layers)
+    return deep
 
 
 def _measure(
@@ -213,6 +215,7 @@ def _measure(
     model = unloaded_model(model_config, config, dtype, layout, device)
     with dry_run() as dry:
         move_from_meta(model)
+        dry.work.watch(model)
         for parameter in model.parameters():
             if parameter.requires_grad:  # gradients of an earlier micro-batch are accumulated
                 parameter.grad = torch.empty_like(parameter)
@@ -224,7 +227,7 @@ def _measure(
 
 def step(pair_model: PairModel, batch: PairBatch, live: Live) -> Activations:
     """Run forward and backward, in a dry run or for real, and measure what they add to `live`."""
-    before, flops = live.now, live.flops
+    before, work = live.now, live.work.total()
     live.peak = before
     peaks: list[int] = []
     saved: list[int] = []
@@ -256,7 +259,8 @@ def step(pair_model: PairModel, batch: PairBatch, live: Live) -> Activations:
     for handle in handles:
         handle.remove()
     peaks += [0] * (len(PHASES) - len(peaks))
-    return Activations(saved[0], tuple(peaks), live.flops - flops, batch.num_pairs, batch.input_ids.numel())
+    work = live.work.total().plus(work, -1)
+    return Activations(saved[0], tuple(peaks), work, batch.num_pairs, batch.input_ids.numel())
 
 
 def _depths(config: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Run a model without values, with shapes only, to find the memory and FLOPs of a step.
+"""Run a model without values, with shapes only, to find the memory and the work of a step.
 
 Float tensors have no storage (torch's FakeTensorMode). Integer tensors and masks are real, because models split, index
 and loop by them, so that shapes depend on their values.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from orpo_ray.planning.work import WorkCounter, tensors_of
 
 aten = torch.ops.aten
 # Larger integer tensors are pixels, on which no shape depends, and are not computed.
@@ -33,7 +35,8 @@ class Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
+        self.now = self.peak = 0
+        self.work = WorkCounter()
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, None] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,22 +46,21 @@ class Live(TorchDispatchMode):
 
     def add(self, tensors: Any) -> None:
         """Count the storages of these tensors that are not counted yet."""
-        for tensor in tree_flatten(tensors)[0]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in self._known:
-                    self._known[storage] = None
-                    size = storage.nbytes()
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, size)
+        for tensor in tensors_of(tensors):
+            storage = tensor.untyped_storage()
+            if storage not in self._known:
+                self._known[storage] = None
+                size = storage.nbytes()
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, size)
 
     def _freed(self, size: int) -> None:
         self.now -= size
 
 
 class DryRun(Live):
-    """Mode in which float tensors have no storage. Also counts the FLOPs of matrix products."""
+    """Mode in which float tensors have no storage. Also counts the work of the operations on them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,27 +68,30 @@ class DryRun(Live):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
+        if func is torch.ops.prim.device.default:  # `tensor.device`: the most frequent of all, and no work
+            return func(*args, **kwargs)
+        inputs = tensors_of((args, kwargs))
         if any(isinstance(each, FakeTensor) for each in inputs):
-            out = self._run_fake(func, args, kwargs)
+            out = self._run_fake(func, args, kwargs, inputs)
         elif sum(each.numel() for each in inputs) <= REAL_ELEMENTS and not self._makes_floats(func, inputs, kwargs):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
             out = tree_map_only(torch.Tensor, self._drop_large_floats, out)
         else:
-            out = self._run_fake(func, args, kwargs)
+            out = self._run_fake(func, args, kwargs, inputs)
         self.add(out)
         return out
 
-    def _run_fake(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run_fake(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         if func is aten._local_scalar_dense.default:
             return 0  # `.item()` of a float; no shape depends on it
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             args = (args[0], _masks_as_indices(args[1]), *args[2:])
         out = func(*args, **kwargs)
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            with unset_fake_temporarily():  # the formula may read sequence lengths
-                self.flops += formula(*args, **kwargs, out_val=out)
+        formula = flop_registry.get(func._overloadpacket)
+        # A formula may read sequence lengths.
+        with unset_fake_temporarily() if formula else nullcontext():
+            self.work.add(func, args, kwargs, inputs, out, formula)
         return tree_map_only(FakeTensor, self._integers_as_zeros, out)
 
     def _makes_floats(self, func: Any, inputs: Any, kwargs: Any) -> bool:
@@ -124,7 +129,7 @@ def _masks_as_indices(indices: Any) -> Any:
 
 @contextmanager
 def dry_run() -> Iterator[DryRun]:
-    """Run the code inside without values; yields the mode, which counts memory and FLOPs."""
+    """Run the code inside without values; yields the mode, which counts memory and work."""
     mode = DryRun()
     with mode.fake, mode:
         yield mode

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from orpo_ray.config.schema import Checkpointing
 from orpo_ray.planning.activations import Activations
 from orpo_ray.planning.gpus import GIB, Gpu
 from orpo_ray.planning.states import STAGES, Stage, Weights, states
+from orpo_ray.planning.step_time import Load, Rates, StepTime, step_time
 
 # Bytes for the CUDA context with library workspaces, bytes for NCCL buffers with several workers, and the fraction of
 # temporary memory that the caching allocator loses to fragmentation. Assumptions, not measurements.
 CONTEXT, NCCL, FRAGMENTATION = 1.0 * GIB, 0.5 * GIB, 0.1
-# FLOPs utilization, recomputation included: a usual value for well-tuned training of models of some billion parameters.
-MFU = 0.30
 # From the fastest to the one with the least memory.
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -58,8 +58,11 @@ class Estimate:
     gpu: Gpu
     setting: Setting
     memory: Memory
+    step: StepTime
     hours: float
     cost: float
+    mfu: float
+    """Model FLOPs, without recomputation, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,15 @@ class Planner:
     steps: int
     """Optimizer steps of the run."""
     pairs_per_step: int
-    mfu: float
-    """Fraction of the GPU's peak FLOPs that is reached."""
+    rates: Rates
+    """What is assumed about speed."""
+    recipe: Setting
+    """The setting of the recipe."""
+    mfu: float | None
+    """Given by the user: model FLOPs of the recipe's setting as a fraction of the peak, on every GPU type."""
     quantized: bool
     """Whether the base model is in 4 bits."""
+    _times: dict[tuple[Gpu, Setting], StepTime] = field(default_factory=dict, compare=False)
 
     def memory(self, setting: Setting) -> Memory:
         """Estimate the memory of each GPU."""
@@ -101,11 +109,29 @@ class Planner:
         head = temporary - saved - held.buffers if temporary > saved + held.buffers else head
         return Memory(held.weights, held.gradients, held.optimizer, held.buffers, saved, head, overhead, total)
 
-    def hours(self, gpu: Gpu, setting: Setting) -> float:
-        """Estimate the hours of training, without loading and evaluation."""
-        full = self.activations[setting.checkpointing]
-        flops = full.flops / full.pairs * self.pairs_per_step * self.steps
-        return flops / (setting.workers * gpu.flops * self.mfu) / 3600
+    @cached_property
+    def pair_flops(self) -> int:
+        """FLOPs of a pair without recomputation: those of the activations that recompute least."""
+        return min(each.work.flops for each in self.activations.values())
+
+    def step_time(self, gpu: Gpu, setting: Setting) -> StepTime:
+        """Estimate the seconds of an optimizer step."""
+        if (gpu, setting) not in self._times:
+            full = self.activations[setting.checkpointing]
+            share = -(-self.pairs_per_step // setting.workers)
+            pairs = max(1, min(share, setting.budget * full.pairs // full.tokens))
+            load = Load(setting.stage, setting.workers, share, pairs)
+            time = step_time(full.work, self.weights, self.optimizer, load, gpu, self.rates)
+            self._times[gpu, setting] = time
+        return self._times[gpu, setting]
+
+    def seconds(self, gpu: Gpu, setting: Setting) -> float:
+        """Estimate the seconds of an optimizer step; `mfu` corrects them by what it says about the recipe's setting."""
+        seconds = self.step_time(gpu, setting).total
+        if self.mfu is None:
+            return seconds
+        given = self.pair_flops * self.pairs_per_step / (self.recipe.workers * gpu.flops * self.mfu)
+        return seconds * given / self.step_time(gpu, self.resolved(self.recipe, gpu.memory)).total
 
     def fits(self, gpu: Gpu, setting: Setting, fill: float = 1.0) -> bool:
         """Whether a setting fits in this fraction of a GPU's memory."""
@@ -119,22 +145,28 @@ class Planner:
         return next((each for each in modes if self.memory(each).total <= MAX_FILL * gib * GIB), modes[-1])
 
     def estimate(self, gpu: Gpu, setting: Setting) -> Estimate:
-        """Estimate memory, time and cost of a setting."""
-        hours = self.hours(gpu, setting)
-        return Estimate(gpu, setting, self.memory(setting), hours, hours * setting.workers * gpu.price)
+        """Estimate memory, time and cost of a setting. The time is without loading and evaluation."""
+        seconds = self.seconds(gpu, setting)
+        hours = seconds * self.steps / 3600
+        mfu = self.pair_flops * self.pairs_per_step / (setting.workers * gpu.flops * seconds)
+        cost = hours * setting.workers * gpu.price
+        return Estimate(gpu, setting, self.memory(setting), self.step_time(gpu, setting), hours, cost, mfu)
 
     def cheapest(self, gpu: Gpu) -> Estimate | None:
         """Return the cheapest setting that fits on a GPU type; None if there is none.
 
-        By these estimates, the number of workers changes the time but not the cost. Of settings with equal cost, the
-        one with the fewest workers and then the lowest ZeRO stage is returned.
+        Of settings with equal cost, the one with the fewest workers and then the lowest ZeRO stage is returned.
         """
-        for checkpointing in MODES:
-            for workers in (n for n in WORKERS if n <= self.pairs_per_step):
-                for budget in (self.budget, self.budget // 2, self.budget // 4):
-                    for stage in STAGES if workers > 1 else STAGES[:1]:
-                        setting = Setting(workers, stage, checkpointing, budget)
-                        # Sharded 4-bit weights can be trained, but the estimate was never compared with an engine.
-                        if not (self.quantized and stage == 3) and self.fits(gpu, setting, MAX_FILL):
-                            return self.estimate(gpu, setting)
-        return None
+        settings = [
+            Setting(workers, stage, checkpointing, budget)
+            for workers in WORKERS
+            if workers <= self.pairs_per_step
+            for stage in (STAGES if workers > 1 else STAGES[:1])
+            # Sharded 4-bit weights can be trained, but the estimate was never compared with an engine.
+            if not (self.quantized and stage == 3)
+            for checkpointing in MODES
+            for budget in (self.budget, self.budget // 2, self.budget // 4)
+        ]
+        fitting = [setting for setting in settings if self.fits(gpu, setting, MAX_FILL)]
+        found = min(fitting, key=lambda setting: self.seconds(gpu, setting) * setting.workers, default=None)
+        return None if found is None else self.estimate(gpu, found)

@@ -1,4 +1,4 @@
-"""GPU types: memory, peak FLOPs, and price per hour."""
+"""GPU types: what their data sheets say, the links between them, and the price per hour."""
 
 from __future__ import annotations
 
@@ -18,23 +18,36 @@ class Gpu:
     memory: float
     """Memory in GiB, as nvidia-smi shows it."""
     flops: float
-    """Peak FLOPs per second of dense bf16 matrix products."""
+    """Peak FLOPs per second of dense bf16 matrix products with float32 accumulation."""
+    bandwidth: float
+    """Bytes per second of its memory."""
+    processors: int
+    """Streaming multiprocessors."""
+    matmul: float
+    """Fraction of the peak that large matrix products reach at the GPU's power limit. An assumption."""
+    link: float
+    """Bytes per second and direction to another GPU of its node: NVLink, or PCIe."""
+    network: float
+    """Bytes per second and direction between two nodes, all adapters of a node together. An assumption."""
     price: float
     """US$ per hour."""
 
 
-# Memory and peak FLOPs are from NVIDIA's data sheets. Prices are assumptions, in round figures for one GPU on demand;
-# clouds differ by more than a factor of two.
+GB, GBIT = 1e9, 1e9 / 8
+# Memory, peak, bandwidth, processors and link are from NVIDIA's data sheets; docs/plan.md names them. Networks are
+# those of a large cloud's nodes with eight of these GPUs. Prices are assumptions, in round figures for one GPU on
+# demand; clouds differ by more than a factor of two.
 GPUS = (
-    Gpu("L4", 22.5, 121e12, 0.80),
-    Gpu("A10G", 22.5, 70e12, 1.20),
-    Gpu("RTX-4090", 24.0, 165e12, 0.60),
-    Gpu("A100-40GB", 39.6, 312e12, 1.60),
-    Gpu("L40S", 45.0, 362e12, 1.80),
-    Gpu("A100-80GB", 79.3, 312e12, 2.20),
-    Gpu("H100-80GB", 79.6, 989e12, 3.20),
-    Gpu("H200-141GB", 140.4, 989e12, 4.00),
-)
+    #                 GiB    peak    memory      SMs  matmul  link      network       $/h
+    Gpu("L4",         22.5,  121e12, 300 * GB,   58,  0.50,   32 * GB,  100 * GBIT,   0.80),
+    Gpu("A10G",       22.5,  70e12,  600 * GB,   80,  0.80,   32 * GB,  100 * GBIT,   1.20),
+    Gpu("RTX-4090",   24.0,  165e12, 1008 * GB,  128, 0.85,   32 * GB,  25 * GBIT,    0.60),
+    Gpu("A100-40GB",  39.6,  312e12, 1555 * GB,  108, 0.80,   300 * GB, 400 * GBIT,   1.60),
+    Gpu("L40S",       45.0,  362e12, 864 * GB,   142, 0.60,   32 * GB,  400 * GBIT,   1.80),
+    Gpu("A100-80GB",  79.3,  312e12, 2039 * GB,  108, 0.80,   300 * GB, 800 * GBIT,   2.20),
+    Gpu("H100-80GB",  79.6,  989e12, 3350 * GB,  132, 0.65,   450 * GB, 3200 * GBIT,  3.20),
+    Gpu("H200-141GB", 140.4, 989e12, 4800 * GB,  132, 0.65,   450 * GB, 3200 * GBIT,  4.00),
+)  # fmt: skip
 
 
 def gpus_with_prices(prices: Sequence[str]) -> tuple[Gpu, ...]:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import socket
+import urllib.request
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
-from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, MFU, NCCL, Estimate, Memory, Planner, Setting
+from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, NCCL, Estimate, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.prepare import prepare
 from orpo_ray.planning.states import STAGES
+from orpo_ray.planning.step_time import parse_rates
 from orpo_ray.planning.workload import Workload
 from orpo_ray.tiny_models.build import resolve
+
+# Seconds that the hub has to answer.
+HUB_TIMEOUT = 3.0
 
 
 @dataclass(frozen=True)
@@ -25,8 +35,10 @@ class Options:
 
     prices: Sequence[str] = ()
     """Prices per GPU and hour, each as `TYPE=DOLLARS`."""
-    mfu: float = MFU
-    """Fraction of the GPU's peak FLOPs that is reached."""
+    mfu: float | None = None
+    """Model FLOPs of the recipe as a fraction of the GPU's peak; by default, estimated for each GPU type."""
+    assume: Sequence[str] = ()
+    """Rates of the estimate of time, each as `NAME=VALUE`."""
     pairs: int | None = None
     """Training pairs; by default, the number in the data check, or an assumption."""
 
@@ -39,12 +51,17 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
         options: prices and other assumptions.
 
     Returns:
-        The report that `orpo-ray plan --json` prints; memory in bytes.
+        The report that `orpo-ray plan --json` prints; memory in bytes, time in seconds and hours.
 
     Raises:
         UserError: an option is wrong, or the model's config cannot be read.
     """
-    if not 0 < options.mfu <= 1:
+    with _silent_libraries():
+        return _plan(recipe, options)
+
+
+def _plan(recipe: Recipe, options: Options) -> dict[str, Any]:
+    if options.mfu is not None and not 0 < options.mfu <= 1:
         raise UserError(
             "must be above 0 and at most 1", field="--mfu", value=options.mfu, fix="give a fraction such as 0.3"
         )
@@ -52,13 +69,13 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
         raise UserError(
             "must be at least 1", field="--pairs", value=options.pairs, fix="give the number of training pairs"
         )
-    gpus = gpus_with_prices(options.prices)
+    gpus, rates = gpus_with_prices(options.prices), parse_rates(options.assume)
     config, source = load_config(recipe.model)
-    prepared = prepare(recipe, config, options.mfu, options.pairs)
+    prepared = prepare(recipe, config, rates, options.mfu, options.pairs)
     planner, work, setting = prepared.planner, prepared.work, prepared.setting
     weights, microbatch_pairs = planner.weights, prepared.microbatch_pairs
     gpu_reports = [_report_gpu(planner, gpu, planner.resolved(setting, gpu.memory)) for gpu in gpus]
-    assumptions = [*_recipe_assumptions(recipe, source), *work.assumptions, *_constant_assumptions(options)]
+    assumptions = [*_recipe_assumptions(recipe, source), *work.assumptions, *_constant_assumptions()]
     if setting.checkpointing == "auto":
         assumptions.insert(0, _chosen_modes(planner, gpus, setting))
         setting = replace(setting, checkpointing="full")
@@ -79,8 +96,24 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
         "gpus": gpu_reports,
         "cheapest": min(candidates, key=lambda candidate: candidate["cost"], default=None),
         "mfu": options.mfu,
+        "rates": asdict(rates) | {"matmul": {gpu.name: rates.matmul or gpu.matmul for gpu in gpus}},
         "assumptions": assumptions,
     }
+
+
+@contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Keep libraries from warning about a model that is never run."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_config(model_config: ModelConfig) -> tuple[Any, str]:
@@ -90,10 +123,16 @@ def load_config(model_config: ModelConfig) -> tuple[Any, str]:
     """
     from transformers import AutoConfig
 
+    path = resolve(model_config.id)
+    known = KNOWN_SHAPES.get(model_config.id)
+    # A library would try again for a minute and more.
+    offline = known is not None and not Path(path).is_dir() and not _hub_answers()
     try:
-        return AutoConfig.from_pretrained(resolve(model_config.id), revision=model_config.revision), "config.json"
+        return (
+            AutoConfig.from_pretrained(path, revision=model_config.revision, local_files_only=offline),
+            "config.json",
+        )
     except (OSError, ValueError) as error:
-        known = KNOWN_SHAPES.get(model_config.id)
         if known is None:
             first = str(error).strip().splitlines()[0]
             raise UserError(
@@ -103,6 +142,23 @@ def load_config(model_config: ModelConfig) -> tuple[Any, str]:
                 fix=f"give a folder, a name on the hub (with network access), or one of {', '.join(KNOWN_SHAPES)}",
             ) from None
         return known.config(), "known shape"
+
+
+def _hub_answers() -> bool:
+    """Whether the hub's address takes connections. Behind a proxy, only the proxy could tell: assume that it does."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname, port), timeout=HUB_TIMEOUT).close()
+    except OSError:
+        return False
+    return True
 
 
 def _report_gpu(planner: Planner, gpu: Gpu, setting: Setting) -> dict[str, Any]:
@@ -115,6 +171,8 @@ def _report_gpu(planner: Planner, gpu: Gpu, setting: Setting) -> dict[str, Any]:
         "fits": {str(stage): planner.fits(gpu, replace(setting, stage=stage)) for stage in STAGES},
         "recipe": _report_estimate(planner.estimate(gpu, setting)) if planner.fits(gpu, setting) else None,
         "cheapest": _report_estimate(cheapest) if cheapest else None,
+        "mfu": planner.estimate(gpu, setting).mfu,
+        "step_seconds": asdict(planner.step_time(gpu, setting)),
     }
 
 
@@ -129,6 +187,7 @@ def _report_estimate(estimate: Estimate) -> dict[str, Any]:
         "memory": round(estimate.memory.total),
         "hours": estimate.hours,
         "cost": estimate.cost,
+        "mfu": estimate.mfu,
     }
 
 
@@ -153,7 +212,8 @@ def _report_step(
         "microbatches_per_worker": -(-step_shard // microbatch_pairs),
         "training_pairs": work.pairs,
         "steps": planner.steps,
-        "flops_per_step": full.flops / full.pairs * recipe.optim.pairs_per_step,
+        "flops_per_step": planner.pair_flops * recipe.optim.pairs_per_step,
+        "recomputed_flops_per_step": (full.work.flops - planner.pair_flops) * recipe.optim.pairs_per_step,
     }
 
 
@@ -178,10 +238,9 @@ def _recipe_assumptions(recipe: Recipe, source: str) -> list[str]:
     return assumptions
 
 
-def _constant_assumptions(options: Options) -> list[str]:
+def _constant_assumptions() -> list[str]:
     return [
         f"per GPU {CONTEXT / GIB:.1f} GiB for CUDA, {NCCL / GIB:.1f} GiB for NCCL if there are several GPUs, and "
         f"{FRAGMENTATION:.0%} of temporary memory for fragmentation",
-        f"{options.mfu:.0%} of the GPU's peak FLOPs (change with --mfu)",
         "prices per GPU and hour as shown (change with --price-per-hour)",
     ]

@@ -16,8 +16,9 @@ from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import pick_attention
 from orpo_ray.objective.base import load_objective
 from orpo_ray.planning.activations import Activations, batch_of, measure, more_logits, unloaded_model
-from orpo_ray.planning.fit import MFU, MODES, Planner, Setting
+from orpo_ray.planning.fit import MODES, Planner, Setting
 from orpo_ray.planning.states import Weights
+from orpo_ray.planning.step_time import Rates
 from orpo_ray.planning.workload import Workload, estimate_workload, pairs_per_microbatch
 
 # Pairs in the dry run. Memory of larger micro-batches is computed from it, since more pairs only repeat the same work.
@@ -43,13 +44,16 @@ def can_plan(config: Any) -> bool:
     return not isinstance(family_of(config), CrossAttentionFamily)
 
 
-def prepare(recipe: Recipe, config: Any, mfu: float = MFU, pairs: int | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, config: Any, rates: Rates | None = None, mfu: float | None = None, pairs: int | None = None
+) -> Prepared:
     """Measure the model in dry runs.
 
     Args:
         recipe: the recipe.
         config: the model's config in transformers.
-        mfu: fraction of the GPU's peak FLOPs that is reached.
+        rates: what is assumed about speed; by default, the usual.
+        mfu: model FLOPs of the recipe as a fraction of the GPU's peak; by default, estimated for each GPU type.
         pairs: training pairs; by default, the number in the data check, or an assumption.
 
     Raises:
@@ -78,6 +82,7 @@ def prepare(recipe: Recipe, config: Any, mfu: float = MFU, pairs: int | None = N
         model_config = recipe.model.model_copy(update={"gradient_checkpointing": mode})
         one = measure(model_config, config, dtype, layout, batch, bounded, "cuda")
         activations[mode] = one.with_pairs(microbatch_pairs, mode != "none" and bounded, logits)
+    setting = Setting(workers, recipe.deepspeed.zero_stage, recipe.model.gradient_checkpointing, budget)
     planner = Planner(
         weights,
         recipe.optim.optimizer,
@@ -86,10 +91,11 @@ def prepare(recipe: Recipe, config: Any, mfu: float = MFU, pairs: int | None = N
         work.longest,
         work.steps(recipe),
         recipe.optim.pairs_per_step,
+        rates or Rates(),
+        setting,
         mfu,
         recipe.model.quantization is not None,
     )
-    setting = Setting(workers, recipe.deepspeed.zero_stage, recipe.model.gradient_checkpointing, budget)
     return Prepared(planner, work, setting, dtype, layout, microbatch_pairs)
 
 

@@ -10,6 +10,17 @@ from rich.table import Table
 from orpo_ray.planning.fit import MAX_FILL
 from orpo_ray.planning.gpus import GIB
 
+# Parts of a step's time, by their short names in the table.
+_PARTS = {
+    "matmul": "matmul",
+    "attention": "attn",
+    "memory": "other",
+    "dequantization": "4-bit",
+    "launch": "launch",
+    "optimizer": "update",
+    "communication": "network",
+    "imbalance": "wait",
+}
 _ROWS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -55,6 +66,7 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     else:
         console.print(f"\n[bold green]cheapest[/bold green]  {_describe_cheapest(best)}", highlight=False)
         console.print(f"overrides  {_overrides(best)}", highlight=False, soft_wrap=True)
+    _print_rates(report["rates"], console)
     console.print("\nassumptions", highlight=False)
     for line in report["assumptions"]:
         console.print(f"  - {line}", highlight=False, soft_wrap=True, style="dim", markup=False)
@@ -77,10 +89,33 @@ def _memory_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _gpu_tables(report: dict[str, Any]) -> tuple[Table, Table]:
-    """Tables of the recipe, and of the cheapest setting, for each GPU type. Two tables, to fit in 80 columns."""
+def _print_rates(rates: dict[str, Any], console: Console) -> None:
+    """Print what the estimate of time assumes."""
+    console.print("\nspeed is assumed (change with --assume NAME=VALUE; docs/plan.md explains each)", highlight=False)
+    given = [f"{name}={value:g}" for name, value in rates.items() if isinstance(value, int | float)]
+    matmul = ", ".join(f"{gpu} {value:g}" for gpu, value in rates["matmul"].items())
+    for line in (" ".join(given), f"matmul, by GPU type: {matmul}"):
+        console.print(f"  {line}", highlight=False, soft_wrap=True, style="dim", markup=False)
+
+
+def _step_table(report: dict[str, Any]) -> Table:
+    """Where the time of a step goes, for each GPU type."""
+    table = Table(title="\ntime of a step, in % of its seconds", title_justify="left", box=None, padding=(0, 1))
+    for name in ("GPU", "step", *_PARTS.values()):
+        table.add_column(name, justify="left" if name == "GPU" else "right", no_wrap=True)
+    for each in report["gpus"]:
+        parts = each["step_seconds"]
+        total = sum(parts.values())
+        shares = (f"{parts[name] / total:.0%}" if parts[name] else "-" for name in _PARTS)
+        table.add_row(each["gpu"], f"{total:.3g} s", *shares)
+    return table
+
+
+def _gpu_tables(report: dict[str, Any]) -> tuple[Table, Table, Table]:
+    """Tables of the recipe, of its step, and of the cheapest setting, for each GPU type. None exceeds 80 columns."""
     recipe = Table(title="\nthis recipe by GPU type", title_justify="left", box=None, padding=(0, 2))
-    for name, left in {"GPU": True, "GiB": False, "$/h": False, "fits": True, "time": False, "cost": False}.items():
+    columns = {"GPU": True, "GiB": False, "$/h": False, "fits": True, "MFU": False, "time": False, "cost": False}
+    for name, left in columns.items():
         recipe.add_column(name, justify="left" if left else "right", no_wrap=True)
     cheapest = Table(
         title=f"\ncheapest setting that fills at most {MAX_FILL:.0%} of the memory",
@@ -98,10 +133,10 @@ def _gpu_tables(report: dict[str, Any]) -> tuple[Table, Table]:
         facts = (each["gpu"], f"{each['memory_gib']:g}", f"{each['price_per_hour']:.2f}")
         if not in_recipe:
             fits = f"[red]no[/red], needs {needed:,.0f} GiB"
-        recipe.add_row(*facts, fits, *_time_and_cost(in_recipe))
+        recipe.add_row(*facts, fits, f"{each['mfu']:.0%}", *_time_and_cost(in_recipe))
         style = "bold green" if found is not None and found == report["cheapest"] else None
         cheapest.add_row(each["gpu"], *_setting(found), *_time_and_cost(found), style=style)
-    return recipe, cheapest
+    return recipe, _step_table(report), cheapest
 
 
 def _time_and_cost(found: dict[str, Any] | None) -> tuple[str, str]:

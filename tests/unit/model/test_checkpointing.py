@@ -69,7 +69,7 @@ def test_each_mode_keeps_less_and_only_full_repeats_matrix_products(family: str)
     assert full < 0.5 * selective
     assert selective < 0.75 * none
     assert real[2].peak < real[1].peak < real[0].peak
-    flops = [each.flops for each in planned]
+    flops = [each.work.flops for each in planned]
     assert flops[0] == flops[1] < 0.85 * flops[2]
 
 

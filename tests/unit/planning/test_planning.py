@@ -71,7 +71,7 @@ def test_a_dry_run_needs_what_a_real_one_does(family: str, lora: bool, checkpoin
         planned = activations.step(dry_model, batch, dry)
     assert planned.peak == pytest.approx(real.peak, rel=0.05)
     assert planned.saved == pytest.approx(real.saved, rel=0.05)
-    assert planned.flops > 0
+    assert planned.work.flops > 0
 
 
 def test_logits_grow_until_a_chunk_is_full() -> None:
