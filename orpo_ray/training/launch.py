@@ -80,6 +80,7 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     if saved and folder.has_model(FINAL):
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     read, held_out = run_data(recipe)
+    folder.make()
     start_ray()
     status = RunStatus.remote()  # type: ignore[attr-defined]
     checked = start_model_check(recipe, saved)
@@ -90,7 +91,6 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
         try:
             pinned, without_sharing = ray.get(checked)
             resolved = _resolved(pinned, num_steps)
-            folder.make()
             (folder.path / RECIPE_FILE).write_text(resolved.to_yaml(), encoding="utf-8")
             folder.push(RECIPE_FILE)
         except Exception as error:  # noqa: BLE001 - the workers wait for what is made here, and end with this error
