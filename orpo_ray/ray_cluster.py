@@ -76,9 +76,10 @@ def _start_here(**options: Any) -> None:
         ray.init(address="local", **options)
     except Exception as error:  # Ray raises bare exceptions, for example when its raylet starts too late
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        logs = f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"
         raise RayNotStarted(
             f"Ray did not start on this machine: {reason[0]}\n"
-            "  fix: close other programs and try again; Ray's logs are in /tmp/ray/session_latest/logs"
+            f"  fix: close other programs and try again; Ray's logs are in {logs}"
         ) from error
 
 

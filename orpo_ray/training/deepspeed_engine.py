@@ -47,7 +47,6 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int, num_t
             # Stage 1 reduces once a step, after the last backward. DeepSpeed refuses overlap there.
             "overlap_comm": stage >= 2,
             "reduce_bucket_size": reduce_bucket(hidden_size, num_trained),
-            "stage3_gather_16bit_weights_on_model_save": True,
             "stage3_param_persistence_threshold": 10 * hidden_size,
         },
     }
@@ -55,12 +54,7 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int, num_t
 
 class DeepSpeedEngine:
     """Implements `Engine` with DeepSpeed and ZeRO 1 to 3.
-
-    Args:
-        model: the `PairModel` to train, on this worker's device.
-        recipe: the resolved recipe.
-        num_steps: number of steps of the whole run, for the schedule.
-        num_workers: number of workers that train together.
+    The arguments are those of `make_engine`.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -88,14 +89,9 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     num_steps = -(-read.end_sample // recipe.optim.pairs_per_step)
 
     def begin() -> None:
-        try:
-            pinned, without_sharing = ray.get(checked)
-            resolved = _resolved(pinned, num_steps)
-            (folder.path / RECIPE_FILE).write_text(resolved.to_yaml(), encoding="utf-8")
-            folder.push(RECIPE_FILE)
-        except Exception as error:  # noqa: BLE001 - the workers wait for what is made here, and end with this error
-            ray.get(status.fail.remote(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error))
-            return
+        resolved, without_sharing = _checked(checked, num_steps)
+        (folder.path / RECIPE_FILE).write_text(resolved.to_yaml(), encoding="utf-8")
+        folder.push(RECIPE_FILE)
         console.print(_headline(resolved, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
         config = WorkerConfig(
             recipe=resolved.model_dump(mode="json"),
@@ -111,10 +107,31 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
 
     # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
     with ThreadPoolExecutor(1) as pool, ProgressDisplay(status, console):
-        begun = pool.submit(begin)
-        _fit(status, recipe, resources, callbacks or [])
-        begun.result()
+        begun = pool.submit(_or_fail, begin, status)
+        try:
+            _fit(status, recipe, resources, callbacks or [])
+        finally:
+            begun.result()  # its own error says more than that of the workers
     return RunSummary(folder.uri, last_metrics(folder))
+
+
+def _checked(check: ray.ObjectRef, num_steps: int) -> tuple[Recipe, str | None]:
+    """Wait for the check of the model; return what it returns, with the recipe resolved. Raises UserError."""
+    try:
+        recipe, without_sharing = ray.get(check)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return _resolved(recipe, num_steps), without_sharing
+
+
+def _or_fail(prepare: Callable[[], None], status: Any) -> None:
+    """Run what the workers wait for; if that fails, end them."""
+    try:
+        prepare()
+    except BaseException as error:  # also SystemExit, which rich raises where nobody reads the output any longer
+        # As text, since not every exception can be pickled.
+        ray.get(status.fail.remote(TrainingFailed(f"the run was not prepared: {type(error).__name__}: {error}")))
+        raise
 
 
 def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]) -> None:

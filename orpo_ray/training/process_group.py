@@ -18,8 +18,6 @@ from ray.train.collective import broadcast_from_rank_zero
 
 # How long a collective waits for a worker that lags behind, saving a large model for one.
 TIMEOUT = timedelta(minutes=30)
-# Environment variables that configure the allocator; the others are earlier names that torch reads too.
-_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 @dataclass
@@ -35,15 +33,6 @@ class SharedDevices(BackendConfig):
 class _SharedDevicesBackend(Backend):
     # A worker sees the GPUs of all workers of its node, so that its local rank is the index of its own.
     share_cuda_visible_devices = True
-
-
-def prefer_expandable_segments() -> None:
-    """Let the CUDA allocator grow its memory segments: micro-batches differ in size, and fixed segments fragment.
-
-    Must run before CUDA starts. Settings of the user's environment stay.
-    """
-    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
-        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def join_process_group() -> None:

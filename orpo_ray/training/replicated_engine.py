@@ -29,12 +29,7 @@ class ReplicatedEngine:
     """Implements `Engine` without sharding.
 
     Weights that are not float32 have a float32 copy, which AdamW updates. Gradients are added up in one float32 buffer.
-
-    Args:
-        model: the `PairModel` to train, on this worker's device.
-        recipe: the resolved recipe.
-        num_steps: number of steps of the whole run, for the schedule.
-        num_workers: number of workers that train together.
+    The arguments are those of `make_engine`.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> None:
@@ -84,11 +79,9 @@ class ReplicatedEngine:
         """Write the state, which is equal on all workers, on rank 0."""
         (folder / _FOLDER).mkdir(parents=True)
         if dist.get_rank() == 0:
-            trained = self._trained.keys()
-            buffers = {name: value for name, value in self._model.named_buffers() if name not in trained}
             state = {
                 "weights": {name: weight.detach() for name, weight in self._masters.items()},
-                "buffers": buffers,
+                "buffers": dict(self._model.named_buffers()),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self._schedule.state_dict(),
             }

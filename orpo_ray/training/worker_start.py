@@ -6,6 +6,7 @@ imports torch, transformers and DeepSpeed, which takes seconds.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,12 +18,13 @@ import ray.train
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError
-from orpo_ray.training.process_group import prefer_expandable_segments
 
 if TYPE_CHECKING:
     from orpo_ray.streaming.steps import StepShard
 
 POLL_SECONDS = 0.2
+# Environment variables that configure the allocator; the others are earlier names that torch reads too.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ def train_worker(config: dict[str, Any]) -> None:
     except OrpoRayError as error:
         ray.get(worker_config.status.fail.remote(error))
         raise
+
+
+def prefer_expandable_segments() -> None:
+    """Let the CUDA allocator grow its memory segments: micro-batches differ in size, and fixed segments fragment.
+
+    Must run before CUDA starts. Settings of the user's environment stay.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def _wait_for_config(status: Any) -> WorkerConfig | None:

@@ -60,3 +60,12 @@ def test_an_address_without_a_cluster_is_one_message(host: str, tmp_path: Path) 
     assert "RAY_ADDRESS" in result.stderr
     assert address in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_ray_that_does_not_start_is_one_message(tmp_path: Path) -> None:
+    too_long = tmp_path / ("x" * 60)  # the paths of Ray's sockets are limited
+    result = orpo_ray("train", str(ROOT / "recipes/quickstart.yaml"), cwd=tmp_path, env={"RAY_TMPDIR": str(too_long)})
+    assert result.returncode == 1, result.stderr
+    assert "Ray did not start on this machine" in result.stderr
+    assert f"{too_long}/ray/session_latest/logs" in result.stderr.replace("\n", "")
+    assert "Traceback" not in result.stderr

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from orpo_ray.training.process_group import prefer_expandable_segments
+from orpo_ray.training.worker_start import prefer_expandable_segments
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 

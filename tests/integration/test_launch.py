@@ -1,0 +1,37 @@
+"""What the driver does while the workers start: a failure there is the error of the run, and ends the workers."""
+
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from orpo_ray.errors import UserError
+from orpo_ray.training.launch import launch_training
+from support.tiny_runs import tiny_recipe
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(180)]
+
+
+class FullAtTheHeadline(io.StringIO):
+    """A log on a disk without room for the run's first lines."""
+
+    def write(self, text: str) -> int:
+        if "pairs" in text:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_a_driver_that_cannot_print_ends_its_workers(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        launch_training(tiny_recipe(tmp_path, "run"), Console(file=FullAtTheHeadline()))
+
+
+def test_a_model_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run", model={"id": "no/such-model"})
+    with pytest.raises(UserError, match="no/such-model"):
+        launch_training(recipe, Console(file=io.StringIO()))
+    assert not (Path(recipe.run_uri) / "recipe.yaml").exists()
