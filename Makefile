@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 TORCHVISION := .venv-torchvision
 TORCH_AND_TORCHVISION := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: quickstart test fast slow nightly torchvision-tests lint clean
+.PHONY: quickstart test fast slow gpu nightly torchvision-tests lint clean
 
 quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, about 3 minutes after installation
 	$(BIN)/orpo-ray train recipes/quickstart.yaml
@@ -22,6 +22,9 @@ fast: $(INSTALLED)  ## run tests/unit; each test takes seconds at most
 
 slow: $(INSTALLED)  ## run tests/integration: runs on a real Ray, engines in several processes, a browser
 	$(BIN)/pytest -q tests/integration
+
+gpu: $(INSTALLED)  ## run tests/gpu on one NVIDIA GPU, 8 minutes at most; without a GPU they are skipped
+	$(BIN)/pytest -q -m gpu tests/gpu
 
 nightly: lint $(INSTALLED) torchvision-tests  ## run every test, with full matrices and torchvision
 	$(BIN)/pytest -q -m "nightly or not nightly"

@@ -192,6 +192,12 @@ def usual(model: PairModel, batch: PairBatch) -> torch.Tensor:
         images["pixel_values"] = twice.view(len(rows), -1, *pixels.shape[1:]) if nested else twice
     attention_mask = (batch.token_kind <= RESPONSE).long()
     logits = model.model(input_ids=rows, attention_mask=attention_mask, use_cache=False, **images).logits
+    return loss_of_logits(logits, batch)
+
+
+def loss_of_logits(logits: torch.Tensor, batch: PairBatch) -> torch.Tensor:
+    """Compute the loss from the logits of a padded batch at every position, and run backward."""
+    rows = batch.input_ids
     labels, mask = rows[:, 1:], batch.token_kind[:, 1:] == RESPONSE
     logps = logits[:, :-1].float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     sums, counts = (logps * mask).sum(-1), mask.sum(-1).float()

@@ -243,8 +243,9 @@ class ScalingConfig(Config):
 
     num_workers: int = Field(1, ge=1)
     """Number of training processes. Each uses one GPU, or only CPUs if there are no GPUs."""
-    gpus_per_worker: Literal["auto", 0, 1] = "auto"
-    """GPUs per worker. `auto` is 1 if the cluster has GPUs, otherwise 0."""
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """GPUs per worker: 0, 1, or a fraction. `auto` is 1 if the cluster has GPUs, otherwise 0. With a fraction, runs of
+    one worker share a GPU, such as the trials of a search (`tune.max_concurrent`)."""
     cpus_per_worker: float | None = Field(None, gt=0)
     """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
     max_failures: int = Field(3, ge=0)

@@ -17,8 +17,8 @@ class Resources:
 
     cpus: float
     """CPUs that Ray reserves for the worker."""
-    gpus: int
-    """GPUs of the worker."""
+    gpus: float
+    """GPUs of the worker; a fraction of one if runs share it."""
     cpu_threads: int
     """Threads that torch uses when the worker trains on CPUs."""
     max_encoders: int
@@ -40,10 +40,17 @@ def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, r
     scaling = recipe.scaling
     workers = scaling.num_workers * runs
     cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-    per_worker = int(gpus > 0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
+    per_worker = float(gpus > 0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
+    if 0 < per_worker < 1 < scaling.num_workers:
+        raise UserError(
+            "the workers of one run cannot share a GPU: NCCL refuses it",
+            field="scaling.gpus_per_worker",
+            value=per_worker,
+            fix="set it to 1, or scaling.num_workers to 1",
+        )
     if per_worker * workers > gpus:
         raise UserError(
-            f"{workers} worker(s) need {per_worker * workers} GPU(s), and the cluster has {gpus:g}",
+            f"{workers} worker(s) need {per_worker * workers:g} GPU(s), and the cluster has {gpus:g}",
             field="scaling.num_workers",
             value=scaling.num_workers,
             fix=f"use at most {int(gpus)} GPU(s), or set scaling.gpus_per_worker to 0 to train on CPUs",

@@ -279,6 +279,7 @@ def test_resuming_sharded_state_on_other_workers_is_refused(ray_cluster: None, t
         ({"num_workers": 4, "gpus_per_worker": 1}, {"CPU": 8, "GPU": 2}, "the cluster has 2"),
         ({"num_workers": 4, "cpus_per_worker": 2}, {"CPU": 8}, "exceed the cluster's 8"),
         ({"num_workers": 1}, {"CPU": 0.5}, "exceed the cluster's 0.5"),
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, {"CPU": 8, "GPU": 1}, "cannot share a GPU"),
     ],
 )
 def test_what_does_not_fit_the_cluster_is_said_before_it_starts(

@@ -1,0 +1,227 @@
+"""Steps per second and MFU on a GPU, against the usual step and against `orpo-ray plan`, with random weights.
+
+    python benchmarks/gpu.py [--shapes NAME ...] [--rounds N] [--json]
+    python benchmarks/gpu.py --tiny   # small models of the same families, to run the program on a CPU
+
+Needs no network: models are built from their configs on the device. A step is forward, ORPO loss and backward of one
+micro-batch. (a) is orpo-ray: one packed row [prompt | chosen | rejected] ..., each image once, logits at answers only.
+(b) is the usual implementation with the same model: both answers as padded rows, each image twice, logits everywhere.
+They run in turn. MFU counts the FLOPs of (a) without recomputation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from machine import provenance
+from step_throughput import loss_of_logits, measured, ours, set_attention
+
+from orpo_ray.config.schema import LoraConfig, ModelConfig, QuantizationConfig
+from orpo_ray.data.packing import RESPONSE, PairBatch
+from orpo_ray.model import shared_prefix, vision_attention
+from orpo_ray.model.families.idefics3 import Idefics3
+from orpo_ray.model.families.registry import family_of
+from orpo_ray.model.loading import ready_to_train, without_adapters
+from orpo_ray.model.quantization import quantization_config
+from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
+from orpo_ray.planning.activations import NORM, PairShape, batch_of, measure, unloaded_model
+from orpo_ray.planning.gpus import GPUS, Gpu
+from orpo_ray.planning.images import image_shape
+from orpo_ray.planning.known_shapes import KNOWN_SHAPES
+from orpo_ray.planning.states import Weights
+from orpo_ray.planning.step_time import Load, Rates, step_time
+from orpo_ray.tiny_models.families import TINY_FAMILIES
+
+# Tokens of a prompt's text, and of each answer.
+PROMPT, ANSWER = 60, 150
+# What the models take of a batch's images in their own forward.
+OWN_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw")
+
+
+@dataclass(frozen=True)
+class GpuShape:
+    """A model, the way it is tuned, and the pairs of a micro-batch."""
+
+    name: str
+    model_id: str
+    tiny: str
+    """The family of the small model that `--tiny` takes instead."""
+    pairs: int
+    lora: bool = False
+    quantized: bool = False
+    checkpointing: bool = True
+
+    def model_config(self) -> ModelConfig:
+        """The `model` section of a recipe."""
+        return ModelConfig(
+            id=self.model_id,
+            gradient_checkpointing="full" if self.checkpointing else "none",
+            lora=LoraConfig(r=16) if self.lora else None,
+            quantization=QuantizationConfig() if self.quantized else None,
+        )
+
+
+LLAVA = "llava-hf/llava-v1.6-mistral-7b-hf"
+SHAPES = (
+    GpuShape("smolvlm-256m-full", "HuggingFaceTB/SmolVLM-256M-Instruct", "smolvlm", 8, checkpointing=False),
+    GpuShape("llava-1.6-7b-lora", LLAVA, "llava_next", 2, lora=True),
+    GpuShape("llava-1.6-7b-qlora", LLAVA, "llava_next", 2, lora=True, quantized=True),
+    GpuShape("qwen2.5-vl-7b-lora", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 4, lora=True),
+)
+
+
+def build(shape: GpuShape, config: Any, device: torch.device, dtype: torch.dtype) -> PairModel:
+    """Build the model with random weights, ready to train."""
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    shared_prefix.register()
+    attention = {"text_config": shared_prefix.NAME, "vision_config": "sdpa"}
+    with device:
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+    if shape.quantized:
+        quantize(model, device, dtype)
+    model = ready_to_train(model, shape.model_config(), seed=0).to(device)
+    return PairModel(model, NORM, PIXELS_AT_ONCE[device.type] if shape.checkpointing else None)
+
+
+def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Pack the weights that QLoRA packs, one at a time."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skipped = quantization_config(QuantizationConfig(), family_of(model.config), dtype).llm_int8_skip_modules
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, torch.nn.Linear) or not should_convert_module(name, skipped):
+            continue
+        packed = Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4", device="meta"
+        )
+        packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(device)
+        packed.bias = linear.bias
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, packed)
+    model.requires_grad_(False)
+
+
+def usual(model: PairModel, batch: PairBatch) -> torch.Tensor:
+    """(b): the model's own forward on a padded batch of both answers, as in other trainers."""
+    inputs = model.family.vision_inputs(batch.images, NORM, next(model.parameters()).dtype)
+    images = {name: torch.cat([value, value]) for name, value in inputs.items() if name in OWN_INPUTS}
+    if isinstance(model.family, Idefics3):  # takes [rows, tiles, ...]
+        pixels = images["pixel_values"]
+        images["pixel_values"] = pixels.view(len(batch.input_ids), -1, *pixels.shape[1:])
+    mask = (batch.token_kind <= RESPONSE).long()
+    logits = model.model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **images).logits
+    return loss_of_logits(logits, batch)
+
+
+def run(shape: GpuShape, tiny: bool, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Measure a shape."""
+    config = TINY_FAMILIES[shape.tiny]().config() if tiny else KNOWN_SHAPES[shape.model_id].config()
+    image = image_shape(config)
+    pair = PairShape(PROMPT, ANSWER, ANSWER, 1, image.tokens, image.vision)
+    packed, padded = (
+        batch_of(pair, shape.pairs, config, "response", layout).to(device)
+        for layout in ("shared_prefix", "concatenated")
+    )
+    model = build(shape, config, device, dtype)
+    found: dict[str, list[dict[str, float]]] = {"a": [], "b": []}
+    fits = True
+    for number in range(rounds + 1):
+        for which in "ab" if number % 2 else "ba":
+            if which == "b" and not fits:
+                continue
+            step, batch, name = (ours, packed, shared_prefix.NAME) if which == "a" else (usual, padded, "sdpa")
+            set_attention(model, name)
+            if which == "a":
+                vision_attention.use_in(without_adapters(model.model))
+            try:
+                result = measured(lambda step=step, batch=batch: step(model, batch), model, device)
+            except torch.OutOfMemoryError:
+                if which == "a":
+                    raise
+                fits = False
+                continue
+            if number:  # the first round warms up
+                found[which].append(result)
+    a, b = ({key: min(each[key] for each in found[w]) for key in found[w][0]} if found[w] else None for w in "ab")
+    assert a is not None
+    row = {
+        "shape": shape.name + " (tiny)" * tiny,
+        "dtype": str(dtype).removeprefix("torch."),
+        "pairs": shape.pairs,
+        "tokens_per_pair": packed.input_ids.numel() // shape.pairs,
+        "ours_s": a["seconds"],
+        "usual_s": b["seconds"] if b else None,
+        "usual_to_ours_seconds_ratio": b["seconds"] / a["seconds"] if b else None,
+        "ours_tokens_per_s": packed.input_ids.numel() / a["seconds"],
+        "ours_peak_mib": a["peak_mib"],
+        "usual_peak_mib": b["peak_mib"] if b else None,
+    }
+    return row | planned(shape, config, pair, a["seconds"], dtype, device)
+
+
+def planned(
+    shape: GpuShape, config: Any, pair: PairShape, seconds: float, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What `orpo-ray plan` expects of (a), and the MFU that was reached."""
+    one = batch_of(pair, 1, config, "response", "shared_prefix")
+    section = shape.model_config()
+    work, least = (
+        measure(each, config, dtype, "shared_prefix", one, True, "cuda").work
+        for each in (section, section.model_copy(update={"gradient_checkpointing": "none"}))
+    )
+    flops = least.flops * shape.pairs
+    row: dict[str, Any] = {"flops": flops, "kernels": work.kernels}
+    gpu = this_gpu(device)
+    if gpu is not None:
+        unloaded = unloaded_model(section, config, dtype, "shared_prefix")
+        weights = Weights.of(unloaded, section, dtype, config.get_text_config().hidden_size)
+        time = step_time(work, weights, "adamw", Load(0, 1, shape.pairs, shape.pairs), gpu, Rates())
+        expected = time.total - time.optimizer
+        row |= {"mfu": flops / (seconds * gpu.flops), "planned_s": expected}
+        row["measured_to_planned_seconds_ratio"] = seconds / expected
+    return row
+
+
+def this_gpu(device: torch.device) -> Gpu | None:
+    """The type of this machine's GPU, if the plan knows it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name().replace(" ", "-")
+    return next((gpu for gpu in reversed(GPUS) if gpu.name.split("-")[0] in name.split("-")), None)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], help="by default all")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of (a) and of (b), after one each to warm up")
+    parser.add_argument("--tiny", action="store_true", help="small models, also on a CPU")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not arguments.tiny:
+        parser.error("no GPU on this machine; --tiny runs small models on the CPU")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = []
+    for shape in SHAPES:
+        if arguments.shapes and shape.name not in arguments.shapes:
+            continue
+        rows.append(run(shape, arguments.tiny, arguments.rounds, device, dtype))
+        gc.collect()
+        if not arguments.json:
+            print("\n".join(f"{name:36} {value}" for name, value in rows[-1].items()), end="\n\n", flush=True)
+    result = provenance() | {"rows": rows}
+    result |= {f"{row['shape']}/{name}": value for row in rows for name, value in row.items() if name.endswith("ratio")}
+    print(json.dumps(result) if arguments.json else "\n".join(f"{k:12} {v}" for k, v in provenance().items()))
+
+
+if __name__ == "__main__":
+    main()
