@@ -1,12 +1,13 @@
 """Steps per second and MFU on a GPU, against the usual step and against `orpo-ray plan`, with random weights.
 
-    python benchmarks/gpu.py [--shapes NAME ...] [--rounds N] [--json]
+    python benchmarks/gpu.py [--shapes NAME ...] [--checkpointing MODE] [--rounds N] [--json]
     python benchmarks/gpu.py --tiny   # small models of the same families, to run the program on a CPU
 
 Needs no network: models are built from their configs on the device. A step is forward, ORPO loss and backward of one
 micro-batch. (a) is orpo-ray: one packed row [prompt | chosen | rejected] ..., each image once, logits at answers only.
 (b) is the usual implementation with the same model: both answers as padded rows, each image twice, logits everywhere.
-They run in turn. MFU counts the FLOPs of (a) without recomputation.
+(c) is (a) with transformers' and peft's own layers, as (b) has them. All run in turn. MFU counts the FLOPs of (a)
+without recomputation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +24,12 @@ import torch
 from machine import provenance
 from step_throughput import loss_of_logits, measured, ours, set_attention
 
-from orpo_ray.config.schema import LoraConfig, ModelConfig, QuantizationConfig
-from orpo_ray.data.packing import RESPONSE, PairBatch
+from orpo_ray.config.schema import Checkpointing, LoraConfig, ModelConfig, QuantizationConfig
+from orpo_ray.data.packing import RESPONSE, Layout, PairBatch
 from orpo_ray.model import shared_prefix, vision_attention
 from orpo_ray.model.families.idefics3 import Idefics3
 from orpo_ray.model.families.registry import family_of
+from orpo_ray.model.fused_layers import rotary_on
 from orpo_ray.model.loading import ready_to_train, without_adapters
 from orpo_ray.model.quantization import quantization_config
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
@@ -54,13 +58,12 @@ class GpuShape:
     pairs: int
     lora: bool = False
     quantized: bool = False
-    checkpointing: bool = True
 
-    def model_config(self) -> ModelConfig:
+    def model_config(self, checkpointing: Checkpointing = "none") -> ModelConfig:
         """The `model` section of a recipe."""
         return ModelConfig(
             id=self.model_id,
-            gradient_checkpointing="full" if self.checkpointing else "none",
+            gradient_checkpointing=checkpointing,
             lora=LoraConfig(r=16) if self.lora else None,
             quantization=QuantizationConfig() if self.quantized else None,
         )
@@ -68,14 +71,14 @@ class GpuShape:
 
 LLAVA = "llava-hf/llava-v1.6-mistral-7b-hf"
 SHAPES = (
-    GpuShape("smolvlm-256m-full", "HuggingFaceTB/SmolVLM-256M-Instruct", "smolvlm", 8, checkpointing=False),
+    GpuShape("smolvlm-256m-full", "HuggingFaceTB/SmolVLM-256M-Instruct", "smolvlm", 8),
     GpuShape("llava-1.6-7b-lora", LLAVA, "llava_next", 2, lora=True),
     GpuShape("llava-1.6-7b-qlora", LLAVA, "llava_next", 2, lora=True, quantized=True),
     GpuShape("qwen2.5-vl-7b-lora", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 4, lora=True),
 )
 
 
-def build(shape: GpuShape, config: Any, device: torch.device, dtype: torch.dtype) -> PairModel:
+def build(section: ModelConfig, config: Any, device: torch.device, dtype: torch.dtype) -> PairModel:
     """Build the model with random weights, ready to train."""
     from transformers import AutoModelForImageTextToText
 
@@ -84,10 +87,10 @@ def build(shape: GpuShape, config: Any, device: torch.device, dtype: torch.dtype
     attention = {"text_config": shared_prefix.NAME, "vision_config": "sdpa"}
     with device:
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
-    if shape.quantized:
+    if section.quantization is not None:
         quantize(model, device, dtype)
-    model = ready_to_train(model, shape.model_config(), seed=0).to(device)
-    return PairModel(model, NORM, PIXELS_AT_ONCE[device.type] if shape.checkpointing else None)
+    model = ready_to_train(model, section, seed=0, fused=True).to(device)
+    return PairModel(model, NORM, PIXELS_AT_ONCE[device.type] if section.gradient_checkpointing != "none" else None)
 
 
 def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -116,63 +119,90 @@ def usual(model: PairModel, batch: PairBatch) -> torch.Tensor:
     if isinstance(model.family, Idefics3):  # takes [rows, tiles, ...]
         pixels = images["pixel_values"]
         images["pixel_values"] = pixels.view(len(batch.input_ids), -1, *pixels.shape[1:])
-    mask = (batch.token_kind <= RESPONSE).long()
-    logits = model.model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **images).logits
-    return loss_of_logits(logits, batch)
+    others = (
+        {"attention_mask": (batch.token_kind <= RESPONSE).long()} | model.family.concatenated_inputs(batch) | images
+    )
+    return loss_of_logits(model.model(input_ids=batch.input_ids, use_cache=False, **others).logits, batch)
 
 
-def run(shape: GpuShape, tiny: bool, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+@contextmanager
+def own_layers(model: torch.nn.Module) -> Iterator[None]:
+    """Take fused layers back: forward passes that `fuse_layers` and `fuse_adapters` replaced."""
+    replaced = {module: vars(module).pop("forward") for module in model.modules() if "forward" in vars(module)}
+    with rotary_on():
+        yield
+    for module, forward in replaced.items():
+        module.forward = forward
+
+
+def step_of(which: str, model: PairModel, batches: dict[Layout, PairBatch], device: torch.device) -> dict[str, float]:
+    """Measure one step of (a), (b) or (c)."""
+    layout: Layout = "concatenated" if which == "b" else "shared_prefix"
+    set_attention(model, "sdpa" if which == "b" else shared_prefix.NAME)
+    if which == "a":
+        vision_attention.use_in(without_adapters(model.model))
+    with nullcontext() if which == "a" else own_layers(model):
+        return measured(lambda: (usual if which == "b" else ours)(model, batches[layout]), model, device)
+
+
+def run(
+    shape: GpuShape, mode: Checkpointing, tiny: bool, rounds: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """Measure a shape."""
     config = TINY_FAMILIES[shape.tiny]().config() if tiny else KNOWN_SHAPES[shape.model_id].config()
     image = image_shape(config)
     pair = PairShape(PROMPT, ANSWER, ANSWER, 1, image.tokens, image.vision)
-    packed, padded = (
-        batch_of(pair, shape.pairs, config, "response", layout).to(device)
+    batches: dict[Layout, PairBatch] = {
+        layout: batch_of(pair, shape.pairs, config, "response", layout).to(device)
         for layout in ("shared_prefix", "concatenated")
-    )
-    model = build(shape, config, device, dtype)
-    found: dict[str, list[dict[str, float]]] = {"a": [], "b": []}
-    fits = True
+    }
+    section = shape.model_config(mode)
+    model = build(section, config, device, dtype)
+    found: dict[str, list[dict[str, float]]] = {"a": [], "b": [], "c": []}
+    fits = dict.fromkeys(found, True)
     for number in range(rounds + 1):
-        for which in "ab" if number % 2 else "ba":
-            if which == "b" and not fits:
+        for which in "acb" if number % 2 else "bca":
+            if not fits[which]:
                 continue
-            step, batch, name = (ours, packed, shared_prefix.NAME) if which == "a" else (usual, padded, "sdpa")
-            set_attention(model, name)
-            if which == "a":
-                vision_attention.use_in(without_adapters(model.model))
             try:
-                result = measured(lambda step=step, batch=batch: step(model, batch), model, device)
+                result = step_of(which, model, batches, device)
             except torch.OutOfMemoryError:
                 if which == "a":
                     raise
-                fits = False
+                fits[which] = False
                 continue
             if number:  # the first round warms up
                 found[which].append(result)
-    a, b = ({key: min(each[key] for each in found[w]) for key in found[w][0]} if found[w] else None for w in "ab")
-    assert a is not None
-    row = {
+    tokens = batches["shared_prefix"].input_ids.numel()
+    row: dict[str, Any] = {
         "shape": shape.name + " (tiny)" * tiny,
         "dtype": str(dtype).removeprefix("torch."),
+        "checkpointing": mode,
         "pairs": shape.pairs,
-        "tokens_per_pair": packed.input_ids.numel() // shape.pairs,
-        "ours_s": a["seconds"],
-        "usual_s": b["seconds"] if b else None,
-        "usual_to_ours_seconds_ratio": b["seconds"] / a["seconds"] if b else None,
-        "ours_tokens_per_s": packed.input_ids.numel() / a["seconds"],
-        "ours_peak_mib": a["peak_mib"],
-        "usual_peak_mib": b["peak_mib"] if b else None,
+        "tokens_per_pair": tokens // shape.pairs,
     }
-    return row | planned(shape, config, pair, a["seconds"], dtype, device)
+    names = {"a": "ours", "b": "usual", "c": "ours_own_layers"}
+    for which, name in names.items():
+        for key, unit in (("seconds", "s"), ("peak_mib", "peak_mib"), ("loss", "loss")):
+            row[f"{name}_{unit}"] = min(each[key] for each in found[which]) if found[which] else None
+    for which in "bc":
+        seconds = row[f"{names[which]}_s"]
+        row[f"{names[which]}_to_ours_seconds_ratio"] = seconds / row["ours_s"] if seconds else None
+    row["ours_tokens_per_s"] = tokens / row["ours_s"]
+    return row | planned(shape, section, config, pair, row["ours_s"], dtype, device)
 
 
 def planned(
-    shape: GpuShape, config: Any, pair: PairShape, seconds: float, dtype: torch.dtype, device: torch.device
+    shape: GpuShape,
+    section: ModelConfig,
+    config: Any,
+    pair: PairShape,
+    seconds: float,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What `orpo-ray plan` expects of (a), and the MFU that was reached."""
     one = batch_of(pair, 1, config, "response", "shared_prefix")
-    section = shape.model_config()
     work, least = (
         measure(each, config, dtype, "shared_prefix", one, True, "cuda").work
         for each in (section, section.model_copy(update={"gradient_checkpointing": "none"}))
@@ -202,7 +232,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], help="by default all")
-    parser.add_argument("--rounds", type=int, default=5, help="steps of (a) and of (b), after one each to warm up")
+    parser.add_argument("--checkpointing", choices=("none", "full"), default="none", help="gradient checkpointing")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each, after one each to warm up")
     parser.add_argument("--tiny", action="store_true", help="small models, also on a CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     arguments = parser.parse_args()
@@ -214,7 +245,7 @@ def main() -> None:
     for shape in SHAPES:
         if arguments.shapes and shape.name not in arguments.shapes:
             continue
-        rows.append(run(shape, arguments.tiny, arguments.rounds, device, dtype))
+        rows.append(run(shape, arguments.checkpointing, arguments.tiny, arguments.rounds, device, dtype))
         gc.collect()
         if not arguments.json:
             print("\n".join(f"{name:36} {value}" for name, value in rows[-1].items()), end="\n\n", flush=True)

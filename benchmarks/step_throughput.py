@@ -219,7 +219,6 @@ def measured(run: Callable[[], torch.Tensor], model: PairModel, device: torch.de
     model.zero_grad(set_to_none=True)
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     else:

@@ -126,6 +126,9 @@ class ModelConfig(Config):
     `selective`: it keeps the results of matrix products and of attention, and computes again what is cheap. `full`, or
     `true`: it computes whole layers again, and a step takes about a third longer. `auto`: the first of these that fits
     the memory of the run's GPUs by the estimate of `orpo-ray plan`; `full` on a CPU."""
+    fused_layers: Literal["auto"] | bool = "auto"
+    """Run norms, gated MLPs, rotary embeddings and LoRA in fewer passes over memory, for families where the results are
+    the same. `auto`: on GPUs where Triton works."""
     lora: LoraConfig | None = None
     """Train LoRA adapters instead of all weights. `{}` uses the defaults."""
     quantization: QuantizationConfig | None = None

@@ -40,6 +40,9 @@ def enable_checkpointing(model: Any, mode: Checkpointing) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the new name is missing from some supported versions
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # transformers lets the outputs of all embeddings require gradients, as reentrant checkpointing needs. With LoRA,
+    # the backward pass would then go through the whole frozen vision encoder.
+    model.disable_input_require_grads()
 
 
 def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:

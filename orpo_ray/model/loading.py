@@ -16,6 +16,8 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.checkpointing import enable_checkpointing
 from orpo_ray.model.families.base import Family
 from orpo_ray.model.families.registry import family_of
+from orpo_ray.model.fused_layers import fuse_adapters, fuse_layers
+from orpo_ray.model.fused_ops import has_kernels
 from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.quantization import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
@@ -118,14 +120,21 @@ def load_model(model_config: ModelConfig, device: torch.device, seed: int) -> to
     use_vision_attention(model)
     if model_config.quantization is not None:
         check_quantized(model, model_config.quantization)
-    model = ready_to_train(model, model_config, seed)
+    wanted = model_config.fused_layers
+    model = ready_to_train(model, model_config, seed, has_kernels(device.type) if wanted == "auto" else wanted)
     if model_config.quantization is None:
         model.to(device)  # a quantized model is already there
     return model
 
 
-def ready_to_train(model: Any, model_config: ModelConfig, seed: int) -> torch.nn.Module:
+def ready_to_train(model: Any, model_config: ModelConfig, seed: int, fused: bool) -> torch.nn.Module:
     """Prepare a model as transformers made it: freeze components, add adapters, turn on gradient checkpointing.
+
+    Args:
+        model: the transformers model.
+        model_config: the recipe's.
+        seed: of the adapters' first weights.
+        fused: whether layers run in fewer passes over memory (`model.fused_layers`).
 
     Raises:
         UserError: the recipe does not fit the model.
@@ -135,8 +144,12 @@ def ready_to_train(model: Any, model_config: ModelConfig, seed: int) -> torch.nn
     if model_config.quantization is None:
         model.requires_grad_(True)  # Idefics freezes most of itself
     _freeze(model, model_config, family)
+    if fused:
+        fuse_layers(model)
     if model_config.lora is not None:
         model = add_adapters(model, model_config, family, seed)
+        if fused and model_config.gradient_checkpointing != "selective":  # it keeps what would be written to in place
+            fuse_adapters(model)
     enable_checkpointing(model, model_config.gradient_checkpointing)
     model.train()
     return model

@@ -147,7 +147,8 @@ def unloaded_model(
             config, dtype=dtype, attn_implementation={"text_config": language, "vision_config": "sdpa"}
         )
         vision_attention.use_in(model, VISION_AS_ON_CUDA if device == "cuda" else vision_attention.NAME)
-        return ready_to_train(model, model_config, seed=0)
+        wanted = model_config.fused_layers
+        return ready_to_train(model, model_config, seed=0, fused=device == "cuda" if wanted == "auto" else wanted)
 
 
 def batch_of(shape: PairShape, pairs: int, config: Any, nll: str, layout: Layout) -> PairBatch:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_ray.config.schema import Checkpointing, ModelConfig
+from orpo_ray.config.schema import Checkpointing, LoraConfig, ModelConfig
 from orpo_ray.data.packing import build_batch
-from orpo_ray.model.loading import load_model
+from orpo_ray.model.loading import load_model, without_adapters
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.planning import activations
 from orpo_ray.planning.activations import Activations
@@ -29,6 +29,17 @@ def test_every_mode_has_the_same_gradients(family: str, lora: bool) -> None:
     expected = run(tiny_pair_model(family, lora), pairs, layout)
     for mode in MODES[1:]:
         assert_equal(run(tiny_pair_model(family, lora, mode), pairs, layout), expected)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_does_not_reach_a_frozen_vision_encoder(family: str, mode: Checkpointing) -> None:
+    config = ModelConfig(id=f"orpo-ray/tiny-{family}", lora=LoraConfig(), gradient_checkpointing=mode)
+    model = PairModel(load_model(config, torch.device("cpu"), seed=0), NORM)
+    batch = build_batch(make_row(family, ROW), "response", model.layout, collate=model.family.collate)
+    features = model._encode_images(without_adapters(model.model), batch)
+    assert not features.features.requires_grad
+    assert model(batch).chosen.requires_grad
 
 
 def test_so_has_a_quantized_model() -> None:
