@@ -40,7 +40,8 @@ class _Rotate(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _rotated(grad, *ctx.saved_tensors, backward=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, backward=True), None, None
 
 
 class _RmsNorm(Function):

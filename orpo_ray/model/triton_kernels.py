@@ -11,7 +11,7 @@ import triton.language as tl
 _BLOCK = 1024
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _silu_mul(gate, up, out, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -20,7 +20,7 @@ def _silu_mul(gate, up, out, count, BLOCK: tl.constexpr):  # type: ignore[no-unt
     tl.store(out + at, g * tl.sigmoid(g) * u, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _silu_mul_backward(grad, gate, up, d_gate, d_up, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -32,7 +32,7 @@ def _silu_mul_backward(grad, gate, up, d_gate, d_up, count, BLOCK: tl.constexpr)
     tl.store(d_up + at, d * g * sigmoid, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rotate(  # type: ignore[no-untyped-def]
     states, out, cos, sin, x_token, x_head, heads, half,
     BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,  # noqa: N803
