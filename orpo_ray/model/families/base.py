@@ -201,6 +201,9 @@ class Family:
         if batch.spans:
             inputs["shared_prefix"] = PrefixLayout.of(batch, self.bidirectional)
             inputs["position_ids"] = self.packed_positions(base, batch)
+            # Attention ignores the mask. One of four dimensions keeps transformers from making its own, for which it
+            # would read the positions back from the device.
+            inputs["attention_mask"] = batch.token_kind[None, None]
             return inputs
         return inputs | self.concatenated_inputs(batch)
 
