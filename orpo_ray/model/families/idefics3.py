@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate_images import PIXELS, ImageArrays, concatenate_images
+from orpo_ray.data.collate_images import PIXELS, ImageArrays, TokenRows, concatenate_images
 from orpo_ray.model.families.base import Family, ImageTensors
 from orpo_ray.processing.pixel_norm import PixelNorm
 
@@ -18,9 +18,9 @@ PADDING_MASK = "pixel_attention_mask"
 class Idefics2(Family):
     """A mask says which pixels are real; the model takes [1, n, 3, H, W]."""
 
-    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+    def collate(self, inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
         """Add the mask where images of different sizes are joined."""
-        return concatenate_images(inputs, row_width, PADDING_MASK)
+        return concatenate_images(inputs, padding_mask=PADDING_MASK) | self.image_positions(rows)
 
     def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
         """Padding stays 0."""
