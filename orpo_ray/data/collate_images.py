@@ -9,6 +9,7 @@ Legend: n images or tiles of all prompts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,28 +20,45 @@ ON_HOST = "on_host."
 ImageArrays = Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of tokens of a batch, for tensors that depend on where images lie in them."""
+
+    ids: np.ndarray
+    """int64 [rows, T], as `PairBatch.input_ids`."""
+    is_image: np.ndarray
+    """bool [rows, T]: image placeholders."""
+    spans: Sequence[tuple[int, int, int, int]] = ()
+    """`PairBatch.spans`: start, chosen, rejected and end of each pair in a packed row."""
+
+    @property
+    def width(self) -> int:
+        """T."""
+        return self.ids.shape[1]
+
+
 class Collate(Protocol):
     """Joins the image tensors of several prompts."""
 
-    def __call__(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+    def __call__(self, inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
         """Join the tensors of all prompts that have images.
 
         Args:
             inputs: one mapping per prompt, in the order of the batch; empty for a prompt without images. At least one
                 is not empty.
-            row_width: tokens of each row of the batch.
+            rows: the tokens of the batch.
         """
         ...
 
 
 def concatenate_images(
-    inputs: Sequence[ImageArrays], row_width: int = 0, padding_mask: str | None = None
+    inputs: Sequence[ImageArrays], rows: TokenRows | None = None, padding_mask: str | None = None
 ) -> dict[str, np.ndarray]:
     """Put the images of all prompts one after another; smaller ones are padded with 0 at the bottom and on the right.
 
     Args:
         inputs: see `Collate`.
-        row_width: not used.
+        rows: not used.
         padding_mask: name of the tensor that says which pixels are real. It is added where images of different sizes
             are joined; images without one are real as a whole.
     """

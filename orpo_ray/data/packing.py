@@ -16,32 +16,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from orpo_ray.data.collate_images import ON_HOST, Collate, concatenate_images
+from orpo_ray.data.collate_images import ON_HOST, Collate, TokenRows, concatenate_images
 from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.data.spans import PairSpan
+from orpo_ray.data.transfer import to_device
+from orpo_ray.data.varlen_index import VarlenIndex
 from orpo_ray.processing.prompts import EncodedPrompt
 
 Layout = Literal["shared_prefix", "concatenated"]
 
 # PairBatch.token_kind
 TEXT, IMAGE, RESPONSE, PADDING = range(4)
-
-
-@dataclass(frozen=True)
-class PairSpan:
-    """Position of a pair in a packed row: [start, chosen) prompt, [chosen, rejected) and [rejected, end) answers.
-
-    A pair whose answers were given to different images has two prompts, and two spans with one answer each.
-    """
-
-    start: int
-    chosen: int
-    rejected: int
-    end: int
-
-    @property
-    def is_single(self) -> bool:
-        """Whether the prompt has only one answer."""
-        return self.rejected == self.end
 
 
 @dataclass(frozen=True)
@@ -76,6 +61,8 @@ class PairBatch:
     """Whether a pair has an image, rather than only a dummy pair."""
     images_shared: bool = True
     """Whether both rows of every pair take the same images, which are stored once. Always true of a packed row."""
+    varlen: VarlenIndex | None = None
+    """The sequences of a packed row as attention kernels take them."""
 
     @property
     def num_pairs(self) -> int:
@@ -85,8 +72,10 @@ class PairBatch:
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {k: value.to(device) for k, value in values.items() if isinstance(value, torch.Tensor)}
-        images = {name: value if name.startswith(ON_HOST) else value.to(device) for name, value in self.images.items()}
+        moved: dict[str, Any] = {k: to_device(v, device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        if self.varlen is not None:
+            moved["varlen"] = self.varlen.to(device)
+        images = {n: v if n.startswith(ON_HOST) else to_device(v, device) for n, v in self.images.items()}
         return replace(self, **moved, images=images)
 
 
@@ -124,10 +113,11 @@ def build_batch(
         target_answer=torch.from_numpy(np.concatenate(rows.target_answer)),
         target_in_response=torch.from_numpy(np.concatenate(rows.target_in_response)),
         weights=torch.tensor([1.0] * len(pairs) + [0.0] * len(dummy_pairs)),
-        images=_tensors(collate(images, rows.width)) if any(images) else {},
+        images=_tensors(collate(images, rows.tokens())) if any(images) else {},
         sample_indices=tuple(pair.sample_index for pair in everything),
         trains_on_images=any(pair.images for pair in pairs),
         images_shared=shared,
+        varlen=VarlenIndex.of(rows.spans) if rows.spans else None,
     )
 
 
@@ -178,6 +168,11 @@ class _Rows:
             start = len(prompt.ids)
             self._place_prompt(prompt, row, row, 0)
             self._place_answer(answer, row, start, row, start, before=start - 1)
+
+    def tokens(self) -> TokenRows:
+        """The rows as families place images in them."""
+        spans = [(span.start, span.chosen, span.rejected, span.end) for span in self.spans]
+        return TokenRows(self.input_ids, self.token_kind == IMAGE, spans)
 
     def _allocate(self, count: int, width: int) -> None:
         self.width = width

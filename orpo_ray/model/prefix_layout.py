@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from orpo_ray.data.packing import IMAGE, PairBatch, PairSpan
+from orpo_ray.data.packing import IMAGE, PairBatch
+from orpo_ray.data.spans import PairSpan
+from orpo_ray.data.varlen_index import VarlenIndex
 from orpo_ray.model.cpu_flash_attention import RowSequence
 
 
@@ -42,13 +43,15 @@ class PrefixLayout:
     """int64 [1, T], on the row's device: TEXT, IMAGE or RESPONSE."""
     bidirectional: Bidirectional | None = None
     """Exceptions from the causal mask; None if there are none."""
+    varlen: VarlenIndex | None = None
+    """The sequences as variable-length kernels take them, on the row's device; None makes it on demand."""
     _masks: dict[Any, torch.Tensor | None] = field(default_factory=dict)
     _sequences: dict[Any, list[RowSequence]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: PairBatch, bidirectional: Bidirectional | None) -> PrefixLayout:
         """The layout of a packed batch."""
-        return cls(batch.spans, batch.token_kind, bidirectional)
+        return cls(batch.spans, batch.token_kind, bidirectional, batch.varlen)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -58,7 +61,7 @@ class PrefixLayout:
     @cached_property
     def varlen_index(self) -> VarlenIndex:
         """The sequences as variable-length kernels take them."""
-        return VarlenIndex.of(self.spans, self.token_kind.device)
+        return self.varlen or VarlenIndex.of(self.spans).to(self.token_kind.device)
 
     def row_sequences(self, window: int | None, dtype: torch.dtype) -> list[RowSequence]:
         """The sequences as slices of the row, with additive masks of `dtype`."""
@@ -131,42 +134,6 @@ class PrefixLayout:
         is_image = self.token_kind[0, span.start : span.rejected] == IMAGE
         starts = is_image & ~F.pad(is_image, (1, 0))[:-1]
         return torch.where(is_image, starts.cumsum(0), -1)
-
-
-@dataclass(frozen=True)
-class VarlenIndex:
-    """The sequences of a row, for kernels that take sequences of different lengths."""
-
-    keys: torch.Tensor
-    """int64 [T + sum of P]: indices into the row, with each prompt repeated before its rejected answer."""
-    cu_queries: torch.Tensor
-    """int32 [sequences + 1]: where the queries of each sequence begin in the row."""
-    cu_keys: torch.Tensor
-    """int32 [sequences + 1]: where the keys of each sequence begin in `keys`. Queries align with the last keys."""
-    longest_query: int
-    """Most queries of a sequence, in tokens."""
-    longest_key: int
-    """Most keys of a sequence, in tokens."""
-
-    @classmethod
-    def of(cls, spans: Sequence[PairSpan], device: torch.device) -> VarlenIndex:
-        """Make the index from the positions of the pairs in the row."""
-        keys: list[np.ndarray] = []
-        queries: list[int] = []
-        for span in spans:
-            prompt = np.arange(span.start, span.chosen)
-            keys.append(np.arange(span.start, span.rejected))
-            queries.append(span.rejected - span.start)
-            if not span.is_single:
-                keys.append(np.concatenate([prompt, np.arange(span.rejected, span.end)]))
-                queries.append(span.end - span.rejected)
-
-        def starts(lengths: Sequence[int]) -> torch.Tensor:
-            return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
-
-        key_lengths = [len(indices) for indices in keys]
-        index = torch.from_numpy(np.concatenate(keys)).to(device)
-        return cls(index, starts(queries), starts(key_lengths), max(queries), max(key_lengths))
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

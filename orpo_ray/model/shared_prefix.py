@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from orpo_ray.data.varlen_index import VarlenIndex
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.attention_kernel import AttentionKernel, Hardware, choose_kernel
 from orpo_ray.model.cpu_flash_attention import CpuFlashAttention
-from orpo_ray.model.prefix_layout import PrefixLayout, VarlenIndex
+from orpo_ray.model.prefix_layout import PrefixLayout
 
 NAME = "orpo_ray_shared_prefix"
 # Arguments that models hand down to attention and that change nothing here.

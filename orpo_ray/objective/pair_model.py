@@ -111,7 +111,7 @@ class PairModel(nn.Module):
         inputs = self.family.vision_inputs(batch.images, self.pixel_norm, base.dtype)
         if self.vision_cache is not None:
             inputs = {name: inputs[name] for name in self.family.image_inputs if name in inputs}
-            raw = {name: batch.images[name] for name in inputs}
+            raw = inputs | {PIXELS: batch.images[PIXELS]}
             each = self.vision_cache.features(raw, inputs, lambda missing: self._features_of_each(base, missing))
             features = ImageFeatures.of_each(each)
         else:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from orpo_ray.data.collate_images import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.packing import Layout, PairBatch, build_batch, nll_token_count, plan_microbatches, spread
+from orpo_ray.data.transfer import to_device
 from orpo_ray.objective.base import Normaliser, Objective
 from orpo_ray.objective.pair_model import PairModel
 
@@ -93,9 +94,14 @@ class StepPlanner:
 
 def gather_rows(values: Sequence[float], device: torch.device) -> torch.Tensor:
     """Collect one row of numbers from every worker: float64 [num_workers, n] on the CPU."""
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    return _gather(torch.tensor(values, dtype=torch.float64), device)
+
+
+def _gather(mine: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same for a row [n] that is a tensor, on any device. The host waits once, where a device is involved."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine.cpu().unsqueeze(0)
+    mine = to_device(mine, device)
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
     return torch.stack(rows).cpu()
@@ -110,5 +116,5 @@ def reduce_sums(sums: Mapping[str, torch.Tensor], device: torch.device) -> dict[
     """Add up an objective's sums over all workers. All of them ran equally many micro-batches, so have equal names."""
     if not sums:
         return {}
-    total = gather_rows([float(value) for value in sums.values()], device).sum(0)
+    total = _gather(torch.stack([value.double() for value in sums.values()]), device).sum(0)
     return dict(zip(sums, total.tolist(), strict=True))

@@ -37,9 +37,13 @@ def normalize_pixels(pixels: torch.Tensor, norm: PixelNorm) -> torch.Tensor:
     Returns:
         float32 of the same shape.
     """
-    import torch
-
-    mean = torch.tensor(norm.mean, device=pixels.device).view(-1, 1)
-    std = torch.tensor(norm.std, device=pixels.device).view(-1, 1)
+    mean, std = _column(norm.mean, pixels.device), _column(norm.std, pixels.device)
     by_channel = pixels.flatten(-2).flatten(0, -3) if pixels.ndim > 2 else pixels.reshape(len(pixels), 3, -1)
     return ((by_channel.float() * norm.rescale - mean) / std).view_as(pixels)
+
+
+def _column(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Make float32 [values, 1] by filling: a copy from main memory would wait for the device."""
+    import torch
+
+    return torch.cat([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])

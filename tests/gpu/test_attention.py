@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orpo_ray.data.packing import RESPONSE, TEXT, PairSpan
+from orpo_ray.data.packing import RESPONSE, TEXT
+from orpo_ray.data.spans import PairSpan
 from orpo_ray.model.attention_kernel import Hardware, choose_kernel
 from orpo_ray.model.prefix_layout import PrefixLayout
 from orpo_ray.model.shared_prefix import ScoreOptions, attend

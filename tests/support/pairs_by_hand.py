@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from orpo_ray.config.schema import Checkpointing
+from orpo_ray.data.collate_images import TokenRows
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import Layout, build_batch
 from orpo_ray.model import shared_prefix, vision_attention
@@ -88,6 +89,11 @@ def make_row(family: str, row: list[tuple[int, int, int, int]]) -> list[EncodedP
     """Make pairs from (images, prompt, chosen, rejected) sizes."""
     rng = np.random.default_rng(len(row))
     return [make_pair(family, rng, *lengths, sample_index) for sample_index, lengths in enumerate(row)]
+
+
+def text_rows(count: int, width: int) -> TokenRows:
+    """Return rows of tokens that hold no image."""
+    return TokenRows(np.zeros((count, width), np.int64), np.zeros((count, width), bool))
 
 
 @cache

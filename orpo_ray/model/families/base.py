@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate_images import PIXELS, ImageArrays, concatenate_images
+from orpo_ray.data.collate_images import PIXELS, ImageArrays, TokenRows, concatenate_images
 from orpo_ray.data.packing import PairBatch
+from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout
 from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 
@@ -30,6 +31,8 @@ PROVEN_LANGUAGE_MODELS = {
     "qwen3_vl_text", "smollm3",
 }  # fmt: skip
 
+# In `PairBatch.images`: int64 [image tokens], where features take their place in the flattened rows.
+IMAGE_POSITIONS = "image_positions"
 Prefixes = tuple[str, ...]
 ImageTensors = dict[str, torch.Tensor]
 
@@ -92,6 +95,9 @@ class Family:
     """Prefixes of the language model's parameter names."""
     image_inputs: tuple[str, ...] = (PIXELS,)
     """Which of the processor's tensors the vision encoder takes."""
+    image_token: int | None = None
+    """Id of the tokens whose embeddings are replaced by image features; None until the family is fitted to a config, or
+    if the model itself has to replace them."""
 
     @property
     def bidirectional(self) -> Bidirectional | None:
@@ -100,7 +106,8 @@ class Family:
 
     def fitted(self, config: Any) -> Family:
         """This family with what its other methods must know of a model's config."""
-        return self
+        token = getattr(config, "image_token_id", None)
+        return replace(self, image_token=getattr(config, "image_token_index", None) if token is None else token)
 
     def prefixes(self, component: str) -> Prefixes:
         """Parameter prefixes of `vision`, `connector` or `language`, as `str.startswith` takes them."""
@@ -123,9 +130,13 @@ class Family:
 
     # ---- Images
 
-    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+    def collate(self, inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
         """Join the image tensors of several prompts; see `orpo_ray.data.collate_images.Collate`."""
-        return concatenate_images(inputs, row_width)
+        return concatenate_images(inputs) | self.image_positions(rows)
+
+    def image_positions(self, rows: TokenRows) -> dict[str, np.ndarray]:
+        """Where image features go. Found here, because a search on the device would make every step wait for it."""
+        return {} if self.image_token is None else {IMAGE_POSITIONS: np.flatnonzero(rows.ids == self.image_token)}
 
     def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
         """What the vision encoder takes, with pixels rescaled and normalized as by the processor.
@@ -194,13 +205,20 @@ class Family:
 
     def _forward_inputs(self, base: Any, batch: PairBatch, images: ImageFeatures | None) -> dict[str, Any]:
         """All arguments of the model's forward."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-        if images is not None:
-            copies = 1 if batch.spans or not batch.images_shared else 2
-            inputs["mm_encoder_outputs"] = {"image": images.as_output(copies)}
+        inputs: dict[str, Any] = {"use_cache": False}
+        copies = 1 if batch.spans or not batch.images_shared else 2
+        if images is not None and IMAGE_POSITIONS in batch.images:
+            inputs["inputs_embeds"] = _embeddings(base, batch, images.features, copies)
+        else:
+            inputs["input_ids"] = batch.input_ids
+            if images is not None:
+                inputs["mm_encoder_outputs"] = {"image": images.as_output(copies)}
         if batch.spans:
             inputs["shared_prefix"] = PrefixLayout.of(batch, self.bidirectional)
             inputs["position_ids"] = self.packed_positions(base, batch)
+            # Attention ignores the mask. One of four dimensions keeps transformers from making its own, for which it
+            # would read the positions back from the device.
+            inputs["attention_mask"] = batch.token_kind[None, None]
             return inputs
         return inputs | self.concatenated_inputs(batch)
 
@@ -208,3 +226,25 @@ class Family:
 def _concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Concatenate; a single tensor is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _embeddings(base: Any, batch: PairBatch, features: torch.Tensor, copies: int) -> torch.Tensor:
+    """Embeddings of all tokens, with image features in place of image tokens: [rows, T, D].
+
+    The models do this too, but look for the image tokens on the device, read their number back twice, and again in the
+    backward pass.
+
+    Raises:
+        OrpoRayError: there are more or fewer features than image tokens.
+    """
+    positions = batch.images[IMAGE_POSITIONS]
+    features = features.flatten(0, -2)
+    if len(features) * copies != len(positions):
+        raise OrpoRayError(
+            f"image features and image tokens do not match: {len(features) * copies} and {len(positions)}"
+        )
+    # The image token may lie outside the vocabulary, so it is not looked up.
+    ids = batch.input_ids.flatten().index_fill(0, positions, 0)
+    embeddings: torch.Tensor = base.get_input_embeddings()(ids.view_as(batch.input_ids))
+    features = _concatenated((features.to(embeddings.dtype),) * copies)
+    return embeddings.flatten(0, 1).index_copy(0, positions, features).view_as(embeddings)

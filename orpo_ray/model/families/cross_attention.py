@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate_images import PIXELS, ImageArrays
+from orpo_ray.data.collate_images import PIXELS, ImageArrays, TokenRows
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.families.base import Family, ImageFeatures, ImageTensors
 from orpo_ray.model.families.llava_like import PREFIXES
@@ -37,7 +37,7 @@ class CrossAttentionFamily(Family):
         """The features are not those that the language model's rows take."""
         return False
 
-    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+    def collate(self, inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
         """Put all images one after another, with the mask of which token sees which.
 
         An answer sees what its prompt's last token sees, as when it is generated.
@@ -45,7 +45,7 @@ class CrossAttentionFamily(Family):
         with_images = [images for images in inputs if images]
         (mask_name,) = (name for name in TOKEN_MASKS if name in with_images[0])
         counts = [len(images[PIXELS]) if images else 0 for images in inputs]
-        mask = np.zeros((len(inputs), row_width, max(counts), *with_images[0][mask_name].shape[2:]), np.uint8)
+        mask = np.zeros((len(inputs), rows.width, max(counts), *with_images[0][mask_name].shape[2:]), np.uint8)
         for row, (images, count) in enumerate(zip(inputs, counts, strict=True)):
             if images:
                 own = images[mask_name]  # [P, images of the prompt, ...]

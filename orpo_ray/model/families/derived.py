@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate_images import ImageArrays, concatenate_images
+from orpo_ray.data.collate_images import ImageArrays, TokenRows, concatenate_images
 from orpo_ray.data.packing import IMAGE, PairBatch
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.base import Family, ImageFeatures, ImageTensors
@@ -41,9 +41,9 @@ class DerivedFamily(Family):
         """Features may depend on other images."""
         return False
 
-    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+    def collate(self, inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
         """Add a padding mask if the model takes one."""
-        return concatenate_images(inputs, row_width, PADDING_MASK if PADDING_MASK in self.image_inputs else None)
+        return concatenate_images(inputs, padding_mask=PADDING_MASK if PADDING_MASK in self.image_inputs else None)
 
     def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
         """Padding stays 0 where there is a mask."""

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate_images import PIXELS, ImageArrays, concatenate_images
+from orpo_ray.data.collate_images import PIXELS, ImageArrays, TokenRows, concatenate_images
 from orpo_ray.model.families.base import Family, ImageTensors
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 PADDING_MASK = "pixel_attention_mask"
 
 
-class Idefics3(Family):
-    """A mask says which pixels are real; the vision encoder takes [1, n, 3, H, W]."""
+class Idefics2(Family):
+    """A mask says which pixels are real; the model takes [1, n, 3, H, W]."""
 
-    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+    def collate(self, inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
         """Add the mask where images of different sizes are joined."""
-        return concatenate_images(inputs, row_width, PADDING_MASK)
+        return concatenate_images(inputs, padding_mask=PADDING_MASK) | self.image_positions(rows)
 
     def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
         """Padding stays 0."""
@@ -31,15 +31,48 @@ class Idefics3(Family):
         return super().encode_images(base, {name: value.unsqueeze(0) for name, value in inputs.items()})
 
 
+class Idefics3(Idefics2):
+    """Also SmolVLM: a patch counts if one of its pixels is real."""
+
+    def encode_images(self, base: Any, inputs: ImageTensors) -> Any:
+        """As the model's `get_image_features`, but without waiting for the device.
+
+        The model looks for images that are padding, of which there are none here, and whether its mask is full.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        vision, pixels, mask = base.model.vision_model, inputs[PIXELS], inputs.get(PADDING_MASK)
+        if mask is not None and vision.config._attn_implementation != "sdpa":
+            return super().encode_images(base, inputs)  # masks of other kinds of attention have other forms
+        patches = _patch_mask(pixels, mask, base.config.vision_config.patch_size)
+        states = vision.embeddings(pixel_values=pixels, patch_attention_mask=patches)
+        seen = None
+        if mask is not None:
+            seen = patches.flatten(1)[:, None, None].expand(-1, 1, states.shape[1], -1)  # [n, 1, patches, patches]
+        states = vision.encoder(inputs_embeds=states, attention_mask=seen).last_hidden_state
+        states = vision.post_layernorm(states)
+        return BaseModelOutputWithPooling(states, [base.model.connector(states).flatten(0, 1)])
+
+
+def _patch_mask(pixels: torch.Tensor, mask: torch.Tensor | None, side: int) -> torch.Tensor:
+    """Which patches are real: bool [n, rows, columns]."""
+    if mask is None:
+        rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
+        return torch.ones(len(pixels), rows, columns, dtype=torch.bool, device=pixels.device)
+    return mask.unfold(1, side, side).unfold(2, side, side).sum((-1, -2)) > 0
+
+
 def zero_padding(inputs: ImageTensors) -> ImageTensors:
     """Set padded pixels to 0: processors pad after normalizing, so padding is 0 there and not -mean / std."""
     mask = inputs.get(PADDING_MASK)
     return inputs if mask is None else inputs | {PIXELS: inputs[PIXELS] * mask.unsqueeze(1)}
 
 
-IDEFICS3 = Idefics3(
-    vision=("model.vision_model.",),
-    connector=("model.connector.",),
-    language=("model.text_model.",),
-    image_inputs=(PIXELS, PADDING_MASK),
-)
+_PARTS: dict[str, Any] = {
+    "vision": ("model.vision_model.",),
+    "connector": ("model.connector.",),
+    "language": ("model.text_model.",),
+    "image_inputs": (PIXELS, PADDING_MASK),
+}
+IDEFICS2 = Idefics2(**_PARTS)
+IDEFICS3 = Idefics3(**_PARTS)

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from orpo_ray.model.families.base import Family
+from orpo_ray.data.collate_images import ON_HOST, PIXELS, ImageArrays, TokenRows
+from orpo_ray.model.families.base import Family, ImageTensors
+from orpo_ray.processing.pixel_norm import PixelNorm
 
 PREFIXES: dict[str, Any] = {
     "vision": ("model.vision_tower.",),
     "connector": ("model.multi_modal_projector.",),
     "language": ("model.language_model.",),
 }
+
+
+class Llava(Family):
+    """Models look at images' sizes in Python, so sizes stay in main memory."""
+
+    def collate(self, inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
+        """All but the pixels stays in main memory."""
+        tensors = super().collate(inputs, rows)
+        return {ON_HOST + name if name in self._sizes else name: tensor for name, tensor in tensors.items()}
+
+    def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
+        """With the names that the model knows."""
+        sizes = {name: images[ON_HOST + name] for name in self._sizes if ON_HOST + name in images}
+        return sizes | super().vision_inputs(images, norm, dtype)
+
+    @property
+    def _sizes(self) -> set[str]:
+        return set(self.image_inputs) - {PIXELS}
+
+
 # Pixtral's vision encoder asks for sizes, CLIP's does not.
-LLAVA = Family(**PREFIXES, image_inputs=("pixel_values", "image_sizes"))
+LLAVA = Llava(**PREFIXES, image_inputs=("pixel_values", "image_sizes"))
 
 
-class LlavaNext(Family):
+class LlavaNext(Llava):
     """Images are cut into a varying number of tiles, which belong together."""
 
     def rows_per_image(self, config: Any, inputs: Mapping[str, torch.Tensor]) -> list[int]:

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_ray.data.collate_images import PIXELS, ImageArrays
+from orpo_ray.data.collate_images import PIXELS, ImageArrays, TokenRows
 from orpo_ray.data.packing import IMAGE, PairBatch
 from orpo_ray.model.families.base import Family, ImageTensors
 from orpo_ray.model.patch_layout import PatchFacts, encoder_arguments, image_patches, patch_layout
+from orpo_ray.model.rope_positions import rope_positions
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 GRID = "image_grid_thw"
+# In `PairBatch.images`: int64 [3, rows, T].
+ROPE = "rope_positions"
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,22 @@ class QwenVL(Family):
 
     def fitted(self, config: Any) -> QwenVL:
         """Keep what the layout of patches depends on."""
-        return replace(self, facts=PatchFacts.of(config.vision_config))
+        # Qwen3-VL's language model also adds features to its first layers, so the model itself looks for their places.
+        has_deepstack = hasattr(config.vision_config, "deepstack_visual_indexes")
+        token = None if has_deepstack else config.image_token_id
+        return replace(self, image_token=token, facts=PatchFacts.of(config.vision_config))
 
     def can_cache_images(self, config: Any) -> bool:
         """Qwen3-VL's vision encoder also gives features to the first language layers."""
         return not hasattr(config.vision_config, "deepstack_visual_indexes")
 
-    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
+    def collate(self, inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
         """Add what the vision encoder would compute from the sizes of its images."""
-        tensors = super().collate(inputs, row_width)
-        return tensors if self.facts is None else tensors | patch_layout(self.facts, tensors[GRID])
+        tensors = super().collate(inputs, rows)
+        if self.facts is None:
+            return tensors
+        positions = rope_positions(rows, tensors[GRID], self.facts.merge)
+        return tensors | patch_layout(self.facts, tensors[GRID]) | {ROPE: positions}
 
     def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
         """With the layout of the patches."""
@@ -62,10 +71,15 @@ class QwenVL(Family):
 
     def packed_positions(self, base: Any, batch: PairBatch) -> torch.Tensor:
         """The positions of the model's `get_rope_index`: [3, 1, T]."""
-        return packed_rope_index(base, batch)
+        if not batch.images:
+            return batch.position_ids.expand(3, -1, -1)
+        return batch.images[ROPE] if ROPE in batch.images else packed_rope_index(base, batch)
 
     def concatenated_inputs(self, batch: PairBatch) -> dict[str, Any]:
-        """Which tokens are images, and the images' grids; twice where both rows of a pair have the same images."""
+        """Positions; without them, which tokens are images, and the images' grids: twice where both rows of a pair have
+        the same images."""
+        if ROPE in batch.images:
+            return {"position_ids": batch.images[ROPE]}
         inputs = {"mm_token_type_ids": (batch.token_kind == IMAGE).int()}
         grid = batch.images.get(GRID)
         if grid is None:

@@ -8,14 +8,14 @@ from orpo_ray.model.families.base import Family
 from orpo_ray.model.families.cross_attention import IDEFICS, MLLAMA
 from orpo_ray.model.families.derived import derived_family
 from orpo_ray.model.families.gemma import GEMMA3, PALIGEMMA
-from orpo_ray.model.families.idefics3 import IDEFICS3
+from orpo_ray.model.families.idefics3 import IDEFICS2, IDEFICS3
 from orpo_ray.model.families.llava_like import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
 from orpo_ray.model.families.qwen_vl import QWEN_VL
 
 FAMILIES: dict[str, Family] = {
     "smolvlm": IDEFICS3,
     "idefics": IDEFICS,
-    "idefics2": IDEFICS3,
+    "idefics2": IDEFICS2,
     "idefics3": IDEFICS3,
     "llava": LLAVA,
     "llava_next": LLAVA_NEXT,

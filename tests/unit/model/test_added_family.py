@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, L
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from orpo_ray.config.schema import ModelConfig
-from orpo_ray.data.collate_images import ImageArrays, concatenate_images
+from orpo_ray.data.collate_images import ImageArrays, TokenRows, concatenate_images
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.families.base import Family, ImageTensors
@@ -26,7 +26,7 @@ from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.tiny_models.families import TINY_FAMILIES
-from support.pairs_by_hand import NORM, assert_equal, make_pair, run, run_as
+from support.pairs_by_hand import NORM, assert_equal, make_pair, run, run_as, text_rows
 
 CPU = torch.device("cpu")
 FIRST_POSITION = 3
@@ -47,8 +47,8 @@ class DimmerForConditionalGeneration(LlavaForConditionalGeneration):
 class Dimmer(Family):
     """The family in orpo-ray, which overrides every method that a family can override."""
 
-    def collate(self, inputs: Sequence[ImageArrays], row_width: int) -> dict[str, np.ndarray]:
-        return concatenate_images(inputs) | {"row_width": np.asarray([row_width])}
+    def collate(self, inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
+        return concatenate_images(inputs) | {"row_width": np.asarray([rows.width])}
 
     def vision_inputs(self, images: Mapping[str, torch.Tensor], norm: PixelNorm, dtype: torch.dtype) -> ImageTensors:
         assert images["row_width"].shape == (1,)
@@ -132,7 +132,9 @@ def test_its_own_forward_is_the_reference(dimmer: str) -> None:
         embeds = base.get_input_embeddings()(ids)
         if pair.images:
             inputs = model.family.vision_inputs(
-                {k: torch.from_numpy(v) for k, v in model.family.collate([pair.images], 0).items()}, NORM, torch.float32
+                {k: torch.from_numpy(v) for k, v in model.family.collate([pair.images], text_rows(1, 4)).items()},
+                NORM,
+                torch.float32,
             )
             plain = base.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
             bright = [each * float(b) for each, b in zip(plain, pair.images["brightness"], strict=True)]

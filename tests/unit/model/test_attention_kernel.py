@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_ray.data.packing import PairSpan
+from orpo_ray.data.spans import PairSpan
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.attention_kernel import PLANNED_GPU, AttentionKernel, Hardware, choose_kernel
 from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout

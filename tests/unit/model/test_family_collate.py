@@ -11,6 +11,7 @@ from orpo_ray.model.families.cross_attention import CROSS_MASK, IDEFICS, IMAGES_
 from orpo_ray.model.families.idefics3 import IDEFICS3
 from orpo_ray.model.families.llava_like import LLAVA
 from orpo_ray.model.families.registry import FAMILIES
+from support.pairs_by_hand import text_rows
 
 
 def test_an_answer_sees_what_the_last_token_of_its_prompt_sees() -> None:
@@ -20,7 +21,7 @@ def test_an_answer_sees_what_the_last_token_of_its_prompt_sees() -> None:
         "image_attention_mask": np.asarray([[1, 0], [0, 0], [0, 1]]),
     }
     one = {"pixel_values": np.ones((1, 3, 1, 1), np.uint8), "image_attention_mask": np.asarray([[1]])}
-    out = IDEFICS.collate([two, {}, one], 4)
+    out = IDEFICS.collate([two, {}, one], text_rows(3, 4))
     assert out["pixel_values"][:, 0, 0, 0].tolist() == [0, 0, 1]
     assert out[IMAGES_PER_ROW].tolist() == [2, 0, 1]
     assert out[CROSS_MASK].tolist() == [
@@ -32,8 +33,8 @@ def test_an_answer_sees_what_the_last_token_of_its_prompt_sees() -> None:
 
 def test_only_families_with_a_padding_mask_add_one() -> None:
     sizes = [{"pixel_values": np.ones((1, 3, *size), np.uint8)} for size in ((2, 1), (1, 2))]
-    assert set(IDEFICS3.collate(sizes, 4)) == {"pixel_values", "pixel_attention_mask"}
-    assert set(LLAVA.collate(sizes, 4)) == {"pixel_values"}
+    assert set(IDEFICS3.collate(sizes, text_rows(1, 4))) == {"pixel_values", "pixel_attention_mask"}
+    assert set(LLAVA.collate(sizes, text_rows(1, 4))) == {"pixel_values"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

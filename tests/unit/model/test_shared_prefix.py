@@ -18,13 +18,15 @@ from transformers import LlavaConfig
 
 from orpo_ray.config.schema import Checkpointing, ModelConfig
 from orpo_ray.data.encoded_columns import from_arrow, to_arrow
-from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, PairSpan, build_batch
+from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, build_batch
+from orpo_ray.data.spans import PairSpan
+from orpo_ray.data.varlen_index import VarlenIndex
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.families.base import PROVEN_LANGUAGE_MODELS
 from orpo_ray.model.families.registry import FAMILIES
 from orpo_ray.model.loading import Attention, load_model, pick_attention
-from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout, VarlenIndex
+from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout
 from orpo_ray.model.shared_prefix import ScoreOptions, attend
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.tiny_models.build import resolve

@@ -20,7 +20,7 @@ from orpo_ray.model.patch_layout import PatchFacts, patch_layout
 from orpo_ray.model.vision_attention import PatchSequences
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.planning.activations import VISION_AS_ON_CUDA, _register_as_on_cuda
-from support.pairs_by_hand import NORM, assert_equal, make_row, run, run_as, tiny_pair_model
+from support.pairs_by_hand import NORM, assert_equal, make_row, run, run_as, text_rows, tiny_pair_model
 
 PACKED = ("qwen2_5_vl", "qwen3_vl", "pixtral", "mistral3")
 ROW = [(2, 6, 5, 4), (1, 5, 3, 6), (0, 4, 2, 3), (3, 7, 4, 4)]
@@ -79,7 +79,8 @@ def test_a_layer_calls_the_kernel_once_per_length_of_windows(monkeypatch: pytest
 
     def calls() -> tuple[int, int]:
         run_as(model, "shared_prefix")
-        tensors = {name: torch.from_numpy(value) for name, value in model.family.collate([images], 0).items()}
+        collated = model.family.collate([images], text_rows(1, 4))
+        tensors = {name: torch.from_numpy(value) for name, value in collated.items()}
         inputs = model.family.vision_inputs(tensors, NORM, torch.float32)
         with _Calls() as counted:
             model.family.encode_images(model.model, inputs).pooler_output[0].sum().backward()

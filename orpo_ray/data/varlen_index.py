@@ -1,0 +1,56 @@
+"""The sequences of a packed row as variable-length attention kernels take them, made while the batch is built.
+
+Legend: T tokens of the row; P tokens of a pair's prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from orpo_ray.data.spans import PairSpan
+from orpo_ray.data.transfer import to_device
+
+
+@dataclass(frozen=True)
+class VarlenIndex:
+    """The sequences of a row, for kernels that take sequences of different lengths."""
+
+    keys: torch.Tensor
+    """int64 [T + sum of P]: indices into the row, with each prompt repeated before its rejected answer."""
+    cu_queries: torch.Tensor
+    """int32 [sequences + 1]: where the queries of each sequence begin in the row."""
+    cu_keys: torch.Tensor
+    """int32 [sequences + 1]: where the keys of each sequence begin in `keys`. Queries align with the last keys."""
+    longest_query: int
+    """Most queries of a sequence, in tokens."""
+    longest_key: int
+    """Most keys of a sequence, in tokens."""
+
+    @classmethod
+    def of(cls, spans: Sequence[PairSpan]) -> VarlenIndex:
+        """Make the index from the positions of the pairs in the row."""
+        keys: list[np.ndarray] = []
+        queries: list[int] = []
+        for span in spans:
+            prompt = np.arange(span.start, span.chosen)
+            keys.append(np.arange(span.start, span.rejected))
+            queries.append(span.rejected - span.start)
+            if not span.is_single:
+                keys.append(np.concatenate([prompt, np.arange(span.rejected, span.end)]))
+                queries.append(span.end - span.rejected)
+
+        def starts(lengths: Sequence[int]) -> torch.Tensor:
+            return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+        key_lengths = [len(indices) for indices in keys]
+        index = torch.from_numpy(np.concatenate(keys))
+        return cls(index, starts(queries), starts(key_lengths), max(queries), max(key_lengths))
+
+    def to(self, device: torch.device) -> VarlenIndex:
+        """The same index on a device."""
+        keys, cu_queries, cu_keys = (to_device(each, device) for each in (self.keys, self.cu_queries, self.cu_keys))
+        return replace(self, keys=keys, cu_queries=cu_queries, cu_keys=cu_keys)
