@@ -1,4 +1,4 @@
-"""Finds what would make the host wait for a GPU, on a machine without one: on the `meta` device, tensors have no values.
+"""Finds what would make the host wait for a GPU, without one: on the `meta` device, tensors have no values.
 
 An operation that reads a value, or whose shape depends on values, raises there. Copies from main memory do not, so they
 are found here.

@@ -15,6 +15,7 @@ from orpo_ray.errors import OrpoRayError
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.attention_kernel import PLANNED_GPU
 from orpo_ray.model.families.base import IMAGE_POSITIONS
+from orpo_ray.model.prefix_layout import PrefixLayout
 from orpo_ray.model.rope_positions import rope_positions
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.orpo import ORPO
@@ -55,6 +56,13 @@ def test_a_packed_row_makes_nobody_wait(family: str) -> None:
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
 def test_variable_length_attention_makes_nobody_wait(family: str) -> None:
     assert step_on_meta(family, "shared_prefix", on_cuda=True) == []
+
+
+def test_the_indices_of_sequences_travel_with_the_batch() -> None:
+    batch = build_batch(make_row("smolvlm", ROW), "response", "shared_prefix").to(META)
+    assert batch.varlen is not None
+    assert batch.varlen.keys.is_meta
+    assert PrefixLayout.of(batch, None).varlen_index is batch.varlen
 
 
 @pytest.mark.parametrize("family", CONCATENATED)
