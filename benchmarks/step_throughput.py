@@ -19,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import RESPONSE, PairBatch, build_batch
 from orpo_ray.model import shared_prefix
+from orpo_ray.model.checkpointing import is_checkpointing
 from orpo_ray.model.families.idefics3 import Idefics3
 from orpo_ray.model.loading import is_adapted, without_adapters
 from orpo_ray.objective.base import Normaliser
@@ -240,8 +242,10 @@ def model_flops(model: PairModel, batch: PairBatch) -> float:
     """Return the FLOPs of (a), without the recomputation of gradient checkpointing."""
     set_attention(model, shared_prefix.NAME)
     base = without_adapters(model.model)
-    checkpointing = base.is_gradient_checkpointing
-    base.gradient_checkpointing_disable()
+    checkpointing = is_checkpointing(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the new name is missing from some supported versions
+        base.gradient_checkpointing_disable()
     # Counted in the forward pass, which fits without checkpointing. Backward has twice the FLOPs, with LoRA the same.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(batch)

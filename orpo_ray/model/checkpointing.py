@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,12 +39,28 @@ def enable_checkpointing(model: Any, mode: Checkpointing) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the new name is missing from some supported versions
+    with deprecated_names_allowed():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     # transformers lets the outputs of all embeddings require gradients, as reentrant checkpointing needs. With LoRA,
     # the backward pass would then go through the whole frozen vision encoder.
     model.disable_input_require_grads()
+
+
+@contextmanager
+def deprecated_names_allowed() -> Iterator[None]:
+    """Hide transformers' warnings about the old names of checkpointing.
+
+    The new names are missing from some supported versions, and peft asks for the old ones.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
+        yield
+
+
+def is_checkpointing(model: Any) -> bool:
+    """Whether layers of a transformers model recompute activations, under either of transformers' names."""
+    name = "is_activation_checkpointing"
+    return bool(getattr(model, name) if hasattr(model, name) else model.is_gradient_checkpointing)
 
 
 def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # Most bytes for the logits of one chunk if they are float32, by the type of the device. A chunk reads the whole weight
@@ -66,32 +65,6 @@ def count_chunks(num_targets: int, vocab_size: int, device_type: str) -> int:
     """Number of chunks in which the output head processes this many target tokens."""
     most = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
     return max(1, -(-num_targets * 4 * vocab_size // most))
-
-
-def call_with(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Call a module with its hooks around another `forward`, within which its own one is back in place.
-
-    ZeRO-3 gathers weights in the module's hooks: before the call, and again before the backward pass through whatever
-    the call computed.
-    """
-    replaced = module.__dict__.get("forward")
-
-    def restore() -> None:
-        if replaced is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.forward = replaced
-
-    def once(states: torch.Tensor) -> torch.Tensor:
-        restore()
-        return forward(states)
-
-    module.forward = once
-    try:
-        out: torch.Tensor = module(states)
-    finally:
-        restore()
-    return out
 
 
 def target_logps(

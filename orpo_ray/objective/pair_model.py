@@ -17,9 +17,10 @@ from orpo_ray.data.packing import Layout, PairBatch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.families.base import ImageFeatures, ImageTensors
 from orpo_ray.model.families.registry import family_of
+from orpo_ray.model.hooked_call import call_with
 from orpo_ray.model.loading import layout_of, vocabulary_size, without_adapters
 from orpo_ray.model.vision_cache import VisionCache
-from orpo_ray.objective.logps import PairLogps, call_with, count_chunks, sum_by_pair, target_logps
+from orpo_ray.objective.logps import PairLogps, count_chunks, sum_by_pair, target_logps
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 # Values for PairModel's `pixels_at_once` that keep the device busy, by its type.

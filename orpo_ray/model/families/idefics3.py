@@ -10,6 +10,7 @@ import torch
 
 from orpo_ray.data.collate_images import PIXELS, ImageArrays, TokenRows, concatenate_images
 from orpo_ray.model.families.base import Family, ImageTensors
+from orpo_ray.model.hooked_call import call_with
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 PADDING_MASK = "pixel_attention_mask"
@@ -45,13 +46,18 @@ class Idefics3(Idefics2):
         if mask is not None and vision.config._attn_implementation != "sdpa":
             return super().encode_images(base, inputs)  # masks of other kinds of attention have other forms
         patches = _patch_mask(pixels, mask, base.config.vision_config.patch_size)
-        states = vision.embeddings(pixel_values=pixels, patch_attention_mask=patches)
-        seen = None
-        if mask is not None:
-            seen = patches.flatten(1)[:, None, None].expand(-1, 1, states.shape[1], -1)  # [n, 1, patches, patches]
-        states = vision.encoder(inputs_embeds=states, attention_mask=seen).last_hidden_state
-        states = vision.post_layernorm(states)
-        return BaseModelOutputWithPooling(states, [base.model.connector(states).flatten(0, 1)])
+
+        def encode(pixels: torch.Tensor) -> Any:
+            states = vision.embeddings(pixel_values=pixels, patch_attention_mask=patches)
+            seen = None
+            if mask is not None:
+                seen = patches.flatten(1)[:, None, None].expand(-1, 1, states.shape[1], -1)  # [n, 1, patches, patches]
+            states = vision.encoder(inputs_embeds=states, attention_mask=seen).last_hidden_state
+            return BaseModelOutputWithPooling(vision.post_layernorm(states))
+
+        output = call_with(vision, encode, pixels)
+        output.pooler_output = [base.model.connector(output.last_hidden_state).flatten(0, 1)]
+        return output
 
 
 def _patch_mask(pixels: torch.Tensor, mask: torch.Tensor | None, side: int) -> torch.Tensor:

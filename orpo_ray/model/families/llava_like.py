@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from orpo_ray.data.collate_images import ON_HOST, PIXELS, ImageArrays, TokenRows
+from orpo_ray.data.transfer import PinnedConstants
 from orpo_ray.model.families.base import Family, ImageTensors
 from orpo_ray.processing.pixel_norm import PixelNorm
 
@@ -31,6 +32,11 @@ class Llava(Family):
         """With the names that the model knows."""
         sizes = {name: images[ON_HOST + name] for name in self._sizes if ON_HOST + name in images}
         return sizes | super().vision_inputs(images, norm, dtype)
+
+    def encode_images(self, base: Any, inputs: ImageTensors) -> Any:
+        """Some models put the lengths of their images on the device."""
+        with PinnedConstants():
+            return super().encode_images(base, inputs)
 
     @property
     def _sizes(self) -> set[str]:

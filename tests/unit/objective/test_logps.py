@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from orpo_ray.model.hooked_call import call_with
 from orpo_ray.objective import logps
-from orpo_ray.objective.logps import call_with, count_chunks, target_logps
+from orpo_ray.objective.logps import count_chunks, target_logps
 
 
 def test_by_hand() -> None:

@@ -1,0 +1,66 @@
+"""Finds what would make the host wait for a GPU, without one: on the `meta` device, tensors have no values.
+
+An operation that reads a value, or whose shape depends on values, raises there. Copies from main memory do not, so they
+are found here.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+META = torch.device("meta")
+_MADE_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
+
+
+@contextmanager
+def copies_to_device() -> Iterator[list[str]]:
+    """Yield a list that grows by a line for each copy from main memory to `meta` after which the host would wait."""
+    found: list[str] = []
+    with _Copies(found), _Constants(found):
+        yield found
+
+
+class _Copies(TorchDispatchMode):
+    """Tensors in main memory that an operation copies, or uses together with tensors on `meta`."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        on_host = [each for each in inputs if each.device.type == "cpu" and each.ndim]
+        results = [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
+        if on_host and any(each.is_meta for each in (*inputs, *results)) and not kwargs.get("non_blocking"):
+            self.found.append(f"{func} {_caller()}")
+        return out
+
+
+class _Constants(TorchFunctionMode):
+    """Tensors that are made on `meta` from numbers of Python, which dispatch does not show."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _MADE_FROM_NUMBERS and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            self.found.append(f"{func.__name__} {_caller()}")
+        return func(*args, **kwargs)
+
+
+def _caller() -> str:
+    """The line outside of torch that led here."""
+    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
+    return f"{frames[-1].filename}:{frames[-1].lineno}"
