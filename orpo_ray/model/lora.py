@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from orpo_ray.config.schema import PARTS, LoraConfig, ModelConfig
 from orpo_ray.errors import UserError
+from orpo_ray.model.checkpointing import deprecated_names_allowed
 from orpo_ray.model.families.base import Family
 
 TARGETS = "model.lora.target_modules"
@@ -60,7 +61,8 @@ def add_adapters(model: Any, model_config: ModelConfig, family: Family, seed: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Adapters stay in the model's dtype, because ZeRO-3 gathers parameters of one dtype only.
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        with deprecated_names_allowed():
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # peft makes those beside 4-bit weights in float32
             parameter.data = parameter.data.to(model.dtype)
