@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def test_layers_import_downwards_only() -> None:
 def test_training_step_modules_import_neither_ray_nor_deepspeed() -> None:
     """Imports each module in a new process and checks `sys.modules`, which also covers indirect imports."""
     names = [name for package in FREE_OF_RAY for name in modules(package)]
+    if find_spec("triton") is None:
+        names.remove("orpo_ray.model.triton_kernels")
     assert len(names) > 50
     code = (
         f"import importlib, sys\nfor name in {names!r}:\n    importlib.import_module(name)\n"
