@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from orpo_ray.data.balance import Packing, PairSize, StepShare
 from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import Order
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.streaming.steps import StepShard, iter_steps
+from orpo_ray.errors import UserError
+from orpo_ray.streaming.feed import StepFeed
+from orpo_ray.streaming.steps import iter_shares, open_feed
 from support.tiny_runs import write_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 ENCODER = EncoderSpec("orpo-ray/tiny-smolvlm", None, 128)
-PER_STEP = 8
+PER_STEP, STEPS = 8, 13
+PACKING = Packing(4096, "shared_prefix")
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +40,19 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
     return ReadSpec((shard,), ("trl",), Order((50,), 3, 16), PER_STEP, 0, 100)
 
 
-def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShard]:
-    return list(iter_steps(replace(spec, first_sample=first * PER_STEP), ENCODER, first, 13, max_encoders=1))
+def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShare]:
+    feed = open_feed(replace(spec, first_sample=first * PER_STEP), ENCODER, max_encoders=1)
+    return list(iter_shares(feed, 0, PACKING, first, STEPS))
 
 
-def ids(share: StepShard) -> list[str]:
-    return [pair.id for pair in share.pairs]
+def ids(share: StepShare) -> list[str]:
+    return [share.pairs[index].id for index in sorted(share.pairs)]
 
 
 def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSpec) -> None:
     sample_indices: dict[int, str] = {}
     for share in steps_of(spec):
-        for pair in share.pairs:
+        for pair in share.pairs.values():
             assert pair.sample_index // PER_STEP == share.step
             sample_indices[pair.sample_index] = pair.id
         for record in share.bad:
@@ -63,11 +69,21 @@ def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSp
     ]
 
 
-def test_two_workers_share_the_same_steps(spec: ReadSpec) -> None:
-    whole = steps_of(spec)
-    shares = [steps_of(replace(spec, rank=rank, num_workers=2)) for rank in (0, 1)]
-    for step, one, two in zip(whole, *shares, strict=True):
-        assert ids(step) == ids(one) + ids(two)
+def test_two_workers_divide_the_same_steps(spec: ReadSpec) -> None:
+    """Both take from one feed, and the second worker is two steps behind the first."""
+    feed = StepFeed(spec, ENCODER, num_workers=2, max_encoders=1)
+    iterators = [iter_shares(partial(feed.take, rank), rank, PACKING, 0, STEPS) for rank in (0, 1)]
+    first = [next(iterators[0]), next(iterators[0])]
+    shares = list(zip([*first, *iterators[0]], iterators[1], strict=True))
+    for step, (one, two) in zip(steps_of(spec), shares, strict=True):
+        assert one.pairs.keys() | two.pairs.keys() == step.pairs.keys()
+        assert not one.pairs.keys() & two.pairs.keys()
+        for share in (one, two):
+            assert (share.sizes, share.bad, share.microbatches) == (step.sizes, step.bad, one.microbatches)
+            for index, pair in share.pairs.items():
+                assert (pair.id, PairSize.of(pair)) == (step.pairs[index].id, share.sizes[index])
+        tokens = [sum(PairSize.of(pair).packed for pair in share.pairs.values()) for share in (one, two)]
+        assert max(tokens) - min(tokens) <= max(size.packed for size in step.sizes)
 
 
 @pytest.mark.parametrize("first", [1, 6, 12])
@@ -78,5 +94,7 @@ def test_a_resumed_stream_is_the_tail_of_the_whole_one(spec: ReadSpec, first: in
 
 def test_a_processor_that_cannot_be_loaded_is_said_as_itself(spec: ReadSpec, tmp_path: Path) -> None:
     broken = replace(ENCODER, model_id=str(tmp_path))
-    with pytest.raises(Exception, match="the processor cannot be loaded"):
-        next(iter(iter_steps(spec, broken, 0, 13, max_encoders=1)))
+    feed = StepFeed(spec, broken, num_workers=2, max_encoders=1)
+    for rank in (0, 1):  # the second worker too, although the pipeline has ended with the error
+        with pytest.raises(UserError, match="the processor cannot be loaded"):
+            feed.take(rank, 0, PACKING)
