@@ -115,7 +115,8 @@ class PairModel(nn.Module):
             ]
             for component in ("vision", "language")
         )
-        patches = next((weight for weight in vision if weight.ndim > 2), None)
+        # The convolution over pixels; class tokens and positions have up to three dimensions.
+        patches = next((weight for weight in vision if weight.ndim > 3), None)
         if patches is None or not language:
             return 0.0
         passes = 3 if any(parameter.requires_grad for parameter in vision) else 1
@@ -170,4 +171,9 @@ class PairModel(nn.Module):
 
 
 def _size(parameters: list[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+    """Count the elements of weights. A 4-bit weight holds several of them in one of its own."""
+    states = [getattr(parameter, "quant_state", None) for parameter in parameters]
+    return sum(
+        parameter.numel() if state is None else state.shape.numel()
+        for parameter, state in zip(parameters, states, strict=True)
+    )

@@ -48,7 +48,7 @@ def pairs(encoder: PairEncoder, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def model_of(encoder: PairEncoder, **section: object) -> PairModel:
-    model = load_model(ModelConfig(id=TINY, **section), CPU, seed=0)  # type: ignore[arg-type]
+    model = load_model(ModelConfig(**{"id": TINY, **section}), CPU, seed=0)  # type: ignore[arg-type]
     return PairModel(model, PixelNorm.of(encoder.processor))
 
 
@@ -148,6 +148,18 @@ def test_vision_work_is_estimated_from_the_weights(encoder: PairEncoder) -> None
     assert model.tokens_per_image_value == pytest.approx(vision / patches[0].numel() / language)
     frozen = model_of(encoder, freeze=["vision"])
     assert frozen.tokens_per_image_value == pytest.approx(model.tokens_per_image_value / 3)
+    in_16_bits, in_4_bits = (model_of(encoder, lora={"r": 4}, **more) for more in ({}, {"quantization": {}}))
+    assert in_4_bits.tokens_per_image_value == in_16_bits.tokens_per_image_value
+
+
+def test_a_class_token_is_not_taken_for_a_patch(encoder: PairEncoder, folders: dict[str, str]) -> None:
+    model = model_of(encoder, id=folders["internvl"])
+    base = without_adapters(model.model).model
+    vision, language = (
+        sum(weight.numel() for weight in part.parameters() if weight.ndim > 1)
+        for part in (base.vision_tower, base.language_model.layers)
+    )
+    assert model.tokens_per_image_value == pytest.approx(vision / (3 * 8 * 8) / language)
 
 
 def test_an_image_is_encoded_once_per_pair(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
