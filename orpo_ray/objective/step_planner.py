@@ -24,14 +24,17 @@ from orpo_ray.objective.pair_model import PairModel
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Micro-batches of a worker in a step."""
+    """Micro-batches of a worker in a step. Holds none of its `StepShare`'s pairs, so that their memory is freed."""
 
+    step: int
     batches: list[PairBatch]
     """Equally many on every worker."""
     normaliser: Normaliser
     """Equal on every worker."""
     pairs: int
     """Pairs in the step, over all workers."""
+    bad: list[BadRow]
+    """Bad rows of the step, over all workers."""
 
 
 class StepPlanner:
@@ -84,8 +87,8 @@ class StepPlanner:
         any_images = any(size.image_values for size in share.sizes)
         batches = [self._build(pairs, any_images) for pairs in share.own]
         nll_tokens = float(sum(size.nll_tokens(span) for size in share.sizes))
-        by_token = self.objective.nll_average == "token"
-        return StepPlan(batches, Normaliser(float(count), nll_tokens if by_token else None), count)
+        normaliser = Normaliser(float(count), nll_tokens if self.objective.nll_average == "token" else None)
+        return StepPlan(share.step, batches, normaliser, count, share.bad)
 
     def _build(self, batch: list[EncodedPair], any_images: bool) -> PairBatch:
         dummy_pairs: list[EncodedPair] = []

@@ -41,33 +41,37 @@ def open_feed(read: ReadSpec, encoder: EncoderSpec, max_encoders: int, rank: int
     from ray.train.collective import broadcast_from_rank_zero
 
     # Rank 0 keeps its own handle: the actor ends with that or with the process. A restarted run starts another actor.
-    own = _feed_actor(read, encoder, num_workers, max_encoders) if rank == 0 else None
+    own = feed_actor(read, encoder, num_workers, max_encoders) if rank == 0 else None
     shared = broadcast_from_rank_zero(own)
-    actor = shared if own is None else own
-    return lambda step, packing: _result(actor.take.remote(rank, step, packing))
+    return partial(take_from, shared if own is None else own, rank)
 
 
 def iter_shares(take: Take, rank: int, packing: Packing, first_step: int, num_steps: int) -> Iterator[StepShare]:
     """Yield a worker's shares of steps first_step to num_steps - 1."""
     for step in range(first_step, num_steps):
-        portion = take(step, packing)
-        tables: list[Any] = ray.get(portion.blocks)
-        blocks = [from_arrow(rows) for table in tables for rows in rows_of_blocks(table)]
-        pairs = {index: blocks[block][sample_index] for index, (block, sample_index) in portion.places.items()}
-        yield StepShare(step, portion.sizes, portion.microbatches, rank, pairs, portion.bad)
+        yield _share(take(step, packing), rank)  # nothing of it stays here while the step trains
 
 
-def _feed_actor(read: ReadSpec, encoder: EncoderSpec, num_workers: int, max_encoders: int) -> Any:
+def _share(portion: Portion, rank: int) -> StepShare:
+    """Fetch a portion's pairs. Their arrays are views of the object store."""
+    tables: list[Any] = ray.get(portion.blocks)
+    blocks = [from_arrow(rows) for table in tables for rows in rows_of_blocks(table)]
+    pairs = {index: blocks[block][sample_index] for index, (block, sample_index) in portion.places.items()}
+    return StepShare(portion.step, portion.sizes, portion.microbatches, rank, pairs, portion.bad)
+
+
+def feed_actor(read: ReadSpec, encoder: EncoderSpec, num_workers: int, max_encoders: int) -> Any:
+    """Start the feed of several workers, on this node; see `StepFeed`."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     # A call waits until a step is encoded, and must not hold up workers that ask for an earlier one.
     actor = ray.remote(num_cpus=0, max_concurrency=num_workers)(StepFeed)
     return actor.options(scheduling_strategy=here).remote(read, encoder, num_workers, max_encoders)
 
 
-def _result(call: ray.ObjectRef) -> Portion:
-    """Wait for the feed. An error of the user arrives as in the feed's process."""
+def take_from(actor: Any, rank: int, step: int, packing: Packing) -> Portion:
+    """Take a worker's portion of a step from an actor. An error of the user arrives as in the actor's process."""
     try:
-        found: Portion = ray.get(call)
+        found: Portion = ray.get(actor.take.remote(rank, step, packing))
     except ray.exceptions.RayTaskError as error:
         cause: BaseException = error
         while isinstance(cause, ray.exceptions.RayTaskError):

@@ -80,15 +80,15 @@ class Worker:
         self._save(with_prefix(final, "eval") | {"step": self.position.step, "final": True})
         self.tracker.close()
 
-    def _train(self, steps: Iterator[tuple[StepShare, StepPlan]]) -> None:
+    def _train(self, steps: Iterator[StepPlan]) -> None:
         recipe, num_steps = self.recipe, self.config.num_steps
         started = time.perf_counter()
-        for share, plan in steps:
+        for plan in steps:
             waited = time.perf_counter() - started
-            metrics = self._train_step(share.step, plan)
+            metrics = self._train_step(plan)
             seconds = time.perf_counter() - started
             metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_fraction": waited / seconds}
-            self._advance(share, plan, metrics)
+            self._advance(plan, metrics)
             step = self.position.step
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
                 self._report(self._evaluate(grounding=False))
@@ -100,8 +100,8 @@ class Worker:
         self.tracker.flush()
         save_checkpoint(self.engine, self.position, metrics)
 
-    def _steps(self) -> Generator[tuple[StepShare, StepPlan]]:
-        """Yield each step's share and plan, made ahead in a thread. The thread ends when this iterator is closed."""
+    def _steps(self) -> Generator[StepPlan]:
+        """Yield each step, made ahead in a thread. The thread ends when this iterator is closed."""
         config, first = self.config, self.position.step
         if self.feed is None:
             read = replace(config.train, first_sample=first * self.recipe.optim.pairs_per_step)
@@ -109,14 +109,14 @@ class Worker:
         shares = iter_shares(self.feed, self.rank, self.planner.packing, first, config.num_steps)
         return one_ahead(map(self._prepared, shares), self.device)
 
-    def _prepared(self, share: StepShare) -> tuple[StepShare, StepPlan]:
+    def _prepared(self, share: StepShare) -> StepPlan:
         plan = self.planner.plan(share)
-        return share, replace(plan, batches=pinned(plan.batches, self.device))
+        return replace(plan, batches=pinned(plan.batches, self.device))
 
-    def _train_step(self, step: int, plan: StepPlan) -> dict[str, float]:
+    def _train_step(self, plan: StepPlan) -> dict[str, float]:
         """Run forward and backward on every micro-batch, then one optimizer step. Return its metrics."""
         # Dropout depends on the step only, so a resumed run draws the same as an uninterrupted one.
-        torch.manual_seed((self.recipe.optim.seed << 32) + step * self.num_workers + self.rank)
+        torch.manual_seed((self.recipe.optim.seed << 32) + plan.step * self.num_workers + self.rank)
         learning_rate = self.engine.learning_rate
         sums: dict[str, torch.Tensor] = {}
         if not plan.pairs:
@@ -135,16 +135,16 @@ class Worker:
         metrics = self.objective.metrics(reduce_sums(sums, self.device))
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def _advance(self, share: StepShare, plan: StepPlan, metrics: dict[str, float]) -> None:
+    def _advance(self, plan: StepPlan, metrics: dict[str, float]) -> None:
         """Finish a step: move the position, log, report the progress, and handle bad rows."""
-        _, end_sample = step_samples(share.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
-        old, bad = self.position, len(share.bad)
-        self.position = replace(old, step=share.step + 1, bad=old.bad + bad, seen=old.seen + bad + plan.pairs)
+        _, end_sample = step_samples(plan.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
+        old, bad = self.position, len(plan.bad)
+        self.position = replace(old, step=plan.step + 1, bad=old.bad + bad, seen=old.seen + bad + plan.pairs)
         metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
-        if share.bad:
-            self.tracker.log_bad_rows(share.bad)
-            self.first_bad = [*self.first_bad, *share.bad][:BAD_ROWS_SHOWN]
-            refuse_rows(self.recipe, share.bad)
+        if plan.bad:
+            self.tracker.log_bad_rows(plan.bad)
+            self.first_bad = [*self.first_bad, *plan.bad][:BAD_ROWS_SHOWN]
+            refuse_rows(self.recipe, plan.bad)
         self.tracker.log(self.position.step, with_prefix(metrics, "train"))
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
         self._judge_bad_rows(at_end=False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 
 from orpo_ray.data.balance import Packing, PairSize, StepShare
 from orpo_ray.data.containers import list_file_shards
@@ -15,8 +17,7 @@ from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import Order
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
-from orpo_ray.streaming.feed import StepFeed
-from orpo_ray.streaming.steps import iter_shares, open_feed
+from orpo_ray.streaming.steps import feed_actor, iter_shares, open_feed, take_from
 from support.tiny_runs import write_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -71,8 +72,8 @@ def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSp
 
 def test_two_workers_divide_the_same_steps(spec: ReadSpec) -> None:
     """Both take from one feed, and the second worker is two steps behind the first."""
-    feed = StepFeed(spec, ENCODER, num_workers=2, max_encoders=1)
-    iterators = [iter_shares(partial(feed.take, rank), rank, PACKING, 0, STEPS) for rank in (0, 1)]
+    feed = feed_actor(spec, ENCODER, num_workers=2, max_encoders=1)
+    iterators = [iter_shares(partial(take_from, feed, rank), rank, PACKING, 0, STEPS) for rank in (0, 1)]
     first = [next(iterators[0]), next(iterators[0])]
     shares = list(zip([*first, *iterators[0]], iterators[1], strict=True))
     for step, (one, two) in zip(steps_of(spec), shares, strict=True):
@@ -94,7 +95,25 @@ def test_a_resumed_stream_is_the_tail_of_the_whole_one(spec: ReadSpec, first: in
 
 def test_a_processor_that_cannot_be_loaded_is_said_as_itself(spec: ReadSpec, tmp_path: Path) -> None:
     broken = replace(ENCODER, model_id=str(tmp_path))
-    feed = StepFeed(spec, broken, num_workers=2, max_encoders=1)
+    feed = feed_actor(spec, broken, num_workers=2, max_encoders=1)
     for rank in (0, 1):  # the second worker too, although the pipeline has ended with the error
         with pytest.raises(UserError, match="the processor cannot be loaded"):
-            feed.take(rank, 0, PACKING)
+            take_from(feed, rank, 0, PACKING)
+
+
+def test_a_lost_feed_is_an_error_of_every_worker_and_not_of_the_user(spec: ReadSpec) -> None:
+    feed = feed_actor(spec, ENCODER, num_workers=2, max_encoders=1)
+    take_from(feed, 0, 0, PACKING)
+    ray.kill(feed)
+    for rank in (0, 1):
+        with pytest.raises(ray.exceptions.RayActorError):
+            take_from(feed, rank, 1, PACKING)
+
+
+def test_a_step_leaves_nothing_in_memory(spec: ReadSpec) -> None:
+    shares = iter_shares(open_feed(spec, ENCODER, max_encoders=1), 0, PACKING, 0, STEPS)
+    share = next(shares)
+    pairs = [weakref.ref(pair) for pair in share.pairs.values()]
+    assert pairs
+    del share
+    assert not any(pair() for pair in pairs)

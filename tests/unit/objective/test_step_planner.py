@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.balance import Layout, Packing
 from orpo_ray.objective.base import Normaliser, Objective
 from orpo_ray.objective.cpo import CPO
@@ -33,9 +34,10 @@ def test_the_objective_decides_targets_and_normaliser(
     """Two pairs: prompts of 2 tokens, of which the first is never a target; answers of 1 + 2 and of 4 + 1 tokens."""
     pairs = [make([1, 1], [2], [3, 3, 3, 3], 0), make([1, 1], [2, 2], [3], 1)]
     planner = StepPlanner(objective, Packing(100, "shared_prefix"), DUMMY, DUMMY, CPU)
-    plan = planner.plan(planner.share(pairs))
+    bad = BadRow(6, "e", "pairs.jsonl:line 6", "too_long", "120 tokens")
+    plan = planner.plan(planner.share(pairs, [bad], step=2))
     assert plan.normaliser == Normaliser(2.0, nll_tokens)
-    assert plan.pairs == 2
+    assert (plan.step, plan.pairs, plan.bad) == (2, 2, [bad])
     assert sum(len(batch.target_ids) for batch in plan.batches) == targets
 
 
