@@ -9,6 +9,7 @@ Legend: W workers, K micro-batches of each worker.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ Layout = Literal["shared_prefix", "concatenated"]
 Microbatches = list[list[list[int]]]
 """[worker][micro-batch] -> the indices of its pairs in the step."""
 
-# Effort of evening out: how near the best possible is near enough, limits tried, groups divided anew, and the most
-# members of two such groups.
+# Effort of evening out: how near the best possible is near enough, limits tried, the most members of a group on average
+# for which two are added at a time, groups divided anew, and the most members of two such groups.
 _NEAR_ENOUGH = 1.005
 _SEARCHES = 12
+_MOST_FOR_TWO = 3
 _DIVISIONS = 50
 _MOST_MEMBERS = 6
 
@@ -148,9 +150,9 @@ def _packed(sizes: Sequence[PairSize], num_workers: int, packing: Packing) -> li
     tokens = [float(sizes[index].packed) for index in rest]
     fitted = _first_fit(tokens, packing.token_budget, len(rest)) or []
     groups = _split_to(fitted, _rounded_up(len(alone) + len(fitted), num_workers) - len(alone))
-    even = _evened_out(tokens, groups)
+    even = _evened_out(tokens, groups, num_workers, packing.token_budget)
     if packing.tokens_per_image_value:
-        by_work = _evened_out([packing.work([sizes[index]]) for index in rest], groups)
+        by_work = _evened_out([packing.work([sizes[index]]) for index in rest], groups, num_workers, math.inf)
         if _heaviest(by_work, tokens) <= packing.token_budget:
             even = by_work
     return alone + [[rest[place] for place in group] for group in even]
@@ -168,18 +170,29 @@ def _padded(sizes: Sequence[PairSize], num_workers: int, packing: Packing) -> li
     return _split_to(groups, _rounded_up(len(groups), num_workers))
 
 
-def _evened_out(weights: Sequence[float], groups: list[list[int]]) -> list[list[int]]:
-    """Divide the members of groups into as many groups of nearly equal weight, none heavier than the heaviest before.
+def _evened_out(weights: Sequence[float], groups: list[list[int]], num_workers: int, most: float) -> list[list[int]]:
+    """Divide the members of groups anew, into as many groups that take less time, none of them heavier than `most`.
 
-    This is multifit: two ways of filling groups up to a limit, and a binary search for the lowest limit. Where groups
-    have two or three members, always adding to the lightest group leaves the heaviest one 17 % above the mean.
+    Always adding to the lightest group is near the best if groups have many members. If they have two or three, it
+    leaves the heaviest group 17 % above the mean, and multifit finds better ones: two ways of filling groups up to a
+    limit, and a binary search for the lowest limit.
     """
-    best = min(groups, _greedy(weights, len(groups)), key=lambda each: _heaviest(each, weights))
-    least = max([*weights, sum(weights) / max(1, len(groups))], default=0.0)
-    for fill in (_first_fit, _best_fill):
-        low, high = least, _heaviest(best, weights)
+    heaviest, mean = max(weights, default=0.0), sum(weights) / max(1, len(groups))
+    least = max(heaviest, sum(weights) / num_workers)
+    best, time = groups, _time(groups, weights, num_workers)
+
+    def improve(found: list[list[int]]) -> None:
+        nonlocal best, time
+        needed = _time(found, weights, num_workers)
+        if needed < time and _heaviest(found, weights) <= most:
+            best, time = found, needed
+
+    improve(_greedy(weights, len(groups)))
+    few_members = len(weights) <= _MOST_FOR_TWO * len(groups)
+    for fill in (_first_fit, _best_fill) if few_members else (_first_fit,):
+        low, high = max(heaviest, mean), _heaviest(best, weights)
         for _ in range(_SEARCHES):
-            if high <= _NEAR_ENOUGH * least:
+            if time <= _NEAR_ENOUGH * least:
                 return best
             limit = (low + high) / 2
             found = fill(weights, limit, len(groups))
@@ -187,9 +200,15 @@ def _evened_out(weights: Sequence[float], groups: list[list[int]]) -> list[list[
                 low = limit
                 continue
             high = limit
-            if _heaviest(found, weights) < _heaviest(best, weights):
-                best = found + [[] for _ in range(len(groups) - len(found))]
-    return _divided_anew(weights, best, _NEAR_ENOUGH * least)
+            improve(found + [[] for _ in range(len(groups) - len(found))])
+    improve(_divided_anew(weights, best, _NEAR_ENOUGH * mean))
+    return best
+
+
+def _time(groups: list[list[int]], weights: Sequence[float], num_workers: int) -> float:
+    """Add up what all workers wait for: they run the heaviest W groups together, then the next W, and so on."""
+    totals = sorted((sum(weights[index] for index in group) for group in groups), reverse=True)
+    return sum(totals[::num_workers])
 
 
 def _greedy(weights: Sequence[float], count: int) -> list[list[int]]:

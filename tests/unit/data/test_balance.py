@@ -58,7 +58,7 @@ def test_evening_out_never_breaks_the_budget() -> None:
     assert tokens_of(distribute(sizes, 1, packing), sizes, packing).tolist() == [[18, 18]]
 
 
-@pytest.mark.parametrize(("workers", "pairs", "most"), [(8, 16, 1.02), (64, 2, 1.09)])
+@pytest.mark.parametrize(("workers", "pairs", "most"), [(8, 16, 1.01), (8, 64, 1.005), (64, 2, 1.09)])
 def test_no_worker_waits_long_for_the_largest_micro_batch(workers: int, pairs: int, most: float) -> None:
     """Lengths are spread like those of real answers. Always adding to the least work so far would give 1.17 at 64."""
     rng = np.random.default_rng(0)
