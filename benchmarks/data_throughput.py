@@ -85,12 +85,12 @@ def stream(parquet: Path, processor: str, times: int, cores: int) -> Streamed:
     weights: list[tuple[int, int]] = []
     with PeakMemory() as memory:
         feed = open_feed(read, encoder, max_encoders=cores)
-        for share in iter_shares(feed, 0, Packing(ANY_LENGTH, "shared_prefix"), 0, steps):
+        for share in iter_shares(feed, Packing(ANY_LENGTH, "shared_prefix"), 0, steps):
             if share.bad:
                 raise SystemExit(f"the set should have no bad rows: {share.bad[0]}")
             arrived.append(time.perf_counter())
             if len(weights) < 64:
-                weights += [(to_arrow([0], [pair]).nbytes, 3 * pixels_of(pair)) for pair in share.pairs.values()]
+                weights += [(to_arrow([0], [pair]).nbytes, 3 * pixels_of(pair)) for pair in share.pairs]
     # The first fifth pays for starting processes and filling the pipeline.
     first = len(arrived) // 5
     seconds = arrived[-1] - arrived[first]

@@ -26,16 +26,17 @@ Microbatches = list[list[list[int]]]
 """[worker][micro-batch] -> the indices of its pairs in the step."""
 
 # Effort of evening out: how near the best possible is near enough, limits tried, the most members of a group on average
-# for which two are added at a time, groups divided anew, and the most members of two such groups.
+# and in all for which more than one way is tried, groups divided anew, and the most members of two such groups.
 _NEAR_ENOUGH = 1.005
 _SEARCHES = 12
-_MOST_FOR_TWO = 3
+_FEW_MEMBERS = 3
+_FEW_IN_ALL = 1024
 _DIVISIONS = 50
 _MOST_MEMBERS = 6
 
 
 class PairSize(NamedTuple):
-    """What planning a step needs to know of a pair, which may be on another worker."""
+    """What distributing a step needs to know of a pair."""
 
     prompt: int
     """Tokens of the prompt."""
@@ -72,6 +73,26 @@ class PairSize(NamedTuple):
         """Tokens of prompt + chosen or prompt + rejected, whichever is longer."""
         return max(self.prompt + self.chosen, (self.second_prompt or self.prompt) + self.rejected)
 
+
+class StepTotals(NamedTuple):
+    """What a worker needs to know of a whole step. All pairs' sizes would be too much to send to 1,000 workers."""
+
+    pairs: int
+    with_images: int
+    """Pairs with images."""
+    prompt_targets: int
+    chosen: int
+
+    @classmethod
+    def of(cls, sizes: Sequence[PairSize]) -> StepTotals:
+        """Add up the sizes of the step's pairs."""
+        return cls(
+            pairs=len(sizes),
+            with_images=sum(size.image_values > 0 for size in sizes),
+            prompt_targets=sum(size.prompt_targets for size in sizes),
+            chosen=sum(size.chosen for size in sizes),
+        )
+
     def nll_tokens(self, span: str) -> int:
         """Count the tokens that the NLL term covers."""
         return self.chosen + (self.prompt_targets if span == "prompt+response" else 0)
@@ -102,24 +123,20 @@ class Packing:
 
 @dataclass(frozen=True)
 class StepShare:
-    """One worker's part of a step, and what it must know of the other parts."""
+    """One worker's part of a step."""
 
     step: int
-    sizes: list[PairSize]
-    """All pairs of the step, over all workers, in the order of their sample indices."""
-    microbatches: Microbatches
-    """Of all workers, as `distribute` returns them."""
-    rank: int
-    """This worker."""
-    pairs: dict[int, EncodedPair]
-    """This worker's pairs, by their index in `sizes`."""
+    totals: StepTotals
+    """Of the step, over all workers."""
+    microbatches: list[list[EncodedPair]]
+    """The pairs of each of this worker's micro-batches."""
     bad: list[BadRow]
     """All bad rows of the step, over all workers, in the order of their sample indices."""
 
     @property
-    def own(self) -> list[list[EncodedPair]]:
-        """The pairs of each of this worker's micro-batches."""
-        return [[self.pairs[index] for index in each] for each in self.microbatches[self.rank]]
+    def pairs(self) -> list[EncodedPair]:
+        """This worker's pairs."""
+        return [pair for each in self.microbatches for pair in each]
 
 
 def distribute(sizes: Sequence[PairSize], num_workers: int, packing: Packing) -> Microbatches:
@@ -181,15 +198,18 @@ def _evened_out(weights: Sequence[float], groups: list[list[int]], num_workers: 
     least = max(heaviest, sum(weights) / num_workers)
     best, time = groups, _time(groups, weights, num_workers)
 
-    def improve(found: list[list[int]]) -> None:
+    def improve(found: list[list[int]]) -> bool:
         nonlocal best, time
         needed = _time(found, weights, num_workers)
-        if needed < time and _heaviest(found, weights) <= most:
-            best, time = found, needed
+        if needed > time or _heaviest(found, weights) > most:
+            return False
+        best, time = found, needed
+        return True
 
-    improve(_greedy(weights, len(groups)))
-    few_members = len(weights) <= _MOST_FOR_TWO * len(groups)
-    for fill in (_first_fit, _best_fill) if few_members else (_first_fit,):
+    few_members = len(weights) <= _FEW_MEMBERS * len(groups)
+    if improve(_greedy(weights, len(groups))) and not few_members:
+        return best
+    for fill in (_first_fit, _best_fill) if few_members and len(weights) <= _FEW_IN_ALL else (_first_fit,):
         low, high = max(heaviest, mean), _heaviest(best, weights)
         for _ in range(_SEARCHES):
             if time <= _NEAR_ENOUGH * least:

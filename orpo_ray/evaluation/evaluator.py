@@ -43,7 +43,7 @@ class HeldOut:
         steps = -(-self.read.end_sample // self.read.pairs_per_step)
         read = replace(self.read, exchange_images=exchange_images)
         feed = open_feed(read, self.encoder, self.max_encoders, self.rank, self.num_workers)
-        return iter_shares(feed, self.rank, packing, 0, steps)
+        return iter_shares(feed, packing, 0, steps)
 
 
 @dataclass(frozen=True)

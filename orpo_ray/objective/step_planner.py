@@ -1,8 +1,8 @@
 """A worker's share of a step -> micro-batches that all workers run in lock-step, and the step's normaliser.
 
 Under ZeRO every forward and backward is a collective: all workers must run equally many, through the same modules of
-the model. A worker with too few pairs, or with no images, adds dummy pairs of weight 0. Every share says which pairs
-the other workers have, so that planning needs no communication and can be done ahead, in a thread.
+the model. A worker with too few pairs, or with no images, adds dummy pairs of weight 0. Every share holds the totals of
+its step, so that planning needs no communication and can be done ahead, in a thread.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.data.bad_rows import BadRow
-from orpo_ray.data.balance import Packing, PairSize, StepShare, distribute
+from orpo_ray.data.balance import Packing, PairSize, StepShare, StepTotals, distribute
 from orpo_ray.data.collate_images import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.packing import PairBatch, build_batch
@@ -77,18 +77,16 @@ class StepPlanner:
     ) -> StepShare:
         """Return a worker's share of a step, all of whose pairs are at hand."""
         sizes = [PairSize.of(pair) for pair in pairs]
-        microbatches = distribute(sizes, workers, self.packing)
-        own = {index: pairs[index] for each in microbatches[rank] for index in each}
-        return StepShare(step, sizes, microbatches, rank, own, list(bad))
+        own = distribute(sizes, workers, self.packing)[rank]
+        return StepShare(step, StepTotals.of(sizes), [[pairs[index] for index in each] for each in own], list(bad))
 
     def plan(self, share: StepShare) -> StepPlan:
         """Build the tensors of this worker's micro-batches."""
-        span, count = self.objective.nll_span, len(share.sizes)
-        any_images = any(size.image_values for size in share.sizes)
-        batches = [self._build(pairs, any_images) for pairs in share.own]
-        nll_tokens = float(sum(size.nll_tokens(span) for size in share.sizes))
-        normaliser = Normaliser(float(count), nll_tokens if self.objective.nll_average == "token" else None)
-        return StepPlan(share.step, batches, normaliser, count, share.bad)
+        totals = share.totals
+        batches = [self._build(pairs, totals.with_images > 0) for pairs in share.microbatches]
+        nll_tokens = float(totals.nll_tokens(self.objective.nll_span))
+        normaliser = Normaliser(float(totals.pairs), nll_tokens if self.objective.nll_average == "token" else None)
+        return StepPlan(share.step, batches, normaliser, totals.pairs, share.bad)
 
     def _build(self, batch: list[EncodedPair], any_images: bool) -> PairBatch:
         dummy_pairs: list[EncodedPair] = []

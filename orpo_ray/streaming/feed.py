@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, BadRow
-from orpo_ray.data.balance import Microbatches, Packing, PairSize, distribute
+from orpo_ray.data.balance import Microbatches, Packing, PairSize, StepTotals, distribute
 from orpo_ray.data.encoded_columns import ENCODED_TYPE, num_bytes, to_arrow
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.order import step_samples
@@ -51,10 +51,9 @@ class Portion:
     """A worker's share of a step, with references in place of its pairs; see `StepShare`."""
 
     step: int
-    sizes: list[PairSize]
-    microbatches: Microbatches
-    places: dict[int, tuple[int, int]]
-    """Index in `sizes` -> block and sample index of this worker's pairs."""
+    totals: StepTotals
+    places: list[list[tuple[int, int]]]
+    """Block and sample index of the pairs of each micro-batch."""
     blocks: list[ray.ObjectRef]
     bad: list[BadRow]
 
@@ -110,9 +109,10 @@ class StepFeed:
         while self._next_sample < end:
             self._pull()
         items = {sample_index: self._arrived.pop(sample_index) for sample_index in range(first, end)}
-        pairs = {sample_index: item for sample_index, item in items.items() if isinstance(item, _Located)}
+        pairs = [(sample_index, item) for sample_index, item in items.items() if isinstance(item, _Located)]
         bad = [item for item in items.values() if isinstance(item, BadRow)]
-        return _Step(step, pairs, distribute([item.size for item in pairs.values()], self._num_workers, packing), bad)
+        sizes = [item.size for _, item in pairs]
+        return _Step(step, StepTotals.of(sizes), pairs, distribute(sizes, self._num_workers, packing), bad)
 
     def _pull(self) -> None:
         """Wait for the next rows that are encoded together."""
@@ -144,22 +144,19 @@ class _Located:
 @dataclass
 class _Step:
     step: int
-    pairs: dict[int, _Located]
-    """By sample index, in order."""
+    totals: StepTotals
+    pairs: list[tuple[int, _Located]]
+    """With their sample indices, in order."""
     microbatches: Microbatches
     bad: list[BadRow]
     taken: int = 0
     """Number of workers that have their share."""
 
     def portion(self, rank: int) -> Portion:
-        sample_indices = list(self.pairs)
         blocks: dict[ray.ObjectRef, int] = {}
-        places = {}
-        for index in (index for each in self.microbatches[rank] for index in each):
-            block = self.pairs[sample_indices[index]].block
-            places[index] = (blocks.setdefault(block, len(blocks)), sample_indices[index])
-        sizes = [item.size for item in self.pairs.values()]
-        return Portion(self.step, sizes, self.microbatches, places, list(blocks), self.bad)
+        own = [[self.pairs[index] for index in each] for each in self.microbatches[rank]]
+        places = [[(blocks.setdefault(item.block, len(blocks)), index) for index, item in each] for each in own]
+        return Portion(self.step, self.totals, places, list(blocks), self.bad)
 
 
 def _encode(task_batch: pa.Table, encoder: EncoderSpec, bytes_per_block: int) -> Iterator[pa.Table]:

@@ -46,18 +46,18 @@ def open_feed(read: ReadSpec, encoder: EncoderSpec, max_encoders: int, rank: int
     return partial(take_from, shared if own is None else own, rank)
 
 
-def iter_shares(take: Take, rank: int, packing: Packing, first_step: int, num_steps: int) -> Iterator[StepShare]:
+def iter_shares(take: Take, packing: Packing, first_step: int, num_steps: int) -> Iterator[StepShare]:
     """Yield a worker's shares of steps first_step to num_steps - 1."""
     for step in range(first_step, num_steps):
-        yield _share(take(step, packing), rank)  # nothing of it stays here while the step trains
+        yield _share(take(step, packing))  # nothing of it stays here while the step trains
 
 
-def _share(portion: Portion, rank: int) -> StepShare:
+def _share(portion: Portion) -> StepShare:
     """Fetch a portion's pairs. Their arrays are views of the object store."""
     tables: list[Any] = ray.get(portion.blocks)
     blocks = [from_arrow(rows) for table in tables for rows in rows_of_blocks(table)]
-    pairs = {index: blocks[block][sample_index] for index, (block, sample_index) in portion.places.items()}
-    return StepShare(portion.step, portion.sizes, portion.microbatches, rank, pairs, portion.bad)
+    microbatches = [[blocks[block][sample_index] for block, sample_index in each] for each in portion.places]
+    return StepShare(portion.step, portion.totals, microbatches, portion.bad)
 
 
 def feed_actor(read: ReadSpec, encoder: EncoderSpec, num_workers: int, max_encoders: int) -> Any:

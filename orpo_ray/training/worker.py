@@ -106,7 +106,7 @@ class Worker:
         if self.feed is None:
             read = replace(config.train, first_sample=first * self.recipe.optim.pairs_per_step)
             self.feed = open_feed(read, config.encoder, config.max_encoders, self.rank, self.num_workers)
-        shares = iter_shares(self.feed, self.rank, self.planner.packing, first, config.num_steps)
+        shares = iter_shares(self.feed, self.planner.packing, first, config.num_steps)
         return one_ahead(map(self._prepared, shares), self.device)
 
     def _prepared(self, share: StepShare) -> StepPlan:

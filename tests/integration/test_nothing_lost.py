@@ -65,12 +65,11 @@ def test_every_good_row_once_an_epoch_for_any_number_of_workers(tmp_path: Path, 
         trained: Counter[tuple[int, str]] = Counter()
         bad: Counter[str] = Counter()
         feed = StepFeed(read, encoder_of(recipe), workers, max_encoders=2)
-        takes = [partial(feed.take, rank) for rank in range(workers)]
-        steps = epochs * ROWS // PER_STEP
-        shares = [iter_shares(take, rank, Packing(4096, "shared_prefix"), 0, steps) for rank, take in enumerate(takes)]
+        packing, steps = Packing(4096, "shared_prefix"), epochs * ROWS // PER_STEP
+        shares = [iter_shares(partial(feed.take, rank), packing, 0, steps) for rank in range(workers)]
         for together in zip(*shares, strict=True):
             for share in together:
-                trained.update((pair.sample_index // ROWS, pair.id) for pair in share.pairs.values())
+                trained.update((pair.sample_index // ROWS, pair.id) for pair in share.pairs)
                 assert share.bad == together[0].bad
             bad.update(record.source for record in together[0].bad)
         assert set(trained.values()) == {1}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from orpo_ray.data.balance import Packing, PairSize, StepShare
+from orpo_ray.data.balance import Packing, PairSize, StepShare, StepTotals
 from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import Order
@@ -43,17 +43,17 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
 
 def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShare]:
     feed = open_feed(replace(spec, first_sample=first * PER_STEP), ENCODER, max_encoders=1)
-    return list(iter_shares(feed, 0, PACKING, first, STEPS))
+    return list(iter_shares(feed, PACKING, first, STEPS))
 
 
 def ids(share: StepShare) -> list[str]:
-    return [share.pairs[index].id for index in sorted(share.pairs)]
+    return [pair.id for pair in sorted(share.pairs, key=lambda pair: pair.sample_index)]
 
 
 def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSpec) -> None:
     sample_indices: dict[int, str] = {}
     for share in steps_of(spec):
-        for pair in share.pairs.values():
+        for pair in share.pairs:
             assert pair.sample_index // PER_STEP == share.step
             sample_indices[pair.sample_index] = pair.id
         for record in share.bad:
@@ -73,18 +73,17 @@ def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSp
 def test_two_workers_divide_the_same_steps(spec: ReadSpec) -> None:
     """Both take from one feed, and the second worker is two steps behind the first."""
     feed = feed_actor(spec, ENCODER, num_workers=2, max_encoders=1)
-    iterators = [iter_shares(partial(take_from, feed, rank), rank, PACKING, 0, STEPS) for rank in (0, 1)]
+    iterators = [iter_shares(partial(take_from, feed, rank), PACKING, 0, STEPS) for rank in (0, 1)]
     first = [next(iterators[0]), next(iterators[0])]
     shares = list(zip([*first, *iterators[0]], iterators[1], strict=True))
     for step, (one, two) in zip(steps_of(spec), shares, strict=True):
-        assert one.pairs.keys() | two.pairs.keys() == step.pairs.keys()
-        assert not one.pairs.keys() & two.pairs.keys()
+        assert sorted(ids(one) + ids(two)) == sorted(ids(step))
+        assert len(one.microbatches) == len(two.microbatches)
+        sizes = [PairSize.of(pair) for pair in step.pairs]
         for share in (one, two):
-            assert (share.sizes, share.bad, share.microbatches) == (step.sizes, step.bad, one.microbatches)
-            for index, pair in share.pairs.items():
-                assert (pair.id, PairSize.of(pair)) == (step.pairs[index].id, share.sizes[index])
-        tokens = [sum(PairSize.of(pair).packed for pair in share.pairs.values()) for share in (one, two)]
-        assert max(tokens) - min(tokens) <= max(size.packed for size in step.sizes)
+            assert (share.step, share.totals, share.bad) == (step.step, StepTotals.of(sizes), step.bad)
+        tokens = [sum(PairSize.of(pair).packed for pair in share.pairs) for share in (one, two)]
+        assert max(tokens) - min(tokens) <= max(size.packed for size in sizes)
 
 
 @pytest.mark.parametrize("first", [1, 6, 12])
@@ -111,9 +110,9 @@ def test_a_lost_feed_is_an_error_of_every_worker_and_not_of_the_user(spec: ReadS
 
 
 def test_a_step_leaves_nothing_in_memory(spec: ReadSpec) -> None:
-    shares = iter_shares(open_feed(spec, ENCODER, max_encoders=1), 0, PACKING, 0, STEPS)
+    shares = iter_shares(open_feed(spec, ENCODER, max_encoders=1), PACKING, 0, STEPS)
     share = next(shares)
-    pairs = [weakref.ref(pair) for pair in share.pairs.values()]
+    pairs = [weakref.ref(pair) for pair in share.pairs]
     assert pairs
     del share
     assert not any(pair() for pair in pairs)

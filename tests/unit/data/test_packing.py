@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from orpo_ray.data.balance import PairSize
+from orpo_ray.data.balance import PairSize, StepTotals
 from orpo_ray.data.packing import PairSpan, build_batch
 from support.encoded_pairs import IMAGE, make
 
@@ -32,8 +32,8 @@ def test_prompt_tokens_as_targets_leave_out_placeholders_and_the_first() -> None
     batch = build_batch([pair], "prompt+response", "concatenated")
     assert batch.target_ids.tolist() == [6, 7, 8, 9]
     assert batch.target_in_response.tolist() == [False, True, True, True]
-    size = PairSize.of(pair)
-    assert (size.nll_tokens("prompt+response"), size.nll_tokens("response")) == (3, 2)
+    totals = StepTotals.of([PairSize.of(pair)])
+    assert (totals.nll_tokens("prompt+response"), totals.nll_tokens("response")) == (3, 2)
     torch.testing.assert_close(batch.target_ids, batch.input_ids.flatten()[batch.target_position + 1])
 
 
