@@ -96,8 +96,9 @@ def test_a_processor_that_cannot_be_loaded_is_said_as_itself(spec: ReadSpec, tmp
     broken = replace(ENCODER, model_id=str(tmp_path))
     feed = feed_actor(spec, broken, num_workers=2, max_encoders=1)
     for rank in (0, 1):  # the second worker too, although the pipeline has ended with the error
-        with pytest.raises(UserError, match="the processor cannot be loaded"):
+        with pytest.raises(UserError, match="the processor cannot be loaded") as caught:
             take_from(feed, rank, 0, PACKING)
+        assert type(caught.value) is UserError  # not Ray's subclass of it, whose text is a traceback
 
 
 def test_a_lost_feed_is_an_error_of_every_worker_and_not_of_the_user(spec: ReadSpec) -> None:
