@@ -97,7 +97,7 @@ def main() -> None:
         chosen = [rows[(step * arguments.pairs + k) % len(rows)] for k in range(arguments.pairs)]
         pairs = [encode(row, arguments.data.parent, encoder) for row in chosen]
         probe.step_begin()
-        plan = planner.plan(pairs, num_bad=0)
+        plan = planner.plan(planner.share(pairs))
         total = 0.0
         for batch in plan.batches:
             probe.batch({"input_ids": batch.input_ids})

@@ -24,7 +24,7 @@ import os
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,13 @@ from machine import provenance
 from PIL import Image
 
 from orpo_ray.config.load import parse_recipe
+from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoded_columns import to_arrow
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.from_recipe import run_data
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.ray_cluster import start_ray
-from orpo_ray.streaming.steps import iter_steps
+from orpo_ray.streaming.steps import iter_shares, open_feed
 
 PAIRS_PER_STEP = 8
 ANY_LENGTH = 10**6
@@ -83,12 +84,13 @@ def stream(parquet: Path, processor: str, times: int, cores: int) -> Streamed:
     arrived: list[float] = []
     weights: list[tuple[int, int]] = []
     with PeakMemory() as memory:
-        for shard in iter_steps(replace(read, rank=0), encoder, 0, steps, max_encoders=cores):
-            if shard.bad:
-                raise SystemExit(f"the set should have no bad rows: {shard.bad[0]}")
+        feed = open_feed(read, encoder, max_encoders=cores)
+        for share in iter_shares(feed, Packing(ANY_LENGTH, "shared_prefix"), 0, steps):
+            if share.bad:
+                raise SystemExit(f"the set should have no bad rows: {share.bad[0]}")
             arrived.append(time.perf_counter())
             if len(weights) < 64:
-                weights += [(to_arrow([0], [pair]).nbytes, 3 * pixels_of(pair)) for pair in shard.pairs]
+                weights += [(to_arrow([0], [pair]).nbytes, 3 * pixels_of(pair)) for pair in share.pairs]
     # The first fifth pays for starting processes and filling the pipeline.
     first = len(arrived) // 5
     seconds = arrived[-1] - arrived[first]

@@ -13,7 +13,7 @@ import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -29,7 +29,10 @@ BYTES_PER_TAR_SHARD = 64 << 20
 EASY_VQA = "easy-vqa:"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 
+_FOOTERS = 64  # parquet footers that a reader keeps
+
 Row = dict[str, Any]
+TakeRows = Callable[[Sequence[int]], list[Row | RowError]]
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,47 @@ def easy_vqa_shard(uri: str) -> Shard:
 
 def read_rows(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
     """Read rows of a shard by their index in the shard, in the given order. An invalid row is a RowError."""
-    if is_remote(shard.path):
-        return with_retries(_READ[shard.kind], shard, rows)
-    return _READ[shard.kind](shard, rows)
+    return ShardReader().open(shard)(rows)
+
+
+class ShardReader:
+    """Reads shards one after another, each once, although rows of the last one are wanted several times."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Shard, TakeRows] | None = None
+        self._footers: dict[str, pq.FileMetaData] = {}
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether this shard was the last one."""
+        return self._last is not None and self._last[0] == shard
+
+    def release(self) -> None:
+        """Free the last shard's memory."""
+        self._last = None
+
+    def open(self, shard: Shard) -> TakeRows:
+        """Read a shard, unless it was the last one. Returns what takes rows of it by their index in the shard."""
+        if self._last is not None and self._last[0] == shard:
+            return self._last[1]
+        self.release()  # before the next shard needs the memory
+        take = with_retries(self._read, shard) if is_remote(shard.path) else self._read(shard)
+        self._last = (shard, take)
+        return take
+
+    def _read(self, shard: Shard) -> TakeRows:
+        return self._read_parquet(shard) if shard.kind == "parquet" else _READ[shard.kind](shard)
+
+    def _read_parquet(self, shard: Shard) -> TakeRows:
+        filesystem, path = locate(shard.path)
+        with filesystem.open_input_file(path) as file:
+            # pre_buffer reads each column chunk with one request instead of one per page. A footer is read once per
+            # file: with small row groups, it is a large part of what would be read.
+            opened = pq.ParquetFile(file, metadata=self._footers.get(shard.path), pre_buffer=True)
+            self._footers[shard.path] = opened.metadata
+            if len(self._footers) > _FOOTERS:
+                self._footers.pop(next(iter(self._footers)))
+            group = opened.read_row_group(shard.index)
+        return partial(_take, group)
 
 
 def _list_parquet(path: str) -> Iterator[Shard]:
@@ -111,12 +152,8 @@ def _list_parquet(path: str) -> Iterator[Shard]:
         first += row_group.num_rows
 
 
-def _read_parquet(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
-    filesystem, path = locate(shard.path)
-    with filesystem.open_input_file(path) as file:
-        # pre_buffer reads each column chunk with one request instead of one per page.
-        group = pq.ParquetFile(file, pre_buffer=True).read_row_group(shard.index)
-    found: list[Row | RowError] = group.take(pa.array(rows, pa.int64())).to_pylist()
+def _take(table: pa.Table | pa.RecordBatch, rows: Sequence[int]) -> list[Row | RowError]:
+    found: list[Row | RowError] = table.take(pa.array(rows, pa.int64())).to_pylist()
     return found
 
 
@@ -148,11 +185,11 @@ def _list_jsonl(path: str) -> Iterator[Shard]:
         yield shard()
 
 
-def _read_jsonl(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
+def _read_jsonl(shard: Shard) -> TakeRows:
     data = read_bytes(shard.path, shard.offset, shard.length)
     # Split at line feeds only, as `_list_jsonl` counts: a lone carriage return is white space within a row.
     lines = [line for line in data.split(b"\n") if line.strip()]
-    return [_parse_json_row(lines[row]) for row in rows]
+    return lambda rows: [_parse_json_row(lines[row]) for row in rows]
 
 
 def _parse_json_row(text: bytes) -> Row | RowError:
@@ -177,9 +214,9 @@ def _list_json(path: str) -> Iterator[Shard]:
         yield Shard("json", path, first, num_rows, num_bytes=size * num_rows // count)
 
 
-def _read_json(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
+def _read_json(shard: Shard) -> TakeRows:
     all_rows = _read_json_list(shard.path)
-    return [_check_object(all_rows[shard.first_row + row]) for row in rows]
+    return lambda rows: [_check_object(all_rows[shard.first_row + row]) for row in rows]
 
 
 @lru_cache(maxsize=2)
@@ -211,14 +248,12 @@ def _list_arrow(path: str) -> Iterator[Shard]:
             first, offset = first + batch.num_rows, file.tell()
 
 
-def _read_arrow(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
+def _read_arrow(shard: Shard) -> TakeRows:
     filesystem, path = locate(shard.path)
     with filesystem.open_input_file(path) as file:
         schema = pa.ipc.open_stream(file).schema
     data = read_bytes(shard.path, shard.offset, shard.length)
-    batch = pa.ipc.read_record_batch(pa.ipc.read_message(data), schema)
-    found: list[Row | RowError] = batch.take(pa.array(rows, pa.int64())).to_pylist()
-    return found
+    return partial(_take, pa.ipc.read_record_batch(pa.ipc.read_message(data), schema))
 
 
 def _list_tar(path: str) -> Iterator[Shard]:
@@ -245,7 +280,7 @@ def _list_tar(path: str) -> Iterator[Shard]:
         yield Shard("tar", path, first, count, num_bytes=end - start, offset=start, length=end - start)
 
 
-def _read_tar(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
+def _read_tar(shard: Shard) -> TakeRows:
     data = read_bytes(shard.path, shard.offset, shard.length)
     samples: list[tuple[str, list[tuple[str, bytes]]]] = []
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -258,7 +293,7 @@ def _read_tar(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
             content = tar.extractfile(member)
             assert content is not None
             samples[-1][1].append((extension, content.read()))
-    return [_row_of_sample(*samples[row]) for row in rows]
+    return lambda rows: [_row_of_sample(*samples[row]) for row in rows]
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -289,9 +324,9 @@ def _row_of_sample(key: str, members: list[tuple[str, bytes]]) -> Row | RowError
     return row | ({"images": images} if images else {})
 
 
-def _read_easy_vqa(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
+def _read_easy_vqa(shard: Shard) -> TakeRows:
     all_rows = easy_vqa_rows(shard.path.removeprefix(EASY_VQA))
-    return [all_rows[row] for row in rows]
+    return lambda rows: [all_rows[row] for row in rows]
 
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json", ".arrow": "arrow", ".tar": "tar"}
@@ -302,8 +337,7 @@ _LIST: dict[str, Callable[[str], Iterator[Shard]]] = {
     "arrow": _list_arrow,
     "tar": _list_tar,
 }
-_READ: dict[str, Callable[[Shard, Sequence[int]], list[Row | RowError]]] = {
-    "parquet": _read_parquet,
+_READ: dict[str, Callable[[Shard], TakeRows]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "arrow": _read_arrow,

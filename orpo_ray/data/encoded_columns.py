@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from orpo_ray.data.bad_rows import BAD_ROW_TYPE, BadRow
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.processing.prompts import EncodedPrompt
 
@@ -24,7 +23,6 @@ ENCODED_TYPE = pa.struct(
         ("id", pa.string()),
         ("truncated", pa.int64()),
         ("tensors", pa.list_(_TENSOR)),
-        ("bad", BAD_ROW_TYPE),  # null for a pair
     ]
 )
 # Every tensor starts at a multiple of this many bytes, so that views of any dtype are aligned.
@@ -33,9 +31,14 @@ _REJECTED = "rejected_prompt."
 _IMAGES = "images."
 
 
-def to_arrow(sample_indices: Sequence[int], items: Sequence[EncodedPair | BadRow]) -> pa.StructArray:
-    """Write pairs and bad rows, each with its sample index, as an array of `ENCODED_TYPE`. Copies tensors once."""
-    tensors = [{} if isinstance(item, BadRow) else _tensors_of(item) for item in items]
+def num_bytes(pair: EncodedPair) -> int:
+    """Return the bytes of a pair's tensors."""
+    return sum(value.nbytes for value in _tensors_of(pair).values())
+
+
+def to_arrow(sample_indices: Sequence[int], pairs: Sequence[EncodedPair]) -> pa.StructArray:
+    """Write pairs, each with its sample index, as an array of `ENCODED_TYPE`. Copies tensors once."""
+    tensors = [_tensors_of(pair) for pair in pairs]
     flat = [(name, np.ascontiguousarray(value)) for each in tensors for name, value in each.items()]
     tensor_array = pa.StructArray.from_arrays(
         [
@@ -50,33 +53,29 @@ def to_arrow(sample_indices: Sequence[int], items: Sequence[EncodedPair | BadRow
     return pa.StructArray.from_arrays(
         [
             pa.array(sample_indices, pa.int64()),
-            pa.array([item.id for item in items], pa.string()),
-            pa.array([0 if isinstance(item, BadRow) else item.truncated for item in items], pa.int64()),
+            pa.array([pair.id for pair in pairs], pa.string()),
+            pa.array([pair.truncated for pair in pairs], pa.int64()),
             pa.ListArray.from_arrays(pa.array(ends), tensor_array),
-            pa.array([vars(item) if isinstance(item, BadRow) else None for item in items], BAD_ROW_TYPE),
         ],
         fields=list(ENCODED_TYPE),
     )
 
 
-def from_arrow(array: pa.StructArray) -> dict[int, EncodedPair | BadRow]:
+def from_arrow(array: pa.StructArray) -> dict[int, EncodedPair]:
     """Read what `to_arrow` wrote, by sample index. The pairs' arrays are views of the Arrow buffers."""
     sample_indices = array.field("sample_index").to_pylist()
-    ids, truncated, bad = (array.field(name).to_pylist() for name in ("id", "truncated", "bad"))
+    ids, truncated = (array.field(name).to_pylist() for name in ("id", "truncated"))
     lists = array.field("tensors")
     flat = lists.flatten()
     values = _views(flat)
     names = flat.field("name").to_pylist()
     counts = np.diff(lists.offsets.to_numpy()).tolist()
-    out: dict[int, EncodedPair | BadRow] = {}
+    out: dict[int, EncodedPair] = {}
     first = 0
     for place, sample_index in enumerate(sample_indices):
         last = first + counts[place]
-        if bad[place] is not None:
-            out[sample_index] = BadRow(**bad[place])
-        else:
-            tensors = dict(zip(names[first:last], values[first:last], strict=True))
-            out[sample_index] = _pair_of(tensors, ids[place], sample_index, truncated[place])
+        tensors = dict(zip(names[first:last], values[first:last], strict=True))
+        out[sample_index] = _pair_of(tensors, ids[place], sample_index, truncated[place])
         first = last
     return out
 

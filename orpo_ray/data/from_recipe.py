@@ -26,8 +26,6 @@ SMALLEST_WINDOW = 64
 def run_data(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
     """Return all training rows of a run, and its held-out rows if there are any.
 
-    A worker reads its own rows of them by setting `rank` and `num_workers`.
-
     Raises:
         UserError: a source cannot be read, or nothing would be trained on.
     """

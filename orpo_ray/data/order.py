@@ -1,4 +1,4 @@
-"""The order of pairs, and the worker of each: arithmetic on sample indices, so a data position is one integer.
+"""The order of pairs: arithmetic on sample indices, so a data position is one integer.
 
 Legend: N rows in the set. A sample index counts rows through epoch 0, epoch 1, and so on: sample s is row s % N of
 epoch s // N. Step k takes samples k*P to (k+1)*P - 1 over all workers; a step may span two epochs, so no tail is
@@ -144,11 +144,6 @@ class Order:
 @lru_cache(maxsize=4)
 def _shard_ranges(order: Order, epoch: int) -> list[ShardRange]:
     return order.shard_ranges(epoch)
-
-
-def owner(sample_indices: np.ndarray, pairs_per_step: int, num_workers: int) -> np.ndarray:
-    """Return the worker of each sample: a step is cut into contiguous shards whose sizes differ by at most one."""
-    return (sample_indices % pairs_per_step) * num_workers // pairs_per_step
 
 
 def step_samples(step: int, pairs_per_step: int, total_samples: int) -> tuple[int, int]:

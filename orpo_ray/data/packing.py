@@ -1,4 +1,4 @@
-"""EncodedPairs -> `PairBatch`: the tensors of one forward, and how pairs are grouped into micro-batches.
+"""EncodedPairs -> `PairBatch`: the tensors of one forward.
 
 Legend: B pairs in a micro-batch, T tokens of a row, M target tokens (those whose log-prob is wanted).
 
@@ -9,21 +9,21 @@ of families whose layers cannot share a prefix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from orpo_ray.data.balance import Layout, PairSize
 from orpo_ray.data.collate_images import ON_HOST, Collate, TokenRows, concatenate_images
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.spans import PairSpan
 from orpo_ray.data.transfer import to_device
 from orpo_ray.data.varlen_index import VarlenIndex
 from orpo_ray.processing.prompts import EncodedPrompt
-
-Layout = Literal["shared_prefix", "concatenated"]
 
 # PairBatch.token_kind
 TEXT, IMAGE, RESPONSE, PADDING = range(4)
@@ -69,14 +69,17 @@ class PairBatch:
         """B, dummy pairs included."""
         return len(self.weights)
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PairBatch:
+        """The same batch with every tensor changed that belongs on the model's device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {k: change(value) for k, value in values.items() if isinstance(value, torch.Tensor)}
+        images = {n: value if n.startswith(ON_HOST) else change(value) for n, value in self.images.items()}
+        varlen = None if self.varlen is None else self.varlen.map(change)
+        return replace(self, **changed, images=images, varlen=varlen)
+
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {k: to_device(v, device) for k, v in values.items() if isinstance(v, torch.Tensor)}
-        if self.varlen is not None:
-            moved["varlen"] = self.varlen.to(device)
-        images = {n: v if n.startswith(ON_HOST) else to_device(v, device) for n, v in self.images.items()}
-        return replace(self, **moved, images=images)
+        return self.map(partial(to_device, device=device))
 
 
 def build_batch(
@@ -135,7 +138,7 @@ class _Rows:
 
     def pack(self) -> None:
         """Put all pairs one after another in one row."""
-        self._allocate(1, sum(packed_length(pair) for pair in self.pairs))
+        self._allocate(1, sum(PairSize.of(pair).packed for pair in self.pairs))
         start = 0
         for index, pair in enumerate(self.pairs):
             chosen = start + len(pair.prompt_ids)
@@ -204,100 +207,6 @@ class _Rows:
         self.target_ids.append(ids)
         self.target_answer.append(np.full(len(ids), answer))
         self.target_in_response.append(np.full(len(ids), in_response))
-
-
-def packed_length(pair: EncodedPair) -> int:
-    """Tokens of `[prompt | chosen | rejected]`, or of `[prompt | chosen]` and `[prompt | rejected]`."""
-    second = len(pair.rejected_prompt.ids) if pair.rejected_prompt else 0
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + second + len(pair.rejected_ids)
-
-
-def plan_microbatches(pairs: Sequence[EncodedPair], token_budget: int, layout: Layout) -> list[list[EncodedPair]]:
-    """Cut a worker's step shard into as few micro-batches as fit the budget, the largest first.
-
-    A pair that is larger than the budget gets its own micro-batch.
-
-    Args:
-        pairs: the worker's pairs of a step.
-        token_budget: most tokens of a micro-batch.
-        layout: in `shared_prefix`, a micro-batch has as many tokens as its pairs, and micro-batches are evened out. In
-            `concatenated` it has 2 * B * T, so pairs of similar length are put together.
-    """
-    if layout == "shared_prefix":
-        return _pack(pairs, token_budget)
-    batches: list[list[EncodedPair]] = []
-    for pair in sorted(pairs, key=lambda pair: -pair.row_length):
-        # Sorted, so the first pair of a batch is its longest.
-        if batches and 2 * (len(batches[-1]) + 1) * batches[-1][0].row_length <= token_budget:
-            batches[-1].append(pair)
-        else:
-            batches.append([pair])
-    return batches
-
-
-def spread(batches: list[list[EncodedPair]], count: int, layout: Layout) -> list[list[EncodedPair]]:
-    """Put the same pairs into exactly `count` micro-batches, at least as many as there were, the largest first.
-
-    Some stay empty if there are not enough pairs. Under ZeRO all workers run their k-th micro-batch at the same time
-    and wait for the slowest. With the largest first everywhere, micro-batches of similar size run together.
-    """
-    if layout == "shared_prefix" and count > len(batches):
-        return _even_out([pair for batch in batches for pair in batch], count)
-    batches = [list(batch) for batch in batches]
-    while len(batches) < count:
-        largest = max(range(len(batches)), key=lambda i: len(batches[i]), default=-1)
-        if largest < 0 or len(batches[largest]) < 2:
-            batches += [[] for _ in range(count - len(batches))]
-            break
-        batch = batches[largest]
-        middle = (len(batch) + 1) // 2
-        batches[largest : largest + 1] = [batch[:middle], batch[middle:]]
-    return batches
-
-
-def _pack(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[EncodedPair]]:
-    """Count micro-batches by first fit, longest first; then even them out, unless that breaks the budget."""
-    batches: list[list[EncodedPair]] = []
-    free: list[int] = []  # tokens left in each
-    for pair in sorted(pairs, key=lambda pair: -packed_length(pair)):
-        first = next((i for i, left in enumerate(free) if packed_length(pair) <= left), None)
-        if first is None:
-            first = len(batches)
-            batches.append([])
-            free.append(token_budget)
-        batches[first].append(pair)
-        free[first] -= packed_length(pair)
-    even = _even_out(pairs, len(batches))
-    return even if _largest(even) <= max(token_budget, _largest(batches)) else _largest_first(batches)
-
-
-def _even_out(pairs: Sequence[EncodedPair], count: int) -> list[list[EncodedPair]]:
-    """Make `count` micro-batches of nearly equal size: the longest pair first, always into the smallest so far."""
-    batches: list[list[EncodedPair]] = [[] for _ in range(count)]
-    sizes = [0] * count
-    for pair in sorted(pairs, key=lambda pair: -packed_length(pair)):
-        smallest = sizes.index(min(sizes))
-        batches[smallest].append(pair)
-        sizes[smallest] += packed_length(pair)
-    return _largest_first(batches)
-
-
-def _largest_first(batches: list[list[EncodedPair]]) -> list[list[EncodedPair]]:
-    return sorted(batches, key=_size, reverse=True)
-
-
-def _size(batch: list[EncodedPair]) -> int:
-    return sum(map(packed_length, batch))
-
-
-def _largest(batches: list[list[EncodedPair]]) -> int:
-    return max(map(_size, batches), default=0)
-
-
-def nll_token_count(pair: EncodedPair, nll: str) -> int:
-    """How many tokens the NLL term of this pair covers; the first prompt token is never a target."""
-    prompt = int(pair.prompt_is_text[1:].sum()) if nll == "prompt+response" else 0
-    return prompt + len(pair.chosen_ids)
 
 
 def _images_in_order(pairs: Sequence[EncodedPair], layout: Layout, shared: bool) -> list[dict[str, np.ndarray]]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
-from orpo_ray.data.containers import Shard, read_rows
+from orpo_ray.data.containers import Shard, ShardReader
 from orpo_ray.data.formats import get_row_id, to_pair
-from orpo_ray.data.order import Order, owner
+from orpo_ray.data.order import Order
 from orpo_ray.data.pairs import Image, Message, PreferencePair
 from orpo_ray.errors import RowError
 
@@ -28,6 +30,7 @@ from orpo_ray.errors import RowError
 ROWS_PER_TASK_BATCH = 128
 BYTES_PER_TASK_BATCH = 4 << 20
 BYTES_OF_A_PATH = 128 << 10  # a guess at the file behind a path
+_SHARDS_PER_TASK = 20  # shards that a reading task covers, so that one shard read twice adds 5 %
 
 IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
 _CONTENT_TYPE = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
@@ -50,7 +53,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """Rows that a worker reads, and how to read them."""
+    """Rows that a run reads for all its workers, and how to read them."""
 
     shards: tuple[Shard, ...]
     """All shards of all sources."""
@@ -60,9 +63,7 @@ class ReadSpec:
     pairs_per_step: int
     first_sample: int
     end_sample: int
-    """Samples first_sample to end_sample - 1 are read, of which a worker reads those that it owns."""
-    rank: int = 0
-    num_workers: int = 1
+    """Samples first_sample to end_sample - 1 are read."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """`data.columns` of the recipe."""
     row_indices: Mapping[int, np.ndarray] = field(default_factory=dict)
@@ -83,30 +84,50 @@ class ReadSpec:
         """Return the folder that a shard's image paths are relative to."""
         return self.image_root or shard.image_root
 
-    def owned(self, sample_indices: np.ndarray) -> np.ndarray:
-        """Return which of these sample indices this worker trains on: bool, same shape."""
-        mine = owner(sample_indices, self.pairs_per_step, self.num_workers) == self.rank
-        return mine & (sample_indices >= self.first_sample) & (sample_indices < self.end_sample)
+
+def read_tasks(spec: ReadSpec) -> list[list[tuple[int, int]]]:
+    """Divide the windows, as (epoch, window), into reading tasks of consecutive windows.
+
+    Where two tasks meet within a shard, both read it. A task has so many windows that this adds a few per cent.
+    """
+    windows = spec.order.windows(spec.first_sample, spec.end_sample)
+    sizes = np.array(spec.order.shard_rows, np.int64)
+    # The mean size of the shard that a random row lies in: large shards are cut more often.
+    cut = (sizes**2).sum() / max(1, sizes.sum())
+    count = max(1, math.ceil(_SHARDS_PER_TASK * cut / spec.order.window_rows))
+    return [windows[first : first + count] for first in range(0, len(windows), count)]
 
 
-def read_window(spec: ReadSpec, epoch: int, number: int) -> Iterator[pa.Table]:
-    """Yield task batches, as tables of `SCHEMA`, of this worker's rows of a window, in order of sample indices."""
-    window = spec.order.window(epoch, number)
-    sample_indices = window.first_sample + np.arange(len(window.rows))
-    owned = spec.owned(sample_indices)
-    # A pair's new images may come from any row of the window, so that they are the same for any number of workers.
-    wanted = np.ones_like(owned) if spec.exchange_images else owned
-    pairs = _read_window(spec, sample_indices[wanted], window.rows[wanted])
-    if spec.exchange_images:
-        pairs = _exchange(spec, pairs)
-    yield from _tables(spec, [(int(sample_index), *pairs[sample_index]) for sample_index in sample_indices[owned]])
+def read_windows(spec: ReadSpec, windows: Sequence[tuple[int, int]]) -> Iterator[pa.Table]:
+    """Yield the rows of consecutive windows as task batches: tables of `SCHEMA`, in order of sample indices.
+
+    Reads each shard once, and keeps one shard and the rows of one window in memory.
+    """
+    reader = ShardReader()
+    ahead = chain((spec.order.window(*window) for window in windows), [None])
+    for window, following in pairwise(ahead):
+        assert window is not None
+        sample_indices = window.first_sample + np.arange(len(window.rows))
+        wanted = (sample_indices >= spec.first_sample) & (sample_indices < spec.end_sample)
+        # A pair's new images may come from any row of the window, so that a resumed run exchanges alike.
+        read = np.ones_like(wanted) if spec.exchange_images else wanted
+        shared = set() if following is None else set(following.rows[:, 0].tolist())
+        pairs = _read_window(spec, sample_indices[read], window.rows[read], reader, shared)
+        if not any(reader.holds(spec.shards[shard]) for shard in shared):
+            reader.release()
+        if spec.exchange_images:
+            pairs = _exchange(spec, pairs)
+        yield from _tables(spec, [(int(sample_index), *pairs[sample_index]) for sample_index in sample_indices[wanted]])
 
 
-def read_pairs(spec: ReadSpec, shard: int, rows: np.ndarray) -> list[PreferencePair | BadRow]:
+def read_pairs(
+    spec: ReadSpec, shard: int, rows: np.ndarray, reader: ShardReader | None = None
+) -> list[PreferencePair | BadRow]:
     """Read rows of a shard. A row that cannot be a pair comes as a `BadRow` without a sample index."""
     there, format_name = spec.shards[shard], spec.format_names[shard]
     pairs: list[PreferencePair | BadRow] = []
-    for row, raw in zip(rows.tolist(), read_rows(there, rows.tolist()), strict=True):
+    take = (reader or ShardReader()).open(there)
+    for row, raw in zip(rows.tolist(), take(rows.tolist()), strict=True):
         where = there.describe(row)
         try:
             if isinstance(raw, RowError):
@@ -124,11 +145,12 @@ def _writable(text: str) -> str:
 
 
 def pair_at(spec: ReadSpec, sample_index: int) -> tuple[Shard, PreferencePair | BadRow]:
-    """Read the pair of one sample index, whichever worker owns it."""
+    """Read the pair of one sample index."""
     ((epoch, number),) = spec.order.windows(sample_index, sample_index + 1)
     window = spec.order.window(epoch, number)
     place = sample_index - window.first_sample
-    return _read_window(spec, np.array([sample_index]), window.rows[place : place + 1])[sample_index]
+    rows = window.rows[place : place + 1]
+    return _read_window(spec, np.array([sample_index]), rows, ShardReader(), set())[sample_index]
 
 
 def image_fingerprint(image: Image, root: str | None) -> str:
@@ -142,19 +164,29 @@ def image_fingerprint(image: Image, root: str | None) -> str:
 
 
 def _read_window(
-    spec: ReadSpec, sample_indices: np.ndarray, rows: np.ndarray
+    spec: ReadSpec, sample_indices: np.ndarray, rows: np.ndarray, reader: ShardReader, shared: set[int]
 ) -> dict[int, tuple[Shard, PreferencePair | BadRow]]:
-    """Return the shard and the pair, or bad row, of each sample index. Reads each shard once."""
-    pairs: dict[int, tuple[Shard, PreferencePair | BadRow]] = {}
-    for index in np.unique(rows[:, 0]).tolist():
-        here = rows[:, 0] == index
-        wanted = rows[here, 1]
+    """Return the shard and the pair, or bad row, of each sample index. Reads each shard once.
+
+    Args:
+        spec: which rows, and how to read them.
+        sample_indices: of the rows.
+        rows: (shard, row in the shard) of each.
+        reader: may still hold a shard of the window before.
+        shared: shards that the window after this one needs too, and which are therefore read last.
+    """
+    shards = np.unique(rows[:, 0]).tolist()
+    found: dict[int, list[PreferencePair | BadRow]] = {}
+    for index in sorted(shards, key=lambda shard: (shard in shared, not reader.holds(spec.shards[shard]))):
+        wanted = rows[rows[:, 0] == index, 1]
         if index in spec.row_indices:
             wanted = spec.row_indices[index][wanted]
-        for sample_index, pair in zip(sample_indices[here].tolist(), read_pairs(spec, index, wanted), strict=True):
-            if isinstance(pair, BadRow):
-                pair = replace(pair, sample_index=sample_index)
-            pairs[sample_index] = (spec.shards[index], pair)
+        found[index] = read_pairs(spec, index, wanted, reader)
+    pairs: dict[int, tuple[Shard, PreferencePair | BadRow]] = {}
+    for index in shards:
+        for sample_index, pair in zip(sample_indices[rows[:, 0] == index].tolist(), found[index], strict=True):
+            placed = replace(pair, sample_index=sample_index) if isinstance(pair, BadRow) else pair
+            pairs[sample_index] = (spec.shards[index], placed)
     return pairs
 
 

@@ -5,8 +5,9 @@ Legend: T tokens of the row; P tokens of a pair's prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -50,7 +51,11 @@ class VarlenIndex:
         index = torch.from_numpy(np.concatenate(keys))
         return cls(index, starts(queries), starts(key_lengths), max(queries), max(key_lengths))
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> VarlenIndex:
+        """The same index with every tensor changed."""
+        keys, cu_queries, cu_keys = (change(each) for each in (self.keys, self.cu_queries, self.cu_keys))
+        return replace(self, keys=keys, cu_queries=cu_queries, cu_keys=cu_keys)
+
     def to(self, device: torch.device) -> VarlenIndex:
         """The same index on a device."""
-        keys, cu_queries, cu_keys = (to_device(each, device) for each in (self.keys, self.cu_queries, self.cu_keys))
-        return replace(self, keys=keys, cu_queries=cu_queries, cu_keys=cu_keys)
+        return self.map(partial(to_device, device=device))

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 
 from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.data.balance import Packing, StepShare
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.data.reading import ReadSpec
@@ -20,26 +22,28 @@ from orpo_ray.objective.base import Normaliser, Objective
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner, add_sums, gather_rows, reduce_sums
-from orpo_ray.streaming.steps import StepShard, iter_steps
+from orpo_ray.streaming.steps import iter_shares, open_feed
 
 Forward = Callable[[PairBatch], PairLogps]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out pairs that one worker scores."""
+    """The held-out pairs of all workers, and which worker this is."""
 
     read: ReadSpec
-    """Rows to read. Rank and number of workers determine which pairs belong to this worker."""
     encoder: EncoderSpec
     max_encoders: int
-    """Encoding tasks at a time, for this worker."""
+    """Encoding tasks at a time, for all workers together."""
+    rank: int = 0
+    num_workers: int = 1
 
-    def shards(self, exchange_images: bool) -> Iterable[StepShard]:
-        """All of this worker's step shards; with `exchange_images`, each pair gets the images of another pair."""
+    def shares(self, exchange_images: bool, packing: Packing) -> Iterable[StepShare]:
+        """All of this worker's shares; with `exchange_images`, each pair gets the images of another pair."""
         steps = -(-self.read.end_sample // self.read.pairs_per_step)
         read = replace(self.read, exchange_images=exchange_images)
-        return iter_steps(read, self.encoder, 0, steps, self.max_encoders)
+        feed = open_feed(read, self.encoder, self.max_encoders, self.rank, self.num_workers)
+        return iter_shares(feed, packing, 0, steps)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Scores:
     correct: dict[int, bool]
     """Sample index -> whether the model prefers the chosen answer; this worker's pairs only."""
     bad: list[BadRow] = field(default_factory=list)
-    """This worker's bad rows."""
+    """Bad rows of all workers."""
 
 
 class Evaluator:
@@ -69,7 +73,7 @@ class Evaluator:
 
         Args:
             model: The model, put into evaluation mode while it scores.
-            held_out: This worker's pairs.
+            held_out: The pairs.
             planner: Plans the steps, and knows the objective.
             forward: How to run the model, by default directly. Under ZeRO-3 the engine's forward gathers parameters.
             on_pass: Called with a few words for the user when a pass over the pairs begins.
@@ -83,35 +87,37 @@ class Evaluator:
         self.model.eval()
         try:
             self.on_pass("evaluating")
-            scores = score(self.forward, self.held_out.shards(exchange_images=False), self.planner)
+            scores = score(self.forward, self._shares(exchange_images=False), self.planner)
             if grounding:
                 self.on_pass("evaluating with exchanged images")
                 # A pair without a partner to exchange images with is not a bad row, so `bad` does not change.
-                exchanged = score(self.forward, self.held_out.shards(exchange_images=True), self.planner)
+                exchanged = score(self.forward, self._shares(exchange_images=True), self.planner)
                 gap = grounding_metrics(scores, exchanged, self.planner.device)
                 scores = replace(scores, metrics=scores.metrics | gap)
         finally:
             self.model.train(was_training)
         return scores
 
+    def _shares(self, exchange_images: bool) -> Iterable[StepShare]:
+        return self.held_out.shares(exchange_images, self.planner.packing)
+
 
 @torch.no_grad()
-def score(forward: Forward, shards: Iterable[StepShard], planner: StepPlanner) -> Scores:
-    """Run one pass over step shards; every worker must pass equally many.
+def score(forward: Forward, shares: Iterable[StepShare], planner: StepPlanner) -> Scores:
+    """Run one pass over shares of steps; every worker must pass equally many.
 
     Metrics are the objective's, and `runtime` in seconds, `samples_per_second`, `steps_per_second`, `pairs`,
     `bad_rows`. Raises UserError if no row is usable.
     """
-    started, steps, num_bad = time.perf_counter(), 0, 0
+    started, steps = time.perf_counter(), 0
     objective: Objective = planner.objective
     sums: dict[str, torch.Tensor] = {}
     correct: dict[int, bool] = {}
     bad: list[BadRow] = []
-    for shard in shards:
-        plan = planner.plan(shard.pairs, len(shard.bad))
-        steps, num_bad = steps + 1, num_bad + plan.bad
-        bad += shard.bad
-        for batch in plan.batches:
+    for share in shares:
+        steps += 1
+        bad += share.bad
+        for batch in planner.plan(share).batches:
             logps = forward(batch.to(planner.device))
             # Averages within each pair, then over pairs: a token average over a step would depend on the step's size.
             _, more = objective.loss(logps, batch.weights.to(planner.device), Normaliser(1.0))
@@ -122,7 +128,7 @@ def score(forward: Forward, shards: Iterable[StepShard], planner: StepPlanner) -
     totals = reduce_sums(sums, planner.device)
     if not totals.get("pairs"):
         raise UserError(
-            f"none of the {num_bad} held-out rows can be used",
+            f"none of the {len(bad)} held-out rows can be used",
             field="data.eval",
             fix="run orpo-ray data check to see why",
         )
@@ -132,7 +138,7 @@ def score(forward: Forward, shards: Iterable[StepShard], planner: StepPlanner) -
         "samples_per_second": totals["pairs"] / runtime,
         "steps_per_second": steps / runtime,
         "pairs": totals["pairs"],
-        "bad_rows": float(num_bad),
+        "bad_rows": float(len(bad)),
     }
     return Scores(metrics, correct, bad)
 
@@ -142,19 +148,25 @@ def grounding_metrics(seen: Scores, exchanged: Scores, device: torch.device) -> 
 
     `grounding_gap` is the accuracy that the exchange costs; near 0, the model ignores its images. A collective.
     """
-    both = seen.correct.keys() & exchanged.correct.keys()
-    counts = [
-        len(both),
-        sum(seen.correct[sample_index] for sample_index in both),
-        sum(exchanged.correct[sample_index] for sample_index in both),
-    ]
-    total, right, right_exchanged = gather_rows(counts, device).sum(0).tolist()
+    last = max([*seen.correct, *exchanged.correct], default=-1)
+    size = int(gather_rows([last], device).max()) + 1
+    # Whether a pair was scored, and rightly. With exchanged images it has another length, and maybe another worker.
+    scored, right = (torch.zeros(2, size, dtype=torch.int32, device=device) for _ in range(2))
+    for row, scores in enumerate((seen, exchanged)):
+        sample_indices = torch.tensor(list(scores.correct), dtype=torch.long, device=device)
+        scored[row, sample_indices] = 1
+        right[row, sample_indices] = torch.tensor(list(scores.correct.values()), dtype=torch.int32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(scored)
+        dist.all_reduce(right)
+    both = scored.amin(0)
+    total, (right_seen, right_exchanged) = int(both.sum()), (right * both).sum(1).tolist()
     if not total:
         return {}
     return {
         "rewards/accuracies_exchanged": right_exchanged / total,
-        "grounding_gap": (right - right_exchanged) / total,
-        "grounding_pairs": total,
+        "grounding_gap": (right_seen - right_exchanged) / total,
+        "grounding_pairs": float(total),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from orpo_ray.config.schema import ModelConfig
-from orpo_ray.data.packing import Layout
+from orpo_ray.data.balance import Layout
 from orpo_ray.errors import UserError
 from orpo_ray.model.checkpointing import enable_checkpointing
 from orpo_ray.model.families.base import Family

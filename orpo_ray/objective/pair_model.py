@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from orpo_ray.data.balance import Layout
 from orpo_ray.data.collate_images import PIXELS
-from orpo_ray.data.packing import Layout, PairBatch
+from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.families.base import ImageFeatures, ImageTensors
 from orpo_ray.model.families.registry import family_of
@@ -94,6 +95,34 @@ class PairModel(nn.Module):
         head = self.family.output_head(base)
         return all_chunks(hidden) if head is None else call_with(head, all_chunks, hidden)
 
+    @property
+    def tokens_per_image_value(self) -> float:
+        """The vision encoder's work for a value of an image tensor, in tokens of the language model with that work.
+
+        An estimate by which a step's pairs are distributed over the workers: weights in matrices times what they are
+        applied to, three times where there is a backward pass.
+        """
+        if self.vision_cache is not None:
+            return 0.0
+        base = without_adapters(self.model)
+        embeddings = base.get_input_embeddings().weight
+        vision, language = (
+            [
+                parameter
+                for name, parameter in base.named_parameters()
+                if name.startswith(self.family.prefixes(component))
+                and parameter.ndim > 1
+                and parameter is not embeddings
+            ]
+            for component in ("vision", "language")
+        )
+        # The convolution over pixels; class tokens and positions have up to three dimensions.
+        patches = next((weight for weight in vision if weight.ndim > 3), None)
+        if patches is None or not language:
+            return 0.0
+        passes = 3 if any(parameter.requires_grad for parameter in vision) else 1
+        return passes / 3 * (_size(vision) / patches[0].numel()) / _size(language)
+
     def check_images_used(self) -> None:
         """Check, after a backward pass with `watch_images`, that a gradient reached the image features.
 
@@ -140,3 +169,12 @@ class PairModel(nn.Module):
 
     def _keep_gradient(self, gradient: torch.Tensor) -> None:
         self._image_gradient = gradient.detach()
+
+
+def _size(parameters: list[nn.Parameter]) -> int:
+    """Count the elements of weights. A 4-bit weight holds several of them in one of its own."""
+    states = [getattr(parameter, "quant_state", None) for parameter in parameters]
+    return sum(
+        parameter.numel() if state is None else state.shape.numel()
+        for parameter, state in zip(parameters, states, strict=True)
+    )

@@ -1,7 +1,8 @@
-"""A worker's shard of a step -> micro-batches that all workers run in lock-step, and the step's normaliser.
+"""A worker's share of a step -> micro-batches that all workers run in lock-step, and the step's normaliser.
 
 Under ZeRO every forward and backward is a collective: all workers must run equally many, through the same modules of
-the model. A worker with too few pairs, or with no images, adds dummy pairs of weight 0.
+the model. A worker with too few pairs, or with no images, adds dummy pairs of weight 0. Every share holds the totals of
+its step, so that planning needs no communication and can be done ahead, in a thread.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.data.balance import Packing, PairSize, StepShare, StepTotals, distribute
 from orpo_ray.data.collate_images import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
-from orpo_ray.data.packing import Layout, PairBatch, build_batch, nll_token_count, plan_microbatches, spread
+from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.data.transfer import to_device
 from orpo_ray.objective.base import Normaliser, Objective
 from orpo_ray.objective.pair_model import PairModel
@@ -22,26 +25,26 @@ from orpo_ray.objective.pair_model import PairModel
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Micro-batches of a worker in a step."""
+    """Micro-batches of a worker in a step. Holds none of its `StepShare`'s pairs, so that their memory is freed."""
 
+    step: int
     batches: list[PairBatch]
     """Equally many on every worker."""
     normaliser: Normaliser
     """Equal on every worker."""
     pairs: int
     """Pairs in the step, over all workers."""
-    bad: int
-    """Bad rows in the step, over all workers."""
+    bad: list[BadRow]
+    """Bad rows of the step, over all workers."""
 
 
 class StepPlanner:
-    """Plans each step together with the other workers. A collective: every worker must call `plan` for every step."""
+    """Plans steps so that all workers, each with its own share of the same step, arrive at matching plans."""
 
     def __init__(
         self,
         objective: Objective,
-        token_budget: int,
-        layout: Layout,
+        packing: Packing,
         text_dummy: EncodedPair,
         image_dummy: EncodedPair,
         device: torch.device,
@@ -51,14 +54,13 @@ class StepPlanner:
 
         Args:
             objective: Decides which tokens are targets, and whether the step's NLL tokens are counted.
-            token_budget: Most tokens in one micro-batch.
-            layout: Layout of the batches, the one that the model's attention was loaded for.
+            packing: How pairs become micro-batches, in the layout that the model's attention was loaded for.
             text_dummy: Dummy pair without an image.
             image_dummy: Dummy pair with an image.
-            device: Where collectives run.
+            device: Where the model runs.
             collate: Joins the vision inputs of a batch's images, as the model's family takes them.
         """
-        self.objective, self.token_budget, self.layout, self.device = objective, token_budget, layout, device
+        self.objective, self.packing, self.device = objective, packing, device
         self.collate = collate
         self.text_dummy, self.image_dummy = text_dummy, image_dummy
 
@@ -68,20 +70,24 @@ class StepPlanner:
     ) -> StepPlanner:
         """Make the planner for a model, with dummy pairs from its encoder."""
         dummy_pairs = (encoder.dummy_pair(with_image=False), encoder.dummy_pair(with_image=True))
-        return cls(objective, token_budget, model.layout, *dummy_pairs, device, model.family.collate)
+        packing = Packing(token_budget, model.layout, model.tokens_per_image_value)
+        return cls(objective, packing, *dummy_pairs, device, model.family.collate)
 
-    def plan(self, pairs: Sequence[EncodedPair], num_bad: int) -> StepPlan:
-        """Cut this worker's pairs of a step into as many micro-batches as the other workers run."""
-        microbatches = plan_microbatches(pairs, self.token_budget, self.layout)
-        has_images = any(pair.images for pair in pairs)
-        tokens = sum(nll_token_count(pair, self.objective.nll_span) for pair in pairs)
-        mine = [len(pairs), tokens, num_bad, len(microbatches), float(has_images)]
-        everyone = gather_rows(mine, self.device)
-        total_pairs, total_tokens, total_bad = (int(column) for column in everyone[:, :3].sum(0))
-        count, any_images = int(everyone[:, 3].max()), bool(everyone[:, 4].max())
-        batches = [self._build(batch, any_images) for batch in spread(microbatches, count, self.layout)]
-        nll_tokens = float(total_tokens) if self.objective.nll_average == "token" else None
-        return StepPlan(batches, Normaliser(float(total_pairs), nll_tokens), total_pairs, total_bad)
+    def share(
+        self, pairs: Sequence[EncodedPair], bad: Sequence[BadRow] = (), step: int = 0, rank: int = 0, workers: int = 1
+    ) -> StepShare:
+        """Return a worker's share of a step, all of whose pairs are at hand."""
+        sizes = [PairSize.of(pair) for pair in pairs]
+        own = distribute(sizes, workers, self.packing)[rank]
+        return StepShare(step, StepTotals.of(sizes), [[pairs[index] for index in each] for each in own], list(bad))
+
+    def plan(self, share: StepShare) -> StepPlan:
+        """Build the tensors of this worker's micro-batches."""
+        totals = share.totals
+        batches = [self._build(pairs, totals.with_images > 0) for pairs in share.microbatches]
+        nll_tokens = float(totals.nll_tokens(self.objective.nll_span))
+        normaliser = Normaliser(float(totals.pairs), nll_tokens if self.objective.nll_average == "token" else None)
+        return StepPlan(share.step, batches, normaliser, totals.pairs, share.bad)
 
     def _build(self, batch: list[EncodedPair], any_images: bool) -> PairBatch:
         dummy_pairs: list[EncodedPair] = []
@@ -89,7 +95,7 @@ class StepPlanner:
             dummy_pairs = [self.image_dummy]
         elif not batch:
             dummy_pairs = [self.text_dummy]
-        return build_batch(batch, self.objective.nll_span, self.layout, dummy_pairs, self.collate)
+        return build_batch(batch, self.objective.nll_span, self.packing.layout, dummy_pairs, self.collate)
 
 
 def gather_rows(values: Sequence[float], device: torch.device) -> torch.Tensor:

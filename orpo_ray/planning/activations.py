@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from orpo_ray.config.schema import ModelConfig
+from orpo_ray.data.balance import Layout
 from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.data.packing import Layout, PairBatch, build_batch
+from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.model import vision_attention
 from orpo_ray.model.attention_kernel import PLANNED_GPU
 from orpo_ray.model.families.registry import family_of

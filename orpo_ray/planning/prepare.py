@@ -9,7 +9,7 @@ import torch
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import Checkpointing
-from orpo_ray.data.packing import Layout
+from orpo_ray.data.balance import Layout
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.cross_attention import CrossAttentionFamily
 from orpo_ray.model.families.registry import family_of

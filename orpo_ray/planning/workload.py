@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.data.packing import Layout
+from orpo_ray.data.balance import Layout
 from orpo_ray.errors import UserError
 from orpo_ray.planning.activations import PairShape
 from orpo_ray.planning.images import HEIGHT, WIDTH, image_shape

@@ -1,8 +1,9 @@
 """Ray Data pipelines: windows of rows -> task batches -> what encoding tasks make of them, anywhere in the cluster.
 
-A reading task reads one window and cuts it into task batches; an encoding task takes one task batch. The caller chooses
-what it makes of the rows: encoded pairs for training (`streaming/steps.py`), or facts and clean rows for the `data`
-commands (`data_report/scan.py`).
+A reading task reads consecutive windows and cuts them into task batches; an encoding task takes one task batch. The
+caller chooses what it makes of the rows: encoded pairs for training (`streaming/feed.py`), or facts and clean rows for
+the `data` commands (`data_report/scan.py`). A run has one pipeline for all its workers, so that each row is read and
+encoded once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ray.data.datasource import Datasource, ReadTask
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec, PairEncoder
 from orpo_ray.data.pairs import PreferencePair
-from orpo_ray.data.reading import ReadSpec, pair_of, read_window, stored_bytes
+from orpo_ray.data.reading import ReadSpec, pair_of, read_tasks, read_windows, stored_bytes
 from orpo_ray.errors import RowError
 from orpo_ray.storage.files import image_folder
 
@@ -36,7 +37,7 @@ ENCODE_CPUS = 0.5
 # What an encoding task makes at a time: about 40 MB of pixels if they are photographs.
 ROWS_PER_BLOCK = 32
 BYTES_PER_BLOCK = 512 << 10
-READERS = 1  # windows that one worker's pipeline reads at a time; each costs the run's start a process
+READERS = 1  # reading tasks at a time; each costs the run's start a process
 # Encoding yields to training where both run on the same cores: if one thread of a CPU worker loses its core to an
 # encoder, all other threads wait for it. Encoding catches up whenever training waits. The variables give encoders
 # processes of their own, so that no worker starts in a process of lowered priority.
@@ -57,14 +58,14 @@ ENCODE_ENV = {
 
 
 def least_cpus(num_pipelines: int) -> float:
-    """Return how many CPUs the pipelines of this many workers need to make progress: one encoder and all readers."""
+    """Return how many CPUs this many pipelines need to make progress: one encoder and all readers."""
     return ENCODE_CPUS + READERS * READ_CPUS * num_pipelines
 
 
 def iter_blocks(
     read: ReadSpec, work: Callable[[pa.Table], Iterator[pa.Table]], max_encoders: int, ordered: bool
 ) -> Iterator[pa.Table]:
-    """Yield the results of encoding tasks for the rows that this worker reads, as soon as they are available.
+    """Yield the results of encoding tasks, as soon as they are available.
 
     Args:
         read: which rows.
@@ -72,12 +73,30 @@ def iter_blocks(
         max_encoders: encoding tasks at a time.
         ordered: whether blocks come in the order of their sample indices.
     """
-    windows = read.order.windows(read.first_sample, read.end_sample)
+    dataset = _dataset(read, work, max_encoders, ordered)
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+
+def iter_block_refs(
+    read: ReadSpec, work: Callable[[pa.Table], Iterator[pa.Table]], max_encoders: int
+) -> Iterator[ray.ObjectRef]:
+    """Yield references to the results of encoding tasks, in the order of their sample indices; see `iter_blocks`.
+
+    The results stay where they are until a worker wants them.
+    """
+    for bundle in _dataset(read, work, max_encoders, ordered=True).iter_internal_ref_bundles():
+        yield from (entry.ref for entry in bundle.blocks if entry.metadata.num_rows != 0)
+
+
+def _dataset(
+    read: ReadSpec, work: Callable[[pa.Table], Iterator[pa.Table]], max_encoders: int, ordered: bool
+) -> ray.data.Dataset:
+    tasks = read_tasks(read)
     dataset = ray.data.read_datasource(
-        _WindowSource(read, windows),
-        override_num_blocks=len(windows),
+        _WindowSource(read, tasks),
+        override_num_blocks=len(tasks),
         num_cpus=READ_CPUS,
-        concurrency=max(1, min(READERS, len(windows))),
+        concurrency=max(1, min(READERS, len(tasks))),
         # In the encoders' processes: the one that has read a window goes on to encode it.
         runtime_env=ENCODE_ENV,
     ).map_batches(
@@ -98,7 +117,7 @@ def iter_blocks(
     context.raise_original_map_exception = True
     # If a command reads in its own process, Ray Data's lines would be mixed with the command's output.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    return dataset
 
 
 def one_block(rows: pa.StructArray) -> pa.Table:
@@ -158,11 +177,11 @@ def lower_priority() -> None:
 
 
 class _WindowSource(Datasource):
-    """A data source with one read task for every window, so that no window is read before it is needed."""
+    """A data source that reads a window only when it is needed."""
 
-    def __init__(self, read: ReadSpec, windows: list[tuple[int, int]]) -> None:
+    def __init__(self, read: ReadSpec, tasks: list[list[tuple[int, int]]]) -> None:
         super().__init__()
-        self._windows = windows
+        self._tasks = tasks
         self._read = ray.put(read)  # sent once and not with each task: it lists every shard
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -170,9 +189,9 @@ class _WindowSource(Datasource):
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        return [ReadTask(partial(_read_task_batches, self._read, *window), metadata) for window in self._windows]
+        return [ReadTask(partial(_read_task_batches, self._read, windows), metadata) for windows in self._tasks]
 
 
-def _read_task_batches(read: ray.ObjectRef, epoch: int, number: int) -> Iterator[pa.Table]:
-    for rows in read_window(ray.get(read), epoch, number):
+def _read_task_batches(read: ray.ObjectRef, windows: list[tuple[int, int]]) -> Iterator[pa.Table]:
+    for rows in read_windows(ray.get(read), windows):
         yield one_block(rows.to_struct_array().combine_chunks())

@@ -1,95 +1,82 @@
-"""One worker's shard of every training step, from its own Ray Data pipeline, resumable at any sample index.
+"""A worker's shares of the steps, from the feed of its run.
 
-Each worker runs a pipeline over the samples it owns, with blocks in order. Ray's iterators have no position; the
-sample index is the position.
+Several workers share one feed in an actor on the node of rank 0: each row is read and encoded once, and Ray Data runs
+in none of the training processes. A worker that is alone has the feed in its own process, which saves the start of
+another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orpo_ray.data.bad_rows import BadRow
-from orpo_ray.data.encoded_columns import from_arrow, to_arrow
-from orpo_ray.data.encoding import EncodedPair, EncoderSpec
-from orpo_ray.data.order import step_samples
+from orpo_ray.data.balance import Packing, StepShare
+from orpo_ray.data.encoded_columns import from_arrow
+from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.streaming.pipeline import (
-    encode_rows,
-    encoder_batches,
-    encoder_of_this_process,
-    iter_blocks,
-    one_block,
-    rows_of_blocks,
-)
+from orpo_ray.errors import OrpoRayError
+from orpo_ray.streaming.feed import Portion, StepFeed
+from orpo_ray.streaming.pipeline import rows_of_blocks
+
+Take = Callable[[int, Packing], Portion]
+"""Step, and how to pack it -> this worker's portion of it."""
 
 
-@dataclass
-class StepShard:
-    """One worker's rows of one step."""
-
-    step: int
-    pairs: list[EncodedPair] = field(default_factory=list)
-    """In the order of their sample indices."""
-    bad: list[BadRow] = field(default_factory=list)
-
-
-def iter_steps(
-    read: ReadSpec, encoder: EncoderSpec, first_step: int, num_steps: int, max_encoders: int
-) -> Iterator[StepShard]:
-    """Yield this worker's shards of steps first_step to num_steps - 1. Blocks are fetched ahead while a step computes.
+def open_feed(read: ReadSpec, encoder: EncoderSpec, max_encoders: int, rank: int = 0, num_workers: int = 1) -> Take:
+    """Start to read and encode for all workers of a run. A collective of Ray Train if there are several.
 
     Args:
-        read: which rows; its `first_sample` is the first of `first_step`.
+        read: which rows; its `first_sample` is the first of a step.
         encoder: how pairs are encoded.
-        first_step: the first step.
-        num_steps: steps of the whole run.
-        max_encoders: encoding tasks at a time, for this worker.
+        max_encoders: encoding tasks at a time, for all workers together.
+        rank: this worker.
+        num_workers: workers, each of which must take every step once.
     """
-    waiting: dict[int, EncodedPair | BadRow] = {}
-    arrivals = _iter_encoded(read, encoder, max_encoders)
+    if num_workers == 1:
+        return partial(StepFeed(read, encoder, 1, max_encoders).take, 0)
+    from ray.train.collective import broadcast_from_rank_zero
+
+    # Rank 0 keeps its own handle: the actor ends with that or with the process. A restarted run starts another actor.
+    own = feed_actor(read, encoder, num_workers, max_encoders) if rank == 0 else None
+    shared = broadcast_from_rank_zero(own)
+    return partial(take_from, shared if own is None else own, rank)
+
+
+def iter_shares(take: Take, packing: Packing, first_step: int, num_steps: int) -> Iterator[StepShare]:
+    """Yield a worker's shares of steps first_step to num_steps - 1."""
     for step in range(first_step, num_steps):
-        shard = StepShard(step)
-        sample_indices = np.arange(*step_samples(step, read.pairs_per_step, read.end_sample))
-        for sample_index in sample_indices[read.owned(sample_indices)].tolist():
-            while sample_index not in waiting:
-                waiting.update(next(arrivals))
-            item = waiting.pop(sample_index)
-            if isinstance(item, BadRow):
-                shard.bad.append(item)
-            else:
-                shard.pairs.append(item)
-        yield shard
+        yield _share(take(step, packing))  # nothing of it stays here while the step trains
 
 
-def started(steps: Iterator[StepShard]) -> Iterator[StepShard]:
-    """Return the same steps, after a thread has begun to fetch the first one."""
-    pool = ThreadPoolExecutor(1)
-    first = pool.submit(next, steps, None)
-    pool.shutdown(wait=False)
-
-    def fetched() -> Iterator[StepShard]:
-        shard = first.result()
-        if shard is not None:
-            yield shard
-            yield from steps
-
-    return fetched()
+def _share(portion: Portion) -> StepShare:
+    """Fetch a portion's pairs. Their arrays are views of the object store."""
+    tables: list[Any] = ray.get(portion.blocks)
+    blocks = [from_arrow(rows) for table in tables for rows in rows_of_blocks(table)]
+    microbatches = [[blocks[block][sample_index] for block, sample_index in each] for each in portion.places]
+    return StepShare(portion.step, portion.totals, microbatches, portion.bad)
 
 
-def _iter_encoded(read: ReadSpec, encoder: EncoderSpec, max_encoders: int) -> Iterator[dict[int, EncodedPair | BadRow]]:
-    """Yield pairs and bad rows by sample index, a block at a time."""
-    for blocks in iter_blocks(read, partial(_encode, encoder=encoder), max_encoders, ordered=True):
-        yield from map(from_arrow, rows_of_blocks(blocks))
+def feed_actor(read: ReadSpec, encoder: EncoderSpec, num_workers: int, max_encoders: int) -> Any:
+    """Start the feed of several workers, on this node; see `StepFeed`."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # A call waits until a step is encoded, and must not hold up workers that ask for an earlier one.
+    actor = ray.remote(num_cpus=0, max_concurrency=num_workers)(StepFeed)
+    return actor.options(scheduling_strategy=here).remote(read, encoder, num_workers, max_encoders)
 
 
-def _encode(task_batch: pa.Table, encoder: EncoderSpec) -> Iterator[pa.Table]:
-    """Encode one task batch. A row that cannot be encoded becomes a BadRow and does not fail the task."""
-    for rows in encoder_batches(task_batch):
-        encoded = encode_rows(rows, encoder_of_this_process(encoder))
-        yield one_block(to_arrow([row["sample_index"] for row in rows], encoded))
+def take_from(actor: Any, rank: int, step: int, packing: Packing) -> Portion:
+    """Take a worker's portion of a step from an actor. An error of the user arrives as in the actor's process."""
+    try:
+        found: Portion = ray.get(actor.take.remote(rank, step, packing))
+    except ray.exceptions.RayTaskError as error:
+        cause: BaseException = error
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        if isinstance(cause, OrpoRayError):
+            raise cause from None
+        raise
+    return found

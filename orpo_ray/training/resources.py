@@ -22,7 +22,7 @@ class Resources:
     cpu_threads: int
     """Threads that torch uses when the worker trains on CPUs."""
     max_encoders: int
-    """Encoding tasks that may run at the same time for this worker."""
+    """Encoding tasks that may run at the same time for all workers of the run."""
 
 
 def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, reserved: float = 0.0) -> Resources:
@@ -55,7 +55,7 @@ def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, r
             value=scaling.num_workers,
             fix=f"use at most {int(gpus)} GPU(s), or set scaling.gpus_per_worker to 0 to train on CPUs",
         )
-    for_data = least_cpus(workers) + reserved
+    for_data = least_cpus(runs) + reserved
     # Rounded down, so that the sum never exceeds the cluster.
     wanted = scaling.cpus_per_worker or min(1.0, math.floor(100 * (cpus - for_data) / workers) / 100)
     if wanted <= 0 or wanted * workers + for_data > cpus:
@@ -70,5 +70,5 @@ def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, r
         cpus=wanted,
         gpus=per_worker,
         cpu_threads=max(1, (os.cpu_count() or 1) // workers),
-        max_encoders=max(1, int((cpus - wanted * workers) / workers)),
+        max_encoders=max(1, int((cpus - wanted * workers) / runs)),
     )

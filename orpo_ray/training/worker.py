@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ import torch
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, refuse_rows
+from orpo_ray.data.balance import StepShare
 from orpo_ray.data.order import step_samples
-from orpo_ray.data.reading import ReadSpec
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, reduce_sums
 from orpo_ray.processing.pixel_norm import PixelNorm
-from orpo_ray.streaming.steps import StepShard, iter_steps
+from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
+from orpo_ray.training.ahead import on_device, one_ahead, pinned
 from orpo_ray.training.auto_checkpointing import with_checkpointing
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
 from orpo_ray.training.engine import Engine, make_engine
@@ -34,16 +35,16 @@ from orpo_ray.training.worker_start import WorkerConfig
 class Worker:
     """One training process."""
 
-    def __init__(self, config: WorkerConfig, from_the_start: Iterator[StepShard] | None = None) -> None:
+    def __init__(self, config: WorkerConfig, feed: Take | None = None) -> None:
         """Set up the model, the engine and the position.
 
         Args:
             config: what the driver decided.
-            from_the_start: for a run without a checkpoint, all its steps; their data is already being read.
+            feed: for a run without a checkpoint, the source of its steps, whose data is already being read.
         """
         context = ray.train.get_context()
         self.config, self.recipe = config, parse_recipe(config.recipe)
-        self.from_the_start = from_the_start
+        self.feed = feed
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
@@ -68,18 +69,10 @@ class Worker:
 
     def run(self) -> None:
         """Train from the position to the end, then evaluate and write `final/`."""
-        recipe, num_steps = self.recipe, self.config.num_steps
+        recipe = self.recipe
         self.model.train()
-        for shard, plan, waited, started in self._steps():
-            metrics = self._train_step(plan)
-            seconds = time.perf_counter() - started
-            metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_fraction": waited / seconds}
-            self._advance(shard, plan, metrics)
-            step = self.position.step
-            if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
-                self._report(self._evaluate(grounding=False))
-            if recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0 and step < num_steps:
-                self._save(with_prefix(metrics, "train"))
+        with contextlib.closing(self._steps()) as steps:
+            self._train(steps)
         self._judge_bad_rows(at_end=True)
         final = self._evaluate(recipe.eval.grounding) if self.config.held_out is not None else {}
         self._tell(phase="saving")
@@ -87,36 +80,50 @@ class Worker:
         self._save(with_prefix(final, "eval") | {"step": self.position.step, "final": True})
         self.tracker.close()
 
+    def _train(self, steps: Iterator[StepPlan]) -> None:
+        recipe, num_steps = self.recipe, self.config.num_steps
+        started = time.perf_counter()
+        for plan in steps:
+            waited = time.perf_counter() - started
+            metrics = self._train_step(plan)
+            seconds = time.perf_counter() - started
+            metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_fraction": waited / seconds}
+            self._advance(plan, metrics)
+            step = self.position.step
+            if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
+                self._report(self._evaluate(grounding=False))
+            if recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0 and step < num_steps:
+                self._save(with_prefix(metrics, "train"))
+            started = time.perf_counter()
+
     def _save(self, metrics: dict[str, float]) -> None:
         self.tracker.flush()
         save_checkpoint(self.engine, self.position, metrics)
 
-    def _steps(self) -> Iterator[tuple[StepShard, StepPlan, float, float]]:
-        """Yield each step's shard and plan, the seconds spent waiting for data, and when the step began."""
-        recipe, first = self.recipe, self.position.step
-        read = self._mine(self.config.train, first_sample=first * recipe.optim.pairs_per_step)
-        config = self.config
-        shards = self.from_the_start or iter_steps(read, config.encoder, first, config.num_steps, config.max_encoders)
-        while True:
-            started = time.perf_counter()
-            shard = next(shards, None)
-            if shard is None:
-                return
-            waited = time.perf_counter() - started
-            # Dropout depends on the step only, so a resumed run draws the same as an uninterrupted one.
-            torch.manual_seed((recipe.optim.seed << 32) + shard.step * self.num_workers + self.rank)
-            yield shard, self.planner.plan(shard.pairs, len(shard.bad)), waited, started
+    def _steps(self) -> Generator[StepPlan]:
+        """Yield each step, made ahead in a thread. The thread ends when this iterator is closed."""
+        config, first = self.config, self.position.step
+        if self.feed is None:
+            read = replace(config.train, first_sample=first * self.recipe.optim.pairs_per_step)
+            self.feed = open_feed(read, config.encoder, config.max_encoders, self.rank, self.num_workers)
+        shares = iter_shares(self.feed, self.planner.packing, first, config.num_steps)
+        return one_ahead(map(self._prepared, shares), self.device)
+
+    def _prepared(self, share: StepShare) -> StepPlan:
+        plan = self.planner.plan(share)
+        return replace(plan, batches=pinned(plan.batches, self.device))
 
     def _train_step(self, plan: StepPlan) -> dict[str, float]:
         """Run forward and backward on every micro-batch, then one optimizer step. Return its metrics."""
+        # Dropout depends on the step only, so a resumed run draws the same as an uninterrupted one.
+        torch.manual_seed((self.recipe.optim.seed << 32) + plan.step * self.num_workers + self.rank)
         learning_rate = self.engine.learning_rate
         sums: dict[str, torch.Tensor] = {}
         if not plan.pairs:
             return {"learning_rate": learning_rate, "grad_norm": 0.0}  # every row of the step was bad
-        for batch in plan.batches:
+        for batch in on_device(plan.batches, self.device):
             check = batch.trains_on_images and not self.images_checked
             self.model.watch_images = check
-            batch = batch.to(self.device)
             logps = self.engine.forward(batch)
             loss, more = self.objective.loss(logps, batch.weights, plan.normaliser)
             self.engine.backward(loss)
@@ -128,46 +135,35 @@ class Worker:
         metrics = self.objective.metrics(reduce_sums(sums, self.device))
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def _advance(self, shard: StepShard, plan: StepPlan, metrics: dict[str, float]) -> None:
+    def _advance(self, plan: StepPlan, metrics: dict[str, float]) -> None:
         """Finish a step: move the position, log, report the progress, and handle bad rows."""
-        _, end_sample = step_samples(shard.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
-        old = self.position
-        self.position = replace(old, step=shard.step + 1, bad=old.bad + plan.bad, seen=old.seen + plan.bad + plan.pairs)
+        _, end_sample = step_samples(plan.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
+        old, bad = self.position, len(plan.bad)
+        self.position = replace(old, step=plan.step + 1, bad=old.bad + bad, seen=old.seen + bad + plan.pairs)
         metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
         if plan.bad:
-            rows = self._log_bad_rows(shard.bad)
-            self.first_bad = [*self.first_bad, *rows][:BAD_ROWS_SHOWN]
-            refuse_rows(self.recipe, rows)
+            self.tracker.log_bad_rows(plan.bad)
+            self.first_bad = [*self.first_bad, *plan.bad][:BAD_ROWS_SHOWN]
+            refuse_rows(self.recipe, plan.bad)
         self.tracker.log(self.position.step, with_prefix(metrics, "train"))
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
         self._judge_bad_rows(at_end=False)
-
-    def _log_bad_rows(self, mine: list[BadRow]) -> list[BadRow]:
-        """Gather all workers' bad rows, write them on rank 0, and return them in order. A collective."""
-        everyone = [mine] * self.num_workers
-        if self.num_workers > 1:
-            torch.distributed.all_gather_object(everyone, mine)
-        rows = sorted((row for rows in everyone for row in rows), key=lambda row: row.sample_index)
-        self.tracker.log_bad_rows(rows)
-        return rows
 
     def _judge_bad_rows(self, at_end: bool) -> None:
         check_bad_fraction(self.recipe, self.position.bad, self.position.seen, self.first_bad, at_end)
 
     def _evaluate(self, grounding: bool) -> dict[str, float]:
         """Score the held-out pairs on all workers and log the metrics."""
-        assert self.config.held_out is not None
-        held_out = HeldOut(self._mine(self.config.held_out), self.config.encoder, self.config.max_encoders)
+        config = self.config
+        assert config.held_out is not None
+        held_out = HeldOut(config.held_out, config.encoder, config.max_encoders, self.rank, self.num_workers)
         evaluator = Evaluator(
             self.model, held_out, self.planner, self.engine.forward, on_pass=lambda phase: self._tell(phase=phase)
         )
         scores = evaluator.evaluate(grounding)
-        self._log_bad_rows(scores.bad)
+        self.tracker.log_bad_rows(scores.bad)
         self.tracker.log(self.position.step, with_prefix(scores.metrics, "eval"))
         return scores.metrics
-
-    def _mine(self, read: ReadSpec, first_sample: int = 0) -> ReadSpec:
-        return replace(read, rank=self.rank, num_workers=self.num_workers, first_sample=first_sample)
 
     def _report(self, metrics: dict[str, float]) -> None:
         """Report an evaluation before the end to Ray Train, without a checkpoint, for a scheduler of Ray Tune."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -20,7 +19,7 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError
 
 if TYPE_CHECKING:
-    from orpo_ray.streaming.steps import StepShard
+    from orpo_ray.streaming.steps import Take
 
 POLL_SECONDS = 0.2
 # Environment variables that configure the allocator; the others are earlier names that torch reads too.
@@ -34,7 +33,7 @@ class WorkerConfig:
     recipe: dict[str, Any]
     """The resolved recipe."""
     train: ReadSpec
-    """Training rows of all workers. Each worker selects its own shards of the steps."""
+    """Training rows of all workers."""
     held_out: ReadSpec | None
     """Held-out rows of all workers."""
     encoder: EncoderSpec
@@ -45,7 +44,7 @@ class WorkerConfig:
     cpu_threads: int
     """Threads of one worker in a run on CPUs."""
     max_encoders: int
-    """Encoding tasks at a time for one worker."""
+    """Encoding tasks at a time, for all workers together."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -65,12 +64,12 @@ def train_worker(config: dict[str, Any]) -> None:
     if worker_config is None:
         return
     try:
-        steps = _steps_from_the_start(worker_config) if ray.train.get_checkpoint() is None else None
+        feed = _feed_from_the_start(worker_config) if ray.train.get_checkpoint() is None else None
         from orpo_ray.training.process_group import join_process_group, leave_process_group
         from orpo_ray.training.worker import Worker
 
         join_process_group()
-        Worker(worker_config, steps).run()
+        Worker(worker_config, feed).run()
         leave_process_group()
     except OrpoRayError as error:
         ray.get(worker_config.status.fail.remote(error))
@@ -97,10 +96,11 @@ def _wait_for_config(status: Any) -> WorkerConfig | None:
     return None
 
 
-def _steps_from_the_start(config: WorkerConfig) -> Iterator[StepShard]:
-    """Start reading and encoding the first step; return this worker's shards of all steps."""
-    from orpo_ray.streaming.steps import iter_steps, started
+def _feed_from_the_start(config: WorkerConfig) -> Take:
+    """Start reading and encoding the first step, for all workers."""
+    from orpo_ray.streaming.steps import open_feed
 
     context = ray.train.get_context()
-    read = replace(config.train, rank=context.get_world_rank(), num_workers=context.get_world_size(), first_sample=0)
-    return started(iter_steps(read, config.encoder, 0, config.num_steps, config.max_encoders))
+    return open_feed(
+        config.train, config.encoder, config.max_encoders, context.get_world_rank(), context.get_world_size()
+    )

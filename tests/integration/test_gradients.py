@@ -27,7 +27,7 @@ def norms(rank: int, num_workers: int, stages: list[int]) -> list[tuple[float, f
     found = []
     for stage in stages:
         training = Training(recipe_in_bfloat16(stage, optim={"learning_rate": 1e-30}), rank, num_workers)
-        plan = training.planner.plan(training.pairs, 0)
+        plan = training.planner.plan(training.share)
         (batch,) = plan.batches
         both = []
         for repeats in (0, REPEATS):
@@ -74,7 +74,7 @@ def test_gradients_travel_in_float32() -> None:
 def reads_in_a_step(rank: int, num_workers: int) -> int:
     training = Training(recipe_in_bfloat16(0), rank, num_workers)
     training.step()
-    plan = training.planner.plan(training.pairs, 0)
+    plan = training.planner.plan(training.share)
     loss, _ = ORPO(0.1).loss(training.engine.forward(plan.batches[0]), plan.batches[0].weights, plan.normaliser)
     with Counter() as counter:
         training.engine.backward(loss)

@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.balance import Packing
 from orpo_ray.data.from_recipe import encoder_of, run_data
-from orpo_ray.streaming.steps import iter_steps
+from orpo_ray.streaming.feed import StepFeed
+from orpo_ray.streaming.steps import iter_shares
 from orpo_ray.tracking.jsonl import read_jsonl
 from support.broken_rows import KINDS, write_broken
 from support.runs import last_step, run, wait_until
@@ -62,11 +64,14 @@ def test_every_good_row_once_an_epoch_for_any_number_of_workers(tmp_path: Path, 
     for workers in (1, 3):
         trained: Counter[tuple[int, str]] = Counter()
         bad: Counter[str] = Counter()
-        for rank in range(workers):
-            mine = replace(read, rank=rank, num_workers=workers)
-            for share in iter_steps(mine, encoder_of(recipe), 0, epochs * ROWS // PER_STEP, max_encoders=2):
+        feed = StepFeed(read, encoder_of(recipe), workers, max_encoders=2)
+        packing, steps = Packing(4096, "shared_prefix"), epochs * ROWS // PER_STEP
+        shares = [iter_shares(partial(feed.take, rank), packing, 0, steps) for rank in range(workers)]
+        for together in zip(*shares, strict=True):
+            for share in together:
                 trained.update((pair.sample_index // ROWS, pair.id) for pair in share.pairs)
-                bad.update(record.source for record in share.bad)
+                assert share.bad == together[0].bad
+            bad.update(record.source for record in together[0].bad)
         assert set(trained.values()) == {1}
         assert len(trained) == epochs * (ROWS - OF_EACH * len(KINDS))
         assert bad == dict.fromkeys(broken[1], epochs)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 
+from orpo_ray.data.balance import Packing, PairSize, StepShare, StepTotals
 from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import Order
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.streaming.steps import StepShard, iter_steps
+from orpo_ray.errors import UserError
+from orpo_ray.streaming.steps import feed_actor, iter_shares, open_feed, take_from
 from support.tiny_runs import write_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 ENCODER = EncoderSpec("orpo-ray/tiny-smolvlm", None, 128)
-PER_STEP = 8
+PER_STEP, STEPS = 8, 13
+PACKING = Packing(4096, "shared_prefix")
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +41,13 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
     return ReadSpec((shard,), ("trl",), Order((50,), 3, 16), PER_STEP, 0, 100)
 
 
-def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShard]:
-    return list(iter_steps(replace(spec, first_sample=first * PER_STEP), ENCODER, first, 13, max_encoders=1))
+def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShare]:
+    feed = open_feed(replace(spec, first_sample=first * PER_STEP), ENCODER, max_encoders=1)
+    return list(iter_shares(feed, PACKING, first, STEPS))
 
 
-def ids(share: StepShard) -> list[str]:
-    return [pair.id for pair in share.pairs]
+def ids(share: StepShare) -> list[str]:
+    return [pair.id for pair in sorted(share.pairs, key=lambda pair: pair.sample_index)]
 
 
 def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSpec) -> None:
@@ -63,11 +70,20 @@ def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSp
     ]
 
 
-def test_two_workers_share_the_same_steps(spec: ReadSpec) -> None:
-    whole = steps_of(spec)
-    shares = [steps_of(replace(spec, rank=rank, num_workers=2)) for rank in (0, 1)]
-    for step, one, two in zip(whole, *shares, strict=True):
-        assert ids(step) == ids(one) + ids(two)
+def test_two_workers_divide_the_same_steps(spec: ReadSpec) -> None:
+    """Both take from one feed, and the second worker is two steps behind the first."""
+    feed = feed_actor(spec, ENCODER, num_workers=2, max_encoders=1)
+    iterators = [iter_shares(partial(take_from, feed, rank), PACKING, 0, STEPS) for rank in (0, 1)]
+    first = [next(iterators[0]), next(iterators[0])]
+    shares = list(zip([*first, *iterators[0]], iterators[1], strict=True))
+    for step, (one, two) in zip(steps_of(spec), shares, strict=True):
+        assert sorted(ids(one) + ids(two)) == sorted(ids(step))
+        assert len(one.microbatches) == len(two.microbatches)
+        sizes = [PairSize.of(pair) for pair in step.pairs]
+        for share in (one, two):
+            assert (share.step, share.totals, share.bad) == (step.step, StepTotals.of(sizes), step.bad)
+        tokens = [sum(PairSize.of(pair).packed for pair in share.pairs) for share in (one, two)]
+        assert max(tokens) - min(tokens) <= max(size.packed for size in sizes)
 
 
 @pytest.mark.parametrize("first", [1, 6, 12])
@@ -78,5 +94,26 @@ def test_a_resumed_stream_is_the_tail_of_the_whole_one(spec: ReadSpec, first: in
 
 def test_a_processor_that_cannot_be_loaded_is_said_as_itself(spec: ReadSpec, tmp_path: Path) -> None:
     broken = replace(ENCODER, model_id=str(tmp_path))
-    with pytest.raises(Exception, match="the processor cannot be loaded"):
-        next(iter(iter_steps(spec, broken, 0, 13, max_encoders=1)))
+    feed = feed_actor(spec, broken, num_workers=2, max_encoders=1)
+    for rank in (0, 1):  # the second worker too, although the pipeline has ended with the error
+        with pytest.raises(UserError, match="the processor cannot be loaded") as caught:
+            take_from(feed, rank, 0, PACKING)
+        assert type(caught.value) is UserError  # not Ray's subclass of it, whose text is a traceback
+
+
+def test_a_lost_feed_is_an_error_of_every_worker_and_not_of_the_user(spec: ReadSpec) -> None:
+    feed = feed_actor(spec, ENCODER, num_workers=2, max_encoders=1)
+    take_from(feed, 0, 0, PACKING)
+    ray.kill(feed)
+    for rank in (0, 1):
+        with pytest.raises(ray.exceptions.RayActorError):
+            take_from(feed, rank, 1, PACKING)
+
+
+def test_a_step_leaves_nothing_in_memory(spec: ReadSpec) -> None:
+    shares = iter_shares(open_feed(spec, ENCODER, max_encoders=1), PACKING, 0, STEPS)
+    share = next(shares)
+    pairs = [weakref.ref(pair) for pair in share.pairs]
+    assert pairs
+    del share
+    assert not any(pair() for pair in pairs)

@@ -64,7 +64,10 @@ def test_workers_and_zero_stages_give_one_curve(
 
 
 def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster: None, tmp_path: Path) -> None:
-    """Two workers and five pairs per step, most without an image: some micro-batches contain only dummy pairs."""
+    """Two workers and five pairs per step, most without an image: some micro-batches contain only dummy pairs.
+
+    They score the held-out pairs alike too, between two steps and at the end.
+    """
     path = write_pairs(tmp_path, 12)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows[::2] + rows[1:8:2]:
@@ -72,14 +75,28 @@ def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster
         row["prompt"] = row["prompt"][0]["content"][1]["text"]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     optim = {"pairs_per_step": 5, "max_steps": 5, "tokens_per_microbatch": 80}
-    one = run(tiny_recipe(tmp_path, "one", data={"train": str(path)}, optim=optim | {"tokens_per_microbatch": 4096}))
+    sections: dict[str, Any] = {
+        "data": {"train": str(path), "eval": "easy-vqa:test"},
+        "eval": {"max_pairs": 9, "every_steps": 3, "grounding": True},
+    }
+    one = run(tiny_recipe(tmp_path, "one", optim=optim | {"tokens_per_microbatch": 4096}, **sections))
     two = run(
         tiny_recipe(
-            tmp_path, "two", data={"train": str(path)}, optim=optim,
-            scaling={"num_workers": 2}, deepspeed={"zero_stage": 2},
+            tmp_path, "two", optim=optim, scaling={"num_workers": 2}, deepspeed={"zero_stage": 2}, **sections
         )
     )  # fmt: skip
     same_curve(Path(two.run_uri), losses(Path(one.run_uri)))
+    first, second = evaluations(Path(one.run_uri)), evaluations(Path(two.run_uri))
+    assert [line["step"] for line in first] == [3, 5]
+    assert {"eval/loss", "eval/pairs", "eval/rewards/accuracies"} <= first[0].keys()
+    assert {"eval/grounding_gap", "eval/grounding_pairs"} <= first[1].keys()
+    assert second == [pytest.approx(line, abs=1e-4) for line in first]
+
+
+def evaluations(run_dir: Path) -> list[dict[str, float]]:
+    """Read what evaluations found, without their times."""
+    lines = [line for line in read_jsonl(run_dir / "metrics.jsonl") if "eval/loss" in line]
+    return [{name: line[name] for name in line if not name.endswith(("runtime", "_per_second"))} for line in lines]
 
 
 @contextmanager

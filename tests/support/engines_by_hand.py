@@ -12,6 +12,7 @@ import torch
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.orpo import ORPO
@@ -41,13 +42,11 @@ def recipe_of(**sections: Any) -> Recipe:
     return parse_recipe(raw)
 
 
-def share_of(rank: int, num_workers: int) -> list[EncodedPair]:
-    """Return this worker's share of two pairs with one image each."""
+def two_pairs() -> list[EncodedPair]:
+    """Return a step of two pairs with one image each."""
     rng = np.random.default_rng(0)
     lengths = [(12, 9), (5, 7)]
-    return [make_pair(FAMILY, rng, 1, 6, *both, sample_index) for sample_index, both in enumerate(lengths)][
-        rank::num_workers
-    ]
+    return [make_pair(FAMILY, rng, 1, 6, *both, sample_index) for sample_index, both in enumerate(lengths)]
 
 
 class Training:
@@ -57,14 +56,14 @@ class Training:
         self, recipe: Recipe, rank: int, num_workers: int, engine: Callable[..., Engine] = make_engine
     ) -> None:
         self.model = PairModel(load_model(recipe.model, CPU, seed=0), NORM)
-        dummy_pairs = share_of(0, 2) * 2
-        self.planner = StepPlanner(ORPO(), 8192, self.model.layout, dummy_pairs[0], dummy_pairs[1], CPU)
+        pairs = two_pairs()
+        self.planner = StepPlanner(ORPO(), Packing(8192, self.model.layout), pairs[0], pairs[0], CPU)
         self.engine: Any = engine(self.model, recipe, STEPS, num_workers)
-        self.pairs = share_of(rank, num_workers)
+        self.share = self.planner.share(pairs, rank=rank, workers=num_workers)
 
     def step(self) -> list[float]:
         """Make a step; returns [loss, gradient norm] over all workers."""
-        plan = self.planner.plan(self.pairs, 0)
+        plan = self.planner.plan(self.share)
         for batch in plan.batches:
             loss, sums = ORPO(0.1).loss(self.engine.forward(batch), batch.weights, plan.normaliser)
             self.engine.backward(loss)

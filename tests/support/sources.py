@@ -11,7 +11,7 @@ from typing import Any
 
 from orpo_ray.data.containers import Shard, read_rows
 from orpo_ray.data.order import Order
-from orpo_ray.data.reading import ReadSpec, read_window
+from orpo_ray.data.reading import ReadSpec, read_windows
 from orpo_ray.data.sources import list_sources
 
 
@@ -27,8 +27,8 @@ def write_jsonl(path: Path, items: list[Any]) -> Path:
 
 
 def read_all(spec: ReadSpec, epoch: int = 0) -> list[dict[str, Any]]:
-    tables = [table for number in range(spec.order.windows_per_epoch) for table in read_window(spec, epoch, number)]
-    return [row for table in tables for row in table.to_pylist()]
+    windows = [(epoch, number) for number in range(spec.order.windows_per_epoch)]
+    return [row for table in read_windows(spec, windows) for row in table.to_pylist()]
 
 
 def list_shards(*uris: str) -> list[Shard]:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from orpo_ray.config.schema import ModelConfig
+from orpo_ray.data.balance import PairSize, StepTotals
 from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.data.packing import build_batch, nll_token_count
+from orpo_ray.data.packing import build_batch
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import Normaliser, Objective
 from orpo_ray.objective.pair_model import PairModel
@@ -95,7 +96,7 @@ def _packed(model: PairModel) -> PairModel:
 
 
 def _run(objective: Objective, model: PairModel, pairs: list[EncodedPair]) -> tuple[torch.Tensor, dict[str, float]]:
-    tokens = sum(nll_token_count(pair, objective.nll_span) for pair in pairs)
+    tokens = StepTotals.of([PairSize.of(pair) for pair in pairs]).nll_tokens(objective.nll_span)
     batch = build_batch(pairs, objective.nll_span, model.layout)
     normaliser = Normaliser(len(pairs), tokens if objective.nll_average == "token" else None)
     loss, sums = objective.loss(model(batch), batch.weights, normaliser)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from orpo_ray.config.load import parse_recipe
+from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.loading import load_model, vocabulary_size, without_adapters
 from orpo_ray.objective import logps
@@ -26,11 +27,10 @@ from support.pairs_by_hand import NORM, make_pair
 LENGTHS = [[(30, 25), (2, 3)], [(60, 50), (4, 6)], [(9, 20), (2, 2)], [(40, 41), (20, 3)]]
 
 
-def share_of(family: str, step: int, rank: int, num_workers: int) -> list[EncodedPair]:
-    """Return this worker's pairs of a step."""
+def pairs_of(family: str, step: int) -> list[EncodedPair]:
+    """Return the pairs of a step."""
     rng = np.random.default_rng(step)
-    pairs = [make_pair(family, rng, 1, 6, *lengths, sample_index) for sample_index, lengths in enumerate(LENGTHS[step])]
-    return pairs[rank::num_workers]
+    return [make_pair(family, rng, 1, 6, *both, sample_index) for sample_index, both in enumerate(LENGTHS[step])]
 
 
 class Gathers:
@@ -81,14 +81,14 @@ def _train(
     device = torch.device("cpu")
     model = PairModel(load_model(recipe.model, device, seed=0), NORM)
     patch.setitem(logps.CHUNK_BYTES, "cpu", 16 * vocabulary_size(model.model) * 4)  # 16 targets per chunk
-    dummy_pairs = share_of(family, 0, 0, 2) * 2
-    planner = StepPlanner(ORPO(), 8192, "shared_prefix", dummy_pairs[0], dummy_pairs[1], device)
+    dummy_pair = pairs_of(family, 0)[0]
+    planner = StepPlanner(ORPO(), Packing(8192, "shared_prefix"), dummy_pair, dummy_pair, device)
     engine: Any = make_engine(model, recipe, len(LENGTHS), num_workers)
     head = without_adapters(model.model).get_output_embeddings()
     gathers = Gathers(engine.deepspeed, getattr(head, "base_layer", head).weight) if stage == 3 else None
     lines = []
     for step in range(len(LENGTHS)):
-        plan = planner.plan(share_of(family, step, rank, num_workers), 0)
+        plan = planner.plan(planner.share(pairs_of(family, step), rank=rank, workers=num_workers))
         (batch,) = plan.batches
         loss, sums = ORPO(0.1).loss(engine.forward(batch), batch.weights, plan.normaliser)
         engine.backward(loss)

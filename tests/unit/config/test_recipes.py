@@ -12,7 +12,7 @@ import pytest
 from orpo_ray.config.load import load_recipe
 from orpo_ray.config.objectives import OBJECTIVES
 from orpo_ray.data.from_recipe import all_data
-from orpo_ray.data.reading import pair_of, read_window
+from orpo_ray.data.reading import pair_of, read_windows
 from orpo_ray.errors import UserError
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.tiny_models.build import is_tiny
@@ -52,7 +52,7 @@ def test_the_own_data_example(tmp_path: Path) -> None:
     files = [f"data.{name}={tmp_path}/my-pairs/{file}.jsonl" for name, file in (("train", "train"), ("eval", "test"))]
     recipe = load_recipe(ROOT / "recipes" / "own-data-multilingual.yaml", files)
     read, _ = all_data(recipe)
-    rows = [row for table in read_window(read, 0, 0) for row in table.to_pylist()]
+    rows = [row for table in read_windows(read, [(0, 0)]) for row in table.to_pylist()]
     pairs = [pair_of(row) for row in rows]
     assert len(pairs) == 2000
     texts = "".join(pair.chosen for pair in pairs)  # type: ignore[union-attr]

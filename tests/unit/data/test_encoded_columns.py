@@ -6,12 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from orpo_ray.data.bad_rows import BadRow
-from orpo_ray.data.encoded_columns import from_arrow, to_arrow
+from orpo_ray.data.encoded_columns import from_arrow, num_bytes, to_arrow
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.processing.prompts import EncodedPrompt
-
-BAD = BadRow(5, "e", "pairs.jsonl:line 5", "too_long", "120 tokens")
 
 
 def make_pair(
@@ -31,8 +28,7 @@ def three_pairs() -> list[EncodedPair]:
     ]
 
 
-def assert_same(found: EncodedPair | BadRow, pair: EncodedPair, sample_index: int) -> None:
-    assert isinstance(found, EncodedPair)
+def assert_same(found: EncodedPair, pair: EncodedPair, sample_index: int) -> None:
     assert (found.id, found.sample_index, found.truncated) == (pair.id, sample_index, pair.truncated)
     for name in ("prompt_ids", "chosen_ids", "rejected_ids", "prompt_is_text"):
         np.testing.assert_array_equal(getattr(found, name), getattr(pair, name), strict=True)
@@ -49,22 +45,18 @@ def assert_same(found: EncodedPair | BadRow, pair: EncodedPair, sample_index: in
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])
-def test_pairs_and_bad_rows_come_back_equal_from_any_slice(first: int) -> None:
-    pairs = three_pairs()
-    array = to_arrow([3, 5, 6, 8], [pairs[0], BAD, pairs[1], pairs[2]])
-    found = from_arrow(array[first:])
-    expected = {3: pairs[0], 5: BAD, 6: pairs[1], 8: pairs[2]}
-    assert list(found) == [3, 5, 6, 8][first:]
-    for sample_index, item in found.items():
-        wanted = expected[sample_index]
-        if isinstance(wanted, BadRow):
-            assert item == wanted
-        else:
-            assert_same(item, wanted, sample_index)
+def test_pairs_come_back_equal_from_any_slice(first: int) -> None:
+    sample_indices, pairs = [3, 6, 8], three_pairs()
+    found = from_arrow(to_arrow(sample_indices, pairs)[first:])
+    assert list(found) == sample_indices[first:]
+    for sample_index, pair in zip(sample_indices[first:], pairs[first:], strict=True):
+        assert_same(found[sample_index], pair, sample_index)
 
 
-def test_only_bad_rows() -> None:
-    assert from_arrow(to_arrow([5], [BAD])) == {5: BAD}
+def test_the_bytes_of_a_pair_are_those_of_its_tensors() -> None:
+    """Prompt of 5 int32 and 5 bool, answers of 3 and 1, 210 pixels, one grid of 3 int64."""
+    pair = three_pairs()[0]
+    assert num_bytes(pair) == 4 * 5 + 5 + 4 * 3 + 4 * 1 + 210 + 3 * 8
 
 
 def test_arrays_are_aligned_views_of_the_arrow_buffers() -> None:
@@ -77,7 +69,6 @@ def test_arrays_are_aligned_views_of_the_arrow_buffers() -> None:
     found = from_arrow(pa.ipc.open_stream(stored).read_all()["rows"].chunk(0))
     for pair, source in zip(found.values(), three_pairs(), strict=True):
         assert_same(pair, source, pair.sample_index)
-        assert isinstance(pair, EncodedPair)
         for value in (pair.prompt_ids, pair.chosen_ids, pair.prompt_is_text, *pair.images.values()):
             address = value.__array_interface__["data"][0]
             assert stored.address <= address < stored.address + stored.size

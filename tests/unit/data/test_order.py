@@ -1,12 +1,11 @@
-"""Order of the rows and step shards of the workers, tested by their properties."""
+"""Order of the rows, tested by its properties."""
 
 from __future__ import annotations
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_ray.data.order import Order, owner, step_samples, total_samples
+from orpo_ray.data.order import Order, step_samples, total_samples
 
 shards = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 seeds = st.none() | st.integers(0, 5)
@@ -88,16 +87,6 @@ def test_windows_cover_any_range_of_samples(sizes: list[int], window: int, data:
         else first == last
     )
     assert set(range(first, last)) <= set(sample_indices)
-
-
-@given(st.integers(1, 64), st.integers(1, 8), st.integers(0, 1000))
-def test_step_shards_are_contiguous_and_even(pairs: int, workers: int, step: int) -> None:
-    owners = owner(np.arange(step * pairs, (step + 1) * pairs), pairs, workers)
-    assert (np.diff(owners) >= 0).all()
-    counts = np.bincount(owners, minlength=workers)
-    assert counts.sum() == pairs
-    assert len(counts) == workers
-    assert counts.max() - counts.min() <= 1
 
 
 def test_steps_cross_epochs_and_the_last_step_can_be_smaller() -> None:

@@ -1,74 +1,14 @@
-"""Micro-batches contain every pair once, stay within the budget, and are equally many on all workers."""
+"""The tensors of a micro-batch, in both layouts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.data.packing import (
-    PairSpan,
-    build_batch,
-    nll_token_count,
-    packed_length,
-    plan_microbatches,
-    spread,
-)
+from orpo_ray.data.balance import PairSize, StepTotals
+from orpo_ray.data.packing import PairSpan, build_batch
 from support.encoded_pairs import IMAGE, make
-
-
-def of_lengths(lengths: list[int]) -> list[EncodedPair]:
-    return [make([1] * length, [2], [3], sample_index) for sample_index, length in enumerate(lengths)]
-
-
-lengths = st.lists(st.integers(1, 50), max_size=20)
-
-
-@given(lengths, st.integers(1, 300))
-def test_every_pair_once_and_within_the_budget(sizes: list[int], budget: int) -> None:
-    batches = plan_microbatches(of_lengths(sizes), budget, "concatenated")
-    assert sorted(pair.sample_index for batch in batches for pair in batch) == list(range(len(sizes)))
-    for batch in batches:
-        tokens = 2 * len(batch) * max(pair.row_length for pair in batch)
-        assert len(batch) == 1 or tokens <= budget
-
-
-@given(st.lists(st.tuples(*[st.integers(1, 50)] * 3), max_size=20), st.integers(1, 400), st.integers(0, 5))
-def test_packed_micro_batches_are_within_the_budget_and_level(
-    sizes: list[tuple[int, int, int]], budget: int, more: int
-) -> None:
-    pairs = [make([1] * p, [2] * c, [3] * r, sample_index) for sample_index, (p, c, r) in enumerate(sizes)]
-    batches = plan_microbatches(pairs, budget, "shared_prefix")
-    longest = max(map(packed_length, pairs), default=0)
-    for count in (len(batches), len(batches) + more):
-        spread_out = spread(batches, count, "shared_prefix")
-        assert len(spread_out) == count
-        assert sorted(pair.sample_index for batch in spread_out for pair in batch) == list(range(len(sizes)))
-        tokens = [sum(map(packed_length, batch)) for batch in spread_out]
-        assert tokens == sorted(tokens, reverse=True)
-        assert all(len(batch) == 1 or size <= budget for batch, size in zip(spread_out, tokens, strict=True))
-    # Balanced: moving the shortest pair of a micro-batch to the smallest one would not reduce the maximum.
-    levelled = spread(batches, len(batches) + more + 1, "shared_prefix")
-    tokens = [sum(map(packed_length, batch)) for batch in levelled]
-    assert max(tokens, default=0) - min(tokens, default=0) <= longest
-
-
-def test_levelling_never_breaks_the_budget() -> None:
-    """Pairs of 9, 9, 6, 6, 6 tokens fit in two rows of 18; always filling the smaller row would make one of 21."""
-    pairs = [make([1] * (size // 3), [2] * (size // 3), [3] * (size // 3), i) for i, size in enumerate([9, 9, 6, 6, 6])]
-    batches = plan_microbatches(pairs, 18, "shared_prefix")
-    assert [sum(map(packed_length, batch)) for batch in batches] == [18, 18]
-
-
-@given(lengths, st.integers(1, 300), st.integers(0, 10))
-def test_spread_keeps_the_pairs_and_gives_the_count(sizes: list[int], budget: int, more: int) -> None:
-    batches = plan_microbatches(of_lengths(sizes), budget, "concatenated")
-    wider = spread(batches, len(batches) + more, "concatenated")
-    assert len(wider) == len(batches) + more
-    assert sorted(pair.sample_index for batch in wider for pair in batch) == list(range(len(sizes)))
 
 
 def test_layout() -> None:
@@ -92,8 +32,8 @@ def test_prompt_tokens_as_targets_leave_out_placeholders_and_the_first() -> None
     batch = build_batch([pair], "prompt+response", "concatenated")
     assert batch.target_ids.tolist() == [6, 7, 8, 9]
     assert batch.target_in_response.tolist() == [False, True, True, True]
-    assert nll_token_count(pair, "prompt+response") == 3
-    assert nll_token_count(pair, "response") == 2
+    totals = StepTotals.of([PairSize.of(pair)])
+    assert (totals.nll_tokens("prompt+response"), totals.nll_tokens("response")) == (3, 2)
     torch.testing.assert_close(batch.target_ids, batch.input_ids.flatten()[batch.target_position + 1])
 
 
@@ -134,7 +74,8 @@ def test_a_pair_with_two_prompts_has_two_spans() -> None:
     assert batch.target_answer.tolist() == [0, 0, 0, 2, 2, 1, 1, 3]
     assert batch.target_position.tolist() == [1, 2, 3, 7, 8, 10, 11, 11]
     assert batch.images["pixel_values"][:, 0, 0, 0].tolist() == [1, 2]
-    assert packed_length(pairs[0]) == 10
+    size = PairSize.of(pairs[0])
+    assert (size.packed, size.row, size.image_values) == (10, 5, 24)
     # In the padded layout, every row has its own images, even if the pair shares them.
     padded = build_batch([*pairs, make([IMAGE], [3], [4], 9)], "response", "concatenated")
     assert padded.images["pixel_values"][:, 0, 0, 0].tolist() == [1, 9, 2, 9]

@@ -203,16 +203,6 @@ def test_easy_vqa_has_only_what_questions_with_answers_of_one_kind() -> None:
         assert row["prompt"][0]["content"][1]["text"].startswith("what ")
 
 
-def test_workers_read_disjoint_rows_and_together_all(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(rows(50)), tmp_path / "a.parquet", row_group_size=8)
-    whole = [row["id"] for row in read_all(spec_of([str(tmp_path)]))]
-    assert sorted(whole) == sorted(f"r{i}" for i in range(50))
-    for workers in (1, 2, 3):
-        shares = [read_all(spec_of([str(tmp_path)], rank=rank, num_workers=workers)) for rank in range(workers)]
-        together = sorted((row["sample_index"], row["id"]) for share in shares for row in share)
-        assert [row_id for _, row_id in together] == whole
-
-
 def test_a_resumed_reader_starts_at_its_sample(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows(20)), tmp_path / "a.parquet")
     whole = read_all(spec_of([str(tmp_path)]))
@@ -242,7 +232,7 @@ def test_the_digest_identifies_a_data_set(tmp_path: Path) -> None:
     assert spec_of([str(path)]).digest != first
 
 
-def test_images_are_exchanged_alike_for_any_number_of_workers(tmp_path: Path) -> None:
+def test_images_are_exchanged_alike_from_any_position(tmp_path: Path) -> None:
     items = [row | {"images": [f"{i // 2}.png"]} for i, row in enumerate(rows(9))]
     items.append(rows(1)[0] | {"id": "text"})
     items.append(rows(1)[0] | {"id": "two", "images": ["0.png", "1.png"]})
@@ -254,11 +244,8 @@ def test_images_are_exchanged_alike_for_any_number_of_workers(tmp_path: Path) ->
             assert row["bad"]["reason"] == "no_image_to_exchange"
         else:
             assert [image["path"] for image in row["images"]] != before[row["id"]]
-    shares = [
-        read_all(spec_of([str(path)], exchange_images=True, window=20, rank=rank, num_workers=2)) for rank in (0, 1)
-    ]
-    key = lambda row: row["sample_index"]  # noqa: E731
-    assert sorted(shares[0] + shares[1], key=key) == sorted(whole, key=key)
+    tail = read_all(spec_of([str(path)], exchange_images=True, window=20, first_sample=5))
+    assert tail == whole[5:]
 
 
 def test_a_pair_is_found_by_its_sample_index(tmp_path: Path) -> None:

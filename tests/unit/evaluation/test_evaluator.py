@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.data.balance import Packing
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.evaluator import Scores, grounding_metrics, score
@@ -15,22 +16,22 @@ from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.simpo import SimPO
 from orpo_ray.objective.step_planner import StepPlanner
-from orpo_ray.streaming.steps import StepShard
 from support.encoded_pairs import make
 
 CPU = torch.device("cpu")
+DUMMY = make([1], [2], [3], -1)
 BAD = BadRow(3, "id", "file:3", "too_long", "x")
 
 
 def test_no_usable_pair_is_an_error_not_a_zero() -> None:
-    planner = StepPlanner(ORPO(0.5), 12, "concatenated", make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+    planner = StepPlanner(ORPO(0.5), Packing(12, "concatenated"), DUMMY, DUMMY, CPU)
     with pytest.raises(UserError, match="none of the 3 held-out rows"):
-        score(lambda batch: pytest.fail("nothing to score"), [StepShard(0, bad=[BAD] * 3)], planner)
+        score(lambda batch: pytest.fail("nothing to score"), [planner.share([], [BAD] * 3)], planner)
 
 
 def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
     pairs = [make([1, 2], [3], [4], sample_index) for sample_index in range(5)]
-    planner = StepPlanner(ORPO(0.5), 12, "concatenated", make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
+    planner = StepPlanner(ORPO(0.5), Packing(12, "concatenated"), DUMMY, DUMMY, CPU)
 
     def forward(batch: PairBatch) -> PairLogps:
         """Sample s has log-probs -1 for the chosen answer and -(s + 0.5) / 2 for the rejected one."""
@@ -39,7 +40,7 @@ def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
         ones = torch.ones(len(batch.sample_indices))
         return PairLogps(chosen, rejected, -chosen, ones, ones, ones)
 
-    seen = score(forward, [StepShard(0, pairs[:3], [BAD]), StepShard(1, pairs[3:])], planner)
+    seen = score(forward, [planner.share(pairs[:3], [BAD]), planner.share(pairs[3:])], planner)
     assert seen.bad == [BAD]
     assert seen.correct == {0: False, 1: False, 2: True, 3: True, 4: True}
     assert seen.metrics["rewards/accuracies"] == pytest.approx(0.6)
@@ -62,8 +63,8 @@ def test_the_objective_says_which_answer_is_preferred() -> None:
         return PairLogps(-2 * one, -3 * one, 2 * one, one, two, one)
 
     def scores(objective: Objective) -> Scores:
-        planner = StepPlanner(objective, 12, "shared_prefix", make([1], [2], [3], -1), make([1], [2], [3], -1), CPU)
-        return score(forward, [StepShard(0, pairs)], planner)
+        planner = StepPlanner(objective, Packing(12, "shared_prefix"), DUMMY, DUMMY, CPU)
+        return score(forward, [planner.share(pairs)], planner)
 
     summed, averaged = scores(CPO(0.5)), scores(SimPO(2.0))
     assert (summed.correct, averaged.correct) == ({0: True}, {0: False})

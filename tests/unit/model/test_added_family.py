@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, L
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from orpo_ray.config.schema import ModelConfig
+from orpo_ray.data.balance import Packing
 from orpo_ray.data.collate_images import ImageArrays, TokenRows, concatenate_images
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import PairBatch
@@ -104,8 +105,8 @@ def test_a_family_from_outside_trains_a_step(dimmer: str) -> None:
     assert_equal(run(model, pairs, "shared_prefix"), run(model, pairs, "concatenated"))
 
     run_as(model, "shared_prefix")
-    planner = StepPlanner(ORPO(), 8192, model.layout, pairs[1], pairs[2], CPU, model.family.collate)
-    plan = planner.plan(pairs, 0)
+    planner = StepPlanner(ORPO(), Packing(8192, model.layout), pairs[1], pairs[2], CPU, model.family.collate)
+    plan = planner.plan(planner.share(pairs))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(2):

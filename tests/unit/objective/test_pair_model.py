@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from orpo_ray.config.schema import ModelConfig
+from orpo_ray.data.balance import Packing
 from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.order import Order
 from orpo_ray.data.packing import build_batch
-from orpo_ray.data.reading import ReadSpec, pair_of, read_window
+from orpo_ray.data.reading import ReadSpec, pair_of, read_windows
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import is_adapted, load_model, without_adapters
 from orpo_ray.objective.base import Normaliser
@@ -40,14 +41,14 @@ def pairs(encoder: PairEncoder, tmp_path_factory: pytest.TempPathFactory) -> lis
     folder = tmp_path_factory.mktemp("pairs")
     segments = list_file_shards(str(write_pairs(folder, 6)), "data.train")
     spec = ReadSpec(tuple(segments), ("trl",), Order((6,), None, 10), 6, 0, 6)
-    rows = [pair_of(row) for table in read_window(spec, 0, 0) for row in table.to_pylist()]
+    rows = [pair_of(row) for table in read_windows(spec, [(0, 0)]) for row in table.to_pylist()]
     encoded = encoder.encode_many(rows, [folder] * len(rows))  # type: ignore[arg-type]
     assert all(isinstance(pair, EncodedPair) for pair in encoded)
     return encoded  # type: ignore[return-value]
 
 
 def model_of(encoder: PairEncoder, **section: object) -> PairModel:
-    model = load_model(ModelConfig(id=TINY, **section), CPU, seed=0)  # type: ignore[arg-type]
+    model = load_model(ModelConfig(**{"id": TINY, **section}), CPU, seed=0)  # type: ignore[arg-type]
     return PairModel(model, PixelNorm.of(encoder.processor))
 
 
@@ -104,8 +105,8 @@ def test_micro_batches_and_fillers_give_the_same_gradient(encoder: PairEncoder, 
     def gradients(budget: int, dummy_pairs: list[EncodedPair]) -> dict[str, torch.Tensor]:
         model = model_of(encoder)
         fillers_of = (encoder.dummy_pair(image) for image in (False, True))
-        planner = StepPlanner(ORPO(nll="prompt+response"), budget, model.layout, *fillers_of, CPU)
-        plan = planner.plan(pairs, 0)
+        planner = StepPlanner(ORPO(nll="prompt+response"), Packing(budget, model.layout), *fillers_of, CPU)
+        plan = planner.plan(planner.share(pairs))
         batches = [
             *plan.batches,
             *(build_batch([], "prompt+response", model.layout, [dummy_pair]) for dummy_pair in dummy_pairs),
@@ -118,6 +119,47 @@ def test_micro_batches_and_fillers_give_the_same_gradient(encoder: PairEncoder, 
     split = gradients(1, [encoder.dummy_pair(True), encoder.dummy_pair(False)])
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_gradients_of_three_workers_add_up_to_those_of_one(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
+    def gradients(workers: int) -> dict[str, torch.Tensor]:
+        model = model_of(encoder)
+        planner = StepPlanner.of(ORPO(), 1 << 20, encoder, model, CPU)
+        for rank in range(workers):
+            plan = planner.plan(planner.share(pairs, rank=rank, workers=workers))
+            for batch in plan.batches:
+                ORPO().loss(model(batch), batch.weights, plan.normaliser)[0].backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[misc]
+
+    one, three = gradients(1), gradients(3)
+    for name, gradient in one.items():
+        torch.testing.assert_close(three[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_vision_work_is_estimated_from_the_weights(encoder: PairEncoder) -> None:
+    """Tiles of 3 x 8 x 8 values become a token of the vision encoder; frozen, it has no backward pass."""
+    model = model_of(encoder)
+    base = without_adapters(model.model).model
+    patches = base.vision_model.embeddings.patch_embedding.weight
+    vision, language = (
+        sum(weight.numel() for weight in part.parameters() if weight.ndim > 1)
+        for part in (base.vision_model, base.text_model.layers)
+    )
+    assert model.tokens_per_image_value == pytest.approx(vision / patches[0].numel() / language)
+    frozen = model_of(encoder, freeze=["vision"])
+    assert frozen.tokens_per_image_value == pytest.approx(model.tokens_per_image_value / 3)
+    in_16_bits, in_4_bits = (model_of(encoder, lora={"r": 4}, **more) for more in ({}, {"quantization": {}}))
+    assert in_4_bits.tokens_per_image_value == in_16_bits.tokens_per_image_value
+
+
+def test_a_class_token_is_not_taken_for_a_patch(encoder: PairEncoder, folders: dict[str, str]) -> None:
+    model = model_of(encoder, id=folders["internvl"])
+    base = without_adapters(model.model).model
+    vision, language = (
+        sum(weight.numel() for weight in part.parameters() if weight.ndim > 1)
+        for part in (base.vision_tower, base.language_model.layers)
+    )
+    assert model.tokens_per_image_value == pytest.approx(vision / (3 * 8 * 8) / language)
 
 
 def test_an_image_is_encoded_once_per_pair(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
