@@ -24,6 +24,11 @@ aten = torch.ops.aten
 REAL_ELEMENTS = 2**20
 # Smaller float tensors are computed: rotary frequencies, image sizes.
 REAL_FLOATS = 2**12
+# torch has no formula for what its attention is on a CPU, where the dry run runs.
+_AS_ON_CUDA = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+}
 
 
 class Live(TorchDispatchMode):
@@ -88,7 +93,7 @@ class DryRun(Live):
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             args = (args[0], _masks_as_indices(args[1]), *args[2:])
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(_AS_ON_CUDA.get(func._overloadpacket, func._overloadpacket))
         # A formula may read sequence lengths.
         with unset_fake_temporarily() if formula else nullcontext():
             self.work.add(func, args, kwargs, inputs, out, formula)

@@ -24,7 +24,8 @@ class Gpu:
     processors: int
     """Streaming multiprocessors."""
     matmul: float
-    """Fraction of the peak that large matrix products reach at the GPU's power limit. An assumption."""
+    """Fraction of the peak that large matrix products reach at the GPU's power limit. An assumption, measured on an
+    H200 only (`benchmarks/gpu.py`)."""
     link: float
     """Bytes per second and direction to another GPU of its node: NVLink, or PCIe."""
     network: float
@@ -45,8 +46,8 @@ GPUS = (
     Gpu("A100-40GB",  39.6,  312e12, 1555 * GB,  108, 0.80,   300 * GB, 400 * GBIT,   1.60),
     Gpu("L40S",       45.0,  362e12, 864 * GB,   142, 0.60,   32 * GB,  400 * GBIT,   1.80),
     Gpu("A100-80GB",  79.3,  312e12, 2039 * GB,  108, 0.80,   300 * GB, 800 * GBIT,   2.20),
-    Gpu("H100-80GB",  79.6,  989e12, 3350 * GB,  132, 0.65,   450 * GB, 3200 * GBIT,  3.20),
-    Gpu("H200-141GB", 140.4, 989e12, 4800 * GB,  132, 0.65,   450 * GB, 3200 * GBIT,  4.00),
+    Gpu("H100-80GB",  79.6,  989e12, 3350 * GB,  132, 0.73,   450 * GB, 3200 * GBIT,  3.20),
+    Gpu("H200-141GB", 140.4, 989e12, 4800 * GB,  132, 0.73,   450 * GB, 3200 * GBIT,  4.00),
 )  # fmt: skip
 
 

@@ -99,6 +99,15 @@ def test_zero_3_gathers_large_models_twice_per_microbatch() -> None:
         assert (reduced.kind, reduced.payload) == ("reduce-scatter", 3 * 4 * (elements + 8))
 
 
+def test_attention_is_counted_although_it_runs_on_a_cpu() -> None:
+    """Two heads of 8 tokens, head size 4. Forward has two products of 2 x 8 x 8 x 4 FLOPs per head, backward five."""
+    with dry_run() as dry:
+        query, key, value = (torch.empty(1, 2, 8, 4, requires_grad=True) for _ in range(3))
+        torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+        work = dry.work.total()
+    assert work.attention_flops == 2 * (2 + 5) * 2 * 8 * 8 * 4
+
+
 def test_the_dry_run_finds_products_and_memory_traffic() -> None:
     """A linear layer of 32 x 16 on 8 rows, forward and backward, and an addition."""
     with dry_run() as dry:
