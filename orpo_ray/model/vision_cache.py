@@ -13,15 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from orpo_ray.data.collate_images import PIXELS
+from orpo_ray.data.collate_images import ON_HOST, PIXELS, Collate, ImageArrays, TokenRows
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.base import Family, ImageTensors
 
 FIELD = "model.vision_cache"
+# In `PairBatch.images`: uint8 [n, 32], the name of each image's file.
+KEYS = f"{ON_HOST}image_keys"
 
 
 class VisionCache:
@@ -61,9 +64,25 @@ class VisionCache:
         self.folder = folder / digest.hexdigest()[:24]
         self.hits = self.misses = 0
 
+    def with_keys(self, collate: Collate) -> Collate:
+        """Let a family's `collate` also name the images' files, while pixels are in main memory."""
+
+        def collate_with_keys(inputs: Sequence[ImageArrays], rows: TokenRows) -> dict[str, np.ndarray]:
+            arrays = collate(inputs, rows)
+            tensors = {name.removeprefix(ON_HOST): torch.from_numpy(array) for name, array in arrays.items()}
+            images = {name: tensors[name] for name in self.family.image_inputs if name in tensors}
+            keys = [bytes.fromhex(_key(image)) for image in self._split(images)]
+            return arrays | {KEYS: np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1).copy()}
+
+        return collate_with_keys
+
     @torch.no_grad()
     def features(
-        self, raw: ImageTensors, inputs: ImageTensors, encode: Callable[[ImageTensors], Sequence[torch.Tensor]]
+        self,
+        raw: ImageTensors,
+        inputs: ImageTensors,
+        encode: Callable[[ImageTensors], Sequence[torch.Tensor]],
+        names: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Look up the features of each image or tile, in order; encode and keep those that are missing.
 
@@ -71,8 +90,9 @@ class VisionCache:
             raw: the vision input with pixels as uint8, which the files are named by.
             inputs: the same input, normalized.
             encode: computes the features of each image of such inputs.
+            names: what `with_keys` added to the batch. Without it, pixels are copied back from the device.
         """
-        keys = [_key(image) for image in self._split(raw)]
+        keys = [_key(image) for image in self._split(raw)] if names is None else [row.hex() for row in _rows(names)]
         cached = {key: self._read(key, inputs[PIXELS].device) for key in dict.fromkeys(keys)}
         found = {key: value for key, value in cached.items() if value is not None}
         missing = [key for key in cached if key not in found]
@@ -110,6 +130,10 @@ class VisionCache:
         os.close(handle)
         save_file({"features": features.detach().cpu().contiguous().clone()}, scratch)
         os.replace(scratch, path)
+
+
+def _rows(names: torch.Tensor) -> list[bytes]:
+    return [row.tobytes() for row in names.numpy()]
 
 
 def _key(image: ImageTensors) -> str:

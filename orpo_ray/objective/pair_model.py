@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from orpo_ray.data.balance import Layout
-from orpo_ray.data.collate_images import PIXELS
+from orpo_ray.data.collate_images import PIXELS, Collate
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.families.base import ImageFeatures, ImageTensors
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.hooked_call import call_with
 from orpo_ray.model.loading import layout_of, vocabulary_size, without_adapters
-from orpo_ray.model.vision_cache import VisionCache
+from orpo_ray.model.vision_cache import KEYS, VisionCache
 from orpo_ray.objective.logps import PairLogps, count_chunks, sum_by_pair, target_logps
 from orpo_ray.processing.pixel_norm import PixelNorm
 
@@ -123,6 +123,12 @@ class PairModel(nn.Module):
         passes = 3 if any(parameter.requires_grad for parameter in vision) else 1
         return passes / 3 * (_size(vision) / patches[0].numel()) / _size(language)
 
+    @property
+    def collate(self) -> Collate:
+        """How the image tensors of a batch for this model are joined."""
+        collate = self.family.collate
+        return collate if self.vision_cache is None else self.vision_cache.with_keys(collate)
+
     def check_images_used(self) -> None:
         """Check, after a backward pass with `watch_images`, that a gradient reached the image features.
 
@@ -142,7 +148,9 @@ class PairModel(nn.Module):
         if self.vision_cache is not None:
             inputs = {name: inputs[name] for name in self.family.image_inputs if name in inputs}
             raw = inputs | {PIXELS: batch.images[PIXELS]}
-            each = self.vision_cache.features(raw, inputs, lambda missing: self._features_of_each(base, missing))
+            each = self.vision_cache.features(
+                raw, inputs, lambda missing: self._features_of_each(base, missing), batch.images.get(KEYS)
+            )
             features = ImageFeatures.of_each(each)
         else:
             features = ImageFeatures.of([self.family.encode_images(base, chunk) for chunk in self._chunks(inputs)])

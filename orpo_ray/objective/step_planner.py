@@ -71,7 +71,7 @@ class StepPlanner:
         """Make the planner for a model, with dummy pairs from its encoder."""
         dummy_pairs = (encoder.dummy_pair(with_image=False), encoder.dummy_pair(with_image=True))
         packing = Packing(token_budget, model.layout, model.tokens_per_image_value)
-        return cls(objective, packing, *dummy_pairs, device, model.family.collate)
+        return cls(objective, packing, *dummy_pairs, device, model.collate)
 
     def share(
         self, pairs: Sequence[EncodedPair], bad: Sequence[BadRow] = (), step: int = 0, rank: int = 0, workers: int = 1

@@ -51,6 +51,27 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(family: str, tmp
     torch.testing.assert_close(again.chosen, plain.chosen, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["smolvlm", "llava_next", "qwen2_5_vl"])
+def test_files_are_named_while_the_batch_is_built(family: str, tmp_path: Path) -> None:
+    """The forward pass then reads no pixels: it finds the features although the pixels are others."""
+    model = frozen(family, tmp_path)
+    assert model.vision_cache is not None
+    named = build_batch(make_row(family, ROW), "response", "concatenated", collate=model.collate)
+    expected = model(named).chosen
+    named.images["pixel_values"].zero_()
+    torch.testing.assert_close(model(named).chosen, expected, rtol=1e-5, atol=1e-5)
+    assert model.vision_cache.misses == model.vision_cache.hits > 0
+
+
+def test_both_ways_of_naming_agree(tmp_path: Path) -> None:
+    pairs = make_row("llava", ROW)
+    model = frozen("llava", tmp_path)
+    assert model.vision_cache is not None
+    for collate in (model.collate, model.family.collate):
+        model(build_batch(pairs, "response", "concatenated", collate=collate))
+    assert model.vision_cache.misses == model.vision_cache.hits > 0
+
+
 def test_images_still_count_as_used(tmp_path: Path) -> None:
     model = frozen("llava", tmp_path)
     batch = build_batch(make_row("llava", ROW), "response", "concatenated")
