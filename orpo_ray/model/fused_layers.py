@@ -67,20 +67,22 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _gated_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    linears = (self.gate_proj, self.up_proj, self.down_proj)
-    if any(type(linear) is not nn.Linear or hasattr(linear.weight, "ds_id") for linear in linears):
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
-    gate, up, down = linears
-    missing = -gate.out_features % _ALIGNED
-    inner = silu_mul(_with_rows(gate, x, missing), _with_rows(up, x, missing))
+    gate, up, down = linears = (self.gate_proj, self.up_proj, self.down_proj)
+    missing = -gate.out_features % _ALIGNED if all(map(_can_be_padded, linears)) else 0
+    if not missing:
+        return down(silu_mul(gate(x), up(x)))
     # Qwen2.5-VL's vision encoder has an inner size of 3,420. The rows that are missing are zeros, and so is their part.
-    return functional.linear(inner, functional.pad(down.weight, (0, missing)) if missing else down.weight, down.bias)
+    inner = silu_mul(_with_rows(gate, x, missing), _with_rows(up, x, missing))
+    return functional.linear(inner, functional.pad(down.weight, (0, missing)), down.bias)
+
+
+def _can_be_padded(linear: Any) -> bool:
+    """Whether the weight is a whole matrix: not in 4 bits, not adapted, and not divided by ZeRO-3."""
+    return type(linear) is nn.Linear and not hasattr(linear.weight, "ds_id")
 
 
 def _with_rows(linear: nn.Linear, x: torch.Tensor, missing: int) -> torch.Tensor:
     """Call a linear layer with rows of zeros appended to its weight and bias."""
-    if not missing:
-        return linear(x)
     bias = None if linear.bias is None else functional.pad(linear.bias, (0, missing))
     return functional.linear(x, functional.pad(linear.weight, (0, 0, 0, missing)), bias)
 
@@ -114,38 +116,33 @@ def _second_matrix(
 def _text_rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return transformers' function for queries [1, H, T, D] and angles [1, T, D]; others go to the original."""
 
-    def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if (
-            args
-            or kwargs
-            or q.device.type not in _rotary_devices
-            or q.ndim != 4
-            or len(q) != 1
-            or cos.shape != (1, *q.shape[2:])
-        ):
-            return original(q, k, cos, sin, *args, **kwargs)
-        turned = (rotate(each[0].transpose(0, 1), cos[0], sin[0]) for each in (q, k))
-        first, second = (each.transpose(0, 1).unsqueeze(0) for each in turned)
-        return first, second
+    def turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotate(states[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1).unsqueeze(0)
 
-    return _if_equal(original, apply, (1, 3, 5, 8), (1, 5, 8))
+    def fits(q: torch.Tensor, cos: torch.Tensor) -> bool:
+        return q.ndim == 4 and len(q) == 1 and cos.shape == (1, *q.shape[2:])
+
+    return _if_equal(original, _where(fits, turn, original), (1, 3, 5, 8), (1, 5, 8))
 
 
 def _vision_rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     """The same for patches [N, H, D] and angles [N, D]."""
 
-    def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if (
-            args
-            or kwargs
-            or q.device.type not in _rotary_devices
-            or q.ndim != 3
-            or cos.shape != (q.shape[0], q.shape[2])
-        ):
-            return original(q, k, cos, sin, *args, **kwargs)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+    def fits(q: torch.Tensor, cos: torch.Tensor) -> bool:
+        return q.ndim == 3 and cos.shape == (q.shape[0], q.shape[2])
 
-    return _if_equal(original, apply, (5, 3, 8), (5, 8))
+    return _if_equal(original, _where(fits, rotate, original), (5, 3, 8), (5, 8))
+
+
+def _where(fits: Callable[..., bool], turn: Callable[..., torch.Tensor], original: Callable[..., Any]) -> Any:
+    """A rotary embedding that turns queries and keys where the shapes fit, and calls the original elsewhere."""
+
+    def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if args or kwargs or q.device.type not in _rotary_devices or not fits(q, cos):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return turn(q, cos, sin), turn(k, cos, sin)
+
+    return apply
 
 
 _rotary_devices = frozenset({"cuda", "meta"})

@@ -6,6 +6,7 @@ for tests, and on the `meta` device for plans.
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any, cast
 
@@ -132,7 +133,9 @@ def has_kernels(device_type: str) -> bool:
     one = torch.ones(1, device="cuda")
     try:
         _kernels().silu_mul(one, one)
-    except Exception:  # noqa: BLE001 - whatever keeps Triton from working, the operations run without it
+    except Exception as error:  # noqa: BLE001 - whatever keeps Triton from working, training can go on without it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"model.fused_layers is off, because Triton does not work here: {reason}", stacklevel=2)
         return False
     return True
 

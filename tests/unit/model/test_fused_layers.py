@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.model.fused_layers import fuse_adapters, fuse_layers, rotary_on
@@ -18,6 +21,19 @@ from orpo_ray.objective.pair_model import PairModel
 from support.pairs_by_hand import NORM, assert_equal, layouts_of, make_row, run, tiny_pair_model
 
 ROW = [(2, 6, 5, 4), (1, 5, 3, 6), (0, 4, 2, 3)]
+
+
+class CountLinearRows(TorchFunctionMode):
+    """Notes the rows of each weight that `linear` multiplies by."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear:
+            self.sizes.append(len(args[1]))
+        return func(*args, **(kwargs or {}))
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,6 +88,24 @@ def test_a_fused_model_has_the_same_loss_and_gradients(family: str, lora: bool) 
     expected = run(plain, pairs, layout)
     with rotary_on("cpu"):
         assert_equal(run(fused, pairs, layout), expected)
+
+
+def test_an_inner_size_that_suits_no_fast_kernel_is_padded() -> None:
+    """20 rows, which become 24. With biases, as in Qwen2.5-VL's vision encoder."""
+    config = Qwen2_5_VLVisionConfig(hidden_size=8, intermediate_size=20)
+    plain = Qwen2_5_VLMLP(config, bias=True).double()
+    fused, x = copy.deepcopy(plain), randn(5, 8).detach()
+    fuse_layers(fused)
+    sizes: list[int] = []
+    with CountLinearRows(sizes):
+        found = fused(x)
+    assert sizes == [24, 24, 8]
+    expected = plain(x)
+    assert torch.allclose(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, got), wanted in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(got.grad, wanted.grad), name  # type: ignore[arg-type]
 
 
 def test_so_has_a_quantized_model() -> None:
