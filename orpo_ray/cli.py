@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from orpo_ray.console import (
     stdout_to_stderr,
 )
 from orpo_ray.errors import OrpoRayError, UserError
+from orpo_ray.fork_server.control import start_fork_server
 
 app = typer.Typer(
     help="Align vision-language models to preferences with ORPO, from a laptop to a cluster.",
@@ -59,6 +61,14 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _load_for_ray(recipe: Path, overrides: list[str] | None) -> Recipe:
+    """Load a recipe, and start to import what Ray's processes need while this process imports what it needs."""
+    loaded = load_recipe(recipe, overrides or [])
+    if "RAY_ADDRESS" not in os.environ:
+        start_fork_server(["peft"] if loaded.model.lora is not None else [])
+    return loaded
+
+
 @app.callback()
 def common(
     show_version: Annotated[
@@ -71,7 +81,7 @@ def common(
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a model; run the same command again to resume."""
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _load_for_ray(recipe, overrides)
     from orpo_ray.training.launch import launch_training
 
     print_trained(launch_training(loaded, console))
@@ -140,7 +150,7 @@ def export(
 @data_app.command("check")
 def data_check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check every row for errors, lengths, duplicates and biases, and write a page with plots and examples."""
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _load_for_ray(recipe, overrides)
     from orpo_ray.data_report.check import check_data
 
     with stdout_to_stderr():
@@ -155,7 +165,7 @@ def data_check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson 
 @data_app.command("prepare")
 def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write all usable pairs, with their images, as sharded parquet to train from."""
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _load_for_ray(recipe, overrides)
     from orpo_ray.data_report.prepare import prepare_data
 
     with stdout_to_stderr():

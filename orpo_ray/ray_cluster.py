@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from orpo_ray.errors import OrpoRayError, UserError
+from orpo_ray.fork_server.control import forked_workers
 
 CONNECT_TIMEOUT = 10.0  # seconds
 
@@ -73,7 +74,8 @@ def train_variables() -> dict[str, str]:
 
 def _start_here(**options: Any) -> None:
     try:
-        ray.init(address="local", **options)
+        with forked_workers():
+            ray.init(address="local", **options)
     except Exception as error:  # Ray raises bare exceptions, for example when its raylet starts too late
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logs = f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"

@@ -30,6 +30,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with four logical CPUs, for the whole session."""
     import ray
 
+    from orpo_ray.fork_server.control import forked_workers, start_fork_server
     from orpo_ray.ray_cluster import own_address, train_variables
 
     # As `start_ray` sets them.
@@ -39,7 +40,8 @@ def ray_cluster() -> Iterator[None]:
     os.environ["RAY_prestart_worker_first_driver"] = "0"
     variables = {"env_vars": train_variables()}
     # "local", because None would join a cluster that already runs on this machine.
-    with own_address():
+    start_fork_server(["peft"])
+    with own_address(), forked_workers():
         ray.init(
             "local",
             num_cpus=4,

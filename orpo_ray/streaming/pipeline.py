@@ -8,14 +8,17 @@ encoded once.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
 import ray.data
+from PIL import Image
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
@@ -42,19 +45,12 @@ READERS = 1  # reading tasks at a time; each costs the run's start a process
 # encoder, all other threads wait for it. Encoding catches up whenever training waits. The variables give encoders
 # processes of their own, so that no worker starts in a process of lowered priority.
 ENCODE_NICENESS = 10
-# Make the allocators keep freed memory: an image's tiles are allocations of 10 MB, and fresh pages for each would cost
-# a tenth of the time.
-KEEP_BYTES = str(256 << 20)
-ENCODE_ENV = {
-    "env_vars": {
-        "ORPO_RAY_ENCODER": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "MALLOC_MMAP_THRESHOLD_": KEEP_BYTES,
-        "MALLOC_TRIM_THRESHOLD_": KEEP_BYTES,
-        "PILLOW_BLOCKS_MAX": "4",
-    }
-}
+ENCODE_ENV = {"env_vars": {"ORPO_RAY_ENCODER": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
+# Encoders' allocators keep this much freed memory: an image's tiles are allocations of 10 MB, and fresh pages for each
+# would cost a tenth of the time.
+KEEP_BYTES = 256 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_PILLOW_BLOCKS = 4
 
 
 def least_cpus(num_pipelines: int) -> float:
@@ -165,15 +161,19 @@ def encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[Encode
 
 @lru_cache(maxsize=2)
 def encoder_of_this_process(spec: EncoderSpec) -> PairEncoder:
-    """Return the encoder of a spec, made once in a process. From then on, the process has a lower priority."""
-    lower_priority()
+    """Return the encoder of a spec, made once in a process. From then on, the process is an encoder's."""
+    prepare_process()
     return spec.build()
 
 
 @cache
-def lower_priority() -> None:
-    """Lower this process's priority, once."""
+def prepare_process() -> None:
+    """Lower this process's priority, and let its allocators keep freed memory; once."""
     os.nice(ENCODE_NICENESS)
+    Image.core.set_blocks_max(_PILLOW_BLOCKS)  # type: ignore[attr-defined]
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, KEEP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEEP_BYTES)
 
 
 class _WindowSource(Datasource):
