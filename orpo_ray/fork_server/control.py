@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import glob
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ SWITCH = "ORPO_RAY_FORK"
 PYTHON = "python"
 SOCKET = "socket"
 LOG = "log"
+BACKLOG = 128  # requests that wait
 # CUDA cannot be used in a fork of a process that has asked for a device, as some libraries do when imported.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/dxg", "/dev/vfio/[0-9]*")
 # What workers and encoders import before their first useful line, and what imports no Ray.
@@ -72,9 +74,13 @@ def _is_usable() -> bool:
 
 def _start(modules: tuple[str, ...]) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="orpo-ray-"))  # only this user can open it, and the socket in it
-    with (folder / LOG).open("w") as log:
+    # Made here, so that a launcher can connect from now on, and waits if the server is not there yet.
+    with socket.socket(socket.AF_UNIX) as listener, (folder / LOG).open("w") as log:
+        listener.bind(str(folder / SOCKET))
+        listener.listen(BACKLOG)
         server = subprocess.Popen(
-            [sys.executable, "-m", "orpo_ray.fork_server.server", str(folder / SOCKET), *modules],
+            [sys.executable, "-m", "orpo_ray.fork_server.server", str(listener.fileno()), str(folder), *modules],
+            pass_fds=[listener.fileno()],
             stdin=subprocess.PIPE,  # closed at the end of this process, whatever ends it
             stdout=log,
             stderr=log,

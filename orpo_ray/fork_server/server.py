@@ -1,10 +1,11 @@
 """The process whose copies are Ray's workers: imports what they need, then forks one for each request.
 
-    python -m orpo_ray.fork_server.server SOCKET MODULE... < PIPE
+    python -m orpo_ray.fork_server.server DESCRIPTOR FOLDER MODULE... < PIPE
 
-Ends when the pipe is closed, and removes the socket's folder. Ray itself is imported at the first request, in the environment that raylet gives its
-workers: Ray reads some of it, such as raylet's process id, when it is imported. Only workers of that raylet and job are
-forked.
+The descriptor is of a listening socket in the folder. The server ends when the pipe is closed, and removes the folder.
+
+Ray itself is imported at the first request, in the environment that raylet gives its workers: Ray reads some of it, such
+as raylet's process id, when it is imported. Only workers of that raylet and job are forked.
 """
 
 from __future__ import annotations
@@ -29,18 +30,15 @@ from orpo_ray.fork_server.request import Request, receive
 
 # What Ray's workers and Ray Train's controller import besides.
 WITH_RAY = ("ray.train", "ray.data", "orpo_ray.training.launch", "orpo_ray.training.worker")
-BACKLOG = 128
 
 
 def main() -> None:
-    address, *modules = sys.argv[1:]
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(BACKLOG)  # requests during the imports wait
+    descriptor, folder, *modules = sys.argv[1:]
     preload(modules)
+    listener = socket.socket(fileno=int(descriptor))
     request = Server(listener).serve()
     if request is None:
-        shutil.rmtree(os.path.dirname(address))
+        shutil.rmtree(folder)
     else:
         become_worker(request)
 
