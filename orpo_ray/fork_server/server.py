@@ -4,8 +4,8 @@
 
 The descriptor is of a listening socket in the folder. The server ends when the pipe is closed, and removes the folder.
 
-Ray itself is imported at the first request, in the environment that raylet gives its workers: Ray reads some of it, such
-as raylet's process id, when it is imported. Only workers of that raylet and job are forked.
+Ray itself is imported at the first request, in the environment that raylet gives its workers: Ray reads some of it,
+such as raylet's process id, when it is imported. Only workers of that raylet and job are forked.
 """
 
 from __future__ import annotations
