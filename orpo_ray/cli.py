@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from orpo_ray.console import (
     print_trained,
     stdout_to_stderr,
 )
-from orpo_ray.errors import OrpoRayError, UserError
+from orpo_ray.errors import OrpoRayError
 from orpo_ray.fork_server.control import start_fork_server
 
 app = typer.Typer(
@@ -230,15 +231,14 @@ def schema() -> None:
 
 
 def _guarded(command: Callable[[], Any]) -> int:
-    """Run a command; return 2 if the user's input is wrong and 1 if the run failed, after one message."""
+    """Run a command; return the exit code. An error of this package is one message."""
     try:
         command()
-    except UserError as error:
-        print_error("error", error)
-        return 2
     except OrpoRayError as error:
-        print_error("failed", error)
-        return 1
+        print_error(error.title, error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -6,7 +6,15 @@ from typing import Any
 
 
 class OrpoRayError(Exception):
-    """Base class of all errors of this package."""
+    """Base class of all errors of this package.
+
+    Attributes:
+        title: word before the message on the console.
+        exit_code: of a command that ends with this error.
+    """
+
+    title: str = "failed"
+    exit_code: int = 1
 
 
 class UserError(OrpoRayError):
@@ -18,6 +26,9 @@ class UserError(OrpoRayError):
         value: the value found there.
         fix: what to do.
     """
+
+    title = "error"
+    exit_code = 2
 
     def __init__(self, problem: str, *, field: str | None = None, value: Any = None, fix: str | None = None) -> None:
         self.problem, self.field, self.value, self.fix = problem, field, value, fix

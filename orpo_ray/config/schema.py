@@ -265,6 +265,9 @@ class CheckpointConfig(Config):
     """Steps between checkpoints. By default, about ten checkpoints per run."""
     keep: int = Field(2, ge=1)
     """Number of most recent checkpoints to keep."""
+    stop_timeout_s: float = Field(600.0, gt=0)
+    """Seconds that a run has to save a checkpoint and end, after SIGINT (Ctrl-C) or SIGTERM. A second signal ends the
+    run at once."""
 
     @field_validator("storage")
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,8 @@ class StepPlan:
     """Pairs in the step, over all workers."""
     bad: list[BadRow]
     """Bad rows of the step, over all workers."""
+    ids: list[list[str]]
+    """Ids of the pairs in each micro-batch of this worker."""
 
 
 class StepPlanner:
@@ -87,7 +90,8 @@ class StepPlanner:
         batches = [self._build(pairs, totals.with_images > 0) for pairs in share.microbatches]
         nll_tokens = float(totals.nll_tokens(self.objective.nll_span))
         normaliser = Normaliser(float(totals.pairs), nll_tokens if self.objective.nll_average == "token" else None)
-        return StepPlan(share.step, batches, normaliser, totals.pairs, share.bad)
+        ids = [[pair.id for pair in pairs] for pairs in share.microbatches]
+        return StepPlan(share.step, batches, normaliser, totals.pairs, share.bad, ids)
 
     def _build(self, batch: list[EncodedPair], any_images: bool) -> PairBatch:
         dummy_pairs: list[EncodedPair] = []
@@ -111,6 +115,15 @@ def _gather(mine: torch.Tensor, device: torch.device) -> torch.Tensor:
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
     return torch.stack(rows).cpu()
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """Collect a picklable object from every worker, on all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    return everyones
 
 
 def add_sums(total: Mapping[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 from orpo_ray.config.recipe import Recipe
@@ -28,8 +29,9 @@ class MetricsFile:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line, visible to other processes at once."""
-        line = {"step": step} | {name: round(value, 10) for name, value in metrics.items()}
-        self._file.write(json.dumps(line) + "\n")
+        # JSON has no NaN and no infinity.
+        line = {n: round(value, 10) if math.isfinite(value) else None for n, value in metrics.items()}
+        self._file.write(json.dumps({"step": step} | line, allow_nan=False) + "\n")
         self._file.flush()
 
     def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
@@ -46,9 +48,9 @@ class MetricsFile:
 
 
 def last_metrics(folder: RunFolder) -> dict[str, float]:
-    """Return the latest value of every metric of a run."""
+    """Return the latest finite value of every metric of a run."""
     folder.pull(METRICS_FILE)
     latest: dict[str, float] = {}
     for line in read_jsonl(folder.path / METRICS_FILE):
-        latest.update(line)
+        latest.update({name: value for name, value in line.items() if value is not None})
     return latest

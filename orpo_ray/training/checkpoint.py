@@ -20,6 +20,7 @@ from orpo_ray.model.loading import is_adapted
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.storage.run_folder import FINAL, RunFolder
+from orpo_ray.training.divergence import TrainingDiverged
 from orpo_ray.training.engine import Engine
 
 POSITION_FILE = "position.json"
@@ -43,10 +44,20 @@ class Position:
     """Workers that wrote the engine's state."""
     zero_stage: int = 0
     """ZeRO stage that wrote the engine's state."""
+    skipped: int = 0
+    """Updates skipped so far, because their gradient was not finite."""
+    first_loss: float = 0.0
+    """Loss of the run's first step."""
 
 
 def save_checkpoint(engine: Engine, position: Position, metrics: Mapping[str, float]) -> None:
-    """Report a checkpoint with the engine's state and the position to Ray Train. A collective."""
+    """Report a checkpoint with the engine's state and the position to Ray Train. A collective.
+
+    Raises:
+        TrainingDiverged: a weight is not finite; the checkpoints before stay.
+    """
+    if not engine.has_finite_weights():
+        raise TrainingDiverged(f"a weight is not finite after step {position.step:,}; the last checkpoint is kept")
     rank = ray.train.get_context().get_world_rank()
     with tempfile.TemporaryDirectory() as scratch:
         # Every worker writes into its own folder; Ray Train merges the folders into one checkpoint.
@@ -107,7 +118,12 @@ def save_final(engine: Engine, model: PairModel, recipe: Recipe) -> None:
     """Write `final/`: the processor with the whole model, or with its adapters alone. A collective.
 
     The folder appears whole or not at all.
+
+    Raises:
+        TrainingDiverged: a weight is not finite.
     """
+    if not engine.has_finite_weights():
+        raise TrainingDiverged(f"a weight is not finite; {FINAL}/ was not written, and the last checkpoint is kept")
     adapted = is_adapted(model.model)
     state = engine.consolidated_weights(trained_only=adapted)
     if ray.train.get_context().get_world_rank() != 0:

@@ -14,6 +14,7 @@ from orpo_ray.model.loading import without_adapters
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.planning.states import reduce_bucket
 from orpo_ray.training.consolidated import consolidated
+from orpo_ray.training.divergence import all_finite
 from orpo_ray.training.optimizer import adamw, schedule
 
 _TAG = "engine"  # the folder of the engine's state in a checkpoint
@@ -105,6 +106,14 @@ class DeepSpeedEngine:
         """Reduce and clip the gradient, update the weights; return the norm before clipping."""
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm())
+
+    def has_finite_weights(self) -> bool:
+        """Look at the trained weights; ZeRO-3's are the shards of all workers."""
+        trained = (weight for weight in self.deepspeed.module.parameters() if weight.requires_grad)
+        shards = (getattr(weight, "ds_tensor", weight) for weight in trained)
+        finite = torch.tensor(float(all_finite(shards)), device=self.deepspeed.device)
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        return bool(finite)
 
     def save(self, folder: Path) -> None:
         """Write this worker's shard of the state."""

@@ -33,9 +33,14 @@ class Engine(Protocol):
     def step(self) -> float:
         """Clip the gradient, update the weights, advance the schedule, and clear the gradient.
 
+        If the gradient is not finite, the weights, the optimizer and the schedule stay as they are.
+
         Returns:
-            The norm of the whole gradient before clipping.
+            The norm of the whole gradient before clipping, equal on all workers.
         """
+
+    def has_finite_weights(self) -> bool:
+        """Whether every trained weight is finite, on all workers."""
 
     def save(self, folder: Path) -> None:
         """Write this worker's part of the state into a folder; the folders of all workers are merged afterwards.

@@ -28,6 +28,7 @@ from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay, RunStatus
 from orpo_ray.training.resources import Resources, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
+from orpo_ray.training.stopping import RunStopped, StopSignals
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10
@@ -62,6 +63,9 @@ class _RunTrainer(DataParallelTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if type(callback) not in self._without]
 
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave signals to `StopSignals`; Ray Train's own handler ends a run without a checkpoint."""
+
 
 def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
     """Train a recipe to its end. If its run folder holds a checkpoint, resume from there.
@@ -73,6 +77,8 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
 
     Raises:
         UserError: the recipe, its data, model or cluster do not work.
+        RunStopped: SIGINT or SIGTERM ended the run.
+        TrainingDiverged: the run's loss, gradient or weights are not finite any longer.
         TrainingFailed: the run ended with another error.
     """
     recipe = recipe.with_absolute_paths()
@@ -106,12 +112,15 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
         ray.get([status.begin.remote([ray.put(config)]), status.update.remote(phase="starting workers")])
 
     # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
-    with ThreadPoolExecutor(1) as pool, ProgressDisplay(status, console):
+    stop = StopSignals(lambda: status.request_stop.remote(), recipe.checkpoint.stop_timeout_s)
+    with ThreadPoolExecutor(1) as pool, ProgressDisplay(status, console), stop:
         begun = pool.submit(_or_fail, begin, status)
         try:
             _fit(status, recipe, resources, callbacks or [])
         finally:
             begun.result()  # its own error says more than that of the workers
+    if stop.received is not None and not folder.has_model(FINAL):
+        raise RunStopped(stop.received, ray.get(status.state.remote()).get("stopped_at"))
     return RunSummary(folder.uri, last_metrics(folder))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from types import TracebackType
@@ -24,6 +25,7 @@ class RunStatus:
         self._state: dict[str, Any] = {"warnings": []}
         self._fatal: Exception | None = None
         self._config: ray.ObjectRef | None = None
+        self._stop = False
 
     def begin(self, config: list[ray.ObjectRef]) -> None:
         """Keep a reference to what the workers train with. In a list, since Ray would fetch a bare one."""
@@ -33,9 +35,15 @@ class RunStatus:
         """Return the reference, or None while the driver is not ready."""
         return self._config
 
-    def update(self, **state: Any) -> None:
-        """Merge values into the state: `step, num_steps, phase` and metrics."""
+    def update(self, **state: Any) -> bool:
+        """Merge values into the state: `step, num_steps, phase` and metrics. Return whether the run should stop."""
         self._state.update(state)
+        return self._stop
+
+    def request_stop(self) -> None:
+        """Ask the workers to save a checkpoint and to end."""
+        self._stop = True
+        self._state["phase"] = "stopping: saving a checkpoint"
 
     def warn(self, text: str) -> None:
         """Add a warning for the console."""
@@ -52,6 +60,28 @@ class RunStatus:
     def fatal(self) -> Exception | None:
         """Return the error that a restart would repeat, or None."""
         return self._fatal
+
+
+class StatusLine:
+    """Rank 0's line to the `RunStatus` actor. It never waits, and is silent when the actor is gone with its driver."""
+
+    def __init__(self, status: Any) -> None:
+        self._status = status
+        self._answers: list[ray.ObjectRef] = []
+        self._asks_to_stop = False
+
+    def update(self, **state: Any) -> None:
+        """Send values to the actor."""
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            self._answers.append(self._status.update.remote(**state))
+
+    def asks_to_stop(self) -> bool:
+        """Whether the actor has asked the run to stop, by the answers that have come so far."""
+        if self._answers:
+            ready, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                self._asks_to_stop = any([self._asks_to_stop, *ray.get(ready)])
+        return self._asks_to_stop
 
 
 class ProgressDisplay:

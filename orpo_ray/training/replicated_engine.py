@@ -18,6 +18,7 @@ from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import UserError
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.training.consolidated import consolidated
+from orpo_ray.training.divergence import all_finite
 from orpo_ray.training.optimizer import adamw, schedule
 
 _FOLDER, _STATE_FILE = "engine", "replicated.pt"  # in a checkpoint
@@ -68,12 +69,17 @@ class ReplicatedEngine:
         if self._num_workers > 1:
             for part in self._gradients.split(_REDUCED_AT_ONCE):
                 dist.all_reduce(part)
-        norm = nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm)
-        self.optimizer.step()
-        self._schedule.step()
-        self._update_weights()
+        norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self._schedule.step()
+            self._update_weights()
         self._gradients.zero_()
-        return float(norm)
+        return norm
+
+    def has_finite_weights(self) -> bool:
+        """Look at the trained weights, which are equal on all workers."""
+        return all_finite(self._masters.values())
 
     def save(self, folder: Path) -> None:
         """Write the state, which is equal on all workers, on rank 0."""

@@ -21,15 +21,19 @@ from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
-from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, reduce_sums
+from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, reduce_sums
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
 from orpo_ray.training.auto_checkpointing import with_checkpointing
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
+from orpo_ray.training.divergence import DivergenceGuard, skipped_message
 from orpo_ray.training.engine import Engine, make_engine
+from orpo_ray.training.progress import StatusLine
 from orpo_ray.training.worker_start import WorkerConfig
+
+_STOP = "stop"  # name of a sum over workers, beside those of the objective
 
 
 class Worker:
@@ -64,6 +68,9 @@ class Worker:
         self.position = load_latest(self.engine, self.recipe, config.train)
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()
+        self.guard = DivergenceGuard(self.position.first_loss, self.position.skipped)
+        self.status = StatusLine(config.status) if is_first else None
+        self.is_stopping = False
         self.images_checked = False
         self.first_bad: list[BadRow] = []
 
@@ -73,6 +80,9 @@ class Worker:
         self.model.train()
         with contextlib.closing(self._steps()) as steps:
             self._train(steps)
+        if self.is_stopping and self.position.step < self.config.num_steps:
+            self.tracker.close()
+            return
         self._judge_bad_rows(at_end=True)
         final = self._evaluate(recipe.eval.grounding) if self.config.held_out is not None else {}
         self._tell(phase="saving")
@@ -92,8 +102,12 @@ class Worker:
             step = self.position.step
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
                 self._report(self._evaluate(grounding=False))
-            if recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0 and step < num_steps:
+            is_due = recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0
+            if (is_due or self.is_stopping) and step < num_steps and self.guard.is_healthy:
                 self._save(with_prefix(metrics, "train"))
+            if self.is_stopping:
+                self._tell(stopped_at=step)
+                return
             started = time.perf_counter()
 
     def _save(self, metrics: dict[str, float]) -> None:
@@ -119,6 +133,7 @@ class Worker:
         torch.manual_seed((self.recipe.optim.seed << 32) + plan.step * self.num_workers + self.rank)
         learning_rate = self.engine.learning_rate
         sums: dict[str, torch.Tensor] = {}
+        losses: list[torch.Tensor] = []
         if not plan.pairs:
             return {"learning_rate": learning_rate, "grad_norm": 0.0}  # every row of the step was bad
         for batch in on_device(plan.batches, self.device):
@@ -127,19 +142,42 @@ class Worker:
             logps = self.engine.forward(batch)
             loss, more = self.objective.loss(logps, batch.weights, plan.normaliser)
             self.engine.backward(loss)
+            losses.append(loss.detach())
             sums = add_sums(sums, more)
             if check:
                 self.model.check_images_used()
                 self.images_checked = True
         grad_norm = self.engine.step()
-        metrics = self.objective.metrics(reduce_sums(sums, self.device))
-        return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        wants_stop = self.status is not None and self.status.asks_to_stop()
+        reduced = reduce_sums(sums | {_STOP: torch.full((), float(wants_stop), device=self.device)}, self.device)
+        self.is_stopping = reduced.pop(_STOP) > 0
+        metrics = self.objective.metrics(reduced)
+        if self.guard.observe(plan.step + 1, metrics["loss"], grad_norm):
+            self._report_skipped(plan, losses)
+        state = {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped_updates": self.guard.skipped}
+        return metrics | state
+
+    def _report_skipped(self, plan: StepPlan, losses: list[torch.Tensor]) -> None:
+        """Warn of a skipped update, with the pairs of all workers that caused it. A collective."""
+        own = [ids for ids, loss in zip(plan.ids, losses, strict=True) if not loss.isfinite()]
+        everyones = gather_objects((own, plan.ids))
+        if self.rank == 0:
+            caused = [name for own, _ in everyones for ids in own for name in ids]
+            all_ids = [name for _, all_own in everyones for ids in all_own for name in ids]
+            self._warn(skipped_message(plan.step + 1, caused or all_ids))
 
     def _advance(self, plan: StepPlan, metrics: dict[str, float]) -> None:
         """Finish a step: move the position, log, report the progress, and handle bad rows."""
         _, end_sample = step_samples(plan.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
         old, bad = self.position, len(plan.bad)
-        self.position = replace(old, step=plan.step + 1, bad=old.bad + bad, seen=old.seen + bad + plan.pairs)
+        self.position = replace(
+            old,
+            step=plan.step + 1,
+            bad=old.bad + bad,
+            seen=old.seen + bad + plan.pairs,
+            skipped=self.guard.skipped,
+            first_loss=self.guard.first_loss,
+        )
         metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
         if plan.bad:
             self.tracker.log_bad_rows(plan.bad)
@@ -174,6 +212,5 @@ class Worker:
             self.config.status.warn.remote(text)
 
     def _tell(self, **state: Any) -> None:
-        if self.rank == 0:
-            with contextlib.suppress(ray.exceptions.RayActorError):  # the driver has ended, and the actor with it
-                self.config.status.update.remote(**state)
+        if self.status is not None:
+            self.status.update(**state)
