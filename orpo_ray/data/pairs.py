@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orpo_ray.errors import RowError
+from orpo_ray.errors import RowError, preview
 
 PLACEHOLDER = "<image>"  # position of an image, in formats with inline images
 Image = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}
@@ -200,12 +200,6 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     if not end:
         raise RowError("empty_prompt", "chosen and rejected have no common prefix to use as the prompt")
     return chosen[:end], chosen[end:], rejected[end:]
-
-
-def preview(value: Any) -> str:
-    """Format a value for an error message, in at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _image(value: Any) -> Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -154,7 +155,7 @@ def _finished_recipe(run: RunFolder) -> Recipe:
 def _output_uri(run: RunFolder, options: ExportOptions) -> str:
     default = f"{EXPORT}-adapter" if options.adapter else EXPORT
     output = (options.output or f"{run.uri}/{default}").rstrip("/")
-    return output if is_remote(output) else str(Path(output).expanduser().absolute())
+    return output if is_remote(output) else str(Path(os.path.expanduser(output)).absolute())
 
 
 def _check_output(run: RunFolder, output: str, target: RunFolder, name: str, overwrite: bool) -> None:

@@ -47,7 +47,7 @@ def locate(uri: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
         UserError: the URI's scheme is not supported.
     """
     if not is_remote(uri):
-        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        return pafs.LocalFileSystem(), str(Path(os.path.expanduser(uri)).absolute())
     scheme, _, path = uri.partition("://")
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
