@@ -185,7 +185,9 @@ class DataConfig(Config):
     pairs are longer."""
     on_too_long: Literal["skip", "truncate_response", "error"] = "skip"
     """What to do with a pair that exceeds `max_length`: `skip` treats it as a bad row, `truncate_response` cuts the end
-    of its answers (never the prompt), `error` stops the run."""
+    of its answers (never the prompt), `error` stops the run. A text that is hopelessly too long is a bad row under
+    `truncate_response` too: one with more characters than `max_length` times those of the tokenizer's longest token
+    (64 at least)."""
     on_bad_row: Literal["skip", "error"] = "skip"
     """What to do with a row that cannot be used: `skip` leaves it out and records it in `bad_rows.jsonl`, `error` stops
     the run."""
