@@ -63,4 +63,4 @@ def test_many_recipes_are_read_again_or_refused() -> None:
     VALID.clear()
     settings(max_examples=1000, deadline=None)(given(recipes())(check))()
     # Otherwise this would be a test of error messages only.
-    assert sum(VALID) > 0.1 * len(VALID)
+    assert sum(VALID) > 0.05 * len(VALID)
