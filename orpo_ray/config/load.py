@@ -111,7 +111,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _describe_error(item: dict[str, Any]) -> str:
     """Describe one pydantic error in a line: the field, what is wrong, the value, the nearest known key."""
-    location = [str(key)[:MAX_KEY] for key in item["loc"] if key != "[key]"]
+    location = [_printable(str(key)[:MAX_KEY]) for key in item["loc"] if key != "[key]"]
     section = _section(location[:-1])
     if location[0:1] == ["objective"] and len(location) > 2:
         del location[1]  # pydantic puts the objective's name here, which is not part of the key
@@ -129,6 +129,11 @@ def _describe_error(item: dict[str, Any]) -> str:
     value = item["input"]
     shown = f" (found {preview(value, 200)})" if not isinstance(value, dict | BaseModel) else ""
     return f"{field}: {message}{shown}"
+
+
+def _printable(key: str) -> str:
+    """Replace control characters and lone surrogates."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in key)
 
 
 def _section(location: list[str]) -> type[BaseModel]:

@@ -144,7 +144,7 @@ def _finished_recipe(run: RunFolder) -> Recipe:
     """Read the recipe of a run, and check that the run is finished."""
     run.pull(RECIPE_FILE)
     path = run.path / RECIPE_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"not a run folder: {RECIPE_FILE} is missing", field=run.uri, fix="give the folder of a run")
     if not run.has_model(FINAL):
         fix = "finish the training: orpo-ray train " + (f"{run.uri}/{RECIPE_FILE}" if not run.is_remote else "RECIPE")

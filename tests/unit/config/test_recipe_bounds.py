@@ -56,6 +56,7 @@ OVERRIDES = {
     "name=quickstart/checkpoint_1": "'checkpoint_1' in the folder of the run 'quickstart' belongs to that run",
     "name=quickstart/trials": "'trials' in the folder of the run 'quickstart' belongs to that run",
     'data.train="a\\0b.jsonl"': r"must not contain the control character '\x00'",
+    'data.train={"a\\0b": 0}': "data.train.a\ufffdb: ",
     'model.id="a\\0b"': r"model.id: must not contain the control character '\x00'",
     'checkpoint.storage="a\\0b"': r"checkpoint.storage: must not contain the control character '\x00'",
     "model.id=" + "m" * 300: "model.id: no file can have a name of 300 bytes",
