@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 
+def preview(value: Any, at_most: int = 80) -> str:
+    """Format a value for an error message, in at most `at_most` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of more than 4,300 digits, values that are nested too deeply
+        text = f"{type(value).__name__}, too large to show"
+    return text if len(text) <= at_most else text[: at_most - 3] + "..."
+
+
 class OrpoRayError(Exception):
     """Base class of all errors of this package.
 
@@ -23,7 +32,7 @@ class UserError(OrpoRayError):
     Args:
         problem: what is wrong.
         field: where: a recipe field, a file or a row id.
-        value: the value found there.
+        value: the value found there. The message shows the start of a long one.
         fix: what to do.
     """
 
@@ -33,7 +42,7 @@ class UserError(OrpoRayError):
     def __init__(self, problem: str, *, field: str | None = None, value: Any = None, fix: str | None = None) -> None:
         self.problem, self.field, self.value, self.fix = problem, field, value, fix
         where = f"{field}: " if field else ""
-        found = f" (found {value!r})" if value is not None else ""
+        found = f" (found {preview(value, 200)})" if value is not None else ""
         then = f"\n  fix: {fix}" if fix else ""
         super().__init__(f"{where}{problem}{found}{then}")
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from orpo_ray.config.objectives import OBJECTIVES, ObjectiveOptions
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.errors import UserError
+from orpo_ray.config.yaml_text import MAX_DEPTH, parse_yaml, read_text
+from orpo_ray.errors import UserError, preview
+
+MAX_LINES = 20  # wrong fields that one error names
+MAX_KEY = 100  # characters of a key in a message
+_FIX_NAME = "correct the name of the field; orpo-ray schema lists all fields"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -38,16 +41,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, unreadable, or not a YAML mapping.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no such recipe file", field=str(path), fix="give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read the recipe: {error}", field=str(path), fix="give the path of a YAML file in UTF-8"
-        ) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {error}", field=str(path), fix="correct the file at this line") from None
+    raw = parse_yaml(read_text(path), field=str(path))
     if not isinstance(raw, dict):
         raise UserError(
             "a recipe must be a mapping of sections",
@@ -77,8 +71,10 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [_describe_error(dict(item)) for item in error.errors()]
-        body = lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  - {line}" for line in lines)
+        found = error.errors()
+        lines = [_describe_error(dict(item)) for item in found[:MAX_LINES]]
+        lines += [f"and {len(found) - MAX_LINES} more"] if len(found) > MAX_LINES else []
+        body = lines[0] if len(lines) == 1 else f"{len(found)} problems\n" + "\n".join(f"  - {line}" for line in lines)
         raise UserError(body, field=source) from None
 
 
@@ -91,12 +87,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             value=override,
             fix="for example optim.learning_rate=1e-5",
         )
-    try:
-        value = _parse_exponent(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"the override's value is not valid YAML: {error}", field=key, value=text, fix="put the value in quotes"
-        ) from None
+    if key.count(".") >= MAX_DEPTH:
+        raise UserError("no field has a name of so many parts", field="command line", value=key, fix=_FIX_NAME)
+    value = parse_yaml(text, field=preview(key).strip("'"))
     *parents, last = key.split(".")
     section = raw
     for parent in parents:
@@ -110,22 +103,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                 f"'{parent}' holds a value, so it cannot have keys",
                 field=key,
                 value=child,
-                fix="correct the name of the field; orpo-ray schema lists all fields",
+                fix=_FIX_NAME,
             )
         section = child
     section[last] = value
 
 
-def _parse_exponent(value: Any) -> Any:
-    """Convert text such as `1e-4` to a number, which YAML 1.1 reads as a string."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
-
-
 def _describe_error(item: dict[str, Any]) -> str:
     """Describe one pydantic error in a line: the field, what is wrong, the value, the nearest known key."""
-    location = [str(key) for key in item["loc"] if key != "[key]"]
+    location = [_printable(str(key)[:MAX_KEY]) for key in item["loc"] if key != "[key]"]
     section = _section(location[:-1])
     if location[0:1] == ["objective"] and len(location) > 2:
         del location[1]  # pydantic puts the objective's name here, which is not part of the key
@@ -141,8 +127,13 @@ def _describe_error(item: dict[str, Any]) -> str:
     if not field:  # a combination of fields; the message names them
         return str(message)
     value = item["input"]
-    shown = f" (found {value!r})" if not isinstance(value, dict | BaseModel) else ""
+    shown = f" (found {preview(value, 200)})" if not isinstance(value, dict | BaseModel) else ""
     return f"{field}: {message}{shown}"
+
+
+def _printable(key: str) -> str:
+    """Replace control characters and lone surrogates."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in key)
 
 
 def _section(location: list[str]) -> type[BaseModel]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from orpo_ray.config.field_types import Float
 from orpo_ray.config.schema import Config, SearchRange, TuneConfig
 from orpo_ray.errors import UserError
 
@@ -39,7 +40,7 @@ class ObjectiveOptions(Config):
 class OrpoConfig(Config):
     """Odds-ratio loss: loss = NLL(chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected))."""
 
-    beta: float = Field(0.1, ge=0)
+    beta: Float = Field(0.1, ge=0)
     """Weight of the odds-ratio term."""
     nll: Literal["response", "prompt+response"] = "response"
     """Tokens under the NLL term. response: the chosen answer, averaged per pair (LLaMA-Factory, ms-swift).
@@ -84,11 +85,11 @@ class CpoObjective(ObjectiveOptions):
 
     name: Literal["cpo"]
     """Name of the objective."""
-    beta: float = Field(0.1, ge=0)
+    beta: Float = Field(0.1, ge=0)
     """Scale of the difference between the answers' log-probs, each summed over an answer's tokens."""
-    cpo_alpha: float = Field(1.0, ge=0)
+    cpo_alpha: Float = Field(1.0, ge=0)
     """Weight of the NLL of the chosen answer, averaged over the step's response tokens; 0 leaves the NLL out."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: Float = Field(0.0, ge=0, lt=0.5)
     """Probability that a pair's answers are labelled the wrong way round."""
 
 
@@ -103,11 +104,11 @@ class SimpoObjective(ObjectiveOptions):
 
     name: Literal["simpo"]
     """Name of the objective."""
-    beta: float = Field(2.0, ge=0)
+    beta: Float = Field(2.0, ge=0)
     """Scale of the difference between the answers' mean log-probs per token."""
-    gamma: float = Field(1.0, ge=0)
+    gamma: Float = Field(1.0, ge=0)
     """Target margin: by how much beta times the difference should exceed 0. The paper uses 0.3 to 1.6."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: Float = Field(0.0, ge=0, lt=0.5)
     """Probability that a pair's answers are labelled the wrong way round."""
 
 

@@ -14,11 +14,11 @@ import yaml
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
-    field_validator,
     model_serializer,
     model_validator,
 )
 
+from orpo_ray.config.field_types import RunName
 from orpo_ray.config.objectives import Objective, OrpoConfig, OrpoObjective, check_search, default_search
 from orpo_ray.config.rules import find_conflicts
 from orpo_ray.config.schema import (
@@ -40,8 +40,8 @@ from orpo_ray.errors import UserError
 class Recipe(Config):
     """All settings of a run."""
 
-    name: str = Field(min_length=1)
-    """Name of the run. The run is stored in `<checkpoint.storage>/<name>`."""
+    name: RunName = Field(min_length=1)
+    """Name of the run: letters, digits, `.`, `_` and `-`. The run is stored in `<checkpoint.storage>/<name>`."""
     model: ModelConfig
     """The vision-language model to train."""
     data: DataConfig
@@ -64,13 +64,6 @@ class Recipe(Config):
     """Trackers that receive metrics."""
     tune: TuneConfig = Field(default_factory=TuneConfig)
     """Hyperparameter search."""
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*", value):
-            raise ValueError("must consist of letters, digits, '.', '_' and '-', since it names the run folder")
-        return value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
@@ -131,7 +124,7 @@ class Recipe(Config):
         """The run folder, `<checkpoint.storage>/<name>`, as an absolute path or a URI."""
         storage = self.checkpoint.storage.rstrip("/")
         if "://" not in storage:
-            storage = str((_base_folder() / Path(storage).expanduser()).resolve())
+            storage = str((_base_folder() / os.path.expanduser(storage)).resolve())
         return f"{storage}/{self.name}"
 
     def with_absolute_paths(self) -> Recipe:
@@ -152,7 +145,7 @@ class Recipe(Config):
                 # Two spellings of one path (`a.jsonl`, `./a.jsonl`) become one source.
                 sources[_absolute(source)] = sources.get(_absolute(source), 0.0) + weight
             raw["data"][split] = sources
-        model = Path(self.model.id).expanduser()
+        model = Path(os.path.expanduser(self.model.id))
         if model.is_dir():
             raw["model"]["id"] = str(model.resolve())
         elif self.model.id.startswith((".", "/", "~")):
@@ -177,4 +170,4 @@ def _absolute(source: str) -> str:
     """Make a source that is a path absolute; return `scheme:...` unchanged."""
     if not source.strip() or re.match(r"[a-z0-9+-]{2,}:", source):
         return source
-    return os.path.abspath(Path(source).expanduser())
+    return os.path.abspath(os.path.expanduser(source))

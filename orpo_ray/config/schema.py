@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from orpo_ray.config.field_types import NUMBER, Float, Int, PathText, Text
 
 
 def _string_as_list(value: Any) -> Any:
@@ -23,7 +26,7 @@ def _as_weighted_sources(value: Any) -> Any:
     if isinstance(value, str):
         return {value: 1.0}
     if isinstance(value, list) and all(isinstance(uri, str) for uri in value):
-        return {uri: float(value.count(uri)) for uri in value}
+        return {uri: float(times) for uri, times in Counter(value).items()}
     return value
 
 
@@ -42,17 +45,18 @@ def _check_format(value: str) -> str:
 PARTS = ("language", "connector", "vision")
 FORMATS = ("trl", "plain", "sharegpt", "alpaca", "swift", "rlaif-v", "rlhf-v", "vlfeedback", "mmpr", "nemo-rl")
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Names = Annotated[list[str], BeforeValidator(_string_as_list)]
+Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
+Names = Annotated[list[Text], BeforeValidator(_string_as_list)]
 Checkpointing = Literal["none", "selective", "full", "auto"]
 CheckpointingField = Annotated[
     Checkpointing, BeforeValidator(_as_checkpointing, json_schema_input_type=Checkpointing | bool)
 ]
 FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
 RowFormat = Annotated[str, AfterValidator(_check_format)]
-Weight = Annotated[float, Field(gt=0, le=1000)]
+Weight = Annotated[float, Field(gt=0, le=1000), NUMBER]
 WeightedSources = Annotated[
-    dict[str, Weight], BeforeValidator(_as_weighted_sources, json_schema_input_type=str | list[str] | dict[str, Weight])
+    dict[PathText, Weight],
+    BeforeValidator(_as_weighted_sources, json_schema_input_type=str | list[str] | dict[PathText, Weight]),
 ]
 
 
@@ -65,11 +69,11 @@ class Config(BaseModel):
 class LoraConfig(Config):
     """Train low-rank adapters (LoRA, with peft). Without this section, the model is fully fine-tuned."""
 
-    r: int = Field(16, ge=1)
+    r: Int = Field(16, ge=1)
     """Rank of the adapters. A higher rank can learn more and takes more memory."""
-    alpha: float = Field(32, gt=0)
+    alpha: Float = Field(32, gt=0)
     """Scale of the adapters: their output is multiplied by `alpha / r`."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: Float = Field(0.0, ge=0, lt=1)
     """Dropout probability on the adapters' input during training."""
     use_rslora: bool = False
     """Scale the adapters by `alpha / sqrt(r)` instead of `alpha / r` (rsLoRA). Use this for high ranks, which otherwise
@@ -105,10 +109,10 @@ class QuantizationConfig(Config):
 class ModelConfig(Config):
     """The vision-language model to train."""
 
-    id: str = Field(min_length=1)
+    id: PathText = Field(min_length=1)
     """Model to start from: a local folder, a name on the Hugging Face hub, or a small model that is built offline
     (`orpo-ray/tiny-smolvlm`)."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of the model on the hub. By default, the main branch. Set a commit to make runs
     reproducible."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -133,7 +137,7 @@ class ModelConfig(Config):
     """Train LoRA adapters instead of all weights. `{}` uses the defaults."""
     quantization: QuantizationConfig | None = None
     """Hold the frozen base model in 4 bits. `{}` uses NF4 with double quantization."""
-    vision_cache: str | None = None
+    vision_cache: PathText | None = None
     """Folder for the output of a frozen vision encoder and connector. Later epochs, runs and trials read the features
     of an image from this folder instead of computing them again. By default, features are not cached."""
     trust_remote_code: bool = False
@@ -161,36 +165,38 @@ class DataConfig(Config):
     local path, `s3://`, `gs://`, `hf://datasets/owner/name`, or `easy-vqa:train`."""
     eval: WeightedSources = Field(default_factory=dict)
     """Sources of the held-out pairs, given as for `train`. Weights are ignored."""
-    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    eval_fraction: Float = Field(0.0, ge=0, lt=1)
     """Fraction of the training rows to hold out for evaluation when `eval` is not set. The selection is deterministic,
     and no image occurs on both sides of the split."""
     format: RowFormat = "auto"
     """Format of the rows. `auto` detects it from the columns and the first rows of each source. `module:function` names
     your own adapter, a function that takes a raw row and returns a row in one of the known formats."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[str, Text] = Field(default_factory=dict)
     """Columns to rename, as a mapping from the name that the format expects to the name in your data, for example
     `{chosen: good_answer}`."""
-    image_root: str | None = None
+    image_root: PathText | None = None
     """Folder or URI that image paths are relative to. Paths that lead out of it are refused. By default, the folder of
     the file that contains the row."""
     allow_http: bool = False
     """Download images whose rows give an http or https URL. Private, loopback and link-local addresses are always
     refused."""
-    max_length: int = Field(1024, ge=8)
+    max_length: Int = Field(1024, ge=8)
     """Maximum length of prompt plus answer in tokens, including image tokens. `orpo-ray data check` shows how many
     pairs are longer."""
     on_too_long: Literal["skip", "truncate_response", "error"] = "skip"
     """What to do with a pair that exceeds `max_length`: `skip` treats it as a bad row, `truncate_response` cuts the end
-    of its answers (never the prompt), `error` stops the run."""
+    of its answers (never the prompt), `error` stops the run. A text that is hopelessly too long is a bad row under
+    `truncate_response` too: one with more characters than `max_length` times those of the tokenizer's longest token
+    (64 at least)."""
     on_bad_row: Literal["skip", "error"] = "skip"
     """What to do with a row that cannot be used: `skip` leaves it out and records it in `bad_rows.jsonl`, `error` stops
     the run."""
     max_bad_fraction: Fraction = 0.05
     """Stop the run if more than this fraction of the rows read so far is bad. Checked from the tenth bad row on, and at
     the end."""
-    shuffle_seed: int | None = Field(0, ge=0)
+    shuffle_seed: Annotated[int, Field(ge=0), NUMBER] | None = 0
     """Seed for the order of the rows. The order differs from epoch to epoch. `null` keeps the order of the files."""
-    shuffle_window: int | None = Field(None, ge=1)
+    shuffle_window: Annotated[int, Field(ge=1), NUMBER] | None = None
     """Number of rows in a shuffle window: rows are shuffled within a window, and files and row groups among each other.
     A reader holds one window in memory. By default 4096, or fewer if these rows exceed 128 MB."""
 
@@ -202,41 +208,41 @@ class OptimConfig(Config):
     """`adamw`, or 8-bit AdamW from bitsandbytes, which stores both moments in 8 bits (2 instead of 8 bytes per trained
     weight). `paged_adamw_8bit` can also move them to CPU memory when GPU memory runs out; without a GPU it equals
     `adamw_8bit`."""
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: Float = Field(1e-6, gt=0)
     """Peak learning rate. Usual values for pretrained models: 1e-6 to 1e-5, with LoRA 1e-5 to 1e-4."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after the warm-up: `linear` and `cosine` decay to 0, `constant` stays at the peak."""
-    warmup: float = Field(0.03, ge=0)
+    warmup: Float = Field(0.03, ge=0)
     """Length of the warm-up: a fraction of all steps if below 1, otherwise a number of steps."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: Float = Field(0.0, ge=0)
     """Decoupled weight decay. Not applied to biases and norms."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: Float = Field(0.9, ge=0, lt=1)
     """Decay rate of AdamW's first moment."""
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_beta2: Float = Field(0.999, ge=0, lt=1)
     """Decay rate of AdamW's second moment."""
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: Float = Field(1e-8, gt=0)
     """Term that AdamW adds to the denominator for numerical stability."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: Float = Field(1.0, ge=0)
     """Maximum norm of the gradients over all parameters; larger gradients are scaled down. 0 disables clipping."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: Float = Field(1.0, gt=0, le=10_000)
     """Number of passes over the training pairs. Can be a fraction."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: Annotated[int, Field(ge=1), NUMBER] | None = None
     """Maximum number of optimizer steps. By default, `epochs` alone determines the length of the run."""
-    pairs_per_step: int = Field(32, ge=1)
+    pairs_per_step: Int = Field(32, ge=1)
     """Pairs per optimizer step, summed over all workers. Changing the number of workers does not change it."""
-    tokens_per_microbatch: int = Field(8192, ge=1)
+    tokens_per_microbatch: Int = Field(8192, ge=1)
     """Maximum number of tokens (prompt, both answers, image tokens) in one micro-batch of a worker. Lower it if a GPU
     runs out of memory; the loss of a
     step does not depend on it. With concatenated attention, prompts count twice and padding
     counts."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: Int = Field(0, ge=0, lt=2**32)
     """Seed of the adapters' initial weights and of dropout."""
 
 
 class DeepspeedConfig(Config):
     """How DeepSpeed distributes the training state over the workers."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NUMBER] = 0
     """ZeRO stage. 0 replicates everything on each worker; 1 shards the optimizer states; 2 shards gradients as well; 3
     shards parameters as well. A higher stage needs less memory and more communication."""
 
@@ -244,26 +250,26 @@ class DeepspeedConfig(Config):
 class ScalingConfig(Config):
     """Number of workers, and the resources of each."""
 
-    num_workers: int = Field(1, ge=1)
+    num_workers: Int = Field(1, ge=1)
     """Number of training processes. Each uses one GPU, or only CPUs if there are no GPUs."""
-    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0, le=1), NUMBER] = "auto"
     """GPUs per worker: 0, 1, or a fraction. `auto` is 1 if the cluster has GPUs, otherwise 0. With a fraction, runs of
     one worker share a GPU, such as the trials of a search (`tune.max_concurrent`)."""
-    cpus_per_worker: float | None = Field(None, gt=0)
+    cpus_per_worker: Annotated[float, Field(gt=0), NUMBER] | None = None
     """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: Int = Field(3, ge=0)
     """Number of worker failures after which the run ends. Before that, the run resumes from the latest checkpoint."""
 
 
 class CheckpointConfig(Config):
     """Where runs are stored, and how often checkpoints are saved."""
 
-    storage: str = Field("runs", min_length=1)
+    storage: PathText = Field("runs", min_length=1)
     """Folder that holds all runs: a path that every node can access, `s3://bucket/...` or `gs://bucket/...`. A run is
     stored in `<storage>/<name>`."""
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: Annotated[int, Field(ge=1), NUMBER] | None = None
     """Steps between checkpoints. By default, about ten checkpoints per run."""
-    keep: int = Field(2, ge=1)
+    keep: Int = Field(2, ge=1)
     """Number of most recent checkpoints to keep."""
     stop_timeout_s: float = Field(600.0, gt=0)
     """Seconds that a run has to save a checkpoint and end, after SIGINT (Ctrl-C) or SIGTERM. A second signal ends the
@@ -280,9 +286,9 @@ class CheckpointConfig(Config):
 class EvalConfig(Config):
     """Evaluation on the held-out pairs."""
 
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: Annotated[int, Field(ge=1), NUMBER] | None = None
     """Steps between evaluations during training. By default, evaluation runs only at the end."""
-    max_pairs: int | None = Field(None, ge=2)
+    max_pairs: Annotated[int, Field(ge=2), NUMBER] | None = None
     """Maximum number of held-out pairs to evaluate, taken from the start of the shuffled set. By default, all."""
     grounding: bool = True
     """At the end of training, also score the pairs with images exchanged between pairs. The drop in accuracy
@@ -296,9 +302,9 @@ class WandbConfig(Config):
     """Whether to log to W&B. `auto` does if `WANDB_API_KEY` is set."""
     mode: Literal["online", "offline"] = "online"
     """`online` uploads during the run. `offline` writes to the run folder; upload later with `wandb sync`."""
-    project: str = "orpo-ray"
+    project: Text = "orpo-ray"
     """W&B project."""
-    entity: str | None = None
+    entity: Text | None = None
     """W&B team or user. By default, the default entity of the account."""
 
 
@@ -312,13 +318,13 @@ class TrackingConfig(Config):
 class SearchRange(Config):
     """Values to search for one parameter: either `choices`, or a range from `low` to `high`."""
 
-    low: float | None = None
+    low: Float | None = None
     """Lower bound of the range."""
-    high: float | None = None
+    high: Float | None = None
     """Upper bound of the range."""
     log: bool = True
     """Sample the range uniformly on a logarithmic scale. `false` samples it uniformly."""
-    choices: list[float] | None = None
+    choices: list[Float] | None = None
     """Values to choose from instead of a range."""
 
     @model_validator(mode="after")
@@ -338,22 +344,22 @@ class SearchRange(Config):
 class TuneConfig(Config):
     """Hyperparameter search with Ray Tune (`orpo-ray tune`). Each trial is a normal training run."""
 
-    search: dict[str, SearchRange] = Field(default_factory=dict)
+    search: dict[Text, SearchRange] = Field(default_factory=dict)
     """Parameters to search, as a mapping from recipe key to range. Keys are `optim.learning_rate` and the numbers among
     the objective's options: `orpo.beta`, or `objective.beta` and so on with another objective. By default the learning
     rate and beta."""
-    metric: str = "eval/rewards/accuracies"
+    metric: Text = "eval/rewards/accuracies"
     """Metric that ranks the trials: `eval/rewards/accuracies`, `eval/rewards/margins`, `eval/loss`, or where the
     objective has them `eval/nll_loss` or `eval/log_odds_ratio`. For a loss, set `mode: min`."""
     mode: Literal["max", "min"] = "max"
     """Whether a higher (`max`) or lower (`min`) metric is better."""
-    num_trials: int = Field(8, ge=1)
+    num_trials: Int = Field(8, ge=1)
     """Number of trials."""
-    max_concurrent: int = Field(1, ge=1)
+    max_concurrent: Int = Field(1, ge=1)
     """Number of trials to run at the same time. Each uses `scaling.num_workers` workers."""
     scheduler: Literal["asha", "none"] = "asha"
     """`asha` stops weak trials early, after an evaluation. `none` runs every trial to the end."""
-    grace_evals: int = Field(1, ge=1)
+    grace_evals: Int = Field(1, ge=1)
     """Number of evaluations that every trial completes before `asha` may stop it."""
-    seed: int = Field(0, ge=0)
+    seed: Int = Field(0, ge=0)
     """Seed of the search."""

@@ -12,6 +12,7 @@ import json
 import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import PurePosixPath
@@ -21,7 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orpo_ray.errors import RowError, UserError
-from orpo_ray.storage.files import is_remote, locate, parent_folder, read_bytes, with_retries
+from orpo_ray.storage.files import (
+    is_permanent,
+    is_remote,
+    locate,
+    one_line,
+    parent_folder,
+    read_bytes,
+    with_retries,
+)
 from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 
 ROWS_PER_SHARD = 4096
@@ -74,16 +83,32 @@ class Shard:
 
 def list_file_shards(path: str, field: str) -> list[Shard]:
     """List the shards of a file; its suffix determines the file type. Raises UserError if it cannot be read."""
+    if not has_data_suffix(path):
+        raise UserError("not a data file", field=field, value=path, fix=f"give one of {', '.join(_KINDS)}")
     list_shards = _LIST[_KINDS[PurePosixPath(path).suffix]]
     try:
         return with_retries(lambda: list(list_shards(path))) if is_remote(path) else list(list_shards(path))
     except (OSError, pa.ArrowException, tarfile.TarError, ValueError, RecursionError) as error:
         raise UserError(
-            f"cannot read the file: {error}",
+            f"cannot read the file: {one_line(error)}",
             field=field,
             value=path,
             fix="check that the content of the file matches its suffix",
         ) from None
+
+
+@contextmanager
+def damage_is_an_error_of_the_user(shard: Shard) -> Iterator[None]:
+    """Turn errors of reading a shard that another attempt would meet again into a UserError."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, tarfile.TarError, ValueError, RecursionError) as error:
+        if not is_permanent(error):
+            raise
+        rows = f"rows {shard.first_row} to {shard.first_row + shard.num_rows - 1}"
+        problem = f"{rows} cannot be read: {one_line(error) or type(error).__name__}"
+        fix = "copy or write the file again, or remove it from the data"
+        raise UserError(problem, field=shard.path, fix=fix) from None
 
 
 def has_data_suffix(path: str) -> bool:
@@ -117,11 +142,17 @@ class ShardReader:
         self._last = None
 
     def open(self, shard: Shard) -> TakeRows:
-        """Read a shard, unless it was the last one. Returns what takes rows of it by their index in the shard."""
+        """Read a shard, unless it was the last one. Returns what takes rows of it by their index in the shard.
+
+        Raises:
+            UserError: the file is damaged or no longer there.
+            OSError: the file cannot be read at the moment.
+        """
         if self._last is not None and self._last[0] == shard:
             return self._last[1]
         self.release()  # before the next shard needs the memory
-        take = with_retries(self._read, shard) if is_remote(shard.path) else self._read(shard)
+        with damage_is_an_error_of_the_user(shard):
+            take = with_retries(self._read, shard) if is_remote(shard.path) else self._read(shard)
         self._last = (shard, take)
         return take
 
@@ -138,7 +169,7 @@ class ShardReader:
             if len(self._footers) > _FOOTERS:
                 self._footers.pop(next(iter(self._footers)))
             group = opened.read_row_group(shard.index)
-        return partial(_take, group)
+        return partial(take_rows, group)
 
 
 def _list_parquet(path: str) -> Iterator[Shard]:
@@ -152,8 +183,20 @@ def _list_parquet(path: str) -> Iterator[Shard]:
         first += row_group.num_rows
 
 
-def _take(table: pa.Table | pa.RecordBatch, rows: Sequence[int]) -> list[Row | RowError]:
-    found: list[Row | RowError] = table.take(pa.array(rows, pa.int64())).to_pylist()
+def take_rows(table: pa.Table | pa.RecordBatch, rows: Sequence[int]) -> list[Row | RowError]:
+    """Take rows of a table, in the given order. A row with a value that Python cannot read is a RowError."""
+    taken = table.take(pa.array(rows, pa.int64()))
+    try:
+        return taken.to_pylist()
+    except (ValueError, OverflowError):
+        return [_take_row(taken, row) for row in range(len(rows))]
+
+
+def _take_row(table: pa.Table | pa.RecordBatch, row: int) -> Row | RowError:
+    try:
+        found: Row = table.slice(row, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python does not have
+        return RowError("malformed_row", f"a value cannot be read: {one_line(error)}")
     return found
 
 
@@ -253,7 +296,9 @@ def _read_arrow(shard: Shard) -> TakeRows:
     with filesystem.open_input_file(path) as file:
         schema = pa.ipc.open_stream(file).schema
     data = read_bytes(shard.path, shard.offset, shard.length)
-    return partial(_take, pa.ipc.read_record_batch(pa.ipc.read_message(data), schema))
+    batch = pa.ipc.read_record_batch(pa.ipc.read_message(data), schema)
+    batch.validate(full=True)  # a damaged offset would end the process
+    return partial(take_rows, batch)
 
 
 def _list_tar(path: str) -> Iterator[Shard]:

@@ -19,6 +19,8 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from orpo_ray.data.images import ImageRoot, load_image
+from orpo_ray.data.input_bounds import MAX_PIXELS_OF_ANSWER, InputBounds
+from orpo_ray.data.pairs import Image as RawImage
 from orpo_ray.data.pairs import Message, PreferencePair
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.processing.processor import load_processor
@@ -79,11 +81,13 @@ class EncoderSpec:
     """Whether to fetch images that are named by URL."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with the processor."""
+    bound_length: int | None = None
+    """Length in tokens that bounds texts and images before they are tokenized and decoded; by default max_length."""
 
     def build(self) -> PairEncoder:
         """Load the processor, which takes seconds, and make the encoder. Raises UserError."""
         processor = load_processor(self.model_id, self.revision, self.trust_remote_code)
-        return PairEncoder(processor, self.max_length, self.truncate, self.allow_http)
+        return PairEncoder(processor, self.max_length, self.truncate, self.allow_http, self.bound_length)
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,19 @@ class _Draft:
 class PairEncoder:
     """Encodes pairs with a model's own processor."""
 
-    def __init__(self, processor: Any, max_length: int, truncate: bool = False, allow_http: bool = False) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int,
+        truncate: bool = False,
+        allow_http: bool = False,
+        bound_length: int | None = None,
+    ) -> None:
         """Make an encoder; for the arguments see `EncoderSpec`. Raises UserError without a chat template."""
         self.processor, self.max_length, self.truncate, self.allow_http = processor, max_length, truncate, allow_http
         self.tokenizer = processor.tokenizer
         self.prompts = PromptEncoder(processor)
+        self.bounds = InputBounds.of(self.tokenizer, bound_length or max_length)
         if getattr(processor, "chat_template", None) is None:
             raise UserError(
                 "the processor has no chat template", field="model.id", fix="use an instruction-tuned model"
@@ -163,11 +175,22 @@ class PairEncoder:
         return encoded
 
     def _draft(self, pair: PreferencePair, root: Root) -> _Draft:
+        self.bounds.check(pair)
         self._refuse_placeholders(pair)
-        images = [load_image(image, root, self.allow_http) for image in pair.images]
-        others = pair.rejected_images
-        rejected_images = None if others is None else [load_image(image, root, self.allow_http) for image in others]
+        images = self._load(pair.images, root)
+        rejected_images = None if pair.rejected_images is None else self._load(pair.rejected_images, root)
         return _Draft(pair, images, rejected_images, *self._texts(pair))
+
+    def _load(self, images: list[RawImage], root: Root) -> list[Image.Image]:
+        loaded: list[Image.Image] = []
+        pixels = 0
+        for image in images:
+            loaded.append(load_image(image, root, self.allow_http))
+            pixels += loaded[-1].width * loaded[-1].height
+            if pixels > MAX_PIXELS_OF_ANSWER:
+                found = f"the first {len(loaded)} of {len(images)} images have {pixels} pixels"
+                raise RowError("image_too_large", f"{found}; at most {MAX_PIXELS_OF_ANSWER} can be decoded together")
+        return loaded
 
     def _texts(self, pair: PreferencePair) -> tuple[str, str, str]:
         """The prompt as the chat template renders it, and what the template adds to it for each answer."""

@@ -18,7 +18,6 @@ from orpo_ray.data.pairs import (
     best_and_worst,
     extract_prompt,
     make_pair,
-    preview,
     read_answer,
     read_images,
     read_messages,
@@ -29,7 +28,7 @@ from orpo_ray.data.pairs import (
     with_system,
 )
 from orpo_ray.data.row_adapter import call_adapter, load_adapter
-from orpo_ray.errors import RowError, UserError
+from orpo_ray.errors import RowError, UserError, preview
 
 Row = Mapping[str, Any]
 _SHARED_COLUMNS = ("id", "idx", "images", "image")

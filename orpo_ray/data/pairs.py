@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orpo_ray.errors import RowError
+from orpo_ray.errors import RowError, preview
 
 PLACEHOLDER = "<image>"  # position of an image, in formats with inline images
 Image = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}
 Message = dict[str, Any]  # {"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}, ...]}
+
+# Characters of all texts of a pair, for any model: a table of some rows of that size is too large for Arrow.
+MAX_CHARACTERS = 64 << 20
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _EMPTY_IMAGE = {"bytes": None, "path": None}
@@ -67,6 +70,7 @@ def make_pair(
     """
     if not chosen.strip() or not rejected.strip():
         raise RowError("empty_response", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
+    _check_size(prompt, chosen, rejected)
     images = images or [part["image"] for message in prompt for part in message["content"] if "image" in part]
     if rejected_images == images:
         rejected_images = None
@@ -202,12 +206,6 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def preview(value: Any) -> str:
-    """Format a value for an error message, in at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _image(value: Any) -> Image:
     if isinstance(value, Mapping):
         data, path = value.get("bytes"), value.get("path") or value.get("url")
@@ -278,6 +276,13 @@ def _text_parts(text: str, inline: bool) -> list[dict[str, Any]]:
         if between:
             parts.append({"type": "text", "text": between})
     return parts
+
+
+def _check_size(prompt: list[Message], *answers: str) -> None:
+    texts = [part["text"] for message in prompt for part in message["content"] if part["type"] == "text"]
+    size = sum(map(len, (*texts, *answers)))
+    if size > MAX_CHARACTERS:
+        raise RowError("too_long", f"the texts have {size} characters; a pair has at most {MAX_CHARACTERS}")
 
 
 def _without_images(messages: list[Message]) -> list[Message]:

@@ -253,9 +253,13 @@ def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | BadRow
 
 
 def stored_bytes(row: Mapping[str, Any]) -> int:
-    """Estimate the bytes of the images of a row of `SCHEMA`."""
+    """Estimate the bytes of the images and texts of a row of `SCHEMA`."""
     images = [*(row.get("images") or ()), *(row.get("rejected_images") or ())]
-    return sum(len(image["bytes"]) if image["bytes"] else BYTES_OF_A_PATH for image in images)
+    size = sum(len(image["bytes"]) if image["bytes"] else BYTES_OF_A_PATH for image in images)
+    if row.get("bad") is None:
+        size += len(row["chosen"]) + len(row["rejected"])
+        size += sum(len(part.get("text") or "") for message in row["prompt"] for part in message["content"])
+    return size
 
 
 def pair_of(row: Mapping[str, Any]) -> PreferencePair | BadRow:

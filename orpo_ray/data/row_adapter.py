@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from orpo_ray.data.pairs import preview
-from orpo_ray.errors import RowError, UserError
+from orpo_ray.errors import RowError, UserError, preview
 
 
 @functools.cache

@@ -16,9 +16,19 @@ from urllib.parse import parse_qsl
 
 import pyarrow.parquet as pq
 
-from orpo_ray.data.containers import EASY_VQA, Row, Shard, easy_vqa_shard, has_data_suffix, list_file_shards, read_rows
+from orpo_ray.data.containers import (
+    EASY_VQA,
+    Row,
+    Shard,
+    damage_is_an_error_of_the_user,
+    easy_vqa_shard,
+    has_data_suffix,
+    list_file_shards,
+    read_rows,
+    take_rows,
+)
 from orpo_ray.errors import UserError
-from orpo_ray.storage.files import list_files, locate, parent_folder, read_bytes
+from orpo_ray.storage.files import list_files, locate, one_line, parent_folder, read_bytes
 
 HUB = "hf://"
 ROWS_FOR_DETECTION = 64
@@ -60,12 +70,8 @@ def list_sources(weighted_sources: Mapping[str, float], field: str) -> list[Sour
 def read_first_rows(shard: Shard) -> tuple[list[str], list[Row]]:
     """Read the column names and the first rows of a shard, to detect its format. Raises UserError."""
     if shard.kind == "parquet":
-        filesystem, path = locate(shard.path)
-        with filesystem.open_input_file(path) as file:
-            table = pq.ParquetFile(file)
-            batches = table.iter_batches(batch_size=ROWS_FOR_DETECTION, row_groups=[shard.index])
-            rows: list[Row] = [row for batch in islice(batches, 1) for row in batch.to_pylist()]
-            return list(table.schema_arrow.names), rows
+        with damage_is_an_error_of_the_user(shard):
+            return _first_parquet_rows(shard)
     found = read_rows(shard, range(min(shard.num_rows, ROWS_FOR_DETECTION)))
     rows = [row for row in found if isinstance(row, dict)]
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -74,6 +80,15 @@ def read_first_rows(shard: Shard) -> tuple[list[str], list[Row]]:
             "none of the first rows is a JSON object", field=shard.path, fix="write one JSON object per row"
         )
     return names, rows
+
+
+def _first_parquet_rows(shard: Shard) -> tuple[list[str], list[Row]]:
+    filesystem, path = locate(shard.path)
+    with filesystem.open_input_file(path) as file:
+        table = pq.ParquetFile(file)
+        batches = table.iter_batches(batch_size=ROWS_FOR_DETECTION, row_groups=[shard.index])
+        found = [row for batch in islice(batches, 1) for row in take_rows(batch, range(batch.num_rows))]
+        return list(table.schema_arrow.names), [row for row in found if isinstance(row, dict)]
 
 
 def _shards_of(uri: str, field: str) -> list[Shard]:
@@ -99,15 +114,21 @@ def _files_of(uri: str, field: str) -> list[str]:
 def _files_of_folder(folder: str, by_name: Mapping[str, str], field: str) -> list[str]:
     """Return the data files of a folder, which may be the output of `save_to_disk`."""
     if SPLITS_FILE in by_name:
-        splits = ", ".join(f"{folder}/{name}" for name in _read_json(by_name[SPLITS_FILE])["splits"])
+        splits = ", ".join(f"{folder}/{name}" for name in _names_in(by_name[SPLITS_FILE], "splits", field))
         raise UserError("the folder contains several splits", field=field, value=folder, fix=f"give one of {splits}")
     if STATE_FILE in by_name:
-        return [f"{folder}/{entry['filename']}" for entry in _read_json(by_name[STATE_FILE])["_data_files"]]
+        return [f"{folder}/{name}" for name in _names_in(by_name[STATE_FILE], "_data_files", field)]
     return [path for name, path in sorted(by_name.items()) if has_data_suffix(path) and name not in _METADATA_FILES]
 
 
-def _read_json(uri: str) -> Any:
-    return json.loads(read_bytes(uri))
+def _names_in(uri: str, key: str, field: str) -> list[str]:
+    """Return the names that a metadata file of `save_to_disk` lists under a key."""
+    try:
+        found: Any = json.loads(read_bytes(uri))[key]
+        return [str(each["filename"] if isinstance(each, dict) else each) for each in found]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        problem = f"cannot read the file: {type(error).__name__}: {one_line(error)}"
+        raise UserError(problem, field=field, value=uri, fix="write the folder again with save_to_disk") from None
 
 
 def _is_repository(uri: str) -> bool:

@@ -32,7 +32,8 @@ from orpo_ray.tracking.bad_rows_file import write_bad_rows
 
 PAGE_FILE = "data_check.html"
 THUMBNAIL = 480  # longer side, in pixels
-# Pairs are encoded without a length limit, so that the page can show the lengths of those that are too long.
+# Pairs are encoded without a length limit, so that the page can show the lengths of those that are too long. Only what
+# training would not tokenize is not tokenized here either.
 ANY_LENGTH = 10**9
 
 
@@ -51,7 +52,7 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
     """
     recipe = recipe.with_absolute_paths()
     train, held_out = all_data(recipe)
-    encoder = replace(encoder_of(recipe), max_length=ANY_LENGTH)
+    encoder = replace(encoder_of(recipe), max_length=ANY_LENGTH, bound_length=recipe.data.max_length)
     encoder.build()
     folder = RunFolder(recipe.run_uri)
     folder.make()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -143,7 +144,7 @@ def _finished_recipe(run: RunFolder) -> Recipe:
     """Read the recipe of a run, and check that the run is finished."""
     run.pull(RECIPE_FILE)
     path = run.path / RECIPE_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"not a run folder: {RECIPE_FILE} is missing", field=run.uri, fix="give the folder of a run")
     if not run.has_model(FINAL):
         fix = "finish the training: orpo-ray train " + (f"{run.uri}/{RECIPE_FILE}" if not run.is_remote else "RECIPE")
@@ -154,7 +155,7 @@ def _finished_recipe(run: RunFolder) -> Recipe:
 def _output_uri(run: RunFolder, options: ExportOptions) -> str:
     default = f"{EXPORT}-adapter" if options.adapter else EXPORT
     output = (options.output or f"{run.uri}/{default}").rstrip("/")
-    return output if is_remote(output) else str(Path(output).expanduser().absolute())
+    return output if is_remote(output) else str(Path(os.path.expanduser(output)).absolute())
 
 
 def _check_output(run: RunFolder, output: str, target: RunFolder, name: str, overwrite: bool) -> None:

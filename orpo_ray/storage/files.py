@@ -47,7 +47,7 @@ def locate(uri: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
         UserError: the URI's scheme is not supported.
     """
     if not is_remote(uri):
-        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        return pafs.LocalFileSystem(), str(Path(os.path.expanduser(uri)).absolute())
     scheme, _, path = uri.partition("://")
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
@@ -140,7 +140,7 @@ def list_files(uri: str, field: str) -> list[str]:
         found = with_retries(lambda: list(_walk(filesystem, root)))
     except OSError as error:
         raise UserError(
-            f"cannot list files: {_one_line(error)}",
+            f"cannot list files: {one_line(error)}",
             field=field,
             value=uri,
             fix="check the path and your access to it",
@@ -220,5 +220,22 @@ def _is_temporary(error: BaseException) -> bool:
 _REFUSED = re.compile(r"ACCESS_DENIED|HTTP status 40[134]|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH")
 
 
-def _one_line(error: Exception) -> str:
+# How Arrow marks what a store said, in errors of the same class as those of damaged files.
+_STORE_SAYS = re.compile(r"AWS Error|google::cloud")
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether an error of reading a file is about its content, or about a file that is not there or not ours.
+
+    All other errors are failures of a disk, a network or a store, after which a run can go on from its checkpoint.
+    """
+    if not isinstance(error, OSError) or isinstance(error, pa.ArrowException):
+        return True
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return True
+    return type(error) is OSError and error.errno is None and not _STORE_SAYS.search(str(error))
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error, without line breaks and shortened."""
     return " ".join(str(error).split())[:300]

@@ -6,6 +6,7 @@ uploads files.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -64,7 +65,7 @@ class RunFolder:
     def has(self, name: str) -> bool:
         """Whether a file or folder of this name exists in the run folder."""
         if not self.is_remote:
-            return (self.path / name).exists()
+            return os.path.exists(self.path / name)  # False also for a name that is too long
         return self._file_type(name) != pafs.FileType.NotFound
 
     def has_model(self, name: str) -> bool:

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec, PairEncoder
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_of, read_tasks, read_windows, stored_bytes
-from orpo_ray.errors import RowError
+from orpo_ray.errors import OrpoRayError, RowError
 from orpo_ray.storage.files import image_folder
 
 # A block is one row that holds a list of rows. Ray Data merges small blocks and splits large ones, but never a row, so
@@ -70,7 +71,8 @@ def iter_blocks(
         ordered: whether blocks come in the order of their sample indices.
     """
     dataset = _dataset(read, work, max_encoders, ordered)
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    with own_errors():
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 
 def iter_block_refs(
@@ -80,8 +82,23 @@ def iter_block_refs(
 
     The results stay where they are until a worker wants them.
     """
-    for bundle in _dataset(read, work, max_encoders, ordered=True).iter_internal_ref_bundles():
-        yield from (entry.ref for entry in bundle.blocks if entry.metadata.num_rows != 0)
+    with own_errors():
+        for bundle in _dataset(read, work, max_encoders, ordered=True).iter_internal_ref_bundles():
+            yield from (entry.ref for entry in bundle.blocks if entry.metadata.num_rows != 0)
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise an error of this package that a task raised as it was there. The text of Ray's copy is a traceback."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause: BaseException = error
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        if isinstance(cause, OrpoRayError):
+            raise cause from None
+        raise
 
 
 def _dataset(
@@ -111,8 +128,9 @@ def _dataset(
     context.print_on_execution_start = False
     # So that a UserError of an encoding task (a processor that cannot be loaded) arrives as a UserError.
     context.raise_original_map_exception = True
-    # If a command reads in its own process, Ray Data's lines would be mixed with the command's output.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # If a command reads in its own process, Ray Data's lines would be mixed with the command's output. The error of a
+    # task, which it logs with a traceback, is raised too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return dataset
 
 

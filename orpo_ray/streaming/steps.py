@@ -18,9 +18,8 @@ from orpo_ray.data.balance import Packing, StepShare
 from orpo_ray.data.encoded_columns import from_arrow
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.errors import OrpoRayError
 from orpo_ray.streaming.feed import Portion, StepFeed
-from orpo_ray.streaming.pipeline import rows_of_blocks
+from orpo_ray.streaming.pipeline import own_errors, rows_of_blocks
 
 Take = Callable[[int, Packing], Portion]
 """Step, and how to pack it -> this worker's portion of it."""
@@ -70,13 +69,6 @@ def feed_actor(read: ReadSpec, encoder: EncoderSpec, num_workers: int, max_encod
 
 def take_from(actor: Any, rank: int, step: int, packing: Packing) -> Portion:
     """Take a worker's portion of a step from an actor. An error of the user arrives as in the actor's process."""
-    try:
+    with own_errors():
         found: Portion = ray.get(actor.take.remote(rank, step, packing))
-    except ray.exceptions.RayTaskError as error:
-        cause: BaseException = error
-        while isinstance(cause, ray.exceptions.RayTaskError):
-            cause = cause.cause
-        if isinstance(cause, OrpoRayError):
-            raise cause from None
-        raise
     return found

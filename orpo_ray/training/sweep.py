@@ -26,6 +26,7 @@ from orpo_ray.training.resources import worker_resources
 
 # The driver of a trial only waits for its workers, so it leaves them the CPUs.
 DRIVER_CPUS = 0.01
+BEST = "-best"  # ends the name of the recipe that a sweep writes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     """
     recipe = recipe.with_absolute_paths()
     section, search = recipe.tune, recipe.search
+    _with_params(recipe, {}, f"{recipe.name}{BEST}")  # refuses a name that is too long for it before the trials run
     if not recipe.has_held_out:
         fix = "name held-out pairs in data.eval, or set data.eval_fraction"
         raise UserError("a search needs held-out pairs to rank its trials", field="data.eval", fix=fix)
@@ -95,7 +97,7 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
         raise TrainingFailed("no trial was evaluated: " + "; ".join(f"{trial.name} {trial.status}" for trial in trials))
     best = trials[0]
     folder = RunFolder(recipe.run_uri)
-    text = _with_params(recipe, best.params, f"{recipe.name}-best").to_yaml()
+    text = _with_params(recipe, best.params, f"{recipe.name}{BEST}").to_yaml()
     (folder.path / BEST_RECIPE_FILE).write_text(text, encoding="utf-8")
     folder.push(BEST_RECIPE_FILE)
     return Sweep(trials, best.name, f"{recipe.run_uri}/{BEST_RECIPE_FILE}")

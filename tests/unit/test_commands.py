@@ -24,6 +24,8 @@ from support.paths import ROOT
         (["train", str(ROOT / "recipes/quickstart.yaml"), "checkpoint.storage=file"], "checkpoint.storage"),
         (["evaluate", "nowhere"], "is neither a run"),
         (["export", "nowhere"], "not a run folder"),
+        (["evaluate", "a" * 300], "is neither a run"),
+        (["export", "a" * 300], "not a run folder"),
         (["evaluate", "broken-run"], "not valid YAML"),
         (["tune", str(ROOT / "recipes/quickstart.yaml"), "data.eval=[]"], "held-out pairs"),
     ],
