@@ -53,7 +53,7 @@ class States:
     step: int
     """Temporary memory of the optimizer step, after activations are freed."""
     start: int
-    """Unsharded weights while the model is loaded."""
+    """The most while the model is loaded."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,10 @@ def states(weights: Weights, stage: Stage, workers: int, optimizer: str) -> Stat
     gathered = min(whole, MAX_LIVE * element)
     step = 4 * min(shard, SUB_GROUP)  # the step flattens the gradients of a sub-group
     shards = sum(-(-weight.bytes // workers) for weight in weights.each)
-    return States(shards + small, 4 * shard, held, buffers + gathered, step, whole)
+    # Weights are divided one by one while they are loaded, except for 4-bit ones (training/sharded_loading.py).
+    is_quantized = any(weight.quantized for weight in weights.each)
+    start = whole if is_quantized else shards + max(weight.bytes for weight in weights.each)
+    return States(shards + small, 4 * shard, held, buffers + gathered, step, start)
 
 
 def _moment_bytes(weights: Weights, stage: Stage, shard: int, optimizer: str) -> int:

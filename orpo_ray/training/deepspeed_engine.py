@@ -1,4 +1,4 @@
-"""The engine that shards the training state: DeepSpeed's ZeRO stages 1 to 3, and DeepSpeed's config of a recipe."""
+"""The engine that shards the training state: DeepSpeed's ZeRO stages 1 to 3."""
 
 from __future__ import annotations
 
@@ -11,45 +11,13 @@ from torch import nn
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.loading import without_adapters
+from orpo_ray.model.whole_shape import whole_shape
 from orpo_ray.objective.logps import PairLogps
-from orpo_ray.planning.states import reduce_bucket
 from orpo_ray.training.consolidated import consolidated
+from orpo_ray.training.deepspeed_config import deepspeed_config
 from orpo_ray.training.optimizer import adamw, schedule
 
 _TAG = "engine"  # the folder of the engine's state in a checkpoint
-
-
-def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int, num_trained: int) -> dict[str, Any]:
-    """Return the DeepSpeed config of a recipe.
-
-    Args:
-        recipe: the resolved recipe.
-        dtype: the type of the trained weights.
-        hidden_size: of the language model; decides which weights ZeRO-3 leaves whole.
-        num_trained: elements of all trained weights.
-    """
-    stage = recipe.deepspeed.zero_stage
-    return {
-        # The training loop builds steps from micro-batches itself.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # a step has as many micro-batches as its pairs need
-        "gradient_clipping": recipe.optim.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        # Gradients are added up in float32, over micro-batches and over workers. By default, they are added in the
-        # type of the weights: in bfloat16, a gradient below 1/256 of the sum so far is lost. Without immediate updates,
-        # stage 1 would keep bfloat16 gradients of all weights besides.
-        "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": stage,
-            # Stage 1 reduces once a step, after the last backward. DeepSpeed refuses overlap there.
-            "overlap_comm": stage >= 2,
-            "reduce_bucket_size": reduce_bucket(hidden_size, num_trained),
-            "stage3_param_persistence_threshold": 10 * hidden_size,
-        },
-    }
 
 
 class DeepSpeedEngine:
@@ -60,12 +28,11 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> None:
         import deepspeed
 
-        _compile_nothing(deepspeed)
+        prepare_deepspeed()
         config = without_adapters(model.model).config  # type: ignore[arg-type]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         optimizer = adamw(trained, recipe.optim)
-        deepspeed.init_distributed(dist_init_required=False)
         if recipe.deepspeed.zero_stage == 3:
             _gather_head_at_once(deepspeed, model)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -76,7 +43,7 @@ class DeepSpeedEngine:
                 recipe,
                 trained[0].dtype,  # of a trained weight: 4-bit weights are stored as bytes
                 config.get_text_config().hidden_size,
-                sum(parameter.numel() for parameter in trained),
+                sum(whole_shape(parameter).numel() for parameter in trained),
             ),
             dist_init_required=False,
         )
@@ -137,9 +104,13 @@ def _gather_head_at_once(deepspeed: Any, model: nn.Module) -> None:
         deepspeed.utils.set_z3_leaf_module(head, True)
 
 
-def _compile_nothing(deepspeed: Any) -> None:
-    """Keep DeepSpeed from looking for kernels that it could compile, which takes seconds of compiler runs.
+def prepare_deepspeed() -> None:
+    """Let DeepSpeed use the process group that exists, and keep it from compiling kernels.
 
-    Of the result it would use its shared-memory collective on a CPU, and compile that for a minute; gloo suffices.
+    Looking for kernels that it could compile takes seconds of compiler runs. Of the result it would use its
+    shared-memory collective on a CPU, and compile that for a minute; gloo suffices.
     """
+    import deepspeed
+
     vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.init_distributed(dist_init_required=False)

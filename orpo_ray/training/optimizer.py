@@ -10,13 +10,14 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from orpo_ray.config.schema import OptimConfig
+from orpo_ray.model.whole_shape import whole_shape
 
 
 def adamw(trained: Sequence[torch.Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
     """Return AdamW over the trained parameters, with moments in 32 or 8 bits. Biases and norms do not decay."""
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(whole_shape(p)) >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if len(whole_shape(p)) < 2], "weight_decay": 0.0},
     ]
     present = [group for group in groups if group["params"]]
     options: dict[str, Any] = {

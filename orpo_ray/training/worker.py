@@ -18,7 +18,6 @@ from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, r
 from orpo_ray.data.balance import StepShare
 from orpo_ray.data.order import step_samples
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
-from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, reduce_sums
@@ -29,6 +28,7 @@ from orpo_ray.training.ahead import on_device, one_ahead, pinned
 from orpo_ray.training.auto_checkpointing import with_checkpointing
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
 from orpo_ray.training.engine import Engine, make_engine
+from orpo_ray.training.sharded_loading import load_for_training
 from orpo_ray.training.worker_start import WorkerConfig
 
 
@@ -51,7 +51,7 @@ class Worker:
             torch.set_num_threads(config.cpu_threads)
         encoder = config.encoder.build()
         model_config = with_checkpointing(self.recipe, self.device)
-        model = load_model(model_config, self.device, self.recipe.optim.seed)
+        model = load_for_training(self.recipe.model_copy(update={"model": model_config}), self.device)
         bounded = model_config.gradient_checkpointing != "none" and self.recipe.deepspeed.zero_stage < 3
         pixels_at_once = PIXELS_AT_ONCE.get(self.device.type) if bounded else None
         cache = self.recipe.model.vision_cache

@@ -99,7 +99,9 @@ def test_states_by_hand() -> None:
     sharded = states(weights, 3, 4, "adamw")
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (1.5 * 10**6, 10**6, 3 * 10**6)
     assert sharded.buffers == (2 + 4 + 4) * 10**6 + 6 * 10**6  # and all weights gathered
-    assert sharded.start == 6 * 10**6
+    assert sharded.start == 1.5 * 10**6 + 4 * 10**6  # while the largest weight is loaded
+    packed = Weights((*weights.each, Weight(10**6, 10**6, False, True, quantized=True)), 2, 8)
+    assert states(packed, 3, 4, "adamw").start == 7 * 10**6
     assert states(weights, 0, 1, "adamw_8bit").optimizer == 4 * 10**6 + 2 * (10**6 + 4 * 3907)
     assert states(weights, 0, 1, "paged_adamw_8bit").optimizer == 4 * 10**6
 

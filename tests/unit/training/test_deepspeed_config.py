@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orpo_ray.config.load import parse_recipe
-from orpo_ray.training.deepspeed_engine import deepspeed_config
+from orpo_ray.training.deepspeed_config import deepspeed_config
 
 
 def config_of(stage: int, num_trained: int = 7 * 10**9) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""DeepSpeed's config of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.planning.states import reduce_bucket
+
+
+def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int, num_trained: int) -> dict[str, Any]:
+    """Return the DeepSpeed config of a recipe.
+
+    Args:
+        recipe: the resolved recipe.
+        dtype: the type of the trained weights.
+        hidden_size: of the language model; decides which weights ZeRO-3 leaves whole.
+        num_trained: elements of all trained weights.
+    """
+    stage = recipe.deepspeed.zero_stage
+    config = loading_config(recipe, dtype) | {
+        # The training loop builds steps from micro-batches itself.
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # a step has as many micro-batches as its pairs need
+        "gradient_clipping": recipe.optim.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        # Gradients are added up in float32, over micro-batches and over workers. By default, they are added in the
+        # type of the weights: in bfloat16, a gradient below 1/256 of the sum so far is lost. Without immediate updates,
+        # stage 1 would keep bfloat16 gradients of all weights besides.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+    config["bf16"] |= {"immediate_grad_update": True}
+    config["zero_optimization"] |= {
+        # Stage 1 reduces once a step, after the last backward. DeepSpeed refuses overlap there.
+        "overlap_comm": stage >= 2,
+        "reduce_bucket_size": reduce_bucket(hidden_size, num_trained),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    return config
+
+
+def loading_config(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the part of the config that says how ZeRO-3 divides weights, which is known before the model is."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": recipe.deepspeed.zero_stage},
+    }
