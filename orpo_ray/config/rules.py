@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from orpo_ray.config.schema import DeepspeedConfig, ModelConfig
+from orpo_ray.config.schema import DeepspeedConfig, ModelConfig, OptimConfig
 
 
 class TuningOptions(Protocol):
     """The sections of a recipe that the rules read."""
 
     model: ModelConfig
+    optim: OptimConfig
     deepspeed: DeepspeedConfig
 
 
@@ -100,6 +101,21 @@ def _cached_and_trained(recipe: TuningOptions) -> Sequence[str]:
     return [f"{part} is trained" for part in ("vision", "connector") if part in trained]
 
 
+def _optimizer_offloaded_without_sharding(recipe: TuningOptions) -> Sequence[str]:
+    is_offloaded = recipe.deepspeed.offload_optimizer != "none"
+    return ["zero_stage 0"] if is_offloaded and recipe.deepspeed.zero_stage == 0 else []
+
+
+def _optimizer_offloaded_in_8_bits(recipe: TuningOptions) -> Sequence[str]:
+    is_offloaded = recipe.deepspeed.offload_optimizer != "none"
+    return [recipe.optim.optimizer] if is_offloaded and recipe.optim.optimizer != "adamw" else []
+
+
+def _weights_offloaded_below_zero3(recipe: TuningOptions) -> Sequence[str]:
+    stage = recipe.deepspeed.zero_stage
+    return [f"zero_stage {stage}"] if recipe.deepspeed.offload_param != "none" and stage < 3 else []
+
+
 def _target_modules(recipe: TuningOptions) -> Sequence[str]:
     lora = recipe.model.lora
     return [] if lora is None else lora.target_modules or ["language"]
@@ -168,5 +184,26 @@ RULES = (
         "under ZeRO-3 all workers must run the vision encoder together, but they have different images to compute",
         "zero_stage: 2, or remove model.vision_cache",
         _cached_with_zero3,
+    ),
+    Rule(
+        "an offloaded optimizer without sharding",
+        "deepspeed.offload_optimizer",
+        "without sharding, every worker would keep and update all states in the main memory of its node",
+        "zero_stage: 1 to 3, or offload_optimizer: none",
+        _optimizer_offloaded_without_sharding,
+    ),
+    Rule(
+        "an offloaded optimizer with 8-bit states",
+        "deepspeed.offload_optimizer",
+        "bitsandbytes updates 8-bit states on the GPU; offloaded ones are in main memory",
+        "optim.optimizer: adamw, or offload_optimizer: none",
+        _optimizer_offloaded_in_8_bits,
+    ),
+    Rule(
+        "offloaded weights without ZeRO-3",
+        "deepspeed.offload_param",
+        "only ZeRO-3 divides weights and gathers them for each use; other stages need them whole on the GPU",
+        "zero_stage: 3, or offload_param: none",
+        _weights_offloaded_below_zero3,
     ),
 )

@@ -239,6 +239,13 @@ class DeepspeedConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO stage. 0 replicates everything on each worker; 1 shards the optimizer states; 2 shards gradients as well; 3
     shards parameters as well. A higher stage needs less memory and more communication."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer states and the float32 copies of the weights are. `none`: on the GPU. `cpu`: in main memory,
+    where AdamW then runs; requires `zero_stage` 1 to 3 and `optim.optimizer: adamw`. A step takes longer. No effect in
+    a run without GPUs."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Where a worker keeps its part of the weights between uses. `none`: on the GPU. `cpu`: in main memory, from where
+    each use copies them; requires `zero_stage` 3. A step takes much longer. No effect in a run without GPUs."""
 
 
 class ScalingConfig(Config):

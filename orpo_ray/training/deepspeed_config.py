@@ -26,6 +26,9 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int, num_t
         "managed_gradient_accumulation": False,  # a step has as many micro-batches as its pairs need
         "gradient_clipping": recipe.optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
+        # Offloaded states are updated by torch's fused AdamW, which runs on CPUs as well. DeepSpeed's own would have to
+        # be compiled on each node first.
+        "zero_force_ds_cpu_optimizer": False,
         # Gradients are added up in float32, over micro-batches and over workers. By default, they are added in the
         # type of the weights: in bfloat16, a gradient below 1/256 of the sum so far is lost. Without immediate updates,
         # stage 1 would keep bfloat16 gradients of all weights besides.
@@ -47,5 +50,23 @@ def loading_config(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": recipe.deepspeed.zero_stage},
+        "zero_optimization": {"stage": recipe.deepspeed.zero_stage, **_offload(recipe)},
     }
+
+
+def without_effect(recipe: Recipe, device: torch.device) -> str | None:
+    """Return a line about offloading that does nothing on this device; None if there is none."""
+    if device.type != "cpu" or not (offloaded := sorted(_offload(recipe))):
+        return None
+    names = " and ".join(f"deepspeed.{name}" for name in offloaded)
+    return f"{names}: no effect in a run without GPUs, where everything is in main memory already"
+
+
+def _offload(recipe: Recipe) -> dict[str, Any]:
+    wanted = {
+        "offload_optimizer": recipe.deepspeed.offload_optimizer,
+        "offload_param": recipe.deepspeed.offload_param,
+    }
+    # From pinned memory, copies run beside the computation. A CPU run has none.
+    pinned = torch.cuda.is_available()
+    return {name: {"device": device, "pin_memory": pinned} for name, device in wanted.items() if device != "none"}

@@ -27,6 +27,7 @@ from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
 from orpo_ray.training.auto_checkpointing import with_checkpointing
 from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
+from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.engine import Engine, make_engine
 from orpo_ray.training.sharded_loading import load_for_training
 from orpo_ray.training.worker_start import WorkerConfig
@@ -64,6 +65,8 @@ class Worker:
         self.position = load_latest(self.engine, self.recipe, config.train)
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()
+        if is_first and (line := without_effect(self.recipe, self.device)) is not None:
+            self._warn(line)
         self.images_checked = False
         self.first_bad: list[BadRow] = []
 

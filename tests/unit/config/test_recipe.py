@@ -200,6 +200,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"lora": {"target_modules": ["q_proj", "connector"], "modules_to_save": "connector"}}},
         "remove the modules from one of the two lists",
     ),
+    "an offloaded optimizer without sharding": (
+        {"model": {}, "deepspeed": {"offload_optimizer": "cpu"}},
+        "zero_stage: 1 to 3",
+    ),
+    "an offloaded optimizer with 8-bit states": (
+        {
+            "model": {},
+            "deepspeed": {"offload_optimizer": "cpu", "zero_stage": 2},
+            "optim": {"optimizer": "adamw_8bit"},
+        },
+        "optim.optimizer: adamw",
+    ),
+    "offloaded weights without ZeRO-3": (
+        {"model": {}, "deepspeed": {"offload_param": "cpu", "zero_stage": 2}},
+        "zero_stage: 3",
+    ),
 }
 
 
