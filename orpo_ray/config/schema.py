@@ -246,6 +246,9 @@ class DeepspeedConfig(Config):
     offload_param: Literal["none", "cpu"] = "none"
     """Where a worker keeps its part of the weights between uses. `none`: on the GPU. `cpu`: in main memory, from where
     each use copies them; requires `zero_stage` 3. A step takes much longer. No effect in a run without GPUs."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Further settings of DeepSpeed, such as `{zero_optimization: {sub_group_size: 100000000}}`; requires `zero_stage`
+    1 to 3. They are passed on as they are. Settings that another field of the recipe decides are refused."""
 
 
 class ScalingConfig(Config):
@@ -260,6 +263,9 @@ class ScalingConfig(Config):
     """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
     max_failures: int = Field(3, ge=0)
     """Number of worker failures after which the run ends. Before that, the run resumes from the latest checkpoint."""
+    timeout_s: float = Field(1800, gt=0)
+    """Seconds that a worker waits for the others, before the run fails and resumes. Raise it if saving takes longer: at
+    the end, and for every checkpoint of ZeRO stage 0, the others wait for rank 0 to write and upload the weights."""
 
 
 class CheckpointConfig(Config):

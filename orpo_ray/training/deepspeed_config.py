@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.errors import UserError
 from orpo_ray.planning.states import reduce_bucket
 
 
@@ -42,16 +44,48 @@ def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int, num_t
         "reduce_bucket_size": reduce_bucket(hidden_size, num_trained),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
-    return config
+    return _merged(config, recipe.deepspeed.config)
 
 
 def loading_config(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
     """Return the part of the config that says how ZeRO-3 divides weights, which is known before the model is."""
-    return {
+    own = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {"stage": recipe.deepspeed.zero_stage, **_offload(recipe)},
     }
+    more = recipe.deepspeed.config
+    return _merged(own, {"zero_optimization": more["zero_optimization"]} if "zero_optimization" in more else {})
+
+
+def check_config(config: dict[str, Any], recipe: Recipe) -> None:
+    """Check DeepSpeed's config where the recipe adds to it.
+
+    Raises:
+        UserError: DeepSpeed refuses it.
+    """
+    if not recipe.deepspeed.config:
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(config))
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
+        raise UserError(
+            f"DeepSpeed refuses these settings: {' '.join(str(error).split())[:300]}",
+            field="deepspeed.config",
+            value=recipe.deepspeed.config,
+            fix="correct or remove the setting; deepspeed.ai/docs/config-json lists all",
+        ) from None
+
+
+def _merged(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Add settings to a config; mappings are merged, other values replaced."""
+    merged = dict(config)
+    for name, value in more.items():
+        own = merged.get(name)
+        merged[name] = _merged(own, value) if isinstance(own, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def without_effect(recipe: Recipe, device: torch.device) -> str | None:

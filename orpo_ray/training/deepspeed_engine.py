@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from orpo_ray.model.loading import without_adapters
 from orpo_ray.model.whole_shape import whole_shape
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.training.consolidated import consolidated
-from orpo_ray.training.deepspeed_config import deepspeed_config
+from orpo_ray.training.deepspeed_config import check_config, deepspeed_config
 from orpo_ray.training.optimizer import adamw, schedule
 
 _TAG = "engine"  # the folder of the engine's state in a checkpoint
@@ -28,23 +29,25 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> None:
         import deepspeed
 
-        prepare_deepspeed()
+        prepare_deepspeed(recipe.scaling.timeout_s)
         config = without_adapters(model.model).config  # type: ignore[arg-type]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         optimizer = adamw(trained, recipe.optim)
         if recipe.deepspeed.zero_stage == 3:
             _gather_head_at_once(deepspeed, model)
+        engine_config = deepspeed_config(
+            recipe,
+            trained[0].dtype,  # of a trained weight: 4-bit weights are stored as bytes
+            config.get_text_config().hidden_size,
+            sum(whole_shape(parameter).numel() for parameter in trained),
+        )
+        check_config(engine_config, recipe)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=schedule(optimizer, recipe.optim, num_steps),
-            config=deepspeed_config(
-                recipe,
-                trained[0].dtype,  # of a trained weight: 4-bit weights are stored as bytes
-                config.get_text_config().hidden_size,
-                sum(whole_shape(parameter).numel() for parameter in trained),
-            ),
+            config=engine_config,
             dist_init_required=False,
         )
         # DeepSpeed casts buffers too. Rotary frequencies in bfloat16 give wrong positions after a few hundred tokens.
@@ -104,13 +107,19 @@ def _gather_head_at_once(deepspeed: Any, model: nn.Module) -> None:
         deepspeed.utils.set_z3_leaf_module(head, True)
 
 
-def prepare_deepspeed() -> None:
+def prepare_deepspeed(timeout_s: float) -> None:
     """Let DeepSpeed use the process group that exists, and keep it from compiling kernels.
 
     Looking for kernels that it could compile takes seconds of compiler runs. Of the result it would use its
     shared-memory collective on a CPU, and compile that for a minute; gloo suffices.
+
+    Args:
+        timeout_s: how long a collective waits for a worker that lags behind.
     """
     import deepspeed
+    from torch.distributed.distributed_c10d import _set_pg_timeout
 
     vars(deepspeed.ops)["__compatible_ops__"] = {}
     deepspeed.init_distributed(dist_init_required=False)
+    # ZeRO has its own group of all workers, with torch's default timeout: 10 minutes between GPUs.
+    _set_pg_timeout(timedelta(seconds=timeout_s), deepspeed.utils.groups._get_data_parallel_group())

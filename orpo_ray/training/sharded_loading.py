@@ -40,12 +40,14 @@ def _dividing(recipe: Recipe, device: torch.device) -> Iterator[None]:
     # Importing DeepSpeed takes seconds.
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    from orpo_ray.training.deepspeed_config import loading_config
+    from orpo_ray.training.deepspeed_config import check_config, loading_config
     from orpo_ray.training.deepspeed_engine import prepare_deepspeed
 
-    prepare_deepspeed()
+    prepare_deepspeed(recipe.scaling.timeout_s)
     # transformers and peft divide and gather weights for as long as this object is alive.
-    alive = HfDeepSpeedConfig(loading_config(recipe, pick_dtype(recipe.model.dtype, device)))
+    config = loading_config(recipe, pick_dtype(recipe.model.dtype, device))
+    check_config(config, recipe)
+    alive = HfDeepSpeedConfig(config)
     try:
         yield
     finally:
