@@ -278,6 +278,16 @@ class CheckpointConfig(Config):
     """Steps between checkpoints. By default, about ten checkpoints per run."""
     keep: int = Field(2, ge=1)
     """Number of most recent checkpoints to keep."""
+    scratch: str | None = None
+    """Folder on the disk of each node, where workers write a checkpoint before they upload it. A run ends at its start
+    if a checkpoint does not fit there. By default, the system's folder for temporary files (`TMPDIR`)."""
+
+    @field_validator("scratch")
+    @classmethod
+    def _check_scratch(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError("must be a folder on the disk of each node")
+        return value
 
     @field_validator("storage")
     @classmethod

@@ -16,7 +16,7 @@ from orpo_ray.model.whole_shape import whole_shape
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.training.consolidated import consolidated
 from orpo_ray.training.deepspeed_config import check_config, deepspeed_config
-from orpo_ray.training.optimizer import adamw, schedule
+from orpo_ray.training.optimizer import adamw, schedule, state_bytes
 
 _TAG = "engine"  # the folder of the engine's state in a checkpoint
 
@@ -36,12 +36,9 @@ class DeepSpeedEngine:
         optimizer = adamw(trained, recipe.optim)
         if recipe.deepspeed.zero_stage == 3:
             _gather_head_at_once(deepspeed, model)
-        engine_config = deepspeed_config(
-            recipe,
-            trained[0].dtype,  # of a trained weight: 4-bit weights are stored as bytes
-            config.get_text_config().hidden_size,
-            sum(whole_shape(parameter).numel() for parameter in trained),
-        )
+        num_trained = sum(whole_shape(parameter).numel() for parameter in trained)
+        dtype = trained[0].dtype  # of a trained weight: 4-bit weights are stored as bytes
+        engine_config = deepspeed_config(recipe, dtype, config.get_text_config().hidden_size, num_trained)
         check_config(engine_config, recipe)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
@@ -55,11 +52,19 @@ class DeepSpeedEngine:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(next(model.parameters()).device))
         self._num_workers, self._stage = num_workers, recipe.deepspeed.zero_stage
+        self._state_bytes = state_bytes(-(-num_trained // num_workers), recipe.optim)
+        self._trained_bytes = num_trained * dtype.itemsize
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
         return float(self.deepspeed.optimizer.param_groups[0]["lr"])
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """This worker's part of the float32 weights and the optimizer states; the trained weights where whole."""
+        is_whole = self._stage < 3 and self.deepspeed.global_rank == 0
+        return self._state_bytes + (self._trained_bytes if is_whole else 0)
 
     def forward(self, batch: PairBatch) -> PairLogps:
         """Run the model on a micro-batch; ZeRO-3 gathers the weights layer by layer."""

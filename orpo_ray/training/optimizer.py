@@ -33,6 +33,11 @@ def adamw(trained: Sequence[torch.Tensor], optim: OptimConfig) -> torch.optim.Op
     return cast(torch.optim.Optimizer, kind(present, **options))
 
 
+def state_bytes(elements: int, optim: OptimConfig) -> int:
+    """About how many bytes the float32 copies of trained weights and both moments take."""
+    return elements * (4 + 2 * 4 if optim.optimizer == "adamw" else 4 + 2 * 1)
+
+
 def schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int) -> LambdaLR:
     """Return transformers' linear, cosine or constant schedule, after a linear warm-up.
 

@@ -26,7 +26,7 @@ from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
 from orpo_ray.training.auto_checkpointing import with_checkpointing
-from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
+from orpo_ray.training.checkpoint import check_scratch, load_latest, save_checkpoint, save_final
 from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.engine import Engine, make_engine
 from orpo_ray.training.sharded_loading import load_for_training
@@ -62,6 +62,7 @@ class Worker:
         budget = self.recipe.optim.tokens_per_microbatch
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
+        check_scratch(self.engine, self.recipe.checkpoint.scratch, context.get_local_world_size())
         self.position = load_latest(self.engine, self.recipe, config.train)
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()
@@ -101,7 +102,7 @@ class Worker:
 
     def _save(self, metrics: dict[str, float]) -> None:
         self.tracker.flush()
-        save_checkpoint(self.engine, self.position, metrics)
+        save_checkpoint(self.engine, self.position, metrics, self.recipe.checkpoint.scratch)
 
     def _steps(self) -> Generator[StepPlan]:
         """Yield each step, made ahead in a thread. The thread ends when this iterator is closed."""
