@@ -127,7 +127,8 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 def _mapping(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     keys = _type(schema["propertyNames"], definitions) if "propertyNames" in schema else "string"
-    return f"mapping of {keys} to {_type(schema.get('additionalProperties', {}), definitions)}"
+    values = schema.get("additionalProperties", True)
+    return f"mapping of {keys} to " + ("anything" if values is True else _type(values, definitions))
 
 
 def _default(field: FieldInfo) -> str:

@@ -137,6 +137,8 @@ class Recipe(Config):
         raw["checkpoint"]["storage"] = self.run_uri.removesuffix(f"/{self.name}")
         if self.model.vision_cache is not None:
             raw["model"]["vision_cache"] = _absolute(self.model.vision_cache)
+        if self.checkpoint.scratch is not None:
+            raw["checkpoint"]["scratch"] = _absolute(self.checkpoint.scratch)
         if self.data.image_root is not None:
             raw["data"]["image_root"] = _absolute(self.data.image_root)
         for split in ("train", "eval"):

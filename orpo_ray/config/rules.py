@@ -11,13 +11,40 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from orpo_ray.config.schema import DeepspeedConfig, ModelConfig
+from orpo_ray.config.schema import DeepspeedConfig, ModelConfig, OptimConfig
+
+# Settings of DeepSpeed that follow from the recipe, with the field that decides each.
+DECIDED_BY = {
+    "train_batch_size": "optim.pairs_per_step",
+    "train_micro_batch_size_per_gpu": "optim.tokens_per_microbatch",
+    "gradient_accumulation_steps": "optim.pairs_per_step",
+    "managed_gradient_accumulation": "optim.pairs_per_step",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "optim.optimizer",
+    "scheduler": "optim.schedule",
+    "zero_allow_untested_optimizer": "optim.optimizer",
+    "zero_force_ds_cpu_optimizer": "deepspeed.offload_optimizer",
+    "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "data_types": "model.dtype",
+    "communication_data_type": "model.dtype",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
+    "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param": "deepspeed.offload_param",
+    "zero_optimization.cpu_offload_param": "deepspeed.offload_param",
+}
 
 
 class TuningOptions(Protocol):
     """The sections of a recipe that the rules read."""
 
     model: ModelConfig
+    optim: OptimConfig
     deepspeed: DeepspeedConfig
 
 
@@ -100,6 +127,40 @@ def _cached_and_trained(recipe: TuningOptions) -> Sequence[str]:
     return [f"{part} is trained" for part in ("vision", "connector") if part in trained]
 
 
+def _optimizer_offloaded_without_sharding(recipe: TuningOptions) -> Sequence[str]:
+    is_offloaded = recipe.deepspeed.offload_optimizer != "none"
+    return ["zero_stage 0"] if is_offloaded and recipe.deepspeed.zero_stage == 0 else []
+
+
+def _optimizer_offloaded_in_8_bits(recipe: TuningOptions) -> Sequence[str]:
+    is_offloaded = recipe.deepspeed.offload_optimizer != "none"
+    return [recipe.optim.optimizer] if is_offloaded and recipe.optim.optimizer != "adamw" else []
+
+
+def _weights_offloaded_below_zero3(recipe: TuningOptions) -> Sequence[str]:
+    stage = recipe.deepspeed.zero_stage
+    return [f"zero_stage {stage}"] if recipe.deepspeed.offload_param != "none" and stage < 3 else []
+
+
+def _config_without_deepspeed(recipe: TuningOptions) -> Sequence[str]:
+    return ["zero_stage 0"] if recipe.deepspeed.config and recipe.deepspeed.zero_stage == 0 else []
+
+
+def _config_contradicts(recipe: TuningOptions) -> Sequence[str]:
+    found = []
+    for key, field in DECIDED_BY.items():
+        section, _, name = key.rpartition(".")
+        settings = recipe.deepspeed.config.get(section, {}) if section else recipe.deepspeed.config
+        if isinstance(settings, dict) and name in settings:
+            found.append(f"{key}: {settings[name]!r}, see {field}")
+    return found
+
+
+def _config_is_no_mapping(recipe: TuningOptions) -> Sequence[str]:
+    zero = recipe.deepspeed.config.get("zero_optimization", {})
+    return [] if isinstance(zero, dict) else [f"zero_optimization: {zero!r}"]
+
+
 def _target_modules(recipe: TuningOptions) -> Sequence[str]:
     lora = recipe.model.lora
     return [] if lora is None else lora.target_modules or ["language"]
@@ -168,5 +229,47 @@ RULES = (
         "under ZeRO-3 all workers must run the vision encoder together, but they have different images to compute",
         "zero_stage: 2, or remove model.vision_cache",
         _cached_with_zero3,
+    ),
+    Rule(
+        "an offloaded optimizer without sharding",
+        "deepspeed.offload_optimizer",
+        "without sharding, every worker would keep and update all states in the main memory of its node",
+        "zero_stage: 1 to 3, or offload_optimizer: none",
+        _optimizer_offloaded_without_sharding,
+    ),
+    Rule(
+        "an offloaded optimizer with 8-bit states",
+        "deepspeed.offload_optimizer",
+        "bitsandbytes updates 8-bit states on the GPU; offloaded ones are in main memory",
+        "optim.optimizer: adamw, or offload_optimizer: none",
+        _optimizer_offloaded_in_8_bits,
+    ),
+    Rule(
+        "offloaded weights without ZeRO-3",
+        "deepspeed.offload_param",
+        "only ZeRO-3 divides weights and gathers them for each use; other stages need them whole on the GPU",
+        "zero_stage: 3, or offload_param: none",
+        _weights_offloaded_below_zero3,
+    ),
+    Rule(
+        "settings of DeepSpeed in a run without it",
+        "deepspeed.config",
+        "stage 0 runs on PyTorch alone",
+        "zero_stage: 1 to 3, or remove deepspeed.config",
+        _config_without_deepspeed,
+    ),
+    Rule(
+        "settings that the recipe decides",
+        "deepspeed.config",
+        "a run would not do what its recipe says",
+        "set the fields of the recipe, and remove these settings",
+        _config_contradicts,
+    ),
+    Rule(
+        "a setting that must be a mapping",
+        "deepspeed.config",
+        "DeepSpeed reads the settings of ZeRO from a mapping",
+        "zero_optimization: {name: value}",
+        _config_is_no_mapping,
     ),
 )

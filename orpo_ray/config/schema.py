@@ -245,6 +245,16 @@ class DeepspeedConfig(Config):
     zero_stage: Annotated[Literal[0, 1, 2, 3], NUMBER] = 0
     """ZeRO stage. 0 replicates everything on each worker; 1 shards the optimizer states; 2 shards gradients as well; 3
     shards parameters as well. A higher stage needs less memory and more communication."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer states and the float32 copies of the weights are. `none`: on the GPU. `cpu`: in main memory,
+    where AdamW then runs; requires `zero_stage` 1 to 3 and `optim.optimizer: adamw`. A step takes longer. No effect in
+    a run without GPUs."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Where a worker keeps its part of the weights between uses. `none`: on the GPU. `cpu`: in main memory, from where
+    each use copies them; requires `zero_stage` 3. A step takes much longer. No effect in a run without GPUs."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Further settings of DeepSpeed, such as `{zero_optimization: {sub_group_size: 100000000}}`; requires `zero_stage`
+    1 to 3. They are passed on as they are. Settings that another field of the recipe decides are refused."""
 
 
 class ScalingConfig(Config):
@@ -259,6 +269,9 @@ class ScalingConfig(Config):
     """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
     max_failures: Int = Field(3, ge=0)
     """Number of worker failures after which the run ends. Before that, the run resumes from the latest checkpoint."""
+    timeout_s: Annotated[float, Field(gt=0), NUMBER] = 1800.0
+    """Seconds that a worker waits for the others, before the run fails and resumes. Raise it if saving takes longer: at
+    the end, and for every checkpoint of ZeRO stage 0, the others wait for rank 0 to write and upload the weights."""
 
 
 class CheckpointConfig(Config):
@@ -271,9 +284,19 @@ class CheckpointConfig(Config):
     """Steps between checkpoints. By default, about ten checkpoints per run."""
     keep: Int = Field(2, ge=1)
     """Number of most recent checkpoints to keep."""
-    stop_timeout_s: float = Field(600.0, gt=0)
+    stop_timeout_s: Annotated[float, Field(gt=0), NUMBER] = 600.0
     """Seconds that a run has to save a checkpoint and end, after SIGINT (Ctrl-C) or SIGTERM. A second signal ends the
     run at once."""
+    scratch: PathText | None = None
+    """Folder on the disk of each node, where workers write a checkpoint before they upload it. A run ends at its start
+    if a checkpoint does not fit there. By default, the system's folder for temporary files (`TMPDIR`)."""
+
+    @field_validator("scratch")
+    @classmethod
+    def _check_scratch(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError("must be a folder on the disk of each node")
+        return value
 
     @field_validator("storage")
     @classmethod

@@ -21,6 +21,7 @@ from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.hooked_call import call_with
 from orpo_ray.model.loading import layout_of, vocabulary_size, without_adapters
 from orpo_ray.model.vision_cache import KEYS, VisionCache
+from orpo_ray.model.whole_shape import whole_shape
 from orpo_ray.objective.logps import PairLogps, count_chunks, sum_by_pair, target_logps
 from orpo_ray.processing.pixel_norm import PixelNorm
 
@@ -111,17 +112,17 @@ class PairModel(nn.Module):
                 parameter
                 for name, parameter in base.named_parameters()
                 if name.startswith(self.family.prefixes(component))
-                and parameter.ndim > 1
+                and len(whole_shape(parameter)) > 1
                 and parameter is not embeddings
             ]
             for component in ("vision", "language")
         )
         # The convolution over pixels; class tokens and positions have up to three dimensions.
-        patches = next((weight for weight in vision if weight.ndim > 3), None)
+        patches = next((whole_shape(weight) for weight in vision if len(whole_shape(weight)) > 3), None)
         if patches is None or not language:
             return 0.0
         passes = 3 if any(parameter.requires_grad for parameter in vision) else 1
-        return passes / 3 * (_size(vision) / patches[0].numel()) / _size(language)
+        return passes / 3 * (_size(vision) / patches[1:].numel()) / _size(language)
 
     @property
     def collate(self) -> Collate:
@@ -183,6 +184,6 @@ def _size(parameters: list[nn.Parameter]) -> int:
     """Count the elements of weights. A 4-bit weight holds several of them in one of its own."""
     states = [getattr(parameter, "quant_state", None) for parameter in parameters]
     return sum(
-        parameter.numel() if state is None else state.shape.numel()
+        whole_shape(parameter).numel() if state is None else state.shape.numel()
         for parameter, state in zip(parameters, states, strict=True)
     )

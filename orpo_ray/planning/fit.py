@@ -8,7 +8,7 @@ from functools import cached_property
 from orpo_ray.config.schema import Checkpointing
 from orpo_ray.planning.activations import Activations
 from orpo_ray.planning.gpus import GIB, Gpu
-from orpo_ray.planning.states import STAGES, Stage, Weights, states
+from orpo_ray.planning.states import Offload, Stage, Weights, states
 from orpo_ray.planning.step_time import Load, Rates, StepTime, step_time
 
 # Bytes for the CUDA context with library workspaces, bytes for NCCL buffers with several workers, and the fraction of
@@ -38,6 +38,8 @@ class Memory:
     overhead: float
     """CUDA context, NCCL and fragmentation."""
     total: float
+    host: float
+    """In the node's main memory, for each GPU."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,13 @@ class Planner:
     """Given by the user: model FLOPs of the recipe's setting as a fraction of the peak, on every GPU type."""
     quantized: bool
     """Whether the base model is in 4 bits."""
+    offload: Offload
+    """What the recipe keeps in main memory."""
     _times: dict[tuple[Gpu, Setting], StepTime] = field(default_factory=dict, compare=False)
 
     def memory(self, setting: Setting) -> Memory:
         """Estimate the memory of each GPU."""
-        held = states(self.weights, setting.stage, setting.workers, self.optimizer)
+        held = states(self.weights, setting.stage, setting.workers, self.optimizer, self.offload)
         full = self.activations[setting.checkpointing]
         # Saved activations grow with the tokens, of which there are at least those of one pair; the logits do not,
         # since they are computed in chunks.
@@ -107,7 +111,9 @@ class Planner:
         permanent = held.weights + held.gradients + held.optimizer
         total = max(permanent + temporary, held.start) + overhead
         head = temporary - saved - held.buffers if temporary > saved + held.buffers else head
-        return Memory(held.weights, held.gradients, held.optimizer, held.buffers, saved, head, overhead, total)
+        return Memory(
+            held.weights, held.gradients, held.optimizer, held.buffers, saved, head, overhead, total, held.host
+        )
 
     @cached_property
     def pair_flops(self) -> int:
@@ -161,7 +167,7 @@ class Planner:
             Setting(workers, stage, checkpointing, budget)
             for workers in WORKERS
             if workers <= self.pairs_per_step
-            for stage in (STAGES if workers > 1 else STAGES[:1])
+            for stage in (self.offload.stages if workers > 1 else self.offload.stages[:1])
             # Sharded 4-bit weights can be trained, but the estimate was never compared with an engine.
             if not (self.quantized and stage == 3)
             for checkpointing in MODES

@@ -235,6 +235,8 @@ def _recipe_assumptions(recipe: Recipe, source: str) -> list[str]:
         assumptions.append("model.dtype auto is bfloat16 on these GPUs")
     if recipe.optim.optimizer == "paged_adamw_8bit":
         assumptions.append("paged optimizer states are in CPU memory")
+    if "cpu" in (recipe.deepspeed.offload_optimizer, recipe.deepspeed.offload_param):
+        assumptions.append("offloading takes no time: the copies, and AdamW on the CPU, come on top of the step's time")
     return assumptions
 
 

@@ -17,7 +17,7 @@ from orpo_ray.model.loading import pick_attention
 from orpo_ray.objective.base import load_objective
 from orpo_ray.planning.activations import Activations, batch_of, measure, more_logits, unloaded_model
 from orpo_ray.planning.fit import MODES, Planner, Setting
-from orpo_ray.planning.states import Weights
+from orpo_ray.planning.states import Offload, Weights
 from orpo_ray.planning.step_time import Rates
 from orpo_ray.planning.workload import Workload, estimate_workload, pairs_per_microbatch
 
@@ -95,6 +95,7 @@ def prepare(
         setting,
         mfu,
         recipe.model.quantization is not None,
+        Offload(recipe.deepspeed.offload_optimizer != "none", recipe.deepspeed.offload_param != "none"),
     )
     return Prepared(planner, work, setting, dtype, layout, microbatch_pairs)
 

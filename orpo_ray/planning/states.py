@@ -7,7 +7,7 @@ tests/integration/test_planning_states.py compares the results with the storages
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,43 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """What a worker keeps in main memory instead of its GPU, at the ZeRO stages that can."""
+
+    optimizer: bool = False
+    """Optimizer states and masters, and at stage 3 the gradients (`deepspeed.offload_optimizer`)."""
+    weights: bool = False
+    """Its part of the weights, at stage 3 (`deepspeed.offload_param`)."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The ZeRO stages at which a recipe can say so."""
+        least = 3 if self.weights else 1 if self.optimizer else 0
+        return tuple(stage for stage in STAGES if stage >= least)
+
+    def apply(self, found: States, stage: Stage, shards: int) -> States:
+        """Move bytes from a worker's GPU to its main memory.
+
+        Args:
+            found: the bytes without offloading.
+            stage: ZeRO stage.
+            shards: bytes of the worker's part of the weights, at stage 3.
+        """
+        optimizer = found.optimizer if self.optimizer and stage else 0
+        gradients = found.gradients if self.optimizer and stage == 3 else 0
+        weights = shards if self.weights and stage == 3 else 0
+        return replace(
+            found,
+            weights=found.weights - weights,
+            gradients=found.gradients - gradients,
+            optimizer=found.optimizer - optimizer,
+            step=0 if optimizer else found.step,  # the step is in main memory too
+            start=found.start - weights,
+            host=optimizer + gradients + weights,
+        )
+
+
+@dataclass(frozen=True)
 class States:
     """Bytes on one worker."""
 
@@ -53,7 +90,9 @@ class States:
     step: int
     """Temporary memory of the optimizer step, after activations are freed."""
     start: int
-    """Unsharded weights while the model is loaded."""
+    """The most while the model is loaded."""
+    host: int = 0
+    """In main memory; all others are on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +147,7 @@ def reduce_bucket(hidden: int, trained: int) -> int:
     return min(max(hidden**2, MIN_BUCKET), trained)
 
 
-def states(weights: Weights, stage: Stage, workers: int, optimizer: str) -> States:
+def states(weights: Weights, stage: Stage, workers: int, optimizer: str, offload: Offload | None = None) -> States:
     """Return the bytes on each worker.
 
     Args:
@@ -116,7 +155,14 @@ def states(weights: Weights, stage: Stage, workers: int, optimizer: str) -> Stat
         stage: ZeRO stage.
         workers: number of workers.
         optimizer: the recipe's `optim.optimizer`.
+        offload: what is in main memory; by default, nothing.
     """
+    found = _on_gpu(weights, stage, workers, optimizer)
+    shards = sum(-(-weight.bytes // workers) for weight in weights.each)
+    return found if offload is None else offload.apply(found, stage, shards)
+
+
+def _on_gpu(weights: Weights, stage: Stage, workers: int, optimizer: str) -> States:
     trained, element = weights.trained, weights.element
     whole = weights.bytes
     shard = -(-trained // workers) if stage else trained
@@ -149,7 +195,10 @@ def states(weights: Weights, stage: Stage, workers: int, optimizer: str) -> Stat
     gathered = min(whole, MAX_LIVE * element)
     step = 4 * min(shard, SUB_GROUP)  # the step flattens the gradients of a sub-group
     shards = sum(-(-weight.bytes // workers) for weight in weights.each)
-    return States(shards + small, 4 * shard, held, buffers + gathered, step, whole)
+    # Weights are divided one by one while they are loaded, except for 4-bit ones (training/sharded_loading.py).
+    is_quantized = any(weight.quantized for weight in weights.each)
+    start = whole if is_quantized else shards + max(weight.bytes for weight in weights.each)
+    return States(shards + small, 4 * shard, held, buffers + gathered, step, start)
 
 
 def _moment_bytes(weights: Weights, stage: Stage, shard: int, optimizer: str) -> int:

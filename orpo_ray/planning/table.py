@@ -86,6 +86,8 @@ def _memory_table(report: dict[str, Any]) -> Table:
     for name, label in _ROWS.items():
         style = "bold" if name == "total" else None
         table.add_row(label, *(f"{memory[name] / GIB:,.1f}" for memory in report["memory"].values()), style=style)
+    if any(memory["host"] for memory in report["memory"].values()):
+        table.add_row("in main memory", *(f"{memory['host'] / GIB:,.1f}" for memory in report["memory"].values()))
     return table
 
 

@@ -50,7 +50,41 @@ class Position:
     """Loss of the run's first step."""
 
 
-def save_checkpoint(engine: Engine, position: Position, metrics: Mapping[str, float]) -> None:
+def check_scratch(engine: Engine, folder: str | None, workers_of_node: int) -> None:
+    """Check that a checkpoint fits into the scratch folder.
+
+    Args:
+        engine: the engine of this worker.
+        folder: the recipe's `checkpoint.scratch`.
+        workers_of_node: workers that write into it at the same time.
+
+    Raises:
+        UserError: it does not fit, or the folder cannot be made.
+    """
+    path = Path(folder or tempfile.gettempdir())
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise UserError(
+            f"cannot use the scratch folder: {error}",
+            field="checkpoint.scratch",
+            value=str(path),
+            fix="give a folder on the disk of each node that the workers can write to",
+        ) from None
+    needed = engine.checkpoint_bytes * workers_of_node
+    if needed > free:
+        raise UserError(
+            f"a checkpoint needs about {needed:,} bytes there, and {free:,} are free",
+            field="checkpoint.scratch",
+            value=str(path),
+            fix="free some space, or give a folder on a larger disk of each node",
+        )
+
+
+def save_checkpoint(
+    engine: Engine, position: Position, metrics: Mapping[str, float], scratch_folder: str | None
+) -> None:
     """Report a checkpoint with the engine's state and the position to Ray Train. A collective.
 
     Raises:
@@ -59,7 +93,7 @@ def save_checkpoint(engine: Engine, position: Position, metrics: Mapping[str, fl
     if not engine.has_finite_weights():
         raise TrainingDiverged(f"a weight is not finite after step {position.step:,}; the last checkpoint is kept")
     rank = ray.train.get_context().get_world_rank()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=scratch_folder) as scratch:
         # Every worker writes into its own folder; Ray Train merges the folders into one checkpoint.
         engine.save(Path(scratch))
         if rank == 0:

@@ -1,7 +1,8 @@
-"""The engine that shards the training state: DeepSpeed's ZeRO stages 1 to 3, and DeepSpeed's config of a recipe."""
+"""The engine that shards the training state: DeepSpeed's ZeRO stages 1 to 3."""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +12,14 @@ from torch import nn
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.model.loading import without_adapters
+from orpo_ray.model.whole_shape import whole_shape
 from orpo_ray.objective.logps import PairLogps
-from orpo_ray.planning.states import reduce_bucket
 from orpo_ray.training.consolidated import consolidated
+from orpo_ray.training.deepspeed_config import check_config, deepspeed_config
 from orpo_ray.training.divergence import all_finite
-from orpo_ray.training.optimizer import adamw, schedule
+from orpo_ray.training.optimizer import adamw, schedule, state_bytes
 
 _TAG = "engine"  # the folder of the engine's state in a checkpoint
-
-
-def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int, num_trained: int) -> dict[str, Any]:
-    """Return the DeepSpeed config of a recipe.
-
-    Args:
-        recipe: the resolved recipe.
-        dtype: the type of the trained weights.
-        hidden_size: of the language model; decides which weights ZeRO-3 leaves whole.
-        num_trained: elements of all trained weights.
-    """
-    stage = recipe.deepspeed.zero_stage
-    return {
-        # The training loop builds steps from micro-batches itself.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # a step has as many micro-batches as its pairs need
-        "gradient_clipping": recipe.optim.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        # Gradients are added up in float32, over micro-batches and over workers. By default, they are added in the
-        # type of the weights: in bfloat16, a gradient below 1/256 of the sum so far is lost. Without immediate updates,
-        # stage 1 would keep bfloat16 gradients of all weights besides.
-        "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": stage,
-            # Stage 1 reduces once a step, after the last backward. DeepSpeed refuses overlap there.
-            "overlap_comm": stage >= 2,
-            "reduce_bucket_size": reduce_bucket(hidden_size, num_trained),
-            "stage3_param_persistence_threshold": 10 * hidden_size,
-        },
-    }
 
 
 class DeepSpeedEngine:
@@ -61,24 +30,22 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> None:
         import deepspeed
 
-        _compile_nothing(deepspeed)
+        prepare_deepspeed(recipe.scaling.timeout_s)
         config = without_adapters(model.model).config  # type: ignore[arg-type]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
         optimizer = adamw(trained, recipe.optim)
-        deepspeed.init_distributed(dist_init_required=False)
         if recipe.deepspeed.zero_stage == 3:
             _gather_head_at_once(deepspeed, model)
+        num_trained = sum(whole_shape(parameter).numel() for parameter in trained)
+        dtype = trained[0].dtype  # of a trained weight: 4-bit weights are stored as bytes
+        engine_config = deepspeed_config(recipe, dtype, config.get_text_config().hidden_size, num_trained)
+        check_config(engine_config, recipe)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=schedule(optimizer, recipe.optim, num_steps),
-            config=deepspeed_config(
-                recipe,
-                trained[0].dtype,  # of a trained weight: 4-bit weights are stored as bytes
-                config.get_text_config().hidden_size,
-                sum(parameter.numel() for parameter in trained),
-            ),
+            config=engine_config,
             dist_init_required=False,
         )
         # DeepSpeed casts buffers too. Rotary frequencies in bfloat16 give wrong positions after a few hundred tokens.
@@ -86,11 +53,19 @@ class DeepSpeedEngine:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(next(model.parameters()).device))
         self._num_workers, self._stage = num_workers, recipe.deepspeed.zero_stage
+        self._state_bytes = state_bytes(-(-num_trained // num_workers), recipe.optim)
+        self._trained_bytes = num_trained * dtype.itemsize
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
         return float(self.deepspeed.optimizer.param_groups[0]["lr"])
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """This worker's part of the float32 weights and the optimizer states; the trained weights where whole."""
+        is_whole = self._stage < 3 and self.deepspeed.global_rank == 0
+        return self._state_bytes + (self._trained_bytes if is_whole else 0)
 
     def forward(self, batch: PairBatch) -> PairLogps:
         """Run the model on a micro-batch; ZeRO-3 gathers the weights layer by layer."""
@@ -146,9 +121,19 @@ def _gather_head_at_once(deepspeed: Any, model: nn.Module) -> None:
         deepspeed.utils.set_z3_leaf_module(head, True)
 
 
-def _compile_nothing(deepspeed: Any) -> None:
-    """Keep DeepSpeed from looking for kernels that it could compile, which takes seconds of compiler runs.
+def prepare_deepspeed(timeout_s: float) -> None:
+    """Let DeepSpeed use the process group that exists, and keep it from compiling kernels.
 
-    Of the result it would use its shared-memory collective on a CPU, and compile that for a minute; gloo suffices.
+    Looking for kernels that it could compile takes seconds of compiler runs. Of the result it would use its
+    shared-memory collective on a CPU, and compile that for a minute; gloo suffices.
+
+    Args:
+        timeout_s: how long a collective waits for a worker that lags behind.
     """
+    import deepspeed
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
     vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.init_distributed(dist_init_required=False)
+    # ZeRO has its own group of all workers, with torch's default timeout: 10 minutes between GPUs.
+    _set_pg_timeout(timedelta(seconds=timeout_s), deepspeed.utils.groups._get_data_parallel_group())

@@ -17,12 +17,17 @@ class Engine(Protocol):
     """One worker's handle on a model that all workers train together.
 
     An engine wraps a `PairModel`, its optimizer and its learning-rate schedule. Every method is a collective: all
-    workers call it, in the same order. Only `learning_rate` may be read by one worker alone.
+    workers call it, in the same order. Only `learning_rate` and `checkpoint_bytes` may be read by one
+    worker alone.
     """
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About how many bytes `save` writes on this worker."""
 
     def forward(self, batch: PairBatch) -> PairLogps:
         """Run the model on a micro-batch. Under `torch.no_grad` and `model.eval()` it serves evaluation too."""

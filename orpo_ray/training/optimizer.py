@@ -10,13 +10,14 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from orpo_ray.config.schema import OptimConfig
+from orpo_ray.model.whole_shape import whole_shape
 
 
 def adamw(trained: Sequence[torch.Tensor], optim: OptimConfig) -> torch.optim.Optimizer:
     """Return AdamW over the trained parameters, with moments in 32 or 8 bits. Biases and norms do not decay."""
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(whole_shape(p)) >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if len(whole_shape(p)) < 2], "weight_decay": 0.0},
     ]
     present = [group for group in groups if group["params"]]
     options: dict[str, Any] = {
@@ -30,6 +31,11 @@ def adamw(trained: Sequence[torch.Tensor], optim: OptimConfig) -> torch.optim.Op
 
     kind: Any = AdamW8bit if optim.optimizer == "adamw_8bit" else PagedAdamW8bit
     return cast(torch.optim.Optimizer, kind(present, **options))
+
+
+def state_bytes(elements: int, optim: OptimConfig) -> int:
+    """About how many bytes the float32 copies of trained weights and both moments take."""
+    return elements * (4 + 2 * 4 if optim.optimizer == "adamw" else 4 + 2 * 1)
 
 
 def schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int) -> LambdaLR:

@@ -16,9 +16,6 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import broadcast_from_rank_zero
 
-# How long a collective waits for a worker that lags behind, saving a large model for one.
-TIMEOUT = timedelta(minutes=30)
-
 
 @dataclass
 class SharedDevices(BackendConfig):
@@ -35,8 +32,12 @@ class _SharedDevicesBackend(Backend):
     share_cuda_visible_devices = True
 
 
-def join_process_group() -> None:
-    """Join the process group of all workers: NCCL between GPUs, gloo between CPUs. A collective."""
+def join_process_group(timeout_s: float) -> None:
+    """Join the process group of all workers: NCCL between GPUs, gloo between CPUs. A collective.
+
+    Args:
+        timeout_s: how long a collective waits for a worker that lags behind.
+    """
     import ray.train.torch
     import torch
 
@@ -59,7 +60,8 @@ def join_process_group() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, rank=rank, world_size=num_workers, timeout=TIMEOUT)
+    timeout = timedelta(seconds=timeout_s)
+    torch.distributed.init_process_group(backend, rank=rank, world_size=num_workers, timeout=timeout)
 
 
 def leave_process_group() -> None:

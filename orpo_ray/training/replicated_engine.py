@@ -19,7 +19,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.training.consolidated import consolidated
 from orpo_ray.training.divergence import all_finite
-from orpo_ray.training.optimizer import adamw, schedule
+from orpo_ray.training.optimizer import adamw, schedule, state_bytes
 
 _FOLDER, _STATE_FILE = "engine", "replicated.pt"  # in a checkpoint
 _REDUCED_AT_ONCE = 2**28  # elements of one all-reduce
@@ -47,6 +47,7 @@ class ReplicatedEngine:
         for name, weight in self._trained.items():
             if self._masters[name] is not weight:
                 weight.register_post_accumulate_grad_hook(_Accumulate(self._masters[name]))
+        self._state_bytes = state_bytes(sum(weight.numel() for weight in self._trained.values()), recipe.optim)
         self.optimizer = adamw(list(self._masters.values()), recipe.optim)
         self._schedule = schedule(self.optimizer, recipe.optim, num_steps)
 
@@ -54,6 +55,11 @@ class ReplicatedEngine:
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The float32 weights and the optimizer states, on rank 0."""
+        return self._state_bytes if dist.get_rank() == 0 else 0
 
     def forward(self, batch: PairBatch) -> PairLogps:
         """Run the model on a micro-batch."""

@@ -18,7 +18,6 @@ from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, r
 from orpo_ray.data.balance import StepShare
 from orpo_ray.data.order import step_samples
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
-from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, reduce_sums
@@ -27,10 +26,12 @@ from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
 from orpo_ray.training.auto_checkpointing import with_checkpointing
-from orpo_ray.training.checkpoint import load_latest, save_checkpoint, save_final
+from orpo_ray.training.checkpoint import check_scratch, load_latest, save_checkpoint, save_final
+from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.divergence import DivergenceGuard, skipped_message
 from orpo_ray.training.engine import Engine, make_engine
 from orpo_ray.training.progress import StatusLine
+from orpo_ray.training.sharded_loading import load_for_training
 from orpo_ray.training.worker_start import WorkerConfig
 
 _STOP = "stop"  # name of a sum over workers, beside those of the objective
@@ -55,7 +56,7 @@ class Worker:
             torch.set_num_threads(config.cpu_threads)
         encoder = config.encoder.build()
         model_config = with_checkpointing(self.recipe, self.device)
-        model = load_model(model_config, self.device, self.recipe.optim.seed)
+        model = load_for_training(self.recipe.model_copy(update={"model": model_config}), self.device)
         bounded = model_config.gradient_checkpointing != "none" and self.recipe.deepspeed.zero_stage < 3
         pixels_at_once = PIXELS_AT_ONCE.get(self.device.type) if bounded else None
         cache = self.recipe.model.vision_cache
@@ -65,12 +66,15 @@ class Worker:
         budget = self.recipe.optim.tokens_per_microbatch
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
+        check_scratch(self.engine, self.recipe.checkpoint.scratch, context.get_local_world_size())
         self.position = load_latest(self.engine, self.recipe, config.train)
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()
         self.guard = DivergenceGuard(self.position.first_loss, self.position.skipped)
         self.status = StatusLine(config.status) if is_first else None
         self.is_stopping = False
+        if is_first and (line := without_effect(self.recipe, self.device)) is not None:
+            self._warn(line)
         self.images_checked = False
         self.first_bad: list[BadRow] = []
 
@@ -112,7 +116,7 @@ class Worker:
 
     def _save(self, metrics: dict[str, float]) -> None:
         self.tracker.flush()
-        save_checkpoint(self.engine, self.position, metrics)
+        save_checkpoint(self.engine, self.position, metrics, self.recipe.checkpoint.scratch)
 
     def _steps(self) -> Generator[StepPlan]:
         """Yield each step, made ahead in a thread. The thread ends when this iterator is closed."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 
+from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError
@@ -68,7 +69,7 @@ def train_worker(config: dict[str, Any]) -> None:
         from orpo_ray.training.process_group import join_process_group, leave_process_group
         from orpo_ray.training.worker import Worker
 
-        join_process_group()
+        join_process_group(parse_recipe(worker_config.recipe).scaling.timeout_s)
         Worker(worker_config, feed).run()
         leave_process_group()
     except OrpoRayError as error:

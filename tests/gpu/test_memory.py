@@ -16,8 +16,8 @@ from orpo_ray.planning.activations import batch_of
 from orpo_ray.planning.plan import Options, plan
 from orpo_ray.planning.workload import estimate_workload
 from orpo_ray.training.engine import make_engine
+from orpo_ray.training.sharded_loading import load_for_training
 from support.engine_memory import end_engine
-from support.gpu_training import load_model
 from support.pairs_by_hand import NORM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("process_group")]
@@ -62,7 +62,7 @@ def test_peak_memory_is_the_plan_s(tuning: dict[str, Any], device: torch.device,
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else 0
     bounded = PIXELS_AT_ONCE[device.type] if recipe.model.gradient_checkpointing != "none" else None
-    model = PairModel(load_model(recipe.model, device, seed=0), NORM, bounded)
+    model = PairModel(load_for_training(recipe, device), NORM, bounded)
     engine: Any = make_engine(model, recipe, 10, 1)
     config: Any = model.model.config
     work = estimate_workload(recipe, config, model.layout, None)

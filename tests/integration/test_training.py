@@ -196,11 +196,15 @@ def test_lora_trains_resumes_and_leaves_adapters(ray_cluster: None, tmp_path: Pa
     held_out: dict[str, Any] = {
         "data": {"eval": "easy-vqa:test"}, "eval": {"max_pairs": 8, "every_steps": 10, "grounding": True}
     }  # fmt: skip
-    whole = run(tiny_recipe(tmp_path, "whole", model=section, optim=optim, deepspeed={"zero_stage": 3}, **held_out))
+    deepspeed: dict[str, Any] = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}
+    deepspeed |= {"config": {"zero_optimization": {"sub_group_size": 10_000}}}
+    whole = run(tiny_recipe(tmp_path, "whole", model=section, optim=optim, deepspeed=deepspeed, **held_out))
     assert {"eval/grounding_gap", "eval/rewards/margins"} <= set(whole.metrics)
-    killed = tiny_recipe(tmp_path, "killed", model=section, optim=optim, checkpoint={"every_steps": 3})
+    checkpoint = {"every_steps": 3, "scratch": str(tmp_path / "scratch")}
+    killed = tiny_recipe(tmp_path, "killed", model=section, optim=optim, checkpoint=checkpoint)
     with one_worker_killed(killed):
         run(killed)
+    assert (tmp_path / "scratch").is_dir()
     same_curve(Path(killed.run_uri), losses(Path(whole.run_uri)))
     finals = [Path(uri) / "final" for uri in (whole.run_uri, killed.run_uri)]
     adapters, others = [load_file(final / "adapter_model.safetensors") for final in finals]

@@ -10,11 +10,11 @@ import torch
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.packing import build_batch
-from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.training.engine import make_engine
+from orpo_ray.training.sharded_loading import load_for_training
 from support.pairs_by_hand import NORM, make_pair
 
 FAMILY = "smolvlm"
@@ -37,7 +37,7 @@ def end_engine(engine: Any) -> None:
 def measure(raw: dict[str, Any], world: int) -> dict[str, int]:
     """Return the bytes on this worker: parameters, gradients after two micro-batches, optimizer states after a step."""
     recipe = parse_recipe(raw)
-    model = PairModel(load_model(recipe.model, torch.device("cpu"), 0), NORM)
+    model = PairModel(load_for_training(recipe, torch.device("cpu")), NORM)
     engine = make_engine(model, recipe, 10, world)
     rng = np.random.default_rng(0)
     for step in range(2):

@@ -14,12 +14,12 @@ from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.model.loading import load_model
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training import deepspeed_engine
 from orpo_ray.training.engine import Engine, make_engine
+from orpo_ray.training.sharded_loading import load_for_training
 from support.engine_memory import end_engine, optimizer_of
 from support.pairs_by_hand import NORM, make_pair
 from support.worker_group import worker_group
@@ -55,7 +55,7 @@ class Training:
     def __init__(
         self, recipe: Recipe, rank: int, num_workers: int, engine: Callable[..., Engine] = make_engine
     ) -> None:
-        self.model = PairModel(load_model(recipe.model, CPU, seed=0), NORM)
+        self.model = PairModel(load_for_training(recipe, CPU), NORM)
         pairs = two_pairs()
         self.planner = StepPlanner(ORPO(), Packing(8192, self.model.layout), pairs[0], pairs[0], CPU)
         self.engine: Any = engine(self.model, recipe, STEPS, num_workers)

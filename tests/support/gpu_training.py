@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.packing import PairBatch, build_batch
-from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.training.engine import make_engine
+from orpo_ray.training.sharded_loading import load_for_training
 from support.engine_memory import end_engine
 from support.pairs_by_hand import NORM, make_row
 
@@ -49,7 +49,7 @@ class Training:
     """Model, batch and engine."""
 
     def __init__(self, recipe: Recipe, device: torch.device, family: str = "smolvlm") -> None:
-        self.model = PairModel(load_model(recipe.model, device, seed=0), NORM)
+        self.model = PairModel(load_for_training(recipe, device), NORM)
         self.engine: Any = make_engine(self.model, recipe, STEPS, 1)
         self.batch = row_on(device, self.model, family)
 

@@ -12,13 +12,14 @@ import torch
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.model.loading import load_model, vocabulary_size, without_adapters
+from orpo_ray.model.loading import vocabulary_size, without_adapters
 from orpo_ray.objective import logps
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
 from orpo_ray.training import deepspeed_engine
 from orpo_ray.training.engine import make_engine
+from orpo_ray.training.sharded_loading import load_for_training
 from support.engine_memory import end_engine
 from support.engines_by_hand import keeping_nothing
 from support.pairs_by_hand import NORM, make_pair
@@ -79,7 +80,7 @@ def _train(
          "optim": {"learning_rate": 1e-3, "warmup": 0, "pairs_per_step": 2}}
     )  # fmt: skip
     device = torch.device("cpu")
-    model = PairModel(load_model(recipe.model, device, seed=0), NORM)
+    model = PairModel(load_for_training(recipe, device), NORM)
     patch.setitem(logps.CHUNK_BYTES, "cpu", 16 * vocabulary_size(model.model) * 4)  # 16 targets per chunk
     dummy_pair = pairs_of(family, 0)[0]
     planner = StepPlanner(ORPO(), Packing(8192, "shared_prefix"), dummy_pair, dummy_pair, device)

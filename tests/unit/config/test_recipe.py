@@ -11,7 +11,7 @@ import yaml
 
 from orpo_ray.config.load import load_recipe, parse_recipe
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.config.rules import RULES, Rule
+from orpo_ray.config.rules import DECIDED_BY, RULES, Rule
 from orpo_ray.errors import RowError, UserError
 from support.paths import ROOT
 
@@ -200,6 +200,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"lora": {"target_modules": ["q_proj", "connector"], "modules_to_save": "connector"}}},
         "remove the modules from one of the two lists",
     ),
+    "an offloaded optimizer without sharding": (
+        {"model": {}, "deepspeed": {"offload_optimizer": "cpu"}},
+        "zero_stage: 1 to 3",
+    ),
+    "an offloaded optimizer with 8-bit states": (
+        {
+            "model": {},
+            "deepspeed": {"offload_optimizer": "cpu", "zero_stage": 2},
+            "optim": {"optimizer": "adamw_8bit"},
+        },
+        "optim.optimizer: adamw",
+    ),
+    "offloaded weights without ZeRO-3": (
+        {"model": {}, "deepspeed": {"offload_param": "cpu", "zero_stage": 2}},
+        "zero_stage: 3",
+    ),
+    "settings of DeepSpeed in a run without it": (
+        {"model": {}, "deepspeed": {"config": {"steps_per_print": 10}}},
+        "zero_stage: 1 to 3",
+    ),
+    "settings that the recipe decides": (
+        {"model": {}, "deepspeed": {"zero_stage": 2, "config": {"gradient_clipping": 2.0}}},
+        "set the fields of the recipe",
+    ),
+    "a setting that must be a mapping": (
+        {"model": {}, "deepspeed": {"zero_stage": 2, "config": {"zero_optimization": 3}}},
+        "zero_optimization: {name: value}",
+    ),
 }
 
 
@@ -212,6 +240,17 @@ def test_conflicting_options_are_refused_with_an_alternative(rule: Rule) -> None
     assert rule.reason in text
     assert f"instead: {alternative}" in text
     assert rule.find(parse_recipe(MINIMAL)) == []
+
+
+@pytest.mark.parametrize("key", DECIDED_BY)
+def test_deepspeed_config_cannot_contradict_the_recipe(key: str) -> None:
+    """The message names the setting, its value, and the field of the recipe."""
+    section, _, name = key.rpartition(".")
+    config = {section: {name: 7}} if section else {name: 7}
+    text = message(MINIMAL | {"deepspeed": {"zero_stage": 3, "config": config}})
+    assert f"deepspeed.config: settings that the recipe decides ({key}: 7, see {DECIDED_BY[key]})" in text
+    section, _, name = DECIDED_BY[key].partition(".")
+    assert name in type(getattr(parse_recipe(MINIMAL), section)).model_fields
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.planning.gpus import gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.plan import Options, plan
-from orpo_ray.planning.states import Weight, Weights, reduce_bucket, states
+from orpo_ray.planning.states import Offload, Weight, Weights, reduce_bucket, states
 from support.pairs_by_hand import make_pair, run_as, tiny_pair_model
 
 
@@ -99,9 +99,26 @@ def test_states_by_hand() -> None:
     sharded = states(weights, 3, 4, "adamw")
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (1.5 * 10**6, 10**6, 3 * 10**6)
     assert sharded.buffers == (2 + 4 + 4) * 10**6 + 6 * 10**6  # and all weights gathered
-    assert sharded.start == 6 * 10**6
+    assert sharded.start == 1.5 * 10**6 + 4 * 10**6  # while the largest weight is loaded
+    packed = Weights((*weights.each, Weight(10**6, 10**6, False, True, quantized=True)), 2, 8)
+    assert states(packed, 3, 4, "adamw").start == 7 * 10**6
     assert states(weights, 0, 1, "adamw_8bit").optimizer == 4 * 10**6 + 2 * (10**6 + 4 * 3907)
     assert states(weights, 0, 1, "paged_adamw_8bit").optimizer == 4 * 10**6
+
+
+def test_offloaded_states_count_in_main_memory() -> None:
+    """All bytes are somewhere, and a recipe's offloading excludes the stages that refuse it."""
+    weights = Weights((Weight(10**6, 2 * 10**6, True, True), Weight(2 * 10**6, 4 * 10**6, False, True)), 2, 8)
+    plain = states(weights, 3, 4, "adamw")
+    both = states(weights, 3, 4, "adamw", Offload(optimizer=True, weights=True))
+    assert (both.weights, both.gradients, both.optimizer, both.step) == (0, 0, 0, 0)
+    assert both.host == plain.weights + plain.gradients + plain.optimizer
+    assert both.start == plain.start - plain.weights
+    assert both.buffers == plain.buffers
+    second = states(weights, 2, 4, "adamw", Offload(optimizer=True))
+    assert (second.gradients, second.optimizer, second.host) == (10**6, 0, 3 * 10**6)
+    assert states(weights, 0, 4, "adamw", Offload(optimizer=True)) == states(weights, 0, 4, "adamw")
+    assert [Offload(*each).stages[0] for each in ((False, False), (True, False), (True, True))] == [0, 1, 3]
 
 
 def test_a_reduce_bucket_holds_a_matrix_or_all_that_is_trained() -> None:

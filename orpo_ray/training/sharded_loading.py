@@ -1,0 +1,55 @@
+"""Load the model of a run. Under ZeRO-3, each weight is divided among the workers as soon as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.model.loading import load_model, pick_dtype
+
+
+def load_for_training(recipe: Recipe, device: torch.device) -> torch.nn.Module:
+    """Load the model of a recipe as the engine of its ZeRO stage takes it. A collective.
+
+    Under ZeRO-3, transformers makes one module after another, and DeepSpeed keeps this worker's part of its weights.
+    Then rank 0 reads the files and sends each weight to the others. No worker ever holds more than its part of the
+    model and one weight; rank 0 maps the files into memory in addition, and the system can drop what it has read.
+
+    Other stages need whole weights on every worker. 4-bit weights are loaded whole too, since transformers does not
+    divide them while it quantizes, and are divided by the engine.
+
+    Args:
+        recipe: the recipe.
+        device: where to put the model.
+
+    Raises:
+        UserError: the model cannot be loaded, or the recipe does not fit it.
+    """
+    with _dividing(recipe, device):
+        return load_model(recipe.model, device, recipe.optim.seed)
+
+
+@contextmanager
+def _dividing(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    if recipe.deepspeed.zero_stage < 3 or recipe.model.quantization is not None:
+        yield
+        return
+    # Importing DeepSpeed takes seconds.
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    from orpo_ray.training.deepspeed_config import check_config, loading_config
+    from orpo_ray.training.deepspeed_engine import prepare_deepspeed
+
+    prepare_deepspeed(recipe.scaling.timeout_s)
+    # transformers and peft divide and gather weights for as long as this object is alive.
+    config = loading_config(recipe, pick_dtype(recipe.model.dtype, device))
+    check_config(config, recipe)
+    alive = HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive

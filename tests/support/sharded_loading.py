@@ -1,0 +1,121 @@
+"""What a worker holds while and after it loads a model for ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.model.loading import load_model
+from orpo_ray.objective.pair_model import PairModel
+from orpo_ray.planning.dry_run import Live
+from orpo_ray.planning.work import tensors_of
+from orpo_ray.tiny_models.families import TINY_FAMILIES
+from orpo_ray.training.sharded_loading import load_for_training
+from support.pairs_by_hand import NORM
+
+CPU = torch.device("cpu")
+MAPPED_BYTES = 2**20
+
+
+def recipe_of(folder: str, section: dict[str, Any]) -> Recipe:
+    """Return a recipe that trains the model of a folder with ZeRO-3."""
+    return parse_recipe(
+        {
+            "name": "x",
+            "model": {"id": folder, **section},
+            "data": {"train": "none"},
+            "deepspeed": {"zero_stage": 3},
+        }
+    )
+
+
+def write_model(folder: Path, family: str, **text: int) -> str:
+    """Write a family's tiny model with other sizes of the language model; returns the folder."""
+    from transformers import AutoModelForImageTextToText
+
+    tiny = TINY_FAMILIES[family]()
+    if not text:
+        tiny.model().save_pretrained(folder)
+        return str(folder)
+    config = tiny.config()
+    for name, size in text.items():
+        setattr(config.text_config, name, size)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+class LiveMemory(Live):
+    """Counts the bytes of tensors, those of mapped files aside: the system can drop these and read them again."""
+
+    def add(self, tensors: Any) -> None:
+        """Count the storages of these tensors that are not counted yet."""
+        super().add([each for each in tensors_of(tensors) if each.device.type != "meta" and not self._is_mapped(each)])
+
+    def _is_mapped(self, tensor: torch.Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        # Looking takes time, and a small tensor of a file would be a small error only.
+        if storage in self._known or storage.nbytes() < MAPPED_BYTES:
+            return False
+        return any(start <= storage.data_ptr() < end for start, end in _mapped_files())
+
+
+def _mapped_files() -> Iterator[tuple[int, int]]:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            start, end = line.split()[0].split("-")
+            yield int(start, 16), int(end, 16)
+
+
+def memory_of_loading(_rank: int, _workers: int, folder: str, section: dict[str, Any]) -> dict[str, int]:
+    """Return in bytes: `peak` while loading, `held` of base weights after it, and of the model `whole`, `largest`."""
+    with LiveMemory() as memory:
+        model = load_for_training(recipe_of(folder, section), CPU)
+    base = [p for name, p in model.named_parameters() if "lora_" not in name]
+    sizes = [getattr(p, "ds_numel", p.numel()) * p.element_size() for p in base]
+    held = sum(p.untyped_storage().nbytes() for p in base) + sum(p.ds_tensor.nbytes for p in base if _is_divided(p))
+    adapters = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
+    return {"peak": memory.peak - adapters, "held": held, "whole": sum(sizes), "largest": max(sizes)}
+
+
+def _is_divided(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "ds_tensor")
+
+
+def differences(_rank: int, _workers: int, folder: str, sections: list[dict[str, Any]]) -> list[str]:
+    """Load a model divided and whole, and return the names of weights, buffers and the like that are not the same."""
+    found = []
+    for section in sections:
+        recipe = recipe_of(folder, section)
+        whole, divided = load_model(recipe.model, CPU, recipe.optim.seed), load_for_training(recipe, CPU)
+        ours, theirs = _state(divided), _state(whole)
+        if ours.keys() != theirs.keys():
+            found.append(f"{section}: {sorted(ours.keys() ^ theirs.keys())}")
+        for name in ours:  # in an order that all ranks have
+            if name in theirs and not _is_same(ours[name], theirs[name]):
+                found.append(f"{section}: {name}")
+        if PairModel(whole, NORM).tokens_per_image_value != PairModel(divided, NORM).tokens_per_image_value:
+            found.append(f"{section}: tokens_per_image_value")
+        # Weights that come with the model are divided; adapters are small and divided by the engine.
+        base = [name for name, p in divided.named_parameters() if "lora_" not in name and "modules_to_save" not in name]
+        found += [f"{section}: {name} is whole" for name in base if not _is_divided(divided.get_parameter(name))]
+    return found
+
+
+def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _is_same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([ours] if _is_divided(ours) else []):
+        return (
+            ours.dtype == theirs.dtype
+            and ours.requires_grad == theirs.requires_grad
+            and torch.equal(ours.detach(), theirs.detach())
+        )
