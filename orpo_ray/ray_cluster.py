@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.fork_server.control import forked_workers
@@ -60,6 +61,11 @@ def start_ray(*, state_api: bool = False) -> None:
         raise UserError(
             f"no Ray answers: {str(error).splitlines()[0]}", field="RAY_ADDRESS", value=address, fix=fix
         ) from None
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that keeps a task or an actor on the node of the caller, which must be connected to Ray."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def train_variables() -> dict[str, str]:

@@ -21,6 +21,7 @@ from orpo_ray.storage.files import is_remote, list_files, locate, read_bytes, wi
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 BAD_ROWS_FILE = "bad_rows.jsonl"
+DATA_FILE = "data.json"  # the data files that the run began with, and digests of their content
 FINAL = "final"
 BEST_RECIPE_FILE = "best_recipe.yaml"
 TRIALS = "trials"

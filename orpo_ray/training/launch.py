@@ -21,11 +21,13 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import is_remote, locate
+from orpo_ray.storage.lease import Lease
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
+from orpo_ray.training.data_identity import check_data
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
-from orpo_ray.training.progress import ProgressDisplay, RunStatus
+from orpo_ray.training.progress import ProgressDisplay, start_status
 from orpo_ray.training.resources import Resources, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
 from orpo_ray.training.stopping import RunStopped, StopSignals
@@ -76,7 +78,8 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
         callbacks: callbacks for Ray Train.
 
     Raises:
-        UserError: the recipe, its data, model or cluster do not work.
+        UserError: the recipe, its data, model or cluster do not work, or another run writes to the run folder.
+        LeaseLost: another run took over the run folder.
         RunStopped: SIGINT or SIGTERM ended the run.
         TrainingDiverged: the run's loss, gradient or weights are not finite any longer.
         TrainingFailed: the run ended with another error.
@@ -89,13 +92,15 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     read, held_out = run_data(recipe)
     folder.make()
     start_ray()
-    status = RunStatus.remote()  # type: ignore[attr-defined]
+    status = start_status()
+    display = ProgressDisplay(status, console)
     checked = start_model_check(recipe, saved)
     resources = worker_resources(recipe, ray.cluster_resources())
     num_steps = -(-read.end_sample // recipe.optim.pairs_per_step)
 
     def begin() -> None:
         resolved, without_sharing = _checked(checked, num_steps)
+        check_data(read, folder, is_new=saved is None)
         (folder.path / RECIPE_FILE).write_text(resolved.to_yaml(), encoding="utf-8")
         folder.push(RECIPE_FILE)
         console.print(_headline(resolved, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
@@ -109,11 +114,13 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
             cpu_threads=resources.cpu_threads,
             max_encoders=resources.max_encoders,
         )
-        ray.get([status.begin.remote([ray.put(config)]), status.update.remote(phase="starting workers")])
+        display.config = ray.put(config)
+        ray.get([status.begin.remote([display.config]), status.update.remote(phase="starting workers")])
 
+    stop = StopSignals(status.request_stop.remote, recipe.checkpoint.stop_timeout_s)
+    lease = Lease(folder, on_lost=stop.abort, wait=console.print)
     # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
-    stop = StopSignals(lambda: status.request_stop.remote(), recipe.checkpoint.stop_timeout_s)
-    with ThreadPoolExecutor(1) as pool, ProgressDisplay(status, console), stop:
+    with stop, lease, ThreadPoolExecutor(1) as pool, display:
         begun = pool.submit(_or_fail, begin, status)
         try:
             _fit(status, recipe, resources, callbacks or [])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.ray_cluster import on_this_node
 from orpo_ray.streaming.pipeline import ENCODE_ENV
 
 
@@ -17,7 +17,7 @@ def start_model_check(recipe: Recipe, saved: Recipe | None) -> ray.ObjectRef:
     """
     task = ray.remote(check_model).options(
         num_cpus=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+        scheduling_strategy=on_this_node(),
         runtime_env=ENCODE_ENV,
         max_retries=0,
     )

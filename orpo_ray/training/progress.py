@@ -13,13 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from orpo_ray.ray_cluster import on_this_node
+
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0  # between lines, if the console is not a terminal
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class RunStatus:
-    """Actor with the latest state of a run, its warnings, and the error, if any, that a restart would repeat."""
+    """Actor with the latest state of a run, its warnings, and the error, if any, that a restart would repeat.
+
+    Start it with `start_status`. If its process dies, Ray starts it again, and `ProgressDisplay` gives it the config.
+    """
 
     def __init__(self) -> None:
         self._state: dict[str, Any] = {"warnings": []}
@@ -50,8 +55,8 @@ class RunStatus:
         self._state["warnings"].append(text)
 
     def state(self) -> dict[str, Any]:
-        """Return the state."""
-        return dict(self._state)
+        """Return the state, and whether the actor has a config."""
+        return self._state | {"has_config": self._config is not None}
 
     def fail(self, error: Exception) -> None:
         """Keep the first error that a restart would repeat."""
@@ -60,6 +65,11 @@ class RunStatus:
     def fatal(self) -> Exception | None:
         """Return the error that a restart would repeat, or None."""
         return self._fatal
+
+
+def start_status() -> Any:
+    """Start a run's `RunStatus` on the driver's node, so that it outlives all others."""
+    return RunStatus.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
 
 
 class StatusLine:
@@ -90,10 +100,14 @@ class ProgressDisplay:
     Args:
         status: handle of the run's `RunStatus` actor.
         console: where to print.
+
+    Attributes:
+        config: reference to what the workers train with, once there is one.
     """
 
     def __init__(self, status: Any, console: Console) -> None:
         self._status, self._console, self._warnings_shown = status, console, 0
+        self.config: ray.ObjectRef | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -144,6 +158,9 @@ class ProgressDisplay:
             state: dict[str, Any] = ray.get(self._status.state.remote(), timeout=5)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             return {}
+        if self.config is not None and not state["has_config"]:
+            self._status.begin.remote([self.config])  # the actor was started again
+            self._warnings_shown = 0
         for text in state["warnings"][self._warnings_shown :]:
             self._console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
         self._warnings_shown = len(state["warnings"])

@@ -48,6 +48,7 @@ class StopSignals:
     def __init__(self, request: Callable[[], None], grace_s: float) -> None:
         self._request, self._grace = request, grace_s
         self.received: int | None = None
+        self._error: BaseException | None = None
         self._before: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
 
@@ -62,7 +63,14 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def abort(self, error: BaseException) -> None:
+        """Raise an error in the main thread, from any thread."""
+        self._error = error
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._error is not None:
+            raise self._error
         if self.received is not None:
             raise RunStopped(self.received, None)
         self.received = number

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.errors import UserError
 from support.commands import orpo_ray_here
 from support.runs import last_step, run, wait_until
 from support.tiny_runs import losses, tiny_recipe
@@ -51,3 +53,33 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
     assert again.returncode == 0, again.stderr
     reference = run(tiny_recipe(tmp_path, "reference", **SECTIONS | {"scaling": {"num_workers": 1}}))
     assert losses(Path(recipe.run_uri)) == pytest.approx(losses(Path(reference.run_uri)), abs=1e-4)
+
+
+def test_two_runs_in_one_folder_and_a_dead_status_actor(ray_cluster: None, tmp_path: Path) -> None:
+    """The second run is refused. The first one goes on, also without the process that its workers report to."""
+    import ray
+    from ray.util.state import list_actors
+
+    recipe = tiny_recipe(tmp_path, "one-writer", optim={"max_steps": 150})
+    said: list[str] = []
+
+    def disturb() -> None:
+        wait_until(lambda: last_step(Path(recipe.run_uri)) >= 2, "step 2")
+        with pytest.raises(UserError) as refused:
+            run(recipe)
+        said.append(str(refused.value))
+        address = ray.get_runtime_context().gcs_address
+        filters = [("class_name", "=", "RunStatus"), ("state", "=", "ALIVE")]
+        actors = list_actors(address, filters=filters, detail=True)
+        newest = max((psutil.Process(actor.pid) for actor in actors), key=lambda process: process.create_time())
+        newest.kill()
+        said.append(f"killed before step {last_step(Path(recipe.run_uri))}")
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    run(recipe)
+    thread.join()
+    assert f"another run writes to this run folder: process {os.getpid()} on" in said[0]
+    assert said[1] != "killed before step 150"
+    assert sorted(losses(Path(recipe.run_uri))) == list(range(1, 151))
+    assert not (Path(recipe.run_uri) / "lease.json").exists()
