@@ -57,7 +57,10 @@ def tiny_model_path(model_id: str) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=cache, prefix=f".tiny-{name}-"))
         disable_progress_bar()
-        family.model().save_pretrained(scratch)
+        model = family.model()
+        # In a process group, transformers would write the files on rank 0 alone.
+        model.should_save_on_this_rank = lambda is_main_process: True
+        model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
         try:
             scratch.rename(folder)

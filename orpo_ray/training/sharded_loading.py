@@ -9,6 +9,7 @@ import torch
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.model.loading import load_model, pick_dtype
+from orpo_ray.tiny_models.build import resolve
 
 
 def load_for_training(recipe: Recipe, device: torch.device) -> torch.nn.Module:
@@ -28,6 +29,7 @@ def load_for_training(recipe: Recipe, device: torch.device) -> torch.nn.Module:
     Raises:
         UserError: the model cannot be loaded, or the recipe does not fit it.
     """
+    resolve(recipe.model.id)  # a tiny model is built whole, before its weights would be divided
     with _dividing(recipe, device):
         return load_model(recipe.model, device, recipe.optim.seed)
 

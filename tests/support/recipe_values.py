@@ -66,7 +66,9 @@ def _of_type(schema: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
     if kind == "object" and "properties" in schema:
         return _section(schema, depth)
     if kind == "object":
-        return st.dictionaries(GOOD_TEXTS | TEXTS, _values(schema["additionalProperties"], depth + 1), max_size=3)
+        value = schema["additionalProperties"]  # True for a mapping to anything
+        values = ANYTHING if value is True else _values(value, depth + 1)
+        return st.dictionaries(GOOD_TEXTS | TEXTS, values, max_size=3)
     if kind == "array":
         return st.lists(_values(schema["items"], depth + 1), max_size=3)
     if kind in ("integer", "number"):

@@ -15,7 +15,7 @@ from orpo_ray.config.yaml_text import MAX_BYTES, MAX_VALUES, parse_yaml
 from orpo_ray.data_report import check, prepare
 from orpo_ray.errors import UserError, preview
 from orpo_ray.export import export
-from orpo_ray.storage import run_folder
+from orpo_ray.storage import lease, run_folder
 
 SECONDS = 2
 BASE = "name: a\nmodel: {id: m}\ndata: {train: t.jsonl}\n"
@@ -125,7 +125,13 @@ def test_a_commit_needs_no_quotes(tmp_path: Path) -> None:
 
 def test_what_a_run_writes_to_its_folder_is_reserved() -> None:
     files = (run_folder.RECIPE_FILE, run_folder.METRICS_FILE, run_folder.BAD_ROWS_FILE, run_folder.FINAL)
-    files += (run_folder.BEST_RECIPE_FILE, run_folder.TRIALS, run_folder.DATA_CHECK_FILE)
+    files += (
+        run_folder.BEST_RECIPE_FILE,
+        run_folder.TRIALS,
+        run_folder.DATA_CHECK_FILE,
+        run_folder.DATA_FILE,
+        lease.LEASE_FILE,
+    )
     assert {*files, check.PAGE_FILE, prepare.PREPARED, export.EXPORT, f"{export.EXPORT}-adapter"} == set(RESERVED_NAMES)
     for name in ("final", "a/b", "a/trials/abc_00000"):
         assert parse_recipe({"name": name, "model": {"id": "m"}, "data": {"train": "t"}}).name == name
