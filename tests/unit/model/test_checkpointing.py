@@ -33,8 +33,10 @@ def test_every_mode_has_the_same_gradients(family: str, lora: bool) -> None:
 
 @pytest.mark.parametrize("family", ["smolvlm", "llava_next", "qwen2_5_vl"])
 @pytest.mark.parametrize("mode", MODES)
-def test_backward_does_not_reach_a_frozen_vision_encoder(family: str, mode: Checkpointing) -> None:
-    config = ModelConfig(id=f"orpo-ray/tiny-{family}", lora=LoraConfig(), gradient_checkpointing=mode)
+def test_backward_does_not_reach_a_frozen_vision_encoder(
+    folders: dict[str, str], family: str, mode: Checkpointing
+) -> None:
+    config = ModelConfig(id=folders[family], lora=LoraConfig(), gradient_checkpointing=mode)
     model = PairModel(load_model(config, torch.device("cpu"), seed=0), NORM)
     batch = build_batch(make_row(family, ROW), "response", model.layout, collate=model.family.collate)
     features = model._encode_images(without_adapters(model.model), batch)
