@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -18,11 +18,12 @@ from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import encoder_of, run_data
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.errors import OrpoRayError
+from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import is_remote, locate
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
+from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay, RunStatus
@@ -32,6 +33,9 @@ from orpo_ray.training.stopping import RunStopped, StopSignals
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10
+# Ray Train's record of checkpoints. A worker reports no checkpoints to it, but an earlier version of orpo-ray did, and
+# Ray Train would refuse to start where the record does not fit the folders.
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 class TrainingFailed(OrpoRayError):
@@ -67,13 +71,16 @@ class _RunTrainer(DataParallelTrainer):
         """Leave signals to `StopSignals`; Ray Train's own handler ends a run without a checkpoint."""
 
 
-def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
-    """Train a recipe to its end. If its run folder holds a checkpoint, resume from there.
+def launch_training(
+    recipe: Recipe, console: Console, callbacks: list[Any] | None = None, from_checkpoint: str | None = None
+) -> RunSummary:
+    """Train a recipe to its end. If its run folder holds a whole checkpoint, resume from the newest.
 
     Args:
         recipe: the recipe.
         console: where to print.
         callbacks: callbacks for Ray Train.
+        from_checkpoint: name, path or URI of the checkpoint to resume from instead; newer ones are deleted.
 
     Raises:
         UserError: the recipe, its data, model or cluster do not work.
@@ -85,9 +92,19 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     folder = RunFolder(recipe.run_uri)
     saved = check_run_folder(recipe, folder)
     if saved and folder.has_model(FINAL):
+        if from_checkpoint is not None:
+            raise UserError(
+                f"the run is finished; {folder.uri}/{FINAL} holds its model",
+                field=FROM_CHECKPOINT,
+                value=from_checkpoint,
+                fix=f"delete {FINAL}/ to train again from that checkpoint",
+            )
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     read, held_out = run_data(recipe)
     folder.make()
+    if from_checkpoint is not None:
+        choose_by_hand(folder, from_checkpoint)
+    folder.delete(RAY_SNAPSHOT)
     start_ray()
     status = RunStatus.remote()  # type: ignore[attr-defined]
     checked = start_model_check(recipe, saved)
@@ -156,7 +173,6 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         run_config=RunConfig(
             **storage_of(recipe),
             failure_config=FailureConfig(max_failures=recipe.scaling.max_failures, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoint.keep),
             callbacks=callbacks,
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
