@@ -270,7 +270,7 @@ class CheckpointConfig(Config):
     every_steps: Annotated[int, Field(ge=1), NUMBER] | None = None
     """Steps between checkpoints. By default, about ten checkpoints per run."""
     keep: Int = Field(2, ge=1)
-    """Number of most recent checkpoints to keep."""
+    """Number of most recent checkpoints to keep. While one is saved, a disk holds one more."""
     stop_timeout_s: float = Field(600.0, gt=0)
     """Seconds that a run has to save a checkpoint and end, after SIGINT (Ctrl-C) or SIGTERM. A second signal ends the
     run at once."""

@@ -14,12 +14,14 @@ from pathlib import Path
 
 from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import RunFolder
-from orpo_ray.training.manifest import Damage, check_content, check_sizes
+from orpo_ray.training.manifest import Damage, check_content, check_sizes, manifest_name
 
 PREFIX = "checkpoint_"
 SAVING = ".saving"
 """Folder in a local run folder where workers write what they have not published yet."""
 FROM_CHECKPOINT = "--from-checkpoint"
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's record of checkpoints, which earlier versions of this package had it write."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,24 @@ def choose_by_hand(run: RunFolder, wanted: str) -> None:
         )
     for newer in names[: names.index(name)]:
         run.delete(newer)
+
+
+def forget_ray_snapshot(run: RunFolder) -> None:
+    """Delete an earlier version's record by Ray Train, which refuses to start where it does not fit the folders.
+
+    Raises:
+        UserError: an earlier version wrote all checkpoints of the run, so none has a manifest.
+    """
+    if not run.has(RAY_SNAPSHOT):
+        return
+    names = checkpoint_names(run)
+    if names and not any(run.has(f"{name}/{manifest_name(0)}") for name in names):
+        raise UserError(
+            "an earlier version of orpo-ray wrote the run's checkpoints",
+            field=run.uri,
+            fix="finish the run with that version, or start a new run under another name (name=...)",
+        )
+    run.delete(RAY_SNAPSHOT)
 
 
 def clean(run: RunFolder, chosen: str, keep: int) -> None:

@@ -23,7 +23,7 @@ from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import is_remote, locate
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
-from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand
+from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay, RunStatus
@@ -33,9 +33,6 @@ from orpo_ray.training.stopping import RunStopped, StopSignals
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10
-# Ray Train's record of checkpoints. A worker reports no checkpoints to it, but an earlier version of orpo-ray did, and
-# Ray Train would refuse to start where the record does not fit the folders.
-RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 class TrainingFailed(OrpoRayError):
@@ -104,7 +101,7 @@ def launch_training(
     folder.make()
     if from_checkpoint is not None:
         choose_by_hand(folder, from_checkpoint)
-    folder.delete(RAY_SNAPSHOT)
+    forget_ray_snapshot(folder)
     start_ray()
     status = RunStatus.remote()  # type: ignore[attr-defined]
     checked = start_model_check(recipe, saved)

@@ -15,8 +15,8 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.jsonl import read_jsonl
-from orpo_ray.training.checkpoint_choice import checkpoint_names, inspect
-from orpo_ray.training.launch import RAY_SNAPSHOT, launch_training
+from orpo_ray.training.checkpoint_choice import RAY_SNAPSHOT, checkpoint_names, inspect
+from orpo_ray.training.launch import launch_training
 from orpo_ray.training.saving import SaveFailed
 from support.runs import run
 from support.small_disk import small_disk

@@ -18,12 +18,14 @@ from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.storage.scratch import clear_dead_scratch, make_scratch
 from orpo_ray.training.checkpoint_choice import (
+    RAY_SNAPSHOT,
     SAVING,
     checkpoint_names,
     choose_by_hand,
     choose_newest,
     clean,
     clear_saving,
+    forget_ray_snapshot,
     inspect,
     new_name,
     prune,
@@ -146,6 +148,20 @@ def test_cleaning_keeps_the_chosen_and_the_complete_ones_before_it(run: RunFolde
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint_0009", "checkpoint_0015"]
     clean(run, name, keep=1)
     assert checkpoint_names(run) == ["checkpoint_0015"]
+
+
+def test_a_run_of_an_earlier_version_is_left_alone(run: RunFolder) -> None:
+    snapshot = run.path / RAY_SNAPSHOT
+    snapshot.write_text('{"torn')
+    forget_ray_snapshot(run)
+    assert not snapshot.exists()
+    for manifest in run.path.glob("*/manifest-*"):
+        manifest.unlink()
+    forget_ray_snapshot(run)
+    snapshot.write_text("{}")
+    with pytest.raises(UserError, match="an earlier version"):
+        forget_ray_snapshot(run)
+    assert snapshot.exists()
 
 
 def test_names_follow_each_other_and_the_oldest_are_pruned(run: RunFolder) -> None:

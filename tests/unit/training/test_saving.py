@@ -74,7 +74,7 @@ def test_a_disk_that_refuses_is_one_message(disk: SmallDisk) -> None:
     saver = saver_of(str(disk.path))
     save_step(saver, 1)
     disk.remount("ro")
-    with pytest.raises(SaveFailed, match="step 2 was not saved: .*Read-only file system"):
+    with pytest.raises(SaveFailed, match=r"step 2 was not saved: .*Read-only file system"):
         save_step(saver, 2)
     disk.remount("rw")
     assert saved_steps(disk) == [1]
