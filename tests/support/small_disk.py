@@ -35,4 +35,5 @@ def small_disk(path: Path, num_bytes: int) -> Iterator[SmallDisk]:
     try:
         yield SmallDisk(path)
     finally:
-        subprocess.run(["umount", str(path)], check=True)
+        # Lazily: a test that failed may still have a file open there.
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
