@@ -80,12 +80,24 @@ def common(
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    from_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Resume from this checkpoint of the run, by name or path, instead of the newest whole one. Newer ones "
+            "are deleted.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Train a model; run the same command again to resume."""
     loaded = _load_for_ray(recipe, overrides)
     from orpo_ray.training.launch import launch_training
 
-    print_trained(launch_training(loaded, console))
+    print_trained(launch_training(loaded, console, from_checkpoint=from_checkpoint))
 
 
 @app.command()

@@ -283,13 +283,14 @@ class CheckpointConfig(Config):
     every_steps: Annotated[int, Field(ge=1), NUMBER] | None = None
     """Steps between checkpoints. By default, about ten checkpoints per run."""
     keep: Int = Field(2, ge=1)
-    """Number of most recent checkpoints to keep."""
+    """Number of most recent checkpoints to keep. While one is saved, a disk holds one more."""
     stop_timeout_s: Annotated[float, Field(gt=0), NUMBER] = 600.0
     """Seconds that a run has to save a checkpoint and end, after SIGINT (Ctrl-C) or SIGTERM. A second signal ends the
     run at once."""
     scratch: PathText | None = None
-    """Folder on the disk of each node, where workers write a checkpoint before they upload it. A run ends at its start
-    if a checkpoint does not fit there. By default, the system's folder for temporary files (`TMPDIR`)."""
+    """Folder on the disk of each node, where workers write a checkpoint before they upload it to an object store. A run
+    ends at its start if a checkpoint does not fit there. By default, the system's folder for temporary files
+    (`TMPDIR`)."""
 
     @field_validator("scratch")
     @classmethod

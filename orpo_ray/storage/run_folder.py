@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from orpo_ray.errors import UserError
 from orpo_ray.storage.files import is_remote, list_files, locate, read_bytes, with_retries
+from orpo_ray.storage.scratch import make_scratch
 
 # Names in a run folder.
 RECIPE_FILE = "recipe.yaml"
@@ -46,7 +47,7 @@ class RunFolder:
         self.uri = uri
         self.is_remote = is_remote(uri)
         if self.is_remote:
-            self.path = Path(tempfile.mkdtemp(prefix="orpo-ray-"))
+            self.path = make_scratch()
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         else:
             self.path = Path(uri)
@@ -84,7 +85,7 @@ class RunFolder:
     def pull(self, *names: str) -> None:
         """Download files and folders into the local mirror. Names that do not exist are skipped."""
         for name in names:
-            for file, size in self._list_sizes(name) if self.is_remote else []:
+            for file, size in self.list_sizes(name) if self.is_remote else []:
                 target = self.path / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("wb") as local:
@@ -96,7 +97,47 @@ class RunFolder:
         """Upload files from the local mirror, replacing existing ones."""
         for name in names:
             if self.is_remote and (self.path / name).exists():
-                self._upload(self.path / name, self._remote_path(name))
+                self._upload(self.path / name, self._path_in_store(name))
+
+    def list_folders(self) -> list[str]:
+        """Return the names of the folders in the run folder."""
+        filesystem, root = locate(self.uri, "checkpoint.storage")
+        found = with_retries(filesystem.get_file_info, pafs.FileSelector(root, allow_not_found=True))
+        return [info.base_name for info in found if info.type == pafs.FileType.Directory]
+
+    def list_sizes(self, name: str) -> list[tuple[str, int]]:
+        """Return (name, bytes) of a file, or of all files in a folder; an empty list if it does not exist."""
+        filesystem, _ = locate(self.uri, "checkpoint.storage")
+        root = self._path_in_store(name)
+        found = [with_retries(filesystem.get_file_info, root)]
+        if found[0].type == pafs.FileType.Directory:
+            found = with_retries(filesystem.get_file_info, pafs.FileSelector(root, recursive=True))
+        return [(name + info.path.removeprefix(root), info.size) for info in found if info.type == pafs.FileType.File]
+
+    def read_chunks(self, name: str, chunk_bytes: int) -> Iterator[bytes]:
+        """Yield the bytes of a file in order. Raises OSError."""
+        if not self.is_remote:
+            with (self.path / name).open("rb") as file:
+                while chunk := file.read(chunk_bytes):
+                    yield chunk
+            return
+        for path, size in self.list_sizes(name):
+            for offset in range(0, size, DOWNLOAD_CHUNK_BYTES):
+                yield read_bytes(f"{self.uri}/{path}", offset, min(DOWNLOAD_CHUNK_BYTES, size - offset))
+
+    def upload(self, local: Path, name: str) -> None:
+        """Upload a file to a remote run folder, under any name. Raises OSError."""
+        self._upload(local, self._path_in_store(name))
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder, if it exists. Raises OSError."""
+        filesystem, _ = locate(self.uri, "checkpoint.storage")
+        path = self._path_in_store(name)
+        kind = with_retries(filesystem.get_file_info, path).type
+        if kind == pafs.FileType.Directory:
+            with_retries(filesystem.delete_dir, path)
+        elif kind == pafs.FileType.File:
+            with_retries(filesystem.delete_file, path)
 
     def move_model(self, scratch: Path, name: str) -> None:
         """Move a model folder from `scratch` into the run folder as `name`, replacing an existing one.
@@ -107,29 +148,18 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
             scratch.rename(self.path / name)
             return
-        if self.has(name):
-            filesystem, _ = locate(self.uri, "checkpoint.storage")
-            with_retries(filesystem.delete_dir, self._remote_path(name))
+        self.delete(name)
         for file in sorted(scratch.iterdir(), key=lambda file: file.name in COMPLETION_FILES):
-            self._upload(file, self._remote_path(f"{name}/{file.name}"))
+            self._upload(file, self._path_in_store(f"{name}/{file.name}"))
         shutil.rmtree(scratch)
 
-    def _list_sizes(self, name: str) -> list[tuple[str, int]]:
-        """Return (name, bytes) of a file, or of all files in a folder."""
-        filesystem, _ = locate(self.uri, "checkpoint.storage")
-        root = self._remote_path(name)
-        found = [with_retries(filesystem.get_file_info, root)]
-        if found[0].type == pafs.FileType.Directory:
-            found = with_retries(filesystem.get_file_info, pafs.FileSelector(root, recursive=True))
-        return [(name + info.path.removeprefix(root), info.size) for info in found if info.type == pafs.FileType.File]
-
-    def _remote_path(self, name: str) -> str:
+    def _path_in_store(self, name: str) -> str:
         """Return the path of a file on the run folder's filesystem."""
         return locate(f"{self.uri}/{name}", "checkpoint.storage")[1]
 
     def _file_type(self, name: str) -> pafs.FileType:
         filesystem, _ = locate(self.uri, "checkpoint.storage")
-        return with_retries(filesystem.get_file_info, self._remote_path(name)).type
+        return with_retries(filesystem.get_file_info, self._path_in_store(name)).type
 
     def _upload(self, local: Path, remote: str) -> None:
         filesystem, _ = locate(self.uri, "checkpoint.storage")

@@ -1,12 +1,10 @@
-"""Save and load checkpoints, which hold the engine's state and the data position, and save the final model."""
+"""The data position that a checkpoint holds, loading a checkpoint, and saving the final model."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import is_adapted
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.processor import load_processor
+from orpo_ray.storage.files import locate
 from orpo_ray.storage.run_folder import FINAL, RunFolder
 from orpo_ray.training.divergence import TrainingDiverged
 from orpo_ray.training.engine import Engine
@@ -50,74 +49,29 @@ class Position:
     """Loss of the run's first step."""
 
 
-def check_scratch(engine: Engine, folder: str | None, workers_of_node: int) -> None:
-    """Check that a checkpoint fits into the scratch folder.
+def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: ReadSpec) -> Position:
+    """Load a checkpoint of the run into the engine. A collective.
 
     Args:
-        engine: the engine of this worker.
-        folder: the recipe's `checkpoint.scratch`.
-        workers_of_node: workers that write into it at the same time.
-
-    Raises:
-        UserError: it does not fit, or the folder cannot be made.
-    """
-    path = Path(folder or tempfile.gettempdir())
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path).free
-    except OSError as error:
-        raise UserError(
-            f"cannot use the scratch folder: {error}",
-            field="checkpoint.scratch",
-            value=str(path),
-            fix="give a folder on the disk of each node that the workers can write to",
-        ) from None
-    needed = engine.checkpoint_bytes * workers_of_node
-    if needed > free:
-        raise UserError(
-            f"a checkpoint needs about {needed:,} bytes there, and {free:,} are free",
-            field="checkpoint.scratch",
-            value=str(path),
-            fix="free some space, or give a folder on a larger disk of each node",
-        )
-
-
-def save_checkpoint(
-    engine: Engine, position: Position, metrics: Mapping[str, float], scratch_folder: str | None
-) -> None:
-    """Report a checkpoint with the engine's state and the position to Ray Train. A collective.
-
-    Raises:
-        TrainingDiverged: a weight is not finite; the checkpoints before stay.
-    """
-    if not engine.has_finite_weights():
-        raise TrainingDiverged(f"a weight is not finite after step {position.step:,}; the last checkpoint is kept")
-    rank = ray.train.get_context().get_world_rank()
-    with tempfile.TemporaryDirectory(dir=scratch_folder) as scratch:
-        # Every worker writes into its own folder; Ray Train merges the folders into one checkpoint.
-        engine.save(Path(scratch))
-        if rank == 0:
-            (Path(scratch) / POSITION_FILE).write_text(json.dumps(asdict(position)))
-        ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(scratch))
-
-
-def load_latest(engine: Engine, recipe: Recipe, read: ReadSpec) -> Position:
-    """Load the run's latest checkpoint, if it has one, into the engine. A collective.
+        name: of the checkpoint, which is whole; None for a run that begins.
+        engine: the engine.
+        recipe: the resolved recipe.
+        read: the training rows.
 
     Returns:
         The checkpoint's position, or that of a new run.
 
     Raises:
-        UserError: the checkpoint was written with other data, another ZeRO stage, or, above stage 0, another number of
-            workers.
+        UserError: the checkpoint was written with other data, another ZeRO stage, another version, or, above stage 0,
+            another number of workers.
     """
-    checkpoint, num_rows = ray.train.get_checkpoint(), read.order.num_rows
+    num_rows, stage = read.order.num_rows, recipe.deepspeed.zero_stage
     num_workers = ray.train.get_context().get_world_size()
-    stage = recipe.deepspeed.zero_stage
-    if checkpoint is None:
+    if name is None:
         return Position(num_rows=num_rows, data=read.digest, num_workers=num_workers, zero_stage=stage)
-    with checkpoint.as_directory() as folder:
-        position = Position(**json.loads((Path(folder) / POSITION_FILE).read_text()))
+    filesystem, path = locate(f"{recipe.run_uri}/{name}", "checkpoint.storage")
+    with ray.train.Checkpoint(path, filesystem).as_directory() as folder:
+        position = _read_position(Path(folder) / POSITION_FILE)
         if stage != position.zero_stage:
             raise UserError(
                 f"the run's checkpoint was written with ZeRO stage {position.zero_stage}",
@@ -146,6 +100,17 @@ def load_latest(engine: Engine, recipe: Recipe, read: ReadSpec) -> Position:
             )
         engine.load(Path(folder))
     return replace(position, num_workers=num_workers)
+
+
+def _read_position(path: Path) -> Position:
+    try:
+        return Position(**json.loads(path.read_text()))
+    except (TypeError, ValueError):
+        raise UserError(
+            "the run's checkpoint was written by another version of orpo-ray",
+            field=str(path),
+            fix="finish the run with that version, or start a new run under another name (name=...)",
+        ) from None
 
 
 def save_final(engine: Engine, model: PairModel, recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -18,12 +18,13 @@ from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import encoder_of, run_data
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.errors import OrpoRayError
+from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.ray_cluster import start_ray
 from orpo_ray.storage.files import is_remote, locate
 from orpo_ray.storage.lease import Lease
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
+from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
 from orpo_ray.training.data_identity import check_data
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
@@ -69,13 +70,16 @@ class _RunTrainer(DataParallelTrainer):
         """Leave signals to `StopSignals`; Ray Train's own handler ends a run without a checkpoint."""
 
 
-def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | None = None) -> RunSummary:
-    """Train a recipe to its end. If its run folder holds a checkpoint, resume from there.
+def launch_training(
+    recipe: Recipe, console: Console, callbacks: list[Any] | None = None, from_checkpoint: str | None = None
+) -> RunSummary:
+    """Train a recipe to its end. If its run folder holds a whole checkpoint, resume from the newest.
 
     Args:
         recipe: the recipe.
         console: where to print.
         callbacks: callbacks for Ray Train.
+        from_checkpoint: name, path or URI of the checkpoint to resume from instead; newer ones are deleted.
 
     Raises:
         UserError: the recipe, its data, model or cluster do not work, or another run writes to the run folder.
@@ -88,6 +92,13 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
     folder = RunFolder(recipe.run_uri)
     saved = check_run_folder(recipe, folder)
     if saved and folder.has_model(FINAL):
+        if from_checkpoint is not None:
+            raise UserError(
+                f"the run is finished; {folder.uri}/{FINAL} holds its model",
+                field=FROM_CHECKPOINT,
+                value=from_checkpoint,
+                fix=f"delete {FINAL}/ to train again from that checkpoint",
+            )
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     read, held_out = run_data(recipe)
     folder.make()
@@ -119,13 +130,17 @@ def launch_training(recipe: Recipe, console: Console, callbacks: list[Any] | Non
 
     stop = StopSignals(status.request_stop.remote, recipe.checkpoint.stop_timeout_s)
     lease = Lease(folder, on_lost=stop.abort, wait=console.print)
-    # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
-    with stop, lease, ThreadPoolExecutor(1) as pool, display:
-        begun = pool.submit(_or_fail, begin, status)
-        try:
-            _fit(status, recipe, resources, callbacks or [])
-        finally:
-            begun.result()  # its own error says more than that of the workers
+    with stop, lease:
+        if from_checkpoint is not None:
+            choose_by_hand(folder, from_checkpoint)
+        forget_ray_snapshot(folder)
+        # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
+        with ThreadPoolExecutor(1) as pool, display:
+            begun = pool.submit(_or_fail, begin, status)
+            try:
+                _fit(status, recipe, resources, callbacks or [])
+            finally:
+                begun.result()  # its own error says more than that of the workers
     if stop.received is not None and not folder.has_model(FINAL):
         raise RunStopped(stop.received, ray.get(status.state.remote()).get("stopped_at"))
     return RunSummary(folder.uri, last_metrics(folder))
@@ -163,7 +178,6 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         run_config=RunConfig(
             **storage_of(recipe),
             failure_config=FailureConfig(max_failures=recipe.scaling.max_failures, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=recipe.checkpoint.keep),
             callbacks=callbacks,
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),

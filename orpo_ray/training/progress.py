@@ -51,8 +51,9 @@ class RunStatus:
         self._state["phase"] = "stopping: saving a checkpoint"
 
     def warn(self, text: str) -> None:
-        """Add a warning for the console."""
-        self._state["warnings"].append(text)
+        """Add a warning for the console. One that is repeated is shown once."""
+        if text not in self._state["warnings"]:
+            self._state["warnings"].append(text)
 
     def state(self) -> dict[str, Any]:
         """Return the state, and whether the actor has a config."""

@@ -26,11 +26,12 @@ from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
 from orpo_ray.training.auto_checkpointing import with_checkpointing
-from orpo_ray.training.checkpoint import check_scratch, load_latest, save_checkpoint, save_final
+from orpo_ray.training.checkpoint import load_checkpoint, save_final
 from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.divergence import DivergenceGuard, skipped_message
 from orpo_ray.training.engine import Engine, make_engine
 from orpo_ray.training.progress import StatusLine
+from orpo_ray.training.saving import Saver
 from orpo_ray.training.sharded_loading import load_for_training
 from orpo_ray.training.worker_start import WorkerConfig
 
@@ -40,11 +41,12 @@ _STOP = "stop"  # name of a sum over workers, beside those of the objective
 class Worker:
     """One training process."""
 
-    def __init__(self, config: WorkerConfig, feed: Take | None = None) -> None:
+    def __init__(self, config: WorkerConfig, checkpoint: str | None, feed: Take | None) -> None:
         """Set up the model, the engine and the position.
 
         Args:
             config: what the driver decided.
+            checkpoint: name of the checkpoint to go on from; None for a run that begins.
             feed: for a run without a checkpoint, the source of its steps, whose data is already being read.
         """
         context = ray.train.get_context()
@@ -66,8 +68,8 @@ class Worker:
         budget = self.recipe.optim.tokens_per_microbatch
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
-        check_scratch(self.engine, self.recipe.checkpoint.scratch, context.get_local_world_size())
-        self.position = load_latest(self.engine, self.recipe, config.train)
+        self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.get_local_world_size())
+        self.position = load_checkpoint(checkpoint, self.engine, self.recipe, config.train)
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()
         self.guard = DivergenceGuard(self.position.first_loss, self.position.skipped)
@@ -116,7 +118,8 @@ class Worker:
 
     def _save(self, metrics: dict[str, float]) -> None:
         self.tracker.flush()
-        save_checkpoint(self.engine, self.position, metrics, self.recipe.checkpoint.scratch)
+        self.saver.save(self.engine, self.position)
+        ray.train.report(metrics)
 
     def _steps(self) -> Generator[StepPlan]:
         """Yield each step, made ahead in a thread. The thread ends when this iterator is closed."""

@@ -6,6 +6,7 @@ imports torch, transformers and DeepSpeed, which takes seconds.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
+from ray.train.collective import broadcast_from_rank_zero
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError
+from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.storage.scratch import clear_dead_scratch
+from orpo_ray.training.checkpoint_choice import choose_newest, clean, clear_saving
 
 if TYPE_CHECKING:
     from orpo_ray.streaming.steps import Take
@@ -48,6 +53,10 @@ class WorkerConfig:
     """Encoding tasks at a time, for all workers together."""
 
 
+class DiskFull(OrpoRayError):
+    """A file of the run, other than a checkpoint, could not be written."""
+
+
 def train_worker(config: dict[str, Any]) -> None:
     """Train as one worker of a run.
 
@@ -65,16 +74,48 @@ def train_worker(config: dict[str, Any]) -> None:
     if worker_config is None:
         return
     try:
-        feed = _feed_from_the_start(worker_config) if ray.train.get_checkpoint() is None else None
+        checkpoint = _agreed_checkpoint(worker_config)
+        feed = _feed_from_the_start(worker_config) if checkpoint is None else None
         from orpo_ray.training.process_group import join_process_group, leave_process_group
         from orpo_ray.training.worker import Worker
 
         join_process_group(parse_recipe(worker_config.recipe).scaling.timeout_s)
-        Worker(worker_config, feed).run()
+        Worker(worker_config, checkpoint, feed).run()
         leave_process_group()
     except OrpoRayError as error:
         ray.get(worker_config.status.fail.remote(error))
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = DiskFull(
+            f"a disk is full: {error}\n  fix: make room; the same command goes on from the latest checkpoint"
+        )
+        ray.get(worker_config.status.fail.remote(full))
+        raise full from error
+
+
+def _agreed_checkpoint(config: WorkerConfig) -> str | None:
+    """Return the name of the checkpoint that all workers go on from, or None. A collective.
+
+    Rank 0 chooses, and deletes what no run needs any longer: damaged checkpoints, old ones, and the scratch of workers
+    that were killed.
+    """
+    context = ray.train.get_context()
+    recipe = parse_recipe(config.recipe)
+    if context.get_local_rank() == 0:
+        clear_dead_scratch(recipe.checkpoint.scratch)
+    name = None
+    if context.get_world_rank() == 0:
+        run = RunFolder(recipe.run_uri)
+        clear_saving(run)
+        name = choose_newest(run, lambda text: ray.get(config.status.warn.remote(text)))
+        if name is not None:
+            clean(run, name, recipe.checkpoint.keep)
+    if context.get_world_size() == 1:
+        return name
+    agreed: str | None = broadcast_from_rank_zero(name)
+    return agreed
 
 
 def prefer_expandable_segments() -> None:

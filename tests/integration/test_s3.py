@@ -26,7 +26,9 @@ from orpo_ray.export.export import ExportOptions, export_run
 from orpo_ray.model.loading import load_model
 from orpo_ray.storage.files import TooLarge, image_folder, locate, read_bytes
 from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.training.checkpoint_choice import checkpoint_names, choose_by_hand, choose_newest, clean, inspect
 from orpo_ray.training.launch import launch_training
+from support.endless_saves import save_step, saver_of
 from support.finished_runs import finished_run
 from support.runs import last_step, wait_until
 from support.s3_server import BUCKET, Faults, s3_server
@@ -121,6 +123,31 @@ def test_a_remote_run_folder_grows_by_pushes(s3: Faults, tmp_path: Path) -> None
     mirror = again.path
     del again
     assert not mirror.exists()
+
+
+def test_checkpoints_in_s3_prove_themselves_too(s3: Faults) -> None:
+    saver, run = saver_of(f"s3://{BUCKET}/proved"), RunFolder(f"s3://{BUCKET}/proved/run")
+    s3.active = True
+    for step in (1, 2):
+        save_step(saver, step)
+    newest, before = checkpoint_names(run)
+    assert [inspect(run, name).step for name in (newest, before)] == [2, 1]
+    s3.active = False
+    filesystem, path = locate(f"{run.uri}/{newest}/engine/4.pt")
+    with filesystem.open_output_stream(path) as file:
+        file.write(bytes([4]) * 99_999 + b"!")
+    warnings: list[str] = []
+    assert choose_newest(run, warnings.append) == before
+    assert warnings == [
+        f"checkpoint {run.uri}/{newest} is not used: engine/4.pt has another checksum than when it was written"
+    ]
+    filesystem.delete_file(path)
+    assert inspect(run, newest).damage == "engine/4.pt is missing"
+    with pytest.raises(UserError, match=f"{before}: step 1, whole"):
+        choose_by_hand(run, newest)
+    clean(run, before, keep=2)
+    assert checkpoint_names(run) == [before]
+    assert choose_newest(RunFolder(f"s3://{BUCKET}/proved/none"), warnings.append) is None
 
 
 def test_a_run_in_s3_is_exported_there(s3: Faults, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
-from orpo_ray.training.checkpoint import check_scratch
+from orpo_ray.training.saving import check_scratch
 from support.engine_memory import end_engine
 from support.engines_by_hand import Training, recipe_of
 from support.worker_group import worker_group

@@ -1,0 +1,45 @@
+"""A process that saves checkpoints until it is killed."""
+
+from __future__ import annotations
+
+import itertools
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import cast
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.training.checkpoint import Position
+from orpo_ray.training.engine import Engine
+from orpo_ray.training.saving import Saver
+
+
+class FiveFiles:
+    """What a `Saver` needs of an engine."""
+
+    checkpoint_bytes = 500_000
+
+    def has_finite_weights(self) -> bool:
+        return True
+
+    def save(self, folder: Path) -> None:
+        (folder / "engine").mkdir()
+        for number in range(5):
+            (folder / "engine" / f"{number}.pt").write_bytes(bytes([number]) * 100_000)
+
+
+def saver_of(storage: str) -> Saver:
+    """Return the saver of a run `<storage>/run` with one worker."""
+    raw = {"name": "run", "model": {"id": "orpo-ray/tiny-smolvlm"}, "data": {"train": "easy-vqa:train"}}
+    recipe = parse_recipe(raw | {"checkpoint": {"storage": storage}})
+    return Saver(recipe, cast(Engine, FiveFiles()), rank=0, num_workers=1, workers_of_node=1)
+
+
+def save_step(saver: Saver, step: int) -> None:
+    saver.save(cast(Engine, FiveFiles()), Position(step=step))
+
+
+def save_for_ever(storage: str, first: int, ready: Connection) -> None:
+    saver = saver_of(storage)
+    ready.send(True)
+    for step in itertools.count(first):
+        save_step(saver, step)
