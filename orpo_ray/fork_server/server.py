@@ -22,6 +22,8 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy
 
@@ -49,6 +51,19 @@ def preload(modules: Iterable[str]) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
+
+
+def preload_ray() -> None:
+    """Import Ray and what imports it, without use of Ray's random generator, whose state forks would share.
+
+    Two workers that draw the same identifiers, say of a task, end an actor that both of them call.
+    """
+    import ray.actor
+
+    kind: Any = ray.actor.ActorClassID
+    # `@ray.remote` draws one for each class.
+    vars(ray.actor)["ActorClassID"] = SimpleNamespace(from_random=lambda: kind(os.urandom(kind.size())))
+    preload(WITH_RAY)
 
 
 class Server:
@@ -87,7 +102,7 @@ class Server:
         """Fork; return the process id, and 0 in the fork."""
         if "ray" not in sys.modules:
             os.environ.update(request.environment)
-            preload(WITH_RAY)
+            preload_ray()
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)

@@ -140,3 +140,31 @@ def test_the_server_ends_with_its_driver_and_launchers_go_on_without_a_server(tm
     wait_until(lambda: not Path(f"/proc/{server[0]}").exists(), "the end of the server")
     orphan = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert "can't open file '/no/setup_worker.py'" in orphan.stderr
+
+
+DRAWS_IDENTIFIERS = """
+import os, threading
+from orpo_ray.fork_server.server import preload_ray
+
+preload_ray()
+from ray import ObjectRef
+
+def draw():
+    print(ObjectRef.from_random().hex(), flush=True)
+
+for _ in range(2):
+    if os.fork() == 0:
+        draw()
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join()
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_forks_draw_different_identifiers() -> None:
+    done = subprocess.run([sys.executable, "-c", DRAWS_IDENTIFIERS], capture_output=True, text=True, check=True)
+    drawn = done.stdout.split()
+    assert len(drawn) == 4
+    assert len(set(drawn)) == 4
