@@ -188,7 +188,7 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> Non
     upload(tmp_path / "data", "data")
     sections: dict[str, Any] = {
         "data": {"train": f"s3://{BUCKET}/data/train.jsonl", "eval": f"s3://{BUCKET}/data/test.jsonl"},
-        "checkpoint": {"storage": f"s3://{BUCKET}/runs", "every_steps": 5},
+        "checkpoint": {"storage": f"s3://{BUCKET}/runs", "every_steps": 5, "scratch": str(tmp_path / "scratch")},
         "optim": {"max_steps": 20},
     }
     recipe = tiny_recipe(tmp_path, "remote", **sections)
@@ -207,6 +207,7 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> Non
     again = subprocess.run(whole, env=without_cluster(), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert f"s3://{BUCKET}/runs/remote" in again.stderr
+    assert (tmp_path / "scratch").is_dir()
     assert launch_training(recipe, Console(file=io.StringIO())).was_finished
     folder.pull("metrics.jsonl", "final", "recipe.yaml")
     assert sorted(losses(folder.path)) == list(range(1, 21))

@@ -200,11 +200,9 @@ def test_lora_trains_resumes_and_leaves_adapters(ray_cluster: None, tmp_path: Pa
     deepspeed |= {"config": {"zero_optimization": {"sub_group_size": 10_000}}}
     whole = run(tiny_recipe(tmp_path, "whole", model=section, optim=optim, deepspeed=deepspeed, **held_out))
     assert {"eval/grounding_gap", "eval/rewards/margins"} <= set(whole.metrics)
-    checkpoint = {"every_steps": 3, "scratch": str(tmp_path / "scratch")}
-    killed = tiny_recipe(tmp_path, "killed", model=section, optim=optim, checkpoint=checkpoint)
+    killed = tiny_recipe(tmp_path, "killed", model=section, optim=optim, checkpoint={"every_steps": 3})
     with one_worker_killed(killed):
         run(killed)
-    assert (tmp_path / "scratch").is_dir()
     same_curve(Path(killed.run_uri), losses(Path(whole.run_uri)))
     finals = [Path(uri) / "final" for uri in (whole.run_uri, killed.run_uri)]
     adapters, others = [load_file(final / "adapter_model.safetensors") for final in finals]
@@ -312,4 +310,4 @@ def test_what_does_not_fit_the_cluster_is_said_before_it_starts(
 
 def test_the_resolved_recipe_is_saved(reference: dict[int, float], storage: Path) -> None:
     saved = yaml.safe_load((storage / "reference" / "recipe.yaml").read_text())
-    assert saved["checkpoint"] == {"storage": str(storage), "every_steps": 100, "keep": 2}
+    assert saved["checkpoint"].items() >= {"storage": str(storage), "every_steps": 100, "keep": 2}.items()
