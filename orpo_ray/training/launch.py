@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,10 +104,10 @@ def launch_training(
     read, held_out = run_data(recipe)
     folder.make()
     start_ray()
+    resources = worker_resources(recipe, ray.cluster_resources())
     status = start_status()
     display = ProgressDisplay(status, console)
     checked = start_model_check(recipe, saved)
-    resources = worker_resources(recipe, ray.cluster_resources())
     num_steps = -(-read.end_sample // recipe.optim.pairs_per_step)
 
     def begin() -> None:
@@ -130,19 +131,23 @@ def launch_training(
 
     stop = StopSignals(status.request_stop.remote, recipe.checkpoint.stop_timeout_s)
     lease = Lease(folder, on_lost=stop.abort, wait=console.print)
-    with stop, lease:
-        if from_checkpoint is not None:
-            choose_by_hand(folder, from_checkpoint)
-        forget_ray_snapshot(folder)
-        # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
-        with ThreadPoolExecutor(1) as pool, display:
-            begun = pool.submit(_or_fail, begin, status)
-            try:
-                _fit(status, recipe, resources, callbacks or [])
-            finally:
-                begun.result()  # its own error says more than that of the workers
-    if stop.received is not None and not folder.has_model(FINAL):
-        raise RunStopped(stop.received, ray.get(status.state.remote()).get("stopped_at"))
+    try:
+        with stop, lease:
+            if from_checkpoint is not None:
+                choose_by_hand(folder, from_checkpoint)
+            forget_ray_snapshot(folder)
+            # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
+            with ThreadPoolExecutor(1) as pool, display:
+                begun = pool.submit(_or_fail, begin, status)
+                try:
+                    _fit(status, recipe, resources, callbacks or [])
+                finally:
+                    begun.result()  # its own error says more than that of the workers
+        if stop.received is not None and not folder.has_model(FINAL):
+            raise RunStopped(stop.received, ray.get(status.state.remote()).get("stopped_at"))
+    finally:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(status)  # Ray starts it again whenever it ends otherwise
     return RunSummary(folder.uri, last_metrics(folder))
 
 
