@@ -152,7 +152,7 @@ def test_a_submitted_job_succeeds(ray_cluster: None, tmp_path: Path) -> None:
         "--", str(scripts / "orpo-ray"), "train", "recipes/quickstart.yaml", *TINY_OVERRIDES,
         f"checkpoint.storage={tmp_path / 'runs'}",
     ]  # fmt: skip
-    for attempt in range(10):
+    for attempt in range(25):
         # Another package each time: Ray deletes one some time after a refused submission, also if it is in use again.
         (working_dir / "attempt").write_text(str(attempt))
         result = subprocess.run(command, capture_output=True, text=True, check=False)
