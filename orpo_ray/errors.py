@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -12,6 +13,12 @@ def preview(value: Any, at_most: int = 80) -> str:
     except (ValueError, RecursionError):  # integers of more than 4,300 digits, values that are nested too deeply
         text = f"{type(value).__name__}, too large to show"
     return text if len(text) <= at_most else text[: at_most - 3] + "..."
+
+
+def some_of(names: Sequence[str], at_most: int = 3) -> str:
+    """List the first names, and say how many more there are."""
+    more = f" and {len(names) - at_most:,} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
 
 
 class OrpoRayError(Exception):

@@ -109,13 +109,6 @@ def read_bytes(uri: str, offset: int = 0, length: int | None = None, at_most: in
     return with_retries(read) if is_remote(uri) else read()
 
 
-def delete_file(uri: str) -> None:
-    """Delete a file if it exists."""
-    filesystem, path = locate(uri)
-    if with_retries(filesystem.get_file_info, path).type != pafs.FileType.NotFound:
-        with_retries(filesystem.delete_file, path)
-
-
 class RemoteFolder:
     """An image folder in an object store."""
 

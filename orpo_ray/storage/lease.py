@@ -7,6 +7,7 @@ take the lease; the one that wrote first then finds the other's at its next rene
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -21,7 +22,6 @@ from typing import Any
 import psutil
 
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.storage.files import delete_file
 from orpo_ray.storage.run_folder import RunFolder
 
 LEASE_FILE = "lease.json"
@@ -74,7 +74,7 @@ class Lease:
         wait: called once with a message before this waits for a holder that may be dead.
 
     Raises:
-        UserError: on entering, if another run holds the lease.
+        UserError: on entering, if another run holds the lease, or the run folder cannot be written.
     """
 
     def __init__(
@@ -93,16 +93,26 @@ class Lease:
                 field=self._folder.uri,
                 fix="wait until it has ended, stop it, or choose another name (name=...)",
             )
-        self._write()
+        try:
+            self._write()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run folder: {error}",
+                field="checkpoint.storage",
+                value=self._folder.uri,
+                fix="make room, or check your access to the folder",
+            ) from None
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._end.set()
         self._thread.join()
-        holder = self._read()
-        if holder is not None and holder.id == self._own.id:
-            delete_file(f"{self._folder.uri}/{LEASE_FILE}")
+        # A store that refuses has ended the run with its own message; the lease then ends by itself.
+        with contextlib.suppress(OSError):
+            holder = self._read()
+            if holder is not None and holder.id == self._own.id:
+                self._folder.delete(LEASE_FILE)
 
     def _is_dead(self, holder: Holder) -> bool:
         if holder.is_local:

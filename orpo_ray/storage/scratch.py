@@ -10,6 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 MIN_AGE_S = 3600.0  # a process identifier that was just given away may not be visible yet
 
 
@@ -37,7 +39,7 @@ def clear_dead_scratch(parent: str | None = None, min_age_s: float = MIN_AGE_S) 
     removed = []
     for folder in Path(parent or tempfile.gettempdir()).glob(f"{_prefix()}*"):
         owner = re.fullmatch(r"(\d+)-\w+", folder.name.removeprefix(_prefix()))
-        if owner is None or _is_alive(int(owner[1])):
+        if owner is None or psutil.pid_exists(int(owner[1])):
             continue
         try:
             age = time.time() - folder.stat().st_mtime
@@ -51,13 +53,3 @@ def clear_dead_scratch(parent: str | None = None, min_age_s: float = MIN_AGE_S) 
 
 def _prefix() -> str:
     return f"orpo-ray-{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}-"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True

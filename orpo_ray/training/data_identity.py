@@ -7,10 +7,8 @@ from pathlib import PurePosixPath
 
 from orpo_ray.data.content import content_digests
 from orpo_ray.data.reading import ReadSpec
-from orpo_ray.errors import UserError
+from orpo_ray.errors import UserError, some_of
 from orpo_ray.storage.run_folder import DATA_FILE, RunFolder
-
-NAMES_SHOWN = 3
 
 
 def check_data(read: ReadSpec, folder: RunFolder, is_new: bool) -> None:
@@ -24,9 +22,15 @@ def check_data(read: ReadSpec, folder: RunFolder, is_new: bool) -> None:
         is_new: whether the run has made no step yet.
 
     Raises:
-        UserError: a file is missing, was added, or has another content.
+        UserError: a file is missing, was added, has another content, or cannot be read.
     """
-    files = [[PurePosixPath(path).name, digest] for path, digest in content_digests(read.shards).items()]
+    try:
+        digests = content_digests(read.shards)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the training data: {error}", field="data.train", fix="check the files and your access to them"
+        ) from None
+    files = [[PurePosixPath(path).name, digest] for path, digest in digests.items()]
     before = None if is_new else _read(folder)
     if before is None:
         (folder.path / DATA_FILE).write_text(json.dumps(files), encoding="utf-8")
@@ -36,8 +40,7 @@ def check_data(read: ReadSpec, folder: RunFolder, is_new: bool) -> None:
         return
     old, new = ({tuple(file) for file in each} for each in (before, files))
     names = sorted({name for name, _ in old ^ new})
-    shown = ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN:,} more" if names[NAMES_SHOWN:] else "")
-    what = f"these files of the training data have changed since the run began: {shown}"
+    what = f"these files of the training data have changed since the run began: {some_of(names)}"
     raise UserError(
         what if names else "the files of the training data are in another order than when the run began",
         field="data.train",

@@ -10,6 +10,7 @@ import torch
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from orpo_ray.planning.states import reduce_bucket
+from orpo_ray.storage.files import one_line
 
 
 def deepspeed_config(recipe: Recipe, dtype: torch.dtype, hidden_size: int, num_trained: int) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def check_config(config: dict[str, Any], recipe: Recipe) -> None:
         DeepSpeedConfig(copy.deepcopy(config))
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         raise UserError(
-            f"DeepSpeed refuses these settings: {' '.join(str(error).split())[:300]}",
+            f"DeepSpeed refuses these settings: {one_line(error)}",
             field="deepspeed.config",
             value=recipe.deepspeed.config,
             fix="correct or remove the setting; deepspeed.ai/docs/config-json lists all",

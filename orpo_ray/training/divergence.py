@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from orpo_ray.errors import OrpoRayError
+from orpo_ray.errors import OrpoRayError, some_of
 
 MAX_SKIPPED = 5
 """Skipped updates in a row that end a run."""
@@ -16,7 +16,6 @@ HIGH_FACTOR = 5.0
 """A loss is high above this many times the loss of the first step, or above this number if that was below 1."""
 MAX_HIGH = 20
 """Steps in a row with a high loss that end a run."""
-IDS_SHOWN = 3
 _FIX = "lower optim.learning_rate or raise optim.warmup, and start a new run under another name (name=...)"
 
 
@@ -89,5 +88,4 @@ def skipped_message(step: int, ids: Sequence[str]) -> str:
         step: number of the step, from 1.
         ids: of the pairs whose loss was not finite, or of all pairs of the step if every loss was.
     """
-    shown = ", ".join(ids[:IDS_SHOWN]) + (f" and {len(ids) - IDS_SHOWN:,} more" if len(ids) > IDS_SHOWN else "")
-    return f"step {step:,}: the gradient is not finite, so the update was skipped; pairs: {shown}"
+    return f"step {step:,}: the gradient is not finite, so the update was skipped; pairs: {some_of(ids)}"

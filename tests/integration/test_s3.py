@@ -25,6 +25,7 @@ from orpo_ray.evaluation.evaluate_run import evaluate_run
 from orpo_ray.export.export import ExportOptions, export_run
 from orpo_ray.model.loading import load_model
 from orpo_ray.storage.files import TooLarge, image_folder, locate, read_bytes
+from orpo_ray.storage.lease import LEASE_FILE, Lease
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.training.checkpoint_choice import checkpoint_names, choose_by_hand, choose_newest, clean, inspect
 from orpo_ray.training.launch import launch_training
@@ -181,6 +182,17 @@ def pushed_step(folder: RunFolder) -> int:
 
 
 @pytest.mark.timeout(600)
+def test_a_run_folder_in_s3_has_one_writer(s3: Faults) -> None:
+    folders = [RunFolder(f"s3://{BUCKET}/runs/leased") for _ in range(2)]
+    with Lease(folders[0], print):
+        assert folders[1].has(LEASE_FILE)
+        with pytest.raises(UserError, match="another run writes"), Lease(folders[1], print):
+            pass
+    with Lease(folders[1], print):
+        pass
+    assert not folders[0].has(LEASE_FILE)
+
+
 def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> None:
     """Read data from S3, write checkpoints and model to S3, resume and evaluate, while the server fails at times."""
     write_pairs(tmp_path / "data", 64)
