@@ -144,7 +144,7 @@ def launch_training(
                 finally:
                     begun.result()  # its own error says more than that of the workers
         if stop.received is not None and not folder.has_model(FINAL):
-            raise RunStopped(stop.received, ray.get(status.state.remote()).get("stopped_at"))
+            raise RunStopped(stop.received, ray.get(status.state.remote()).get("saved_at"))
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(status)  # Ray starts it again whenever it ends otherwise

@@ -42,7 +42,7 @@ class Saver:
         engine: tells the size of the first checkpoint.
         rank: of this worker.
         num_workers: of the run.
-        workers_of_node: of them, how many run on this worker's node.
+        workers_of_node: number of workers on this worker's node.
 
     Raises:
         UserError: a checkpoint does not fit into the scratch folder.

@@ -19,7 +19,7 @@ class RunStopped(OrpoRayError):
 
     Args:
         number: of the signal.
-        saved: the step of the checkpoint that was saved for it; None if there is none.
+        saved: the step of the run's latest checkpoint, as far as this process knows.
     """
 
     title = "stopped"
@@ -27,7 +27,7 @@ class RunStopped(OrpoRayError):
     def __init__(self, number: int, saved: int | None) -> None:
         self.number, self.saved = number, saved
         self.exit_code = 128 + number  # what a shell expects of a program that a signal ended
-        kept = "without a new checkpoint" if saved is None else f"after step {saved:,}, with a checkpoint"
+        kept = "without a new checkpoint" if saved is None else f"with a checkpoint of step {saved:,}"
         super().__init__(f"{signal.Signals(number).name} {kept}; the same command goes on from the latest checkpoint")
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -111,8 +111,8 @@ class Worker:
             is_due = recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0
             if (is_due or self.is_stopping) and step < num_steps and self.guard.is_healthy:
                 self._save(with_prefix(metrics, "train"))
+                self._tell(saved_at=step)
             if self.is_stopping:
-                self._tell(stopped_at=step)
                 return
             started = time.perf_counter()
 

@@ -44,7 +44,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
     _, err = process.communicate(timeout=120)
     step = last_step(Path(recipe.run_uri))
     assert process.returncode == 128 + number, err
-    assert f"stopped: {signal.Signals(number).name} after step {step}, with a checkpoint" in err
+    assert f"stopped: {signal.Signals(number).name} with a checkpoint of step {step};" in err
     assert "SIGTERM received" not in err  # the crash dump of Ray's native code
     assert 8 <= step < STEPS
     wait_until(lambda: not any(child.is_running() for child in children), "the end of all its processes")
