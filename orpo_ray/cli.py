@@ -65,7 +65,7 @@ def _print_version(wanted: bool) -> None:
 def _load_for_ray(recipe: Path, overrides: list[str] | None) -> Recipe:
     """Load a recipe, and start to import what Ray's processes need while this process imports what it needs."""
     loaded = load_recipe(recipe, overrides or [])
-    if "RAY_ADDRESS" not in os.environ:
+    if not os.environ.get("RAY_ADDRESS"):
         start_fork_server(["peft"] if loaded.model.lora is not None else [])
     return loaded
 
@@ -103,7 +103,7 @@ def train(
 @app.command()
 def tune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Search hyperparameters with Ray Tune; every trial is an ordinary training run."""
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _load_for_ray(recipe, overrides)
     searched = list(loaded.search)
     from orpo_ray.training.sweep import run_sweep
 

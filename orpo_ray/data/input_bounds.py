@@ -1,8 +1,8 @@
 """Bounds on what an encoder takes on, so that one row cannot cost minutes or gigabytes. Checking costs a few `len`s.
 
-A pair that fits `data.max_length` has at most so many tokens, each of at most so many characters, so a longer text is
-refused before it is tokenized: a text of 10 MB costs 20 seconds and 2 GB otherwise. Texts are measured as they stand in
-the row, white space included.
+A pair that fits `data.max_length` has at most that many tokens, and no token has more characters than the tokenizer's
+longest one. A longer text is refused before it is tokenized, since a text of 10 MB costs 20 seconds and 2 GB. White
+space counts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """Processes of a local Ray that start as copies of one process, which has imported Ray, torch and the rest once.
 
-Ray starts a new Python for each actor, and each one imports Ray (twice), torch and transformers: about 7 seconds of CPU
-a process, of which a run on one machine has six and more. Here, Ray starts `launcher.py` in their place, which asks
-`server.py` for a fork.
+Ray starts a new Python for each actor. Each one imports Ray twice, and most import torch and transformers: seconds of
+CPU for every process of a run. Here, Ray starts `launcher.py` instead, which asks `server.py` for a fork.
 """

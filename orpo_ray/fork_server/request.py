@@ -1,4 +1,4 @@
-"""One process that Ray wants: what its launcher sends, and whether a fork can stand in for it."""
+"""A launcher's request for a process, and the decision whether a fork can replace a new Python."""
 
 from __future__ import annotations
 

@@ -64,6 +64,7 @@ def preload_ray() -> None:
     # `@ray.remote` draws one for each class.
     vars(ray.actor)["ActorClassID"] = SimpleNamespace(from_random=lambda: kind(os.urandom(kind.size())))
     preload(WITH_RAY)
+    vars(ray.actor)["ActorClassID"] = kind
 
 
 class Server:

@@ -23,7 +23,7 @@ control.start_fork_server()
 print(control._python, flush=True)
 sys.stdin.read()
 """
-# Stands in for Ray's program of that name.
+# Replaces Ray's program of that name.
 WORKER = """
 import json, os, random, signal, sys, time
 import numpy
