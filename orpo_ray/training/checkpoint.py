@@ -62,8 +62,7 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
         The checkpoint's position, or that of a new run.
 
     Raises:
-        UserError: the checkpoint was written with other data, another ZeRO stage, another version, or, above stage 0,
-            another number of workers.
+        UserError: the checkpoint was written with other data, another ZeRO stage or another version.
     """
     num_rows, stage = read.order.num_rows, recipe.deepspeed.zero_stage
     num_workers = ray.train.get_context().get_world_size()
@@ -78,13 +77,6 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
                 field="deepspeed.zero_stage",
                 value=stage,
                 fix="resume with that stage, or start a new run under another name (name=...)",
-            )
-        if stage > 0 and num_workers != position.num_workers:
-            raise UserError(
-                f"the run's checkpoint is sharded over {position.num_workers} worker(s)",
-                field="scaling.num_workers",
-                value=num_workers,
-                fix="resume with that many workers; only ZeRO stage 0 can change the number",
             )
         if num_rows != position.num_rows:
             raise UserError(

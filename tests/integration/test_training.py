@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from orpo_ray.tracking.jsonl import read_jsonl
+from orpo_ray.training.launch import launch_training
 from orpo_ray.training.resources import worker_resources
 from support.commands import orpo_ray_here
 from support.runs import last_step, run, wait_until
@@ -283,13 +286,17 @@ def test_a_run_folder_of_another_recipe_is_refused(reference: dict[int, float], 
         run(tiny_recipe(storage, "reference", orpo={"beta": 0.7}))
 
 
-def test_resuming_sharded_state_on_other_workers_is_refused(ray_cluster: None, tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"deepspeed": {"zero_stage": 2}, "checkpoint": {"every_steps": 5}}
-    recipe = tiny_recipe(tmp_path, "sharded", **sections)
-    summary = run(recipe)
-    (Path(summary.run_uri) / "final").rename(Path(summary.run_uri) / "was-final")
-    with pytest.raises(UserError, match=r"sharded over 1 worker"):
-        run(tiny_recipe(tmp_path, "sharded", scaling={"num_workers": 2}, **sections))
+def test_a_sharded_run_goes_on_with_another_number_of_workers(ray_cluster: None, tmp_path: Path) -> None:
+    """Engines without Ray are compared for all kinds of tuning in test_other_workers.py."""
+    sections: dict[str, Any] = {"deepspeed": {"zero_stage": 2}, "checkpoint": {"every_steps": 4}}
+    folder = Path(run(tiny_recipe(tmp_path, "sharded", **sections)).run_uri)
+    expected = losses(folder)
+    (folder / "final").rename(folder / "was-final")
+    first = min(path.name for path in folder.glob("checkpoint_*"))
+    more = tiny_recipe(tmp_path, "sharded", scaling={"num_workers": 2}, **sections)
+    launch_training(more, Console(file=io.StringIO()), from_checkpoint=first)
+    assert json.loads((folder / first / "position.json").read_text())["step"] == 8
+    same_curve(folder, expected)
 
 
 @pytest.mark.parametrize(
