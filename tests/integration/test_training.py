@@ -103,12 +103,12 @@ def evaluations(run_dir: Path) -> list[dict[str, float]]:
 
 
 @contextmanager
-def one_worker_killed(recipe: Recipe) -> Iterator[None]:
-    """Kill a worker of the run after step 8, with SIGKILL."""
+def one_worker_killed(recipe: Recipe, which: int = -1) -> Iterator[list[int]]:
+    """Kill a worker of the run after step 8, with SIGKILL. Yields a list that then holds the steps that were done."""
     import ray
     from ray.util.state import list_actors
 
-    killed: list[int] = []
+    done: list[int] = []
     address = (
         ray.get_runtime_context().gcs_address
     )  # by default, it would connect to the last cluster started on this machine
@@ -121,16 +121,17 @@ def one_worker_killed(recipe: Recipe) -> Iterator[None]:
         # Listed in advance, since listing takes longer than a step.
         wait_until((Path(recipe.run_uri) / "metrics.jsonl").exists, "the run's first file")
         wait_until(lambda: len(workers()) == recipe.scaling.num_workers, "the workers")
-        pid = workers()[-1].pid
+        pid = workers()[which].pid
         wait_until(lambda: last_step(Path(recipe.run_uri)) >= 8, "step 8")
         os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
+        time.sleep(0.5)
+        done.append(last_step(Path(recipe.run_uri)))
 
     thread = threading.Thread(target=kill)
     thread.start()
-    yield
+    yield done
     thread.join()
-    assert killed
+    assert done
     assert (Path(recipe.run_uri) / "final").is_dir()
 
 
@@ -140,6 +141,20 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, 
     )
     with one_worker_killed(recipe):
         run(recipe)
+    same_curve(Path(recipe.run_uri), reference)
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_the_steps_of_a_lost_worker_are_saved_by_another(
+    reference: dict[int, float], storage: Path, which: int
+) -> None:
+    """The last periodic checkpoint is far behind: there is none."""
+    recipe = tiny_recipe(storage, f"survived{which}", optim=LONG, scaling={"num_workers": 2})
+    with one_worker_killed(recipe, which) as done:
+        run(recipe)
+    saved = [json.loads(path.read_text())["step"] for path in Path(recipe.run_uri).glob("checkpoint_*/position.json")]
+    assert len(saved) == 2, "one by the worker that was left, one at the end"
+    assert done[0] - 1 <= min(saved) < 40
     same_curve(Path(recipe.run_uri), reference)
 
 
