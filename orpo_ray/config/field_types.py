@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
-def _as_number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """Convert text such as `1e-4`, which YAML 1.1 reads as text, to a number. Pydantic itself takes more for numbers:
     `true`, `"1_0"` and `" 10 "`.
     """
@@ -64,7 +64,7 @@ def _check_name(value: str) -> str:
 
 
 # After bounds in an `Annotated`, so that they stay bounds of the number in the JSON schema.
-NUMBER = BeforeValidator(_as_number)
+NUMBER = BeforeValidator(as_number)
 Int = Annotated[int, NUMBER]
 Float = Annotated[float, NUMBER]
 Text = Annotated[str, AfterValidator(_check_text)]

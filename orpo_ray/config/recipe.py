@@ -67,9 +67,9 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
-        if self.scaling.num_workers > self.optim.pairs_per_step:
+        if self.scaling.max_workers > self.optim.pairs_per_step:
             raise ValueError(
-                f"scaling.num_workers ({self.scaling.num_workers}) exceeds optim.pairs_per_step "
+                f"scaling.num_workers ({self.scaling.max_workers}) exceeds optim.pairs_per_step "
                 f"({self.optim.pairs_per_step}), so some workers would get no pair; lower it or raise pairs_per_step"
             )
         if self.eval.every_steps and not self.has_held_out:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from orpo_ray.config.field_types import NUMBER, Float, Int, PathText, Text
+from orpo_ray.config.field_types import NUMBER, Float, Int, PathText, Text, as_number
 
 
 def _string_as_list(value: Any) -> Any:
@@ -32,6 +32,24 @@ def _as_weighted_sources(value: Any) -> Any:
 
 def _as_checkpointing(value: Any) -> Any:
     return ("full" if value else "none") if isinstance(value, bool) else value
+
+
+def _as_workers(value: Any) -> Any:
+    if not isinstance(value, list):
+        return _as_count(value)
+    if len(value) != 2:
+        raise ValueError("must be a number or [min, max]")
+    low, high = map(_as_count, value)
+    if low > high:
+        raise ValueError("must be [min, max], and the first is greater than the second")
+    return low if low == high else [low, high]
+
+
+def _as_count(value: Any) -> int:
+    count = as_number(value)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError("Input should be a whole number of at least 1")
+    return count
 
 
 def _check_format(value: str) -> str:
@@ -54,6 +72,10 @@ CheckpointingField = Annotated[
 FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
 RowFormat = Annotated[str, AfterValidator(_check_format)]
 Weight = Annotated[float, Field(gt=0, le=1000), NUMBER]
+WorkerRange = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+NumWorkers = Annotated[
+    int | list[int], BeforeValidator(_as_workers, json_schema_input_type=Annotated[int, Field(ge=1)] | WorkerRange)
+]
 WeightedSources = Annotated[
     dict[PathText, Weight],
     BeforeValidator(_as_weighted_sources, json_schema_input_type=str | list[str] | dict[PathText, Weight]),
@@ -260,18 +282,43 @@ class DeepspeedConfig(Config):
 class ScalingConfig(Config):
     """Number of workers, and the resources of each."""
 
-    num_workers: Int = Field(1, ge=1)
-    """Number of training processes. Each uses one GPU, or only CPUs if there are no GPUs."""
+    num_workers: NumWorkers = 1
+    """Number of training processes, or `[min, max]`. Each uses one GPU, or only CPUs if there are no GPUs. With
+    `[min, max]`, a run starts with as many workers as the cluster has room for, takes more when nodes come, and goes on
+    with fewer when one goes. The loss curve does not depend on it."""
+    resize_interval_s: Annotated[float, Field(gt=0), NUMBER] = 60.0
+    """With `num_workers: [min, max]`, seconds between looks for room for more workers. A change of their number
+    restarts all of them."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0, le=1), NUMBER] = "auto"
     """GPUs per worker: 0, 1, or a fraction. `auto` is 1 if the cluster has GPUs, otherwise 0. With a fraction, runs of
     one worker share a GPU, such as the trials of a search (`tune.max_concurrent`)."""
     cpus_per_worker: Annotated[float, Field(gt=0), NUMBER] | None = None
     """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
     max_failures: Int = Field(3, ge=0)
-    """Number of worker failures after which the run ends. Before that, the run resumes from the latest checkpoint."""
+    """Number of worker failures after which the run ends. Before that, the run goes on from the latest checkpoint."""
+    max_preemptions: Annotated[int, Field(ge=0), NUMBER] | None = None
+    """Number of announced losses of nodes (spot nodes that are taken back, nodes that are drained) after which the run
+    ends. They do not count as failures. By default, any number."""
     timeout_s: Annotated[float, Field(gt=0), NUMBER] = 1800.0
     """Seconds that a worker waits for the others, before the run fails and resumes. Raise it if saving takes longer: at
     the end, and for every checkpoint of ZeRO stage 0, the others wait for rank 0 to write and upload the weights."""
+
+    @property
+    def min_workers(self) -> int:
+        """The least number of workers that a run trains with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The greatest number of workers that a run trains with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers_text(self) -> str:
+        """The number of workers in words: `2 worker(s)` or `1 to 4 workers`."""
+        if isinstance(self.num_workers, int):
+            return f"{self.num_workers} worker(s)"
+        return f"{self.min_workers} to {self.max_workers} workers"
 
 
 class CheckpointConfig(Config):

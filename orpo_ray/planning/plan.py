@@ -76,6 +76,8 @@ def _plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     weights, microbatch_pairs = planner.weights, prepared.microbatch_pairs
     gpu_reports = [_report_gpu(planner, gpu, planner.resolved(setting, gpu.memory)) for gpu in gpus]
     assumptions = [*_recipe_assumptions(recipe, source), *work.assumptions, *_constant_assumptions()]
+    if not isinstance(recipe.scaling.num_workers, int):
+        assumptions.insert(0, _with_most_workers(recipe, planner, gpus, setting))
     if setting.checkpointing == "auto":
         assumptions.insert(0, _chosen_modes(planner, gpus, setting))
         setting = replace(setting, checkpointing="full")
@@ -224,6 +226,17 @@ def _chosen_modes(planner: Planner, gpus: Sequence[Gpu], setting: Setting) -> st
         chosen.setdefault(planner.resolved(setting, gpu.memory).checkpointing, []).append(gpu.name)
     modes = "; ".join(f"{mode} on {', '.join(names)}" for mode, names in chosen.items())
     return f"model.gradient_checkpointing auto is {modes}; the memory table is for full"
+
+
+def _with_most_workers(recipe: Recipe, planner: Planner, gpus: Sequence[Gpu], setting: Setting) -> str:
+    """Say which of its numbers of workers a recipe is planned for, and what the most would take."""
+    most = replace(setting, workers=recipe.scaling.max_workers)
+    hours = {gpu.name: planner.estimate(gpu, planner.resolved(most, gpu.memory)).hours for gpu in gpus}
+    times = ", ".join(f"{name} {each:.1f} h" for name, each in hours.items())
+    return (
+        f"scaling.num_workers is {most.workers} at most; the tables are for {setting.workers}, which needs the most "
+        f"memory and time. With {most.workers} all the time: {times}"
+    )
 
 
 def _recipe_assumptions(recipe: Recipe, source: str) -> list[str]:

@@ -71,7 +71,8 @@ def prepare(
     model = unloaded_model(recipe.model, config, dtype, layout)
     weights = Weights.of(model, recipe.model, dtype, config.get_text_config().hidden_size)
     work = estimate_workload(recipe, config, layout, pairs)
-    workers, budget = recipe.scaling.num_workers, recipe.optim.tokens_per_microbatch
+    # Of an elastic run, the fewest workers need the most memory each.
+    workers, budget = recipe.scaling.min_workers, recipe.optim.tokens_per_microbatch
     microbatch_pairs = pairs_per_microbatch(recipe, work, layout, budget, workers)
     nll_span = load_objective(recipe).nll_span
     batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, layout)

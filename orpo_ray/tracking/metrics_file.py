@@ -47,6 +47,12 @@ class MetricsFile:
         self.flush()
 
 
+def logged_kinds(folder: RunFolder) -> set[tuple[int, str]]:
+    """Return the steps that an open file has lines of, each with `train` or `eval`."""
+    lines = read_jsonl(folder.path / METRICS_FILE)
+    return {(line["step"], name.partition("/")[0]) for line in lines for name in line if "/" in name}
+
+
 def last_metrics(folder: RunFolder) -> dict[str, float]:
     """Return the latest finite value of every metric of a run."""
     folder.pull(METRICS_FILE)

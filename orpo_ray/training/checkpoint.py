@@ -21,6 +21,7 @@ from orpo_ray.storage.files import locate
 from orpo_ray.storage.run_folder import FINAL, RunFolder
 from orpo_ray.training.divergence import TrainingDiverged
 from orpo_ray.training.engine import Engine
+from orpo_ray.training.unlogged import LOG_FILE, LogLine, read_log
 
 POSITION_FILE = "position.json"
 
@@ -49,7 +50,7 @@ class Position:
     """Loss of the run's first step."""
 
 
-def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: ReadSpec) -> Position:
+def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: ReadSpec) -> tuple[Position, list[LogLine]]:
     """Load a checkpoint of the run into the engine. A collective.
 
     Args:
@@ -59,16 +60,15 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
         read: the training rows.
 
     Returns:
-        The checkpoint's position, or that of a new run.
+        The checkpoint's position, or that of a new run; and what the checkpoint holds because it may not be logged.
 
     Raises:
-        UserError: the checkpoint was written with other data, another ZeRO stage, another version, or, above stage 0,
-            another number of workers.
+        UserError: the checkpoint was written with other data, another ZeRO stage or another version.
     """
     num_rows, stage = read.order.num_rows, recipe.deepspeed.zero_stage
     num_workers = ray.train.get_context().get_world_size()
     if name is None:
-        return Position(num_rows=num_rows, data=read.digest, num_workers=num_workers, zero_stage=stage)
+        return Position(num_rows=num_rows, data=read.digest, num_workers=num_workers, zero_stage=stage), []
     filesystem, path = locate(f"{recipe.run_uri}/{name}", "checkpoint.storage")
     with ray.train.Checkpoint(path, filesystem).as_directory() as folder:
         position = _read_position(Path(folder) / POSITION_FILE)
@@ -78,13 +78,6 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
                 field="deepspeed.zero_stage",
                 value=stage,
                 fix="resume with that stage, or start a new run under another name (name=...)",
-            )
-        if stage > 0 and num_workers != position.num_workers:
-            raise UserError(
-                f"the run's checkpoint is sharded over {position.num_workers} worker(s)",
-                field="scaling.num_workers",
-                value=num_workers,
-                fix="resume with that many workers; only ZeRO stage 0 can change the number",
             )
         if num_rows != position.num_rows:
             raise UserError(
@@ -99,7 +92,8 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
                 fix="resume with the same files, or start a new run under another name (name=...)",
             )
         engine.load(Path(folder))
-    return replace(position, num_workers=num_workers)
+        unlogged = read_log(Path(folder) / LOG_FILE)
+    return replace(position, num_workers=num_workers), unlogged
 
 
 def _read_position(path: Path) -> Position:

@@ -33,6 +33,7 @@ from orpo_ray.training.progress import ProgressDisplay, start_status
 from orpo_ray.training.resources import Resources, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
 from orpo_ray.training.stopping import RunStopped, StopSignals
+from orpo_ray.training.teardown import SaveBeforeTeardown
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10
@@ -104,7 +105,8 @@ def launch_training(
     read, held_out = run_data(recipe)
     folder.make()
     start_ray()
-    resources = worker_resources(recipe, ray.cluster_resources())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
     status = start_status()
     display = ProgressDisplay(status, console)
     checked = start_model_check(recipe, saved)
@@ -123,6 +125,7 @@ def launch_training(
             encoder=encoder_of(resolved),
             num_steps=num_steps,
             status=status,
+            cpus=resources.cpus,
             cpu_threads=resources.cpu_threads,
             max_encoders=resources.max_encoders,
         )
@@ -178,12 +181,21 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         train_loop_config={"status": status},
         backend_config=SharedDevices(),
         scaling_config=ScalingConfig(
-            num_workers=recipe.scaling.num_workers, use_gpu=bool(resources.gpus), resources_per_worker=per_worker
+            num_workers=count if isinstance(count := recipe.scaling.num_workers, int) else tuple(count),
+            use_gpu=bool(resources.gpus),
+            resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=recipe.scaling.resize_interval_s,
         ),
         run_config=RunConfig(
             **storage_of(recipe),
-            failure_config=FailureConfig(max_failures=recipe.scaling.max_failures, controller_failure_limit=3),
-            callbacks=callbacks,
+            failure_config=FailureConfig(
+                max_failures=recipe.scaling.max_failures,
+                max_preemption_failures=-1
+                if recipe.scaling.max_preemptions is None
+                else recipe.scaling.max_preemptions,
+                controller_failure_limit=3,
+            ),
+            callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -230,7 +242,7 @@ def _headline(
     revision = f"@{recipe.model.revision[:12]}" if recipe.model.revision else ""
     return (
         f"[bold]{recipe.name}[/bold]  {recipe.model.id}{revision}, {_tuning(recipe)}, {recipe.objective.title}, "
-        f"ZeRO {recipe.deepspeed.zero_stage}, {recipe.scaling.num_workers} worker(s)\n"
+        f"ZeRO {recipe.deepspeed.zero_stage}, {recipe.scaling.workers_text}\n"
         f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
         f"-> {recipe.run_uri}" + (f"\n{without_sharing}" if without_sharing else "")
     )

@@ -174,5 +174,10 @@ def _phase(state: dict[str, Any]) -> str:
 
 
 def _note(state: dict[str, Any]) -> str:
-    shown = (("loss", "loss", ".3f"), ("rewards/accuracies", "accuracy", ".2f"), ("pairs_per_second", "pairs/s", ".1f"))
+    shown = (
+        ("loss", "loss", ".3f"),
+        ("rewards/accuracies", "accuracy", ".2f"),
+        ("pairs_per_second", "pairs/s", ".1f"),
+        ("num_workers", "workers", "d"),
+    )
     return "  ".join(f"{label} {state[name]:{spec}}" for name, label, spec in shown if name in state)

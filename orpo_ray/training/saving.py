@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,8 @@ from orpo_ray.training.checkpoint_choice import SAVING, checkpoint_names, new_na
 from orpo_ray.training.divergence import TrainingDiverged
 from orpo_ray.training.engine import Engine
 from orpo_ray.training.manifest import Manifest, manifest_name, write_manifest
+from orpo_ray.training.replicated_engine import ReplicatedEngine
+from orpo_ray.training.unlogged import LOG_FILE, LogLine, write_log
 
 ROOM_WAITS_S = (1.0, 3.0)
 """Seconds between looks for room, before a run ends for lack of it."""
@@ -86,6 +88,32 @@ class Saver:
             with self._one_message(position.step):
                 prune(self._run, self._keep)
 
+    def save_alone(self, engine: ReplicatedEngine, position: Position, updates: int, lines: Sequence[LogLine]) -> bool:
+        """Save a checkpoint without the other workers, and from another thread than the one that trains.
+
+        Args:
+            engine: holds the whole state.
+            position: of the run.
+            updates: number of updates that belong to the position.
+            lines: what was logged since the last checkpoint; rank 0 may be lost before it could.
+
+        Returns:
+            Whether it was saved.
+
+        Raises:
+            SaveFailed: there is no room, or the store refuses; the checkpoints before stay.
+        """
+        with self._one_message(position.step), self._scratch() as scratch:
+            self._wait_for_room(scratch)
+            with _full_disk_as_os_error(scratch):
+                if not engine.save_alone(scratch, updates):
+                    return False
+            (scratch / POSITION_FILE).write_text(json.dumps(asdict(position)))
+            write_log(scratch / LOG_FILE, lines)
+            manifest = write_manifest(scratch, position.step, rank=0, num_workers=1)
+            self._publish(scratch, new_name(checkpoint_names(self._run)), manifest)
+        return True
+
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
         """Yield an empty folder: on the disk of a local run folder, so that publishing copies nothing."""
@@ -117,7 +145,7 @@ class Saver:
 
     def _publish(self, scratch: Path, name: str, manifest: Manifest) -> None:
         """Move this worker's files into the checkpoint, the manifest last. Raises OSError."""
-        last = manifest_name(self._rank)
+        last = manifest_name(manifest.rank)
         if self._run.is_remote:
             for file in (*manifest.files, last):
                 self._run.upload(scratch / file, f"{name}/{file}")

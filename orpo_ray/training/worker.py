@@ -22,6 +22,7 @@ from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, reduce_sums
 from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
@@ -30,12 +31,18 @@ from orpo_ray.training.checkpoint import load_checkpoint, save_final
 from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.divergence import DivergenceGuard, skipped_message
 from orpo_ray.training.engine import Engine, make_engine
+from orpo_ray.training.preemption import PreemptionNotice
 from orpo_ray.training.progress import StatusLine
-from orpo_ray.training.saving import Saver
+from orpo_ray.training.replicated_engine import ReplicatedEngine
+from orpo_ray.training.saving import SaveFailed, Saver
 from orpo_ray.training.sharded_loading import load_for_training
+from orpo_ray.training.teardown import Held
+from orpo_ray.training.unlogged import LogLine, log_missing
 from orpo_ray.training.worker_start import WorkerConfig
 
-_STOP = "stop"  # name of a sum over workers, beside those of the objective
+# Names of sums over workers, beside those of the objective.
+_STOP, _TEARDOWN, _PREEMPTION = "stop", "teardown", "preemption"
+SETTLE_SECONDS = 10.0  # that a step has to end after its update
 
 
 class Worker:
@@ -55,7 +62,7 @@ class Worker:
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
-            torch.set_num_threads(config.cpu_threads)
+            torch.set_num_threads(max(1, config.cpu_threads // self.num_workers))
         encoder = config.encoder.build()
         model_config = with_checkpointing(self.recipe, self.device)
         model = load_for_training(self.recipe.model_copy(update={"model": model_config}), self.device)
@@ -69,12 +76,20 @@ class Worker:
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.get_local_world_size())
-        self.position = load_checkpoint(checkpoint, self.engine, self.recipe, config.train)
+        self.position, unlogged = load_checkpoint(checkpoint, self.engine, self.recipe, config.train)
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()
+        if is_first:
+            log_missing(unlogged, self.tracker, RunFolder(self.recipe.run_uri))
         self.guard = DivergenceGuard(self.position.first_loss, self.position.skipped)
         self.status = StatusLine(config.status) if is_first else None
-        self.is_stopping = False
+        self.is_stopping = self.is_torn_down = self.wants_teardown = False
+        self.is_training = True
+        self.saved_step = self.position.step
+        self.unlogged: list[LogLine] = []
+        # Updates of the engine that belong to the position. Written last in a step, and read by another thread.
+        self.updates = 0
+        self.preemption = PreemptionNotice(self.rank)
         if is_first and (line := without_effect(self.recipe, self.device)) is not None:
             self._warn(line)
         self.images_checked = False
@@ -109,6 +124,7 @@ class Worker:
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
                 self._report(self._evaluate(grounding=False))
             is_due = recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0
+            is_due = self.preemption.is_new(self._warn) or is_due
             if (is_due or self.is_stopping) and step < num_steps and self.guard.is_healthy:
                 self._save(with_prefix(metrics, "train"))
                 self._tell(saved_at=step)
@@ -119,7 +135,36 @@ class Worker:
     def _save(self, metrics: dict[str, float]) -> None:
         self.tracker.flush()
         self.saver.save(self.engine, self.position)
-        ray.train.report(metrics)
+        self.saved_step, self.unlogged = self.position.step, []
+        if not self.is_torn_down:  # the controller waits for the workers then, and takes no reports
+            ray.train.report(metrics)
+
+    def held(self) -> Held:
+        """Say what this worker could save. Called from another thread."""
+        is_whole = isinstance(self.engine, ReplicatedEngine)
+        return Held(self.position.step, self.saved_step, is_whole, self.guard.is_healthy, self.is_training)
+
+    def save_alone(self) -> bool:
+        """Save the state without the other workers, of which some are lost. Called from another thread.
+
+        Returns:
+            Whether it was saved.
+        """
+        assert isinstance(self.engine, ReplicatedEngine)
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while self.updates != self.engine.updates and time.monotonic() < deadline:
+            time.sleep(0.01)  # the training thread is between an update and the end of its step
+        position, lines = self.position, list(self.unlogged)
+        try:
+            if not self.saver.save_alone(self.engine, position, self.updates, lines):
+                return False
+        except SaveFailed as error:
+            self._warn(str(error))
+            return False
+        self.saved_step = position.step
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            self.config.status.update.remote(saved_at=position.step)
+        return True
 
     def _steps(self) -> Generator[StepPlan]:
         """Yield each step, made ahead in a thread. The thread ends when this iterator is closed."""
@@ -154,10 +199,15 @@ class Worker:
             if check:
                 self.model.check_images_used()
                 self.images_checked = True
-        grad_norm = self.engine.step()
         wants_stop = self.status is not None and self.status.asks_to_stop()
-        reduced = reduce_sums(sums | {_STOP: torch.full((), float(wants_stop), device=self.device)}, self.device)
-        self.is_stopping = reduced.pop(_STOP) > 0
+        asked = {_STOP: wants_stop, _TEARDOWN: self.wants_teardown, _PREEMPTION: self.preemption.is_due()}
+        flags = {name: torch.full((), float(flag), device=self.device) for name, flag in asked.items()}
+        # The last collective before the gradient's, so that a worker that is lost is lost before the update or after
+        # the step.
+        reduced = reduce_sums(sums | flags, self.device)
+        self.is_torn_down, self.preemption.is_looking = reduced.pop(_TEARDOWN) > 0, reduced.pop(_PREEMPTION) > 0
+        self.is_stopping = reduced.pop(_STOP) > 0 or self.is_torn_down
+        grad_norm = self.engine.step()
         metrics = self.objective.metrics(reduced)
         if self.guard.observe(plan.step + 1, metrics["loss"], grad_norm):
             self._report_skipped(plan, losses)
@@ -176,21 +226,27 @@ class Worker:
     def _advance(self, plan: StepPlan, metrics: dict[str, float]) -> None:
         """Finish a step: move the position, log, report the progress, and handle bad rows."""
         _, end_sample = step_samples(plan.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
+        metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
+        if not isinstance(self.recipe.scaling.num_workers, int):
+            metrics |= {"num_workers": self.num_workers}
+        line = LogLine(plan.step + 1, with_prefix(metrics, "train"), plan.bad)
         old, bad = self.position, len(plan.bad)
+        self.unlogged.append(line)
         self.position = replace(
             old,
-            step=plan.step + 1,
+            step=line.step,
             bad=old.bad + bad,
             seen=old.seen + bad + plan.pairs,
             skipped=self.guard.skipped,
             first_loss=self.guard.first_loss,
         )
-        metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
+        if isinstance(self.engine, ReplicatedEngine):
+            self.updates = self.engine.updates
         if plan.bad:
             self.tracker.log_bad_rows(plan.bad)
             self.first_bad = [*self.first_bad, *plan.bad][:BAD_ROWS_SHOWN]
             refuse_rows(self.recipe, plan.bad)
-        self.tracker.log(self.position.step, with_prefix(metrics, "train"))
+        self.tracker.log(line.step, line.metrics)
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
         self._judge_bad_rows(at_end=False)
 
@@ -206,8 +262,10 @@ class Worker:
             self.model, held_out, self.planner, self.engine.forward, on_pass=lambda phase: self._tell(phase=phase)
         )
         scores = evaluator.evaluate(grounding)
-        self.tracker.log_bad_rows(scores.bad)
-        self.tracker.log(self.position.step, with_prefix(scores.metrics, "eval"))
+        line = LogLine(self.position.step, with_prefix(scores.metrics, "eval"), scores.bad)
+        self.unlogged.append(line)
+        self.tracker.log_bad_rows(line.bad)
+        self.tracker.log(line.step, line.metrics)
         return scores.metrics
 
     def _report(self, metrics: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from orpo_ray.tracking.jsonl import read_jsonl
+from orpo_ray.training.launch import launch_training
 from orpo_ray.training.resources import worker_resources
 from support.commands import orpo_ray_here
 from support.runs import last_step, run, wait_until
@@ -100,12 +103,12 @@ def evaluations(run_dir: Path) -> list[dict[str, float]]:
 
 
 @contextmanager
-def one_worker_killed(recipe: Recipe) -> Iterator[None]:
-    """Kill a worker of the run after step 8, with SIGKILL."""
+def one_worker_killed(recipe: Recipe, which: int = -1) -> Iterator[list[int]]:
+    """Kill a worker of the run after step 8, with SIGKILL. Yields a list that then holds the steps that were done."""
     import ray
     from ray.util.state import list_actors
 
-    killed: list[int] = []
+    done: list[int] = []
     address = (
         ray.get_runtime_context().gcs_address
     )  # by default, it would connect to the last cluster started on this machine
@@ -118,16 +121,17 @@ def one_worker_killed(recipe: Recipe) -> Iterator[None]:
         # Listed in advance, since listing takes longer than a step.
         wait_until((Path(recipe.run_uri) / "metrics.jsonl").exists, "the run's first file")
         wait_until(lambda: len(workers()) == recipe.scaling.num_workers, "the workers")
-        pid = workers()[-1].pid
+        pid = workers()[which].pid
         wait_until(lambda: last_step(Path(recipe.run_uri)) >= 8, "step 8")
         os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
+        time.sleep(0.5)
+        done.append(last_step(Path(recipe.run_uri)))
 
     thread = threading.Thread(target=kill)
     thread.start()
-    yield
+    yield done
     thread.join()
-    assert killed
+    assert done
     assert (Path(recipe.run_uri) / "final").is_dir()
 
 
@@ -137,6 +141,20 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, 
     )
     with one_worker_killed(recipe):
         run(recipe)
+    same_curve(Path(recipe.run_uri), reference)
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_the_steps_of_a_lost_worker_are_saved_by_another(
+    reference: dict[int, float], storage: Path, which: int
+) -> None:
+    """The last periodic checkpoint is far behind: there is none."""
+    recipe = tiny_recipe(storage, f"survived{which}", optim=LONG, scaling={"num_workers": 2})
+    with one_worker_killed(recipe, which) as done:
+        run(recipe)
+    saved = [json.loads(path.read_text())["step"] for path in Path(recipe.run_uri).glob("checkpoint_*/position.json")]
+    assert len(saved) == 2, "one by the worker that was left, one at the end"
+    assert done[0] - 1 <= min(saved) < 40
     same_curve(Path(recipe.run_uri), reference)
 
 
@@ -283,13 +301,17 @@ def test_a_run_folder_of_another_recipe_is_refused(reference: dict[int, float], 
         run(tiny_recipe(storage, "reference", orpo={"beta": 0.7}))
 
 
-def test_resuming_sharded_state_on_other_workers_is_refused(ray_cluster: None, tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"deepspeed": {"zero_stage": 2}, "checkpoint": {"every_steps": 5}}
-    recipe = tiny_recipe(tmp_path, "sharded", **sections)
-    summary = run(recipe)
-    (Path(summary.run_uri) / "final").rename(Path(summary.run_uri) / "was-final")
-    with pytest.raises(UserError, match=r"sharded over 1 worker"):
-        run(tiny_recipe(tmp_path, "sharded", scaling={"num_workers": 2}, **sections))
+def test_a_sharded_run_goes_on_with_another_number_of_workers(ray_cluster: None, tmp_path: Path) -> None:
+    """Engines without Ray are compared for all kinds of tuning in test_other_workers.py."""
+    sections: dict[str, Any] = {"deepspeed": {"zero_stage": 2}, "checkpoint": {"every_steps": 4}}
+    folder = Path(run(tiny_recipe(tmp_path, "sharded", **sections)).run_uri)
+    expected = losses(folder)
+    (folder / "final").rename(folder / "was-final")
+    first = min(path.name for path in folder.glob("checkpoint_*"))
+    more = tiny_recipe(tmp_path, "sharded", scaling={"num_workers": 2}, **sections)
+    launch_training(more, Console(file=io.StringIO()), from_checkpoint=first)
+    assert json.loads((folder / first / "position.json").read_text())["step"] == 8
+    same_curve(folder, expected)
 
 
 @pytest.mark.parametrize(

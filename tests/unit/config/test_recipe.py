@@ -51,6 +51,14 @@ def test_defaults_are_trls() -> None:
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage"),
         ({"data": {}}, "data.train: this field is required"),
         ({"scaling": {"num_workers": 64}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
+        ({"scaling": {"num_workers": [1, 64]}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
+        ({"scaling": {"num_workers": [4, 2]}}, "scaling.num_workers: must be [min, max], and the first is greater"),
+        ({"scaling": {"num_workers": [1, 2, 3]}}, "scaling.num_workers: must be a number or [min, max]"),
+        (
+            {"scaling": {"num_workers": 0}},
+            "scaling.num_workers: Input should be a whole number of at least 1 (found 0)",
+        ),
+        ({"scaling": {"num_workers": [1.5, 2]}}, "Input should be a whole number of at least 1"),
         ({"model": {"id": "m", "freeze": ["vision", "connector", "language"]}}, "nothing would be trained"),
         ({"eval": {"every_steps": 5}}, "eval.every_steps is set but there are no held-out pairs"),
         ({"name": "../up"}, "must consist of letters"),
@@ -66,6 +74,13 @@ def test_defaults_are_trls() -> None:
 )
 def test_errors_name_field_value_and_what_is_allowed(change: dict[str, Any], expected: str) -> None:
     assert expected in message(MINIMAL | change)
+
+
+def test_the_number_of_workers_may_be_a_range() -> None:
+    found = parse_recipe(MINIMAL | {"scaling": {"num_workers": ["1", 4]}})
+    assert parse_recipe(yaml.safe_load(found.to_yaml())) == found
+    assert (found.scaling.min_workers, found.scaling.max_workers) == (1, 4)
+    assert parse_recipe(MINIMAL | {"scaling": {"num_workers": [2, 2]}}).scaling.num_workers == 2
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -161,6 +161,16 @@ def test_the_command_plans_from_the_data_check(tmp_path: Path, monkeypatch: pyte
         assert parts == pytest.approx(memory["total"]), stage
 
 
+def test_a_changing_number_of_workers_is_planned_for_the_fewest(tmp_path: Path) -> None:
+    raw: dict[str, Any] = yaml.safe_load(RECIPE) | {"checkpoint": {"storage": str(tmp_path)}}
+    raw |= {"model": {"id": "orpo-ray/tiny-smolvlm"}}
+    one, changing = (plan(parse_recipe(raw | {"scaling": {"num_workers": n}}), Options()) for n in (1, [1, 4]))
+    first, *others = changing.pop("assumptions")
+    assert first.startswith("scaling.num_workers is 4 at most; the tables are for 1, which needs the most memory")
+    assert others == one.pop("assumptions")
+    assert changing == one
+
+
 @pytest.mark.nightly
 def test_the_objective_decides_how_many_targets_are_planned_for(tmp_path: Path) -> None:
     """Prompt tokens under the NLL cost the output head something; objectives over the response cost what ORPO does."""

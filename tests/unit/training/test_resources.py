@@ -1,0 +1,45 @@
+"""CPUs and GPUs of the workers of a run whose number of workers changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_ray.errors import UserError
+from orpo_ray.training.resources import Resources, max_encoders, worker_resources
+from support.tiny_runs import tiny_recipe
+
+
+def resources_of(tmp_path: Path, nodes: list[dict[str, float]], **scaling: Any) -> Resources:
+    recipe = tiny_recipe(tmp_path, "elastic", scaling={"num_workers": [1, 4], **scaling})
+    cluster = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+    return worker_resources(recipe, cluster, nodes=nodes)
+
+
+def test_a_node_full_of_workers_leaves_cpus_for_the_data(tmp_path: Path) -> None:
+    found = resources_of(tmp_path, [{"CPU": 4}])
+    assert 4 // found.cpus == 4
+    assert 4 - 4 * found.cpus >= 0.51
+    assert resources_of(tmp_path, [{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}]).cpus == 1
+    assert resources_of(tmp_path, [{"CPU": 2}], cpus_per_worker=1.2).cpus == 1.2
+    assert max_encoders(16, 1, 4) == 12
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scaling", "said"),
+    [
+        ([{"CPU": 2}], {"cpus_per_worker": 1}, "would take all CPUs, and reading data needs 0.51 on one node"),
+        ([{"CPU": 1, "GPU": 1}], {}, "would take all CPUs"),
+        ([{"CPU": 2}], {"cpus_per_worker": 3}, "the cluster has room for 0 worker(s) with 3 CPU(s)"),
+        ([{"CPU": 8, "GPU": 1}], {"num_workers": [2, 4]}, "2 worker(s) need 2 GPU(s), and the cluster has 1"),
+        ([{"CPU": 8, "GPU": 1}], {"gpus_per_worker": 0.5}, "cannot share a GPU"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_start(
+    tmp_path: Path, nodes: list[dict[str, float]], scaling: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        resources_of(tmp_path, nodes, **scaling)
+    assert said in str(error.value)
