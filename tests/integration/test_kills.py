@@ -99,7 +99,7 @@ def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
         first.kill()
         first.wait()
     assert last_step(Path(recipe.run_uri)) < LONG["max_steps"]
-    again = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
+    again = orpo_ray_here(*command(recipe, tmp_path)[3:])
     assert again.returncode == 0, again.stderr
     same_curve(Path(recipe.run_uri), reference)
     third = orpo_ray_here(*command(recipe, tmp_path)[3:])
