@@ -52,8 +52,7 @@ def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: di
     results = []
     for target in (run_dir, run_dir / "final"):
         data = ["data.eval=easy-vqa:test", "data.shuffle_window=64"] if target.name == "final" else []
-        command = orpo_ray if target.name == "final" else orpo_ray_here
-        evaluated = command("evaluate", str(target), *data, "eval.max_pairs=24", "--json", cwd=tmp_path)
+        evaluated = orpo_ray_here("evaluate", str(target), *data, "eval.max_pairs=24", "--json", cwd=tmp_path)
         assert evaluated.returncode == 0, evaluated.stderr
         results.append(json.loads(evaluated.stdout))
         assert keys <= set(results[-1])
