@@ -120,7 +120,7 @@ def export_run(uri: str, options: ExportOptions, console: Console) -> Exported:
             _write_files(scratch, run, recipe, kind, options)
             written = [path for path in scratch.rglob("*") if path.is_file()]
             for path in written:
-                path.chmod(0o644)  # safetensors files are readable by their owner only
+                path.chmod(scratch.stat().st_mode & 0o666)  # by the umask; safetensors lets only the owner read them
             files = sorted(str(path.relative_to(scratch)) for path in written)
             num_bytes = sum(path.stat().st_size for path in written)
             url, push_error = _try_push(scratch, options)

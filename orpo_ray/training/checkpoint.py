@@ -138,4 +138,6 @@ def save_final(engine: Engine, model: PairModel, recipe: Recipe) -> None:
         pretrained.config.use_cache = True  # off during training only
         pretrained.save_pretrained(scratch, state_dict=state)
     load_processor(recipe.model.id, recipe.model.revision, recipe.model.trust_remote_code).save_pretrained(scratch)
+    for file in scratch.iterdir():
+        file.chmod(scratch.stat().st_mode & 0o666)  # by the umask; safetensors lets only the owner read its files
     folder.move_model(scratch, FINAL)

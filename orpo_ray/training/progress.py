@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from orpo_ray.ray_cluster import on_this_node
+from orpo_ray.ray_cluster.start import on_this_node
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0  # between lines, if the console is not a terminal
