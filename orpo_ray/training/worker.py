@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from orpo_ray.data.order import step_samples
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
-from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, reduce_sums
+from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, gather_step
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
@@ -33,9 +34,8 @@ from orpo_ray.training.engine import Engine, make_engine
 from orpo_ray.training.progress import StatusLine
 from orpo_ray.training.saving import Saver
 from orpo_ray.training.sharded_loading import load_for_training
+from orpo_ray.training.step_times import OwnTime, SlowWorkers, by_worker, memory_gb
 from orpo_ray.training.worker_start import WorkerConfig
-
-_STOP = "stop"  # name of a sum over workers, beside those of the objective
 
 
 class Worker:
@@ -75,6 +75,11 @@ class Worker:
         self.guard = DivergenceGuard(self.position.first_loss, self.position.skipped)
         self.status = StatusLine(config.status) if is_first else None
         self.is_stopping = False
+        self.slow_workers = SlowWorkers(gather_objects(socket.gethostname()))
+        self.worker_figures: dict[str, float] = {}
+        """Of the latest step, of all workers."""
+        self.checkpoint_seconds = 0.0
+        """Of the checkpoint since the latest step; 0 if there was none."""
         if is_first and (line := without_effect(self.recipe, self.device)) is not None:
             self._warn(line)
         self.images_checked = False
@@ -101,9 +106,10 @@ class Worker:
         started = time.perf_counter()
         for plan in steps:
             waited = time.perf_counter() - started
-            metrics = self._train_step(plan)
+            metrics = self._train_step(plan, waited)
             seconds = time.perf_counter() - started
             metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_fraction": waited / seconds}
+            metrics |= {"step_seconds": seconds}
             self._advance(plan, metrics)
             step = self.position.step
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
@@ -117,8 +123,10 @@ class Worker:
             started = time.perf_counter()
 
     def _save(self, metrics: dict[str, float]) -> None:
+        started = time.perf_counter()
         self.tracker.flush()
         self.saver.save(self.engine, self.position)
+        self.checkpoint_seconds = time.perf_counter() - started
         ray.train.report(metrics)
 
     def _steps(self) -> Generator[StepPlan]:
@@ -134,21 +142,32 @@ class Worker:
         plan = self.planner.plan(share)
         return replace(plan, batches=pinned(plan.batches, self.device))
 
-    def _train_step(self, plan: StepPlan) -> dict[str, float]:
-        """Run forward and backward on every micro-batch, then one optimizer step. Return its metrics."""
+    def _train_step(self, plan: StepPlan, waited: float) -> dict[str, float]:
+        """Run forward and backward on every micro-batch, then one optimizer step. Return its metrics.
+
+        Args:
+            plan: the step.
+            waited: seconds that this worker waited for it.
+        """
         # Dropout depends on the step only, so a resumed run draws the same as an uninterrupted one.
         torch.manual_seed((self.recipe.optim.seed << 32) + plan.step * self.num_workers + self.rank)
         learning_rate = self.engine.learning_rate
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         if not plan.pairs:
+            self.worker_figures = {}
             return {"learning_rate": learning_rate, "grad_norm": 0.0}  # every row of the step was bad
+        own = OwnTime(self.device)
+        # Workers wait for each other in the backward pass of a sharded model, so only its forward is a worker's own.
+        backward_time = own.running if self.recipe.deepspeed.zero_stage == 0 else contextlib.nullcontext
         for batch in on_device(plan.batches, self.device):
             check = batch.trains_on_images and not self.images_checked
             self.model.watch_images = check
-            logps = self.engine.forward(batch)
-            loss, more = self.objective.loss(logps, batch.weights, plan.normaliser)
-            self.engine.backward(loss)
+            with own.running():
+                logps = self.engine.forward(batch)
+                loss, more = self.objective.loss(logps, batch.weights, plan.normaliser)
+            with backward_time():
+                self.engine.backward(loss)
             losses.append(loss.detach())
             sums = add_sums(sums, more)
             if check:
@@ -156,13 +175,32 @@ class Worker:
                 self.images_checked = True
         grad_norm = self.engine.step()
         wants_stop = self.status is not None and self.status.asks_to_stop()
-        reduced = reduce_sums(sums | {_STOP: torch.full((), float(wants_stop), device=self.device)}, self.device)
-        self.is_stopping = reduced.pop(_STOP) > 0
+        tokens = sum(batch.input_ids.numel() for batch in plan.batches)
+        figures = {
+            "seconds": own.seconds(),
+            "data_wait_seconds": waited,
+            "checkpoint_seconds": self.checkpoint_seconds,
+            "memory_gb": memory_gb(self.device),
+        }
+        reduced, gathered = gather_step(sums, figures | {"tokens": tokens, "stop": wants_stop}, self.device)
+        self.checkpoint_seconds = 0.0
+        self.is_stopping = any(gathered.pop("stop"))
+        self._judge_speed(plan.step + 1, gathered)
         metrics = self.objective.metrics(reduced)
         if self.guard.observe(plan.step + 1, metrics["loss"], grad_norm):
             self._report_skipped(plan, losses)
         state = {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped_updates": self.guard.skipped}
         return metrics | state
+
+    def _judge_speed(self, step: int, gathered: dict[str, list[float]]) -> None:
+        """Keep every worker's figures of a step, and warn of a worker that is slow for long."""
+        tokens = gathered.pop("tokens")
+        self.worker_figures = by_worker(gathered)
+        own = [sum(each) for each in zip(gathered["seconds"], gathered["data_wait_seconds"], strict=True)]
+        warnings = self.slow_workers.observe(step, own, tokens)
+        self.worker_figures |= self.slow_workers.figures()
+        for text in warnings if self.rank == 0 else ():
+            self._warn(text)
 
     def _report_skipped(self, plan: StepPlan, losses: list[torch.Tensor]) -> None:
         """Warn of a skipped update, with the pairs of all workers that caused it. A collective."""
@@ -190,7 +228,7 @@ class Worker:
             self.tracker.log_bad_rows(plan.bad)
             self.first_bad = [*self.first_bad, *plan.bad][:BAD_ROWS_SHOWN]
             refuse_rows(self.recipe, plan.bad)
-        self.tracker.log(self.position.step, with_prefix(metrics, "train"))
+        self.tracker.log(self.position.step, with_prefix(metrics | self.worker_figures, "train"))
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
         self._judge_bad_rows(at_end=False)
 
