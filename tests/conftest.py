@@ -31,7 +31,8 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     from orpo_ray.fork_server.control import forked_workers, start_fork_server
-    from orpo_ray.ray_cluster import own_address, train_variables
+    from orpo_ray.ray_cluster.private import on_loopback
+    from orpo_ray.ray_cluster.start import own_address, train_variables
 
     # As `start_ray` sets them.
     os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"
@@ -41,7 +42,7 @@ def ray_cluster() -> Iterator[None]:
     variables = {"env_vars": train_variables()}
     # "local", because None would join a cluster that already runs on this machine.
     start_fork_server(["peft"])
-    with own_address(), forked_workers():
+    with on_loopback(), own_address(), forked_workers():
         ray.init(
             "local",
             num_cpus=4,

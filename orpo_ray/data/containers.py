@@ -169,7 +169,14 @@ class ShardReader:
             if len(self._footers) > _FOOTERS:
                 self._footers.pop(next(iter(self._footers)))
             group = opened.read_row_group(shard.index)
+        _check_rows(group.num_rows, shard)
         return partial(take_rows, group)
+
+
+def _check_rows(found: int, shard: Shard) -> None:
+    """Raise ValueError if a file has other rows than when it was listed, as one that was shortened since."""
+    if found != shard.num_rows:
+        raise ValueError(f"the file has changed: of {shard.num_rows:,} rows there, {found:,} are left")
 
 
 def _list_parquet(path: str) -> Iterator[Shard]:
@@ -232,6 +239,7 @@ def _read_jsonl(shard: Shard) -> TakeRows:
     data = read_bytes(shard.path, shard.offset, shard.length)
     # Split at line feeds only, as `_list_jsonl` counts: a lone carriage return is white space within a row.
     lines = [line for line in data.split(b"\n") if line.strip()]
+    _check_rows(len(lines), shard)
     return lambda rows: [_parse_json_row(lines[row]) for row in rows]
 
 
@@ -259,6 +267,7 @@ def _list_json(path: str) -> Iterator[Shard]:
 
 def _read_json(shard: Shard) -> TakeRows:
     all_rows = _read_json_list(shard.path)
+    _check_rows(len(all_rows[shard.first_row :][: shard.num_rows]), shard)
     return lambda rows: [_check_object(all_rows[shard.first_row + row]) for row in rows]
 
 
@@ -298,6 +307,7 @@ def _read_arrow(shard: Shard) -> TakeRows:
     data = read_bytes(shard.path, shard.offset, shard.length)
     batch = pa.ipc.read_record_batch(pa.ipc.read_message(data), schema)
     batch.validate(full=True)  # a damaged offset would end the process
+    _check_rows(batch.num_rows, shard)
     return partial(take_rows, batch)
 
 
@@ -338,6 +348,7 @@ def _read_tar(shard: Shard) -> TakeRows:
             content = tar.extractfile(member)
             assert content is not None
             samples[-1][1].append((extension, content.read()))
+    _check_rows(len(samples), shard)
     return lambda rows: [_row_of_sample(*samples[row]) for row in rows]
 
 

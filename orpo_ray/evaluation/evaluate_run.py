@@ -25,7 +25,7 @@ from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
-from orpo_ray.ray_cluster import start_ray
+from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 
 # A folder with one of these files has its own processor.

@@ -137,3 +137,22 @@ def reduce_sums(sums: Mapping[str, torch.Tensor], device: torch.device) -> dict[
         return {}
     total = _gather(torch.stack([value.double() for value in sums.values()]), device).sum(0)
     return dict(zip(sums, total.tolist(), strict=True))
+
+
+def gather_step(
+    sums: Mapping[str, torch.Tensor], own: Mapping[str, float], device: torch.device
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Add up an objective's sums over all workers, and collect every worker's own figures, in one all-gather.
+
+    Args:
+        sums: of this worker, as in `reduce_sums`; not empty.
+        own: figures of this worker, with the same names on all workers.
+        device: of the sums.
+
+    Returns:
+        The totals, and for each figure the numbers of all workers by rank.
+    """
+    figures = to_device(torch.tensor(list(own.values()), dtype=torch.float64), device)
+    rows = _gather(torch.cat([torch.stack([value.double() for value in sums.values()]), figures]), device)
+    totals = dict(zip(sums, rows[:, : len(sums)].sum(0).tolist(), strict=True))
+    return totals, dict(zip(own, rows[:, len(sums) :].T.tolist(), strict=True))

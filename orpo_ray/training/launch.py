@@ -20,7 +20,7 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import encoder_of, run_data
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.ray_cluster import start_ray
+from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.files import is_remote, locate
 from orpo_ray.storage.lease import Lease
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder

@@ -19,7 +19,7 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import SearchRange
 from orpo_ray.data.from_recipe import run_data
 from orpo_ray.errors import UserError
-from orpo_ray.ray_cluster import start_ray
+from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.run_folder import BEST_RECIPE_FILE, TRIALS, RunFolder
 from orpo_ray.training.launch import TrainingFailed, launch_training, storage_of
 from orpo_ray.training.resources import worker_resources

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from orpo_ray.data.order import step_samples
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
-from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, reduce_sums
+from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, gather_step
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.streaming.steps import Take, iter_shares, open_feed
@@ -36,11 +37,12 @@ from orpo_ray.training.progress import StatusLine
 from orpo_ray.training.replicated_engine import ReplicatedEngine
 from orpo_ray.training.saving import SaveFailed, Saver
 from orpo_ray.training.sharded_loading import load_for_training
+from orpo_ray.training.step_times import OwnTime, SlowWorkers, by_worker, memory_gb
 from orpo_ray.training.teardown import Held
 from orpo_ray.training.unlogged import LogLine, log_missing
 from orpo_ray.training.worker_start import WorkerConfig
 
-# Names of sums over workers, beside those of the objective.
+# Names of what workers ask all of them for, beside their figures.
 _STOP, _TEARDOWN, _PREEMPTION = "stop", "teardown", "preemption"
 SETTLE_SECONDS = 10.0  # that a step has to end after its update
 
@@ -90,6 +92,11 @@ class Worker:
         # Updates of the engine that belong to the position. Written last in a step, and read by another thread.
         self.updates = 0
         self.preemption = PreemptionNotice(self.rank)
+        self.slow_workers = SlowWorkers(gather_objects(socket.gethostname()))
+        self.worker_figures: dict[str, float] = {}
+        """Of the latest step, of all workers."""
+        self.checkpoint_seconds = 0.0
+        """Of the checkpoint since the latest step; 0 if there was none."""
         if is_first and (line := without_effect(self.recipe, self.device)) is not None:
             self._warn(line)
         self.images_checked = False
@@ -116,9 +123,10 @@ class Worker:
         started = time.perf_counter()
         for plan in steps:
             waited = time.perf_counter() - started
-            metrics = self._train_step(plan)
+            metrics = self._train_step(plan, waited)
             seconds = time.perf_counter() - started
             metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_fraction": waited / seconds}
+            metrics |= {"step_seconds": seconds}
             self._advance(plan, metrics)
             step = self.position.step
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
@@ -133,8 +141,10 @@ class Worker:
             started = time.perf_counter()
 
     def _save(self, metrics: dict[str, float]) -> None:
+        started = time.perf_counter()
         self.tracker.flush()
         self.saver.save(self.engine, self.position)
+        self.checkpoint_seconds = time.perf_counter() - started
         self.saved_step, self.unlogged = self.position.step, []
         if not self.is_torn_down:  # the controller waits for the workers then, and takes no reports
             ray.train.report(metrics)
@@ -179,21 +189,32 @@ class Worker:
         plan = self.planner.plan(share)
         return replace(plan, batches=pinned(plan.batches, self.device))
 
-    def _train_step(self, plan: StepPlan) -> dict[str, float]:
-        """Run forward and backward on every micro-batch, then one optimizer step. Return its metrics."""
+    def _train_step(self, plan: StepPlan, waited: float) -> dict[str, float]:
+        """Run forward and backward on every micro-batch, then one optimizer step. Return its metrics.
+
+        Args:
+            plan: the step.
+            waited: seconds that this worker waited for it.
+        """
         # Dropout depends on the step only, so a resumed run draws the same as an uninterrupted one.
         torch.manual_seed((self.recipe.optim.seed << 32) + plan.step * self.num_workers + self.rank)
         learning_rate = self.engine.learning_rate
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         if not plan.pairs:
+            self.worker_figures = {}
             return {"learning_rate": learning_rate, "grad_norm": 0.0}  # every row of the step was bad
+        own = OwnTime(self.device)
+        # Workers wait for each other in the backward pass of a sharded model, so only its forward is a worker's own.
+        backward_time = own.running if self.recipe.deepspeed.zero_stage == 0 else contextlib.nullcontext
         for batch in on_device(plan.batches, self.device):
             check = batch.trains_on_images and not self.images_checked
             self.model.watch_images = check
-            logps = self.engine.forward(batch)
-            loss, more = self.objective.loss(logps, batch.weights, plan.normaliser)
-            self.engine.backward(loss)
+            with own.running():
+                logps = self.engine.forward(batch)
+                loss, more = self.objective.loss(logps, batch.weights, plan.normaliser)
+            with backward_time():
+                self.engine.backward(loss)
             losses.append(loss.detach())
             sums = add_sums(sums, more)
             if check:
@@ -201,18 +222,36 @@ class Worker:
                 self.images_checked = True
         wants_stop = self.status is not None and self.status.asks_to_stop()
         asked = {_STOP: wants_stop, _TEARDOWN: self.wants_teardown, _PREEMPTION: self.preemption.is_due()}
-        flags = {name: torch.full((), float(flag), device=self.device) for name, flag in asked.items()}
+        figures = {
+            "seconds": own.seconds(),
+            "data_wait_seconds": waited,
+            "checkpoint_seconds": self.checkpoint_seconds,
+            "memory_gb": memory_gb(self.device),
+        }
+        counts = {"tokens": sum(batch.input_ids.numel() for batch in plan.batches)}
         # The last collective before the gradient's, so that a worker that is lost is lost before the update or after
         # the step.
-        reduced = reduce_sums(sums | flags, self.device)
-        self.is_torn_down, self.preemption.is_looking = reduced.pop(_TEARDOWN) > 0, reduced.pop(_PREEMPTION) > 0
-        self.is_stopping = reduced.pop(_STOP) > 0 or self.is_torn_down
+        reduced, gathered = gather_step(sums, figures | counts | asked, self.device)
+        self.is_torn_down, self.preemption.is_looking = any(gathered.pop(_TEARDOWN)), any(gathered.pop(_PREEMPTION))
+        self.is_stopping = any(gathered.pop(_STOP)) or self.is_torn_down
         grad_norm = self.engine.step()
+        self.checkpoint_seconds = 0.0
+        self._judge_speed(plan.step + 1, gathered)
         metrics = self.objective.metrics(reduced)
         if self.guard.observe(plan.step + 1, metrics["loss"], grad_norm):
             self._report_skipped(plan, losses)
         state = {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped_updates": self.guard.skipped}
         return metrics | state
+
+    def _judge_speed(self, step: int, gathered: dict[str, list[float]]) -> None:
+        """Keep every worker's figures of a step, and warn of a worker that is slow for long."""
+        tokens = gathered.pop("tokens")
+        self.worker_figures = by_worker(gathered)
+        own = [sum(each) for each in zip(gathered["seconds"], gathered["data_wait_seconds"], strict=True)]
+        warnings = self.slow_workers.observe(step, own, tokens)
+        self.worker_figures |= self.slow_workers.figures()
+        for text in warnings if self.rank == 0 else ():
+            self._warn(text)
 
     def _report_skipped(self, plan: StepPlan, losses: list[torch.Tensor]) -> None:
         """Warn of a skipped update, with the pairs of all workers that caused it. A collective."""
@@ -229,7 +268,7 @@ class Worker:
         metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
         if not isinstance(self.recipe.scaling.num_workers, int):
             metrics |= {"num_workers": self.num_workers}
-        line = LogLine(plan.step + 1, with_prefix(metrics, "train"), plan.bad)
+        line = LogLine(plan.step + 1, with_prefix(metrics | self.worker_figures, "train"), plan.bad)
         old, bad = self.position, len(plan.bad)
         self.unlogged.append(line)
         self.position = replace(

@@ -61,8 +61,10 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, 
         storage, "worker-killed", optim=LONG, checkpoint={"every_steps": 3}, scaling={"num_workers": 2}
     )
     with one_worker_killed(recipe):
-        run(recipe)
+        metrics = run(recipe).metrics
     same_curve(Path(recipe.run_uri), reference)
+    assert metrics["train/restarts"] == 1
+    assert metrics["train/repeated_steps"] <= 1
 
 
 @pytest.mark.parametrize("which", [0, -1])
