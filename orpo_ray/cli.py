@@ -224,9 +224,12 @@ def plan(
 ) -> None:
     """Estimate memory, hours and price of a training run from the model's config alone."""
     loaded = load_recipe(recipe, overrides or [])
-    from orpo_ray.planning.plan import Options
-    from orpo_ray.planning.plan import plan as make_plan
-    from orpo_ray.planning.table import print_plan
+    from orpo_ray.planning.imports import uncollected
+
+    with uncollected():
+        from orpo_ray.planning.plan import Options
+        from orpo_ray.planning.plan import plan as make_plan
+        from orpo_ray.planning.table import print_plan
 
     with stdout_to_stderr():
         report = make_plan(loaded, Options(price_per_hour or (), mfu, assume or (), pairs))

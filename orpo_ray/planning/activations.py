@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,14 @@ from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.logps import CHUNK_BYTES
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
+from orpo_ray.planning.depth import LAYERS_RUN, depths, is_deep, with_depth
 from orpo_ray.planning.dry_run import Live, dry_run
+from orpo_ray.planning.imports import import_peft
 from orpo_ray.planning.work import Work
 from orpo_ray.processing.pixel_norm import PixelNorm
 
 AS_ON_CUDA = "orpo_ray_planned_for_cuda"
 VISION_AS_ON_CUDA = "orpo_ray_vision_flash_planned_for_cuda"
-# Layers of the language model and of the vision encoder that the dry run of a deep model keeps.
-LAYERS_RUN = 2
 NORM = PixelNorm(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -89,21 +89,39 @@ class Activations:
     """Pairs in the micro-batch."""
     tokens: int
     """Tokens in the micro-batch."""
+    vision_saved: int = 0
+    """Bytes of `saved` when the language model starts."""
+    vision_work: Work = field(default_factory=Work)
+    """The part of `work` in the vision phases."""
 
     @property
     def peak(self) -> int:
         """Peak bytes over all phases."""
         return max(self.peaks)
 
-    def layer_cost(self, deeper: Activations) -> tuple[int, ...]:
-        """Return what one layer adds, given the activations of the model with one more layer."""
-        without, with_layer = ((each.saved, *each.peaks) for each in (self, deeper))
-        return tuple(b - a for a, b in zip(without, with_layer, strict=True))
+    def deepened(self, deeper: Activations, language: int, vision: int) -> Activations:
+        """Return the activations of a model with more layers.
 
-    def with_layers(self, layer: tuple[int, ...], work: Work, layers: int) -> Activations:
-        """Return the activations with `layers` more layers, each of cost `layer` and with this work."""
-        saved, *peaks = (a + layers * b for a, b in zip((self.saved, *self.peaks), layer, strict=True))
-        return Activations(saved, tuple(peaks), self.work.plus(work, layers), self.pairs, self.tokens)
+        All layers have the same sizes, so each adds the same. What a layer of the language model and one of the vision
+        encoder add is told apart by phase: during the language model's phases, the vision encoder holds what it saved;
+        during the vision encoder's, the language model holds nothing.
+
+        Args:
+            deeper: the activations of the model with one more layer of both.
+            language: how many layers of the language model to add.
+            vision: how many layers of the vision encoder to add.
+        """
+        by_vision = deeper.vision_saved - self.vision_saved
+        saved = self.saved + vision * by_vision + language * (deeper.saved - self.saved - by_vision)
+        peaks = []
+        for phase, less, more in zip(PHASES, self.peaks, deeper.peaks, strict=True):
+            of_vision = more - less if phase.startswith("vision") else by_vision
+            peaks.append(less + vision * of_vision + language * (more - less - of_vision))
+        vision_layer = deeper.vision_work.plus(self.vision_work, -1)
+        language_layer = deeper.work.plus(self.work, -1).plus(vision_layer, -1)
+        work = self.work.plus(language_layer, language).plus(vision_layer, vision)
+        vision_saved, vision_work = self.vision_saved + vision * by_vision, self.vision_work.plus(vision_layer, vision)
+        return Activations(saved, tuple(peaks), work, self.pairs, self.tokens, vision_saved, vision_work)
 
     def with_pairs(self, pairs: int, chunked_vision: bool, more_logits: int = 0) -> Activations:
         """Return the activations of a micro-batch with `pairs` pairs.
@@ -136,8 +154,7 @@ def unloaded_model(
     from transformers import AutoModelForImageTextToText
 
     if model_config.lora is not None:
-        import peft  # noqa: F401 - imported here, since its module constants must not be created on meta
-
+        import_peft()  # here, since its module constants must not be created on meta
     language = own_attention(config)
     _register_as_on_cuda()
     if layout == "shared_prefix":
@@ -176,8 +193,7 @@ def measure(
 ) -> Activations:
     """Measure a forward and backward pass of a batch in a dry run.
 
-    A deep model is measured with few layers, and then with one more: all layers have the same sizes, so each further
-    layer adds the same amount to each phase.
+    A deep model is measured with few layers, and then with one more of the language model and of the vision encoder.
 
     Args:
         model_config: `model` section of the recipe.
@@ -188,21 +204,15 @@ def measure(
         bounded: whether the vision encoder processes at most `PIXELS_AT_ONCE` pixels at a time (not under ZeRO-3).
         device: cpu or cuda; determines the attention kernel.
     """
-    depth = _depths(config)
-    if min(depth) <= LAYERS_RUN + 1:
+    depth = depths(config)
+    if not is_deep(config):
         return _measure(model_config, config, dtype, layout, batch, bounded, device)
 
     def measure_layers(language: int, vision: int) -> Activations:
-        return _measure(model_config, _with_depth(config, language, vision), dtype, layout, batch, bounded, device)
+        return _measure(model_config, with_depth(config, language, vision), dtype, layout, batch, bounded, device)
 
-    few = measure_layers(LAYERS_RUN, LAYERS_RUN)
-    deep = few
-    for one_more, layers in (
-        (measure_layers(LAYERS_RUN + 1, LAYERS_RUN), depth[0] - LAYERS_RUN),
-        (measure_layers(LAYERS_RUN, LAYERS_RUN + 1), depth[1] - LAYERS_RUN),
-    ):
-        deep = deep.with_layers(few.layer_cost(one_more), one_more.work.plus(few.work, -1), layers)
-    return deep
+    few, deeper = (measure_layers(layers, layers) for layers in (LAYERS_RUN, LAYERS_RUN + 1))
+    return few.deepened(deeper, depth[0] - LAYERS_RUN, depth[1] - LAYERS_RUN)
 
 
 def _measure(
@@ -229,17 +239,20 @@ def _measure(
 
 def step(pair_model: PairModel, batch: PairBatch, live: Live) -> Activations:
     """Run forward and backward, in a dry run or for real, and measure what they add to `live`."""
-    before, work = live.now, live.work.total()
+    before, work = live.now, [live.work.total()]
     live.peak = before
     peaks: list[int] = []
     saved: list[int] = []
+    vision_saved: list[int] = []
 
     def next_phase(*_: Any) -> None:
         peaks.append(live.peak - before)
+        work.append(live.work.total())
         live.peak = live.now
 
     def language_begins(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         next_phase()
+        vision_saved.append(live.now - before)
         if kwargs["inputs_embeds"].requires_grad:
             kwargs["inputs_embeds"].register_hook(next_phase)
 
@@ -261,27 +274,11 @@ def step(pair_model: PairModel, batch: PairBatch, live: Live) -> Activations:
     for handle in handles:
         handle.remove()
     peaks += [0] * (len(PHASES) - len(peaks))
-    work = live.work.total().plus(work, -1)
-    return Activations(saved[0], tuple(peaks), work, batch.num_pairs, batch.input_ids.numel())
-
-
-def _depths(config: Any) -> tuple[int, int]:
-    """Return the number of layers of the language model and of the vision encoder."""
-    vision = config.vision_config
-    return config.get_text_config().num_hidden_layers, getattr(vision, "num_hidden_layers", getattr(vision, "depth", 0))
-
-
-def _with_depth(config: Any, language: int, vision: int) -> Any:
-    """Return a copy of the config with these numbers of layers."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = language
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:language]
-    for name in ("num_hidden_layers", "depth"):
-        if hasattr(config.vision_config, name):
-            setattr(config.vision_config, name, vision)
-    return config
+    of_phases = [after.plus(start, -1) for start, after in itertools.pairwise(work)]
+    vision_work = of_phases[0] if len(of_phases) < len(PHASES) else of_phases[0].plus(of_phases[-1])
+    whole = work[-1].plus(work[0], -1)
+    size = (batch.num_pairs, batch.input_ids.numel())
+    return Activations(saved[0], tuple(peaks), whole, *size, vision_saved[0], vision_work)
 
 
 def move_from_meta(model: torch.nn.Module) -> None:

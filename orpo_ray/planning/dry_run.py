@@ -7,16 +7,16 @@ and loop by them, so that shapes depend on their values.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from orpo_ray.planning.fake_ops import FakeOps
 from orpo_ray.planning.work import WorkCounter, tensors_of
 
 aten = torch.ops.aten
@@ -44,6 +44,11 @@ class Live(TorchDispatchMode):
         self.work = WorkCounter()
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, None] = weakref.WeakKeyDictionary()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare each operation a wrapper of torch's compiler, which is used nowhere here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.add(out)
@@ -69,19 +74,18 @@ class DryRun(Live):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = FakeOps()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # `tensor.device`: the most frequent of all, and no work
-            return func(*args, **kwargs)
+            return args[0].fake_device
         inputs = tensors_of((args, kwargs))
         if any(isinstance(each, FakeTensor) for each in inputs):
             out = self._run_fake(func, args, kwargs, inputs)
         elif sum(each.numel() for each in inputs) <= REAL_ELEMENTS and not self._makes_floats(func, inputs, kwargs):
-            with unset_fake_temporarily():
-                out = func(*args, **kwargs)
-            out = tree_map_only(torch.Tensor, self._drop_large_floats, out)
+            out = func(*args, **kwargs)
+            out = _mapped(self._drop_large_floats, out)
         else:
             out = self._run_fake(func, args, kwargs, inputs)
         self.add(out)
@@ -92,12 +96,10 @@ class DryRun(Live):
             return 0  # `.item()` of a float; no shape depends on it
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             args = (args[0], _masks_as_indices(args[1]), *args[2:])
-        out = func(*args, **kwargs)
+        out = self.fake.run(func, args, kwargs, inputs)
         formula = flop_registry.get(_AS_ON_CUDA.get(func._overloadpacket, func._overloadpacket))
-        # A formula may read sequence lengths.
-        with unset_fake_temporarily() if formula else nullcontext():
-            self.work.add(func, args, kwargs, inputs, out, formula)
-        return tree_map_only(FakeTensor, self._integers_as_zeros, out)
+        self.work.add(func, args, kwargs, inputs, out, formula)
+        return _mapped(self._integers_as_zeros, out)
 
     def _makes_floats(self, func: Any, inputs: Any, kwargs: Any) -> bool:
         """Whether the operation creates a float tensor without inputs, such as a weight or a zero gradient."""
@@ -108,16 +110,22 @@ class DryRun(Live):
 
     def _drop_large_floats(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and tensor.numel() > REAL_FLOATS:
-            return self.fake.from_tensor(tensor)
+            return self.fake.mode.from_tensor(tensor)
         return tensor
 
     @staticmethod
-    def _integers_as_zeros(tensor: FakeTensor) -> torch.Tensor:
+    def _integers_as_zeros(tensor: torch.Tensor) -> torch.Tensor:
         """Replace integers computed from floats (`pixels == 0`) by zeros."""
-        if tensor.is_floating_point() or tensor.is_complex():
+        if not isinstance(tensor, FakeTensor) or tensor.is_floating_point() or tensor.is_complex():
             return tensor
-        with unset_fake_temporarily():
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], out: Any) -> Any:
+    """Change the tensors that an operation returns."""
+    if isinstance(out, torch.Tensor):
+        return change(out)
+    return type(out)(_mapped(change, each) for each in out) if isinstance(out, list | tuple) else out
 
 
 def _masks_as_indices(indices: Any) -> Any:
@@ -125,8 +133,7 @@ def _masks_as_indices(indices: Any) -> Any:
     converted: list[torch.Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
-            with unset_fake_temporarily():
-                converted += index.nonzero(as_tuple=True)
+            converted += index.nonzero(as_tuple=True)
         else:
             converted.append(index)
     return converted
@@ -136,5 +143,5 @@ def _masks_as_indices(indices: Any) -> Any:
 def dry_run() -> Iterator[DryRun]:
     """Run the code inside without values; yields the mode, which counts memory and work."""
     mode = DryRun()
-    with mode.fake, mode:
+    with mode:
         yield mode

@@ -94,9 +94,15 @@ class Planner:
     offload: Offload
     """What the recipe keeps in main memory."""
     _times: dict[tuple[Gpu, Setting], StepTime] = field(default_factory=dict, compare=False)
+    _memory: dict[Setting, Memory] = field(default_factory=dict, compare=False)
 
     def memory(self, setting: Setting) -> Memory:
-        """Estimate the memory of each GPU."""
+        """Estimate the memory of each GPU, which is the same for all GPU types."""
+        if setting not in self._memory:
+            self._memory[setting] = self._estimate_memory(setting)
+        return self._memory[setting]
+
+    def _estimate_memory(self, setting: Setting) -> Memory:
         held = states(self.weights, setting.stage, setting.workers, self.optimizer, self.offload)
         full = self.activations[setting.checkpointing]
         # Saved activations grow with the tokens, of which there are at least those of one pair; the logits do not,

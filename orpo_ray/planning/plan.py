@@ -7,6 +7,7 @@ import socket
 import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, NCCL, Estimate, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
+from orpo_ray.planning.imports import import_transformers, uncollected
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.prepare import prepare
 from orpo_ray.planning.states import STAGES
@@ -106,7 +108,8 @@ def _plan(recipe: Recipe, options: Options) -> dict[str, Any]:
 @contextmanager
 def _silent_libraries() -> Iterator[None]:
     """Keep libraries from warning about a model that is never run."""
-    from transformers.utils import logging
+    with uncollected():
+        from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -123,12 +126,15 @@ def load_config(model_config: ModelConfig) -> tuple[Any, str]:
 
     Returns the config, and `config.json` or `known shape`.
     """
-    from transformers import AutoConfig
-
     path = resolve(model_config.id)
     known = KNOWN_SHAPES.get(model_config.id)
-    # A library would try again for a minute and more.
-    offline = known is not None and not Path(path).is_dir() and not _hub_answers()
+    with ThreadPoolExecutor(1) as pool:
+        # A library would try again for a minute and more.
+        answers = pool.submit(_hub_answers) if known is not None and not Path(path).is_dir() else None
+        import_transformers()  # takes seconds, in which the hub may answer
+    from transformers import AutoConfig
+
+    offline = answers is not None and not answers.result()
     try:
         return (
             AutoConfig.from_pretrained(path, revision=model_config.revision, local_files_only=offline),

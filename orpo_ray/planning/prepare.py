@@ -68,8 +68,9 @@ def prepare(
         )
     dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
     layout = pick_attention(recipe.model, config).layout
-    model = unloaded_model(recipe.model, config, dtype, layout)
-    weights = Weights.of(model, recipe.model, dtype, config.get_text_config().hidden_size)
+    weights = Weights.of_deep(
+        lambda each: unloaded_model(recipe.model, each, dtype, layout), recipe.model, config, dtype
+    )
     work = estimate_workload(recipe, config, layout, pairs)
     # Of an elastic run, the fewest workers need the most memory each.
     workers, budget = recipe.scaling.min_workers, recipe.optim.tokens_per_microbatch

@@ -7,12 +7,17 @@ tests/integration/test_planning_states.py compares the results with the storages
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
 
 from orpo_ray.config.schema import ModelConfig
+from orpo_ray.model.families.registry import family_of
+from orpo_ray.planning.depth import LAYERS_RUN, depths, is_deep, with_depth
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
@@ -25,6 +30,9 @@ MIN_BUCKET = 2**24
 # bitsandbytes: weights per scale, scales per second-level scale, moments per scale, and elements of the smallest tensor
 # with 8-bit moments.
 BLOCK, BLOCK_OF_SCALES, MOMENT_BLOCK, MIN_8BIT = 64, 256, 256, 4096
+
+
+_PEFT = "base_model.model."  # what names of parameters begin with in a model with adapters
 
 
 @dataclass(frozen=True)
@@ -116,22 +124,51 @@ class Weights:
             each.append(Weight(elements, size, parameter.requires_grad, parameter.ndim >= 2, quantized))
         return cls(tuple(each), dtype.itemsize, hidden)
 
-    @property
+    @classmethod
+    def of_deep(
+        cls, build: Callable[[Any], torch.nn.Module], model_config: ModelConfig, config: Any, dtype: torch.dtype
+    ) -> Weights:
+        """Collect the sizes of a model that is not built whole, since that takes seconds: of few of its layers.
+
+        Args:
+            build: returns a model that is ready to train, from a config in transformers.
+            model_config: `model` section of the recipe.
+            config: the model's config in transformers.
+            dtype: of the weights.
+        """
+        hidden, family = config.get_text_config().hidden_size, family_of(config)
+        if not is_deep(config):
+            return cls.of(build(config), model_config, dtype, hidden)
+        few, deeper = (build(with_depth(config, layers, layers)) for layers in (LAYERS_RUN, LAYERS_RUN + 1))
+        known = {name for name, _ in few.named_parameters()}
+        names = [name for name, _ in deeper.named_parameters()]
+        sizes = cls.of(deeper, model_config, dtype, hidden).each
+        language, vision = depths(config)
+        each: list[Weight] = []
+        # What the deeper model has in addition is the last layer of each part. It is repeated where it is.
+        for is_new, run in groupby(zip(names, sizes, strict=True), key=lambda weight: weight[0] not in known):
+            weights = list(run)
+            is_language = weights[0][0].removeprefix(_PEFT).startswith(family.language)
+            times = (language if is_language else vision) - LAYERS_RUN if is_new else 1
+            each += [weight for _, weight in weights] * times
+        return cls(tuple(each), dtype.itemsize, hidden)
+
+    @cached_property
     def total(self) -> int:
         """Number of parameters."""
         return sum(weight.elements for weight in self.each)
 
-    @property
+    @cached_property
     def trained(self) -> int:
         """Number of trained parameters."""
         return sum(weight.elements for weight in self.each if weight.trained)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Bytes of all parameters, unsharded."""
         return sum(weight.bytes for weight in self.each)
 
-    @property
+    @cached_property
     def largest_quantized(self) -> int:
         """Bytes of the largest 4-bit weight when dequantized; bitsandbytes dequantizes one at a time (MatMul4Bit)."""
         return max((weight.elements * self.element for weight in self.each if weight.quantized), default=0)
@@ -249,7 +286,6 @@ def _quantized_names(model: Any, model_config: ModelConfig) -> set[str]:
         return set()
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from orpo_ray.model.families.registry import family_of
     from orpo_ray.model.loading import without_adapters
     from orpo_ray.model.quantization import quantization_config
 
