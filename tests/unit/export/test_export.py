@@ -22,7 +22,7 @@ from orpo_ray.model.loading import load_model
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.storage.run_folder import COMPLETION_FILES
 from orpo_ray.tiny_models.build import resolve
-from orpo_ray.training.manifest import write_manifest
+from orpo_ray.training.manifest import manifest_name, write_manifest
 from support.finished_runs import CPU, called_directly, checkpoint_of, finished_run, trained
 from support.tiny_runs import tiny_recipe
 
@@ -187,6 +187,7 @@ def test_the_card_takes_the_newest_checkpoint_that_is_whole(tmp_path: Path) -> N
     assert f"warning: checkpoint {run}/checkpoint_2 is not used: position.json has 15 bytes" in out.getvalue()
     later = checkpoint_of(run, "checkpoint_4", num_rows=1)
     (later / "position.json").write_text('{"of": "another version"}')
+    (later / manifest_name(0)).unlink()
     write_manifest(later, step=10, rank=0, num_workers=1)
     with pytest.raises(UserError, match=r"checkpoint_4/position\.json: .* written by another version"):
         export(run, adapter=True, overwrite=True)
