@@ -12,6 +12,9 @@ from orpo_ray.config.schema import ScalingConfig
 from orpo_ray.errors import UserError
 from orpo_ray.streaming.pipeline import least_cpus
 
+# Of the CPUs that Ray Train's workers leave on a node, Ray's coordinator gives Ray Data whole ones only.
+WHOLE_CPU = 1.0
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -105,11 +108,9 @@ def _cpus_of_elastic_worker(scaling: ScalingConfig, gpus: float, nodes: Sequence
     Raises:
         UserError: the least number of workers does not fit, or they would take all CPUs.
     """
-    data = least_cpus(1)
     smallest = min((node.get("CPU", 0.0) for node in nodes), default=0.0)
-    # A worker for each CPU, or for each GPU.
-    default = 1.0 if gpus else math.floor(100 * (smallest - data) / max(1, math.floor(smallest))) / 100
-    cpus = scaling.cpus_per_worker or default
+    # A worker for each GPU; or for each CPU of a node but two.
+    cpus = scaling.cpus_per_worker or (1.0 if gpus else _cpus_so_that_one_is_left(smallest))
     fitting = [_fitting(node, cpus, gpus) for node in nodes]
     if sum(fitting) < scaling.min_workers:
         raise UserError(
@@ -119,14 +120,20 @@ def _cpus_of_elastic_worker(scaling: ScalingConfig, gpus: float, nodes: Sequence
             fix="lower the first number or scaling.cpus_per_worker, or add nodes",
         )
     left = max(node.get("CPU", 0.0) - count * cpus for node, count in zip(nodes, fitting, strict=True))
-    if left < data and sum(fitting) <= scaling.max_workers:
+    if left < WHOLE_CPU and sum(fitting) <= scaling.max_workers:
         raise UserError(
-            f"workers with {cpus:g} CPU(s) each would take all CPUs, and reading data needs {data:g} on one node",
+            f"workers with {cpus:g} CPU(s) each would leave no whole CPU on any node, and reading data needs one",
             field="scaling.cpus_per_worker",
             value=scaling.cpus_per_worker,
-            fix="set it so that the workers that fit on a node leave one CPU",
+            fix="set it so that the workers that fit on a node leave one CPU; a node needs three CPUs for that",
         )
     return cpus
+
+
+def _cpus_so_that_one_is_left(cpus: float) -> float:
+    """Return the CPUs of a worker so that as many workers as possible leave one CPU of a node, which they fill."""
+    workers = max(1, math.ceil(cpus) - 2)
+    return round((cpus / (workers + 1) + (cpus - WHOLE_CPU) / workers) / 2, 4)
 
 
 def _fitting(node: Mapping[str, float], cpus: float, gpus: float) -> int:

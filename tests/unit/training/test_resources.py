@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,29 @@ from support.tiny_runs import tiny_recipe
 
 
 def resources_of(tmp_path: Path, nodes: list[dict[str, float]], **scaling: Any) -> Resources:
-    recipe = tiny_recipe(tmp_path, "elastic", scaling={"num_workers": [1, 4], **scaling})
+    optim = scaling.pop("optim", {})
+    recipe = tiny_recipe(tmp_path, "elastic", optim=optim, scaling={"num_workers": [1, 4], **scaling})
     cluster = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
     return worker_resources(recipe, cluster, nodes=nodes)
 
 
 def test_a_node_full_of_workers_leaves_cpus_for_the_data(tmp_path: Path) -> None:
-    found = resources_of(tmp_path, [{"CPU": 4}])
-    assert 4 // found.cpus == 4
-    assert 4 - 4 * found.cpus >= 0.51
+    for cpus in (3, 4, 8, 16, 64, 3.5):
+        found = resources_of(tmp_path, [{"CPU": cpus}], num_workers=[1, 64], optim={"pairs_per_step": 64})
+        workers = cpus // found.cpus
+        assert workers == max(1, math.ceil(cpus) - 2)
+        assert cpus - workers * found.cpus >= 1
     assert resources_of(tmp_path, [{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}]).cpus == 1
-    assert resources_of(tmp_path, [{"CPU": 2}], cpus_per_worker=1.2).cpus == 1.2
+    assert resources_of(tmp_path, [{"CPU": 3}], cpus_per_worker=1.6).cpus == 1.6
     assert max_encoders(16, 1, 4) == 12
 
 
 @pytest.mark.parametrize(
     ("nodes", "scaling", "said"),
     [
-        ([{"CPU": 2}], {"cpus_per_worker": 1}, "would take all CPUs, and reading data needs 0.51 on one node"),
-        ([{"CPU": 1, "GPU": 1}], {}, "would take all CPUs"),
+        ([{"CPU": 2}], {}, "would leave no whole CPU on any node"),
+        ([{"CPU": 2}], {"cpus_per_worker": 1.2}, "would leave no whole CPU on any node"),
+        ([{"CPU": 1, "GPU": 1}], {}, "would leave no whole CPU on any node"),
         ([{"CPU": 2}], {"cpus_per_worker": 3}, "the cluster has room for 0 worker(s) with 3 CPU(s)"),
         ([{"CPU": 8, "GPU": 1}], {"num_workers": [2, 4]}, "2 worker(s) need 2 GPU(s), and the cluster has 1"),
         ([{"CPU": 8, "GPU": 1}], {"gpus_per_worker": 0.5}, "cannot share a GPU"),
