@@ -232,9 +232,12 @@ def _on_gpu(weights: Weights, stage: Stage, workers: int, optimizer: str) -> Sta
     gathered = min(whole, MAX_LIVE * element)
     step = 4 * min(shard, SUB_GROUP)  # the step flattens the gradients of a sub-group
     shards = sum(-(-weight.bytes // workers) for weight in weights.each)
-    # Weights are divided one by one while they are loaded, except for 4-bit ones (training/sharded_loading.py).
-    is_quantized = any(weight.quantized for weight in weights.each)
-    start = whole if is_quantized else shards + max(weight.bytes for weight in weights.each)
+    # Weights are divided one by one while they are loaded. Next to 4-bit ones, others may stay whole until the end
+    # (training/quantized_loading.py).
+    start = shards + max(weight.elements for weight in weights.each) * element
+    if any(weight.quantized for weight in weights.each):
+        others = sum(weight.bytes for weight in weights.each if not weight.quantized)
+        start = min(whole, max(start, shards + others))
     return States(shards + small, 4 * shard, held, buffers + gathered, step, start)
 
 

@@ -10,6 +10,7 @@ import torch
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.model.loading import load_model, pick_dtype
 from orpo_ray.tiny_models.build import resolve
+from orpo_ray.training.quantized_loading import dividing_4bit
 
 
 def load_for_training(recipe: Recipe, device: torch.device) -> torch.nn.Module:
@@ -19,8 +20,8 @@ def load_for_training(recipe: Recipe, device: torch.device) -> torch.nn.Module:
     Then rank 0 reads the files and sends each weight to the others. No worker ever holds more than its part of the
     model and one weight; rank 0 maps the files into memory in addition, and the system can drop what it has read.
 
-    Other stages need whole weights on every worker. 4-bit weights are loaded whole too, since transformers does not
-    divide them while it quantizes, and are divided by the engine.
+    4-bit weights are divided as soon as each is quantized, on every worker (`quantized_loading.py`). Other stages need
+    whole weights on every worker.
 
     Args:
         recipe: the recipe.
@@ -36,7 +37,7 @@ def load_for_training(recipe: Recipe, device: torch.device) -> torch.nn.Module:
 
 @contextmanager
 def _dividing(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    if recipe.deepspeed.zero_stage < 3 or recipe.model.quantization is not None:
+    if recipe.deepspeed.zero_stage < 3:
         yield
         return
     # Importing DeepSpeed takes seconds.
@@ -46,9 +47,14 @@ def _dividing(recipe: Recipe, device: torch.device) -> Iterator[None]:
     from orpo_ray.training.deepspeed_engine import prepare_deepspeed
 
     prepare_deepspeed(recipe.scaling.timeout_s)
-    # transformers and peft divide and gather weights for as long as this object is alive.
-    config = loading_config(recipe, pick_dtype(recipe.model.dtype, device))
+    dtype = pick_dtype(recipe.model.dtype, device)
+    config = loading_config(recipe, dtype)
     check_config(config, recipe)
+    if recipe.model.quantization is not None:
+        with dividing_4bit(config, dtype):
+            yield
+        return
+    # transformers and peft divide and gather weights for as long as this object is alive.
     alive = HfDeepSpeedConfig(config)
     try:
         yield

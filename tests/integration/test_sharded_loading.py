@@ -24,6 +24,7 @@ SIZES = {
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"dtype": "bfloat16"},
     "LoRA": {"lora": {"r": 4}},
+    "QLoRA": {"lora": {"r": 4}, "quantization": {}, "dtype": "bfloat16"},
 }
 # A tied output head; a connector inside the vision encoder; scaled embeddings and two kinds of rotary frequencies;
 # gates that start at zero.
@@ -50,6 +51,7 @@ def test_its_weights_are_those_of_other_stages(family: str, tmp_path: Path) -> N
         {"dtype": "bfloat16"},
         {"freeze": ["vision"]},
         {"lora": {"r": 4, "use_dora": True, "modules_to_save": ["connector"]}},
+        {"lora": {"r": 4}, "quantization": {}},
     ]
     folder = write_model(tmp_path, family)
     for found in worker_group(2).run(differences, folder, sections):
