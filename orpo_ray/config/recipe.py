@@ -53,7 +53,7 @@ class Recipe(Config):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimizer, learning-rate schedule, and size of a step."""
     deepspeed: DeepspeedConfig = Field(default_factory=DeepspeedConfig)
-    """How DeepSpeed distributes the training state."""
+    """ZeRO stage and settings of DeepSpeed. Stage 0, the default, runs on PyTorch without DeepSpeed."""
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
     """Number of workers, and the resources of each."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -77,7 +77,7 @@ class Recipe(Config):
                 "eval.every_steps is set but there are no held-out pairs; set data.eval or data.eval_fraction"
             )
         if self.data.eval and self.data.eval_fraction:
-            raise ValueError("data.eval and data.eval_fraction are both set; remove one of them")
+            raise ValueError("data.eval and data.eval_fraction are both set; set data.eval_fraction=0 or data.eval={}")
         if conflicts := find_conflicts(self):
             raise ValueError("\n  - ".join(conflicts))
         if self.objective.section != "orpo" and (unused := sorted(self.orpo.model_fields_set)):

@@ -83,7 +83,7 @@ WeightedSources = Annotated[
 
 
 class Config(BaseModel):
-    """Base class of all sections: unknown keys are errors, and field docstrings become the documentation."""
+    """Base class of all sections: unknown fields are errors, and field docstrings become the documentation."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -222,6 +222,13 @@ class DataConfig(Config):
     """Number of rows in a shuffle window: rows are shuffled within a window, and files and row groups among each other.
     A reader holds one window in memory. By default 4096, or fewer if these rows exceed 128 MB."""
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _check_train(cls, value: Any) -> Any:
+        if value is None or value == [] or value == {}:
+            raise ValueError("give at least one source")
+        return value
+
 
 class OptimConfig(Config):
     """Optimizer, learning-rate schedule, and size of a step."""
@@ -254,15 +261,14 @@ class OptimConfig(Config):
     """Pairs per optimizer step, summed over all workers. Changing the number of workers does not change it."""
     tokens_per_microbatch: Int = Field(8192, ge=1)
     """Maximum number of tokens (prompt, both answers, image tokens) in one micro-batch of a worker. Lower it if a GPU
-    runs out of memory; the loss of a
-    step does not depend on it. With concatenated attention, prompts count twice and padding
-    counts."""
+    runs out of memory; the loss of a step does not depend on it. With concatenated attention, prompts count twice and
+    padding counts."""
     seed: Int = Field(0, ge=0, lt=2**32)
     """Seed of the adapters' initial weights and of dropout."""
 
 
 class DeepspeedConfig(Config):
-    """How DeepSpeed distributes the training state over the workers."""
+    """ZeRO stage and settings of DeepSpeed. Stage 0, the default, runs on PyTorch without DeepSpeed."""
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], NUMBER] = 0
     """ZeRO stage. 0 replicates everything on each worker; 1 shards the optimizer states; 2 shards gradients as well; 3
@@ -295,7 +301,7 @@ class ScalingConfig(Config):
     cpus_per_worker: Annotated[float, Field(gt=0), NUMBER] | None = None
     """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
     max_failures: Int = Field(3, ge=0)
-    """Number of worker failures after which the run ends. Before that, the run goes on from the latest checkpoint."""
+    """Number of worker failures after which the run ends. Before that, it resumes from the latest checkpoint."""
     max_preemptions: Annotated[int, Field(ge=0), NUMBER] | None = None
     """Number of announced losses of nodes (spot nodes that are taken back, nodes that are drained) after which the run
     ends. They do not count as failures. By default, any number."""

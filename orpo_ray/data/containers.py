@@ -273,7 +273,7 @@ def _read_json(shard: Shard) -> TakeRows:
 
 @lru_cache(maxsize=2)
 def _read_json_list(path: str) -> list[Any]:
-    """Read a JSON list, which is possible only as a whole. Large data sets should be JSONL."""
+    """Read a JSON list, which is possible only as a whole. Large datasets should be JSONL."""
     try:
         rows = json.loads(read_bytes(path))
     except json.JSONDecodeError as error:

@@ -65,6 +65,7 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
         "name": recipe.name,
         "model": recipe.model.id,
         "max_length": recipe.data.max_length,
+        "max_bad_fraction": recipe.data.max_bad_fraction,
         "train": checks["train"].report(),
         "eval": checks["eval"].report() if held_out else None,
         "images_on_both_sides": images_on_both_sides(checks["train"], checks.get("eval")),

@@ -57,12 +57,6 @@ def deprecated_names_allowed() -> Iterator[None]:
         yield
 
 
-def is_checkpointing(model: Any) -> bool:
-    """Whether layers of a transformers model recompute activations, under either of transformers' names."""
-    name = "is_activation_checkpointing"
-    return bool(getattr(model, name) if hasattr(model, name) else model.is_gradient_checkpointing)
-
-
 def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
     kept = operation.name().split(".")[0] in _KEPT
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

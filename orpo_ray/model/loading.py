@@ -1,4 +1,4 @@
-"""Load the model of a recipe's model section: dtype, attention, frozen components, LoRA, gradient checkpointing."""
+"""Load the model of a recipe's model section: dtype, attention, frozen parts, LoRA, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def load_model(model_config: ModelConfig, device: torch.device, seed: int) -> to
 
 
 def ready_to_train(model: Any, model_config: ModelConfig, seed: int, fused: bool) -> torch.nn.Module:
-    """Prepare a model as transformers made it: freeze components, add adapters, turn on gradient checkpointing.
+    """Prepare a model as transformers made it: freeze parts, add adapters, turn on gradient checkpointing.
 
     Args:
         model: the transformers model.

@@ -1,4 +1,4 @@
-"""A worker's share of a step -> micro-batches that all workers run in lock-step, and the step's normaliser.
+"""A worker's share of a step -> micro-batches that all workers run in lock-step, and the step's normalizer.
 
 Under ZeRO every forward and backward is a collective: all workers must run equally many, through the same modules of
 the model. A worker with too few pairs, or with no images, adds dummy pairs of weight 0. Every share holds the totals of

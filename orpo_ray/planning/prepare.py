@@ -71,7 +71,7 @@ def prepare(
     weights = Weights.of_deep(
         lambda each: unloaded_model(recipe.model, each, dtype, layout), recipe.model, config, dtype
     )
-    work = estimate_workload(recipe, config, layout, pairs)
+    work = estimate_workload(recipe, config, pairs)
     # Of an elastic run, the fewest workers need the most memory each.
     workers, budget = recipe.scaling.min_workers, recipe.optim.tokens_per_microbatch
     microbatch_pairs = pairs_per_microbatch(recipe, work, layout, budget, workers)

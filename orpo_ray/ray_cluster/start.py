@@ -62,7 +62,10 @@ def start_ray(*, state_api: bool = False) -> None:
     except OSError as error:
         fix = "unset it to run on this machine alone, or start a cluster: ray start --head"
         raise UserError(
-            f"no Ray answers: {str(error).splitlines()[0]}", field="RAY_ADDRESS", value=address, fix=fix
+            f"no Ray cluster answers at this address: {str(error).splitlines()[0]}",
+            field="RAY_ADDRESS",
+            value=address,
+            fix=fix,
         ) from None
 
 

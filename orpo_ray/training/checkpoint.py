@@ -25,7 +25,7 @@ from orpo_ray.processing.processor import load_processor
 from orpo_ray.storage.files import locate
 from orpo_ray.storage.run_folder import FINAL, RunFolder
 from orpo_ray.training.checkpoint_choice import checkpoint_names
-from orpo_ray.training.divergence import TrainingDiverged
+from orpo_ray.training.divergence import FIX, TrainingDiverged
 from orpo_ray.training.engine import Engine
 from orpo_ray.training.manifest import Damage, read_checked
 from orpo_ray.training.unlogged import LOG_FILE, LogLine, read_log
@@ -166,7 +166,9 @@ def save_final(engine: Engine, model: PairModel, recipe: Recipe) -> None:
         TrainingDiverged: a weight is not finite.
     """
     if not engine.has_finite_weights():
-        raise TrainingDiverged(f"a weight is not finite; {FINAL}/ was not written, and the last checkpoint is kept")
+        raise TrainingDiverged(
+            f"a weight is not finite; {FINAL}/ was not written, and the last checkpoint is kept\n  fix: {FIX}"
+        )
     adapted = is_adapted(model.model)
     state = engine.consolidated_weights(trained_only=adapted)
     if ray.train.get_context().get_world_rank() != 0:

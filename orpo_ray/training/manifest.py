@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and checksum of every file, by which a damaged checkpoint is recognised.
+"""The manifest of a checkpoint: size and checksum of every file, by which a damaged checkpoint is recognized.
 
 Every worker writes the manifest of its own files last. So a checkpoint is whole if the manifests of all workers are
 there, and every file is as they say. No state is read to find out.

@@ -19,7 +19,7 @@ from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.storage.scratch import make_scratch
 from orpo_ray.training.checkpoint import POSITION_FILE, Position
 from orpo_ray.training.checkpoint_choice import SAVING, checkpoint_names, new_name, prune
-from orpo_ray.training.divergence import TrainingDiverged
+from orpo_ray.training.divergence import FIX, TrainingDiverged
 from orpo_ray.training.engine import Engine
 from orpo_ray.training.manifest import Manifest, manifest_name, write_manifest
 from orpo_ray.training.replicated_engine import ReplicatedEngine
@@ -66,11 +66,13 @@ class Saver:
         """Save a checkpoint, and delete those that are too old. A collective.
 
         Raises:
-            TrainingDiverged: a weight is not finite; the checkpoints before stay.
-            SaveFailed: there is no room, or the store refuses; the checkpoints before stay.
+            TrainingDiverged: a weight is not finite; earlier checkpoints are kept.
+            SaveFailed: there is no room, or the store refuses; earlier checkpoints are kept.
         """
         if not engine.has_finite_weights():
-            raise TrainingDiverged(f"a weight is not finite after step {position.step:,}; the last checkpoint is kept")
+            raise TrainingDiverged(
+                f"a weight is not finite after step {position.step:,}; the last checkpoint is kept\n  fix: {FIX}"
+            )
         with self._one_message(position.step):
             mine = new_name(checkpoint_names(self._run)) if self._rank == 0 else None
         name = gather_objects(mine)[0]
@@ -101,7 +103,7 @@ class Saver:
             Whether it was saved.
 
         Raises:
-            SaveFailed: there is no room, or the store refuses; the checkpoints before stay.
+            SaveFailed: there is no room, or the store refuses; earlier checkpoints are kept.
         """
         with self._one_message(position.step), self._scratch() as scratch:
             self._wait_for_room(scratch)
@@ -171,7 +173,7 @@ class Saver:
         except OSError as error:
             raise SaveFailed(
                 f"the checkpoint of step {step:,} was not saved: {error}\n  fix: make room, or check the access to "
-                f"{self._run.uri}; the same command then goes on from the checkpoint before"
+                f"{self._run.uri}; the same command then resumes from the previous checkpoint"
             ) from error
 
 

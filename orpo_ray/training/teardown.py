@@ -52,7 +52,7 @@ class SaveBeforeTeardown(WorkerGroupCallback):
         self._status, self._timeout = status, timeout_s
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        """Save, and return when that is done or has failed; the checkpoints before stay."""
+        """Save, and return when that is done or has failed; earlier checkpoints are kept."""
         workers = worker_group.get_workers()
         held = _answers(workers, _held)
         unsaved = {rank: each for rank, each in held.items() if each and each.is_healthy and each.step > each.saved}

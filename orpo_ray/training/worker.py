@@ -55,7 +55,7 @@ class Worker:
 
         Args:
             config: what the driver decided.
-            checkpoint: name of the checkpoint to go on from; None for a run that begins.
+            checkpoint: name of the checkpoint to resume from; None for a run that begins.
             feed: for a run without a checkpoint, the source of its steps, whose data is already being read.
         """
         context = ray.train.get_context()

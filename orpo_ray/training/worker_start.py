@@ -99,7 +99,7 @@ def train_worker(config: dict[str, Any]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         full = DiskFull(
-            f"a disk is full: {error}\n  fix: make room; the same command goes on from the latest checkpoint"
+            f"a disk is full: {error}\n  fix: make room; the same command resumes from the latest checkpoint"
         )
         ray.get(worker_config.status.fail.remote(full))
         raise full from error
@@ -109,7 +109,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _agreed_checkpoint(config: WorkerConfig) -> str | None:
-    """Return the name of the checkpoint that all workers go on from, or None. A collective.
+    """Return the name of the checkpoint that all workers resume from, or None. A collective.
 
     Rank 0 chooses, and deletes what no run needs any longer: damaged checkpoints, old ones, and the scratch of workers
     that were killed.

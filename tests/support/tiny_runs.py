@@ -1,4 +1,4 @@
-"""Recipes and data sets that train in seconds, and the losses of their runs."""
+"""Recipes and datasets that train in seconds, and the losses of their runs."""
 
 from __future__ import annotations
 

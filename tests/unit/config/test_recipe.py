@@ -40,16 +40,18 @@ def test_defaults_are_trls() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"orpo": {"betta": 0.1}}, "orpo.betta: unknown key; did you mean 'beta'?"),
-        ({"modle": {}}, "modle: unknown key; did you mean 'model'?"),
-        ({"model": {"id": "m", "lora": {"rank": 4}}}, "model.lora.rank: unknown key"),
-        ({"orpo": {"zzz": 1}}, "known keys here: beta, nll"),
+        ({"orpo": {"betta": 0.1}}, "orpo.betta: unknown field; did you mean 'beta'?"),
+        ({"modle": {}}, "modle: unknown field; did you mean 'model'?"),
+        ({"model": {"id": "m", "lora": {"rank": 4}}}, "model.lora.rank: unknown field"),
+        ({"orpo": {"zzz": 1}}, "fields here: beta, nll"),
+        ({"beta": 0.1}, "beta: unknown field; fields here: name, model"),
         ({"orpo": {"beta": -1}}, "orpo.beta: Input should be greater than or equal to 0 (found -1)"),
         ({"orpo": {"nll": "all"}}, "'response' or 'prompt+response' (found 'all')"),
         ({"optim": {"learning_rate": "fast"}}, "optim.learning_rate: Input should be a valid number"),
         ({"optim": {"pairs_per_step": 1.5}}, "optim.pairs_per_step"),
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage"),
         ({"data": {}}, "data.train: this field is required"),
+        ({"data": {"train": None}}, "data.train: give at least one source"),
         ({"scaling": {"num_workers": 64}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
         ({"scaling": {"num_workers": [1, 64]}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
         ({"scaling": {"num_workers": [4, 2]}}, "scaling.num_workers: must be [min, max], and the first is greater"),
@@ -65,7 +67,7 @@ def test_defaults_are_trls() -> None:
         ({"data": {"train": "a", "format": "sharegtp"}}, "unknown format; did you mean 'sharegpt'?"),
         (
             {"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}},
-            "data.eval and data.eval_fraction are both set",
+            "data.eval and data.eval_fraction are both set; set data.eval_fraction=0 or data.eval={}",
         ),
         ({"checkpoint": {"storage": "ftp://bucket"}}, "must be a folder"),
         ({"tune": {"search": {"orpo.beta": {"low": 2, "high": 1}}}}, "low (2.0) must be below high (1.0)"),
@@ -194,7 +196,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "zero_stage: 2",
     ),
     "quantization without LoRA": ({"model": {"quantization": {}}}, "add model.lora"),
-    "quant_storage differs from the model's dtype": (
+    "a quant_storage other than the model's dtype": (
         {"model": {"lora": {}, "dtype": "bfloat16", "quantization": {"quant_storage": "float32"}}},
         "quant_storage: uint8",
     ),
@@ -239,7 +241,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {}, "deepspeed": {"zero_stage": 2, "config": {"gradient_clipping": 2.0}}},
         "set the fields of the recipe",
     ),
-    "a setting that must be a mapping": (
+    "a setting that is no mapping": (
         {"model": {}, "deepspeed": {"zero_stage": 2, "config": {"zero_optimization": 3}}},
         "zero_optimization: {name: value}",
     ),
@@ -253,7 +255,7 @@ def test_conflicting_options_are_refused_with_an_alternative(rule: Rule) -> None
     text = message(raw)
     assert f"recipe: {rule.field}: {rule.combination} (" in text
     assert rule.reason in text
-    assert f"instead: {alternative}" in text
+    assert f"\n    fix: {alternative}" in text
     assert rule.find(parse_recipe(MINIMAL)) == []
 
 

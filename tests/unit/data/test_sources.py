@@ -165,7 +165,7 @@ def test_hidden_files_are_skipped(tmp_path: Path) -> None:
 
 
 def test_metadata_files_apply_to_their_own_folder(tmp_path: Path) -> None:
-    """Saved data sets and other files in one folder are all read, once."""
+    """Saved datasets and other files in one folder are all read, once."""
     from datasets import Dataset, DatasetDict
 
     Dataset.from_list(rows(3)).save_to_disk(tmp_path / "one")

@@ -252,7 +252,7 @@ def test_a_text_only_model_is_no_vlm(tmp_path: Path) -> None:
         load_model(ModelConfig(id=str(tmp_path)), CPU, seed=0)
 
 
-def test_qwen_s_flattened_patches_are_normalised_by_channel() -> None:
+def test_qwen_s_flattened_patches_are_normalized_by_channel() -> None:
     """Its image processor lays an image out as [patches, channel x frame x height x width]."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
