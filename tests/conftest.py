@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from functools import partialmethod
 
 import pytest
 from hypothesis import settings
@@ -29,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with four logical CPUs, for the whole session."""
     import ray
+    from ray._private.parameter import RayParams
 
     from orpo_ray.fork_server.control import forked_workers, start_fork_server
     from orpo_ray.ray_cluster.private import on_loopback
@@ -42,7 +44,10 @@ def ray_cluster() -> Iterator[None]:
     variables = {"env_vars": train_variables()}
     # "local", because None would join a cluster that already runs on this machine.
     start_fork_server(["peft"])
-    with on_loopback(), own_address(), forked_workers():
+    # Ray's job agent has one fixed port, and a Ray whose agent does not get it takes no jobs. `ray.init` cannot set it.
+    own_port = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
+    with pytest.MonkeyPatch.context() as patch, on_loopback(), own_address(), forked_workers():
+        patch.setattr(RayParams, "__init__", own_port)
         ray.init(
             "local",
             num_cpus=4,
