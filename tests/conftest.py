@@ -14,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 # The models are tiny, and tests run on as many processes as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Runs choose their own number of threads. Threads that wait for each other must not spin on the cores of other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Without a time limit per example, which a busy machine would exceed.
 settings.register_profile("orpo-ray", deadline=None)
 settings.load_profile("orpo-ray")
