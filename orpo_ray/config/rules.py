@@ -267,7 +267,7 @@ RULES = (
         _config_contradicts,
     ),
     Rule(
-        "a setting that is no mapping",
+        "a setting that is not a mapping",
         "deepspeed.config",
         "DeepSpeed reads the settings of ZeRO from a mapping",
         "zero_optimization: {name: value}",

@@ -6,80 +6,25 @@ The docstring under a field is its entry in the reference documentation and in t
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from orpo_ray.config.field_types import NUMBER, Float, Int, PathText, Text, as_number
-
-
-def _string_as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_weighted_sources(value: Any) -> Any:
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        return {value: 1.0}
-    if isinstance(value, list) and all(isinstance(uri, str) for uri in value):
-        return {uri: float(times) for uri, times in Counter(value).items()}
-    return value
-
-
-def _as_checkpointing(value: Any) -> Any:
-    return ("full" if value else "none") if isinstance(value, bool) else value
-
-
-def _as_workers(value: Any) -> Any:
-    if not isinstance(value, list):
-        return _as_count(value)
-    if len(value) != 2:
-        raise ValueError("must be a number or [min, max]")
-    low, high = map(_as_count, value)
-    if low > high:
-        raise ValueError("must be [min, max], and the first is greater than the second")
-    return low if low == high else [low, high]
-
-
-def _as_count(value: Any) -> int:
-    count = as_number(value)
-    if not isinstance(count, int) or count < 1:
-        raise ValueError("Input should be a whole number of at least 1")
-    return count
-
-
-def _check_format(value: str) -> str:
-    if value == "auto" or value in FORMATS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        return value
-    near = difflib.get_close_matches(value, FORMATS, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"use auto, {', '.join(FORMATS)}, or module:function"
-    raise ValueError(f"unknown format; {hint}")
-
-
-PARTS = ("language", "connector", "vision")
-FORMATS = ("trl", "plain", "sharegpt", "alpaca", "swift", "rlaif-v", "rlhf-v", "vlfeedback", "mmpr", "nemo-rl")
-
-Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
-Names = Annotated[list[Text], BeforeValidator(_string_as_list)]
-Checkpointing = Literal["none", "selective", "full", "auto"]
-CheckpointingField = Annotated[
-    Checkpointing, BeforeValidator(_as_checkpointing, json_schema_input_type=Checkpointing | bool)
-]
-FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
-RowFormat = Annotated[str, AfterValidator(_check_format)]
-Weight = Annotated[float, Field(gt=0, le=1000), NUMBER]
-WorkerRange = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
-NumWorkers = Annotated[
-    int | list[int], BeforeValidator(_as_workers, json_schema_input_type=Annotated[int, Field(ge=1)] | WorkerRange)
-]
-WeightedSources = Annotated[
-    dict[PathText, Weight],
-    BeforeValidator(_as_weighted_sources, json_schema_input_type=str | list[str] | dict[PathText, Weight]),
-]
+from orpo_ray.config.field_types import (
+    NUMBER,
+    CheckpointingField,
+    Float,
+    Fraction,
+    FrozenParts,
+    Int,
+    Names,
+    NumWorkers,
+    PathText,
+    RowFormat,
+    Text,
+    WeightedSources,
+)
 
 
 class Config(BaseModel):

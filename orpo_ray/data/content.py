@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.fs as pafs
 import xxhash
 
-from orpo_ray.data.containers import EASY_VQA, Shard
+from orpo_ray.data.shards import EASY_VQA, Shard
 from orpo_ray.storage.files import is_remote, locate, read_bytes, with_retries
 
 WHOLE_BYTES = 256 << 20

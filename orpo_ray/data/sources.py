@@ -16,9 +16,9 @@ from urllib.parse import parse_qsl
 
 import pyarrow.parquet as pq
 
-from orpo_ray.data.containers import (
+from orpo_ray.data.json_rows import Row
+from orpo_ray.data.shards import (
     EASY_VQA,
-    Row,
     Shard,
     damage_is_an_error_of_the_user,
     easy_vqa_shard,

@@ -13,11 +13,11 @@ import torch
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.balance import Layout
 from orpo_ray.errors import UserError
-from orpo_ray.model.checkpointing import enable_checkpointing
 from orpo_ray.model.families.base import Family
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.fused_layers import fuse_adapters, fuse_layers
 from orpo_ray.model.fused_ops import has_kernels
+from orpo_ray.model.gradient_checkpointing import enable_checkpointing
 from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.quantization import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from orpo_ray.config.schema import PARTS, LoraConfig, ModelConfig
+from orpo_ray.config.field_types import PARTS
+from orpo_ray.config.schema import LoraConfig, ModelConfig
 from orpo_ray.errors import UserError
-from orpo_ray.model.checkpointing import deprecated_names_allowed
 from orpo_ray.model.families.base import Family
+from orpo_ray.model.gradient_checkpointing import deprecated_names_allowed
 
 TARGETS = "model.lora.target_modules"
 SAVED = "model.lora.modules_to_save"

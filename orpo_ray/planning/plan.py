@@ -20,8 +20,8 @@ from orpo_ray.errors import UserError
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, NCCL, Estimate, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
 from orpo_ray.planning.imports import import_transformers, uncollected
+from orpo_ray.planning.inputs import plan_inputs
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
-from orpo_ray.planning.prepare import prepare
 from orpo_ray.planning.states import STAGES
 from orpo_ray.planning.step_time import parse_rates
 from orpo_ray.planning.workload import Workload
@@ -73,9 +73,9 @@ def _plan(recipe: Recipe, options: Options) -> dict[str, Any]:
         )
     gpus, rates = gpus_with_prices(options.prices), parse_rates(options.assume)
     config, source = load_config(recipe.model)
-    prepared = prepare(recipe, config, rates, options.mfu, options.pairs)
-    planner, work, setting = prepared.planner, prepared.work, prepared.setting
-    weights, microbatch_pairs = planner.weights, prepared.microbatch_pairs
+    inputs = plan_inputs(recipe, config, rates, options.mfu, options.pairs)
+    planner, work, setting = inputs.planner, inputs.work, inputs.setting
+    weights, microbatch_pairs = planner.weights, inputs.microbatch_pairs
     gpu_reports = [_report_gpu(planner, gpu, planner.resolved(setting, gpu.memory)) for gpu in gpus]
     assumptions = [*_recipe_assumptions(recipe, source), *work.assumptions, *_constant_assumptions()]
     if not isinstance(recipe.scaling.num_workers, int):
@@ -91,8 +91,8 @@ def _plan(recipe: Recipe, options: Options) -> dict[str, Any]:
             "config": source,
             "parameters": weights.total,
             "trained": weights.trained,
-            "dtype": str(prepared.dtype).removeprefix("torch."),
-            "layout": prepared.layout,
+            "dtype": str(inputs.dtype).removeprefix("torch."),
+            "layout": inputs.layout,
         },
         "setting": asdict(setting),
         "memory": {str(stage): _round_bytes(planner.memory(replace(setting, stage=stage))) for stage in STAGES},

@@ -22,7 +22,7 @@ from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import is_adapted
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.processor import load_processor
-from orpo_ray.storage.files import locate
+from orpo_ray.storage.files import locate, one_line
 from orpo_ray.storage.run_folder import FINAL, RunFolder
 from orpo_ray.training.checkpoint_choice import checkpoint_names
 from orpo_ray.training.divergence import FIX, TrainingDiverged
@@ -139,18 +139,18 @@ def _parse_position(data: bytes, where: str) -> Position:
 def _mismatch_is_an_error_of_the_user(where: str) -> Iterator[None]:
     """Turn what engines raise where a whole checkpoint does not fit the model, as after a restart, into a UserError.
 
-    What a disk, a lost worker or a lack of memory causes stays as it is.
+    What a disk, a device, a lost worker or a lack of memory causes stays as it is.
     """
     try:
         yield
-    except (torch.distributed.DistError, torch.OutOfMemoryError):
+    except (torch.distributed.DistError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, PickleError) as error:
+    except (RuntimeError, LookupError, ValueError, AssertionError, PickleError) as error:
         if isinstance(error, RuntimeError) and _OF_LOST_WORKERS.search(str(error)):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
-            f"the checkpoint is whole, but does not fit the model of this recipe: {reason}",
+            f"the checkpoint is whole, but does not fit the model of this recipe: "
+            f"{type(error).__name__}: {one_line(error)}",
             field=where,
             fix="resume with the recipe and the library versions that the run began with, or start a new run under "
             "another name (name=...)",

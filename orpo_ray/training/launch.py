@@ -29,9 +29,10 @@ from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand,
 from orpo_ray.training.data_identity import check_data
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
-from orpo_ray.training.progress import ProgressDisplay, start_status
+from orpo_ray.training.progress import ProgressDisplay
 from orpo_ray.training.resources import Resources, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
+from orpo_ray.training.run_status import start_status
 from orpo_ray.training.stopping import RunStopped, StopSignals
 from orpo_ray.training.teardown import SaveBeforeTeardown
 from orpo_ray.training.worker_start import WorkerConfig, train_worker

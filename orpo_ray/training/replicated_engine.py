@@ -103,19 +103,7 @@ class ReplicatedEngine:
             torch.save(self._state(), folder / _FOLDER / _STATE_FILE)
 
     def save_alone(self, folder: Path, updates: int) -> bool:
-        """Write the state from another thread than the one that trains, without the other workers.
-
-        That thread may be in a collective that never ends, since a worker is lost. It makes no update after the state
-        that was written: its process is about to be ended.
-
-        Args:
-            folder: where to write.
-            updates: number of updates that the state must have.
-
-        Returns:
-            Whether it was written. Otherwise, the state has another number of updates, or a part of one, or a weight
-            that is not finite.
-        """
+        """Write the state in another thread, without the other workers; see `SavesAlone`."""
         with ExitStack() as held:
             held.enter_context(self._updating)
             if not self._is_whole or self.updates != updates:

@@ -14,15 +14,14 @@ from pathlib import Path
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.objective.step_planner import gather_objects
+from orpo_ray.objective.collectives import gather_objects
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.storage.scratch import make_scratch
 from orpo_ray.training.checkpoint import POSITION_FILE, Position
 from orpo_ray.training.checkpoint_choice import SAVING, checkpoint_names, new_name, prune
 from orpo_ray.training.divergence import FIX, TrainingDiverged
-from orpo_ray.training.engine import Engine
+from orpo_ray.training.engine import Engine, SavesAlone
 from orpo_ray.training.manifest import Manifest, manifest_name, write_manifest
-from orpo_ray.training.replicated_engine import ReplicatedEngine
 from orpo_ray.training.unlogged import LOG_FILE, LogLine, write_log
 
 ROOM_WAITS_S = (1.0, 3.0)
@@ -90,7 +89,7 @@ class Saver:
             with self._one_message(position.step):
                 prune(self._run, self._keep)
 
-    def save_alone(self, engine: ReplicatedEngine, position: Position, updates: int, lines: Sequence[LogLine]) -> bool:
+    def save_alone(self, engine: SavesAlone, position: Position, updates: int, lines: Sequence[LogLine]) -> bool:
         """Save a checkpoint without the other workers, and from another thread than the one that trains.
 
         Args:

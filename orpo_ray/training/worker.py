@@ -20,21 +20,21 @@ from orpo_ray.data.balance import StepShare
 from orpo_ray.data.order import step_samples
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.objective.base import load_objective
+from orpo_ray.objective.collectives import add_sums, gather_objects, gather_step
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
-from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, gather_step
+from orpo_ray.objective.step_planner import StepPlan, StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
-from orpo_ray.training.auto_checkpointing import with_checkpointing
+from orpo_ray.training.auto_gradient_checkpointing import with_checkpointing
 from orpo_ray.training.checkpoint import load_checkpoint, save_final
 from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.divergence import DivergenceGuard, skipped_message
-from orpo_ray.training.engine import Engine, make_engine
+from orpo_ray.training.engine import Engine, SavesAlone, make_engine
 from orpo_ray.training.preemption import PreemptionNotice
-from orpo_ray.training.progress import StatusLine
-from orpo_ray.training.replicated_engine import ReplicatedEngine
+from orpo_ray.training.run_status import StatusLine
 from orpo_ray.training.saving import SaveFailed, Saver
 from orpo_ray.training.sharded_loading import load_for_training
 from orpo_ray.training.step_times import OwnTime, SlowWorkers, by_worker, memory_gb
@@ -42,7 +42,7 @@ from orpo_ray.training.teardown import Held
 from orpo_ray.training.unlogged import LogLine, log_missing
 from orpo_ray.training.worker_start import WorkerConfig
 
-# Names of what workers ask all of them for, beside their figures.
+# Names of requests that one worker makes and all workers follow, beside the figures of each worker.
 _STOP, _TEARDOWN, _PREEMPTION = "stop", "teardown", "preemption"
 SETTLE_SECONDS = 10.0  # that a step has to end after its update
 
@@ -151,7 +151,7 @@ class Worker:
 
     def held(self) -> Held:
         """Say what this worker could save. Called from another thread."""
-        is_whole = isinstance(self.engine, ReplicatedEngine)
+        is_whole = isinstance(self.engine, SavesAlone)
         return Held(self.position.step, self.saved_step, is_whole, self.guard.is_healthy, self.is_training)
 
     def save_alone(self) -> bool:
@@ -160,7 +160,7 @@ class Worker:
         Returns:
             Whether it was saved.
         """
-        assert isinstance(self.engine, ReplicatedEngine)
+        assert isinstance(self.engine, SavesAlone)
         deadline = time.monotonic() + SETTLE_SECONDS
         while self.updates != self.engine.updates and time.monotonic() < deadline:
             time.sleep(0.01)  # the training thread is between an update and the end of its step
@@ -279,7 +279,7 @@ class Worker:
             skipped=self.guard.skipped,
             first_loss=self.guard.first_loss,
         )
-        if isinstance(self.engine, ReplicatedEngine):
+        if isinstance(self.engine, SavesAlone):
             self.updates = self.engine.updates
         if plan.bad:
             self.tracker.log_bad_rows(plan.bad)

@@ -12,7 +12,8 @@ import ray
 from rich.console import Console
 
 from orpo_ray.errors import UserError
-from orpo_ray.training.progress import ProgressDisplay, start_status
+from orpo_ray.training.progress import ProgressDisplay
+from orpo_ray.training.run_status import start_status
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -13,10 +13,10 @@ import pytest
 import ray
 
 from orpo_ray.data.balance import Packing, PairSize, StepShare, StepTotals
-from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import Order
 from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.shards import list_file_shards
 from orpo_ray.errors import UserError
 from orpo_ray.streaming.steps import feed_actor, iter_shares, open_feed, take_from
 from support.tiny_runs import write_pairs

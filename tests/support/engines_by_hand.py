@@ -17,9 +17,10 @@ from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.objective.collectives import reduce_sums
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
-from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
+from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.training import deepspeed_engine
 from orpo_ray.training.engine import Engine, make_engine
 from orpo_ray.training.sharded_loading import load_for_training

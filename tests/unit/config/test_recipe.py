@@ -241,7 +241,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {}, "deepspeed": {"zero_stage": 2, "config": {"gradient_clipping": 2.0}}},
         "set the fields of the recipe",
     ),
-    "a setting that is no mapping": (
+    "a setting that is not a mapping": (
         {"model": {}, "deepspeed": {"zero_stage": 2, "config": {"zero_optimization": 3}}},
         "zero_optimization: {name: value}",
     ),

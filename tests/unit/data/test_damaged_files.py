@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from orpo_ray.config.load import parse_recipe
-from orpo_ray.data.containers import Shard, _read_json_list, read_rows
 from orpo_ray.data.from_recipe import run_data
+from orpo_ray.data.shards import Shard, _read_json_list, read_rows
 from orpo_ray.data.sources import list_sources, read_first_rows
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.storage.files import TooLarge, is_permanent

@@ -11,9 +11,9 @@ import pytest
 
 from orpo_ray.data import containers
 from orpo_ray.data.bad_rows import BadRow
-from orpo_ray.data.containers import read_rows
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import pair_at, pair_of
+from orpo_ray.data.shards import read_rows
 from orpo_ray.data.sources import read_first_rows
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.tiny_models.easy_vqa import COLORS, SHAPES, easy_vqa_rows

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch.nn.attention import varlen
 from transformers import LlavaConfig
 
-from orpo_ray.config.schema import Checkpointing, ModelConfig
+from orpo_ray.config.field_types import Checkpointing
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoded_columns import from_arrow, to_arrow
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, build_batch
 from orpo_ray.data.spans import PairSpan

@@ -11,11 +11,11 @@ from PIL import Image
 
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.balance import Packing
-from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.order import Order
 from orpo_ray.data.packing import build_batch
 from orpo_ray.data.reading import ReadSpec, pair_of, read_windows
+from orpo_ray.data.shards import list_file_shards
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import is_adapted, load_model, without_adapters
 from orpo_ray.objective.base import Normaliser

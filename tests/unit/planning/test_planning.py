@@ -13,8 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from orpo_ray.cli import app
+from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.config.load import parse_recipe
-from orpo_ray.config.schema import Checkpointing
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.planning import activations

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from orpo_ray.objective.step_planner import gather_step
+from orpo_ray.objective.collectives import gather_step
 from orpo_ray.training.step_times import SLOW_STEPS, WINDOW_STEPS, OwnTime, SlowWorkers, by_worker
 from support.worker_group import worker_group
 

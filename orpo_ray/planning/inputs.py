@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.config.schema import Checkpointing
 from orpo_ray.data.balance import Layout
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.cross_attention import CrossAttentionFamily
@@ -26,7 +26,7 @@ PAIRS_MEASURED = 1
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PlanInputs:
     """What a plan computes with."""
 
     planner: Planner
@@ -44,9 +44,9 @@ def can_plan(config: Any) -> bool:
     return not isinstance(family_of(config), CrossAttentionFamily)
 
 
-def prepare(
+def plan_inputs(
     recipe: Recipe, config: Any, rates: Rates | None = None, mfu: float | None = None, pairs: int | None = None
-) -> Prepared:
+) -> PlanInputs:
     """Measure the model in dry runs.
 
     Args:
@@ -99,12 +99,12 @@ def prepare(
         recipe.model.quantization is not None,
         Offload(recipe.deepspeed.offload_optimizer != "none", recipe.deepspeed.offload_param != "none"),
     )
-    return Prepared(planner, work, setting, dtype, layout, microbatch_pairs)
+    return PlanInputs(planner, work, setting, dtype, layout, microbatch_pairs)
 
 
 def choose_checkpointing(recipe: Recipe, config: Any, gib: float) -> Checkpointing:
     """Return the fastest gradient checkpointing that fits in this much GPU memory, or `full` if none does."""
     if not can_plan(config):
         return "full"
-    prepared = prepare(recipe, config)
-    return prepared.planner.resolved(prepared.setting, gib).checkpointing
+    inputs = plan_inputs(recipe, config)
+    return inputs.planner.resolved(inputs.setting, gib).checkpointing

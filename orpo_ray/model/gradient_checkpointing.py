@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from orpo_ray.config.schema import Checkpointing
+from orpo_ray.config.field_types import Checkpointing
 
 # Operations whose results `selective` keeps: matrix products and attention, which are nearly all of a layer's FLOPs. By
 # name, since the operation of variable-length attention exists only once its module is imported.
