@@ -67,10 +67,21 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
-        if self.scaling.num_workers > self.optim.pairs_per_step:
+        workers, together = self.scaling.num_workers, self.scaling.sequence_parallel
+        if workers % together:
             raise ValueError(
-                f"scaling.num_workers ({self.scaling.num_workers}) exceeds optim.pairs_per_step "
+                f"scaling.num_workers ({workers}) is no multiple of scaling.sequence_parallel ({together}), how many "
+                "workers compute pairs together; change one of them"
+            )
+        if workers // together > self.optim.pairs_per_step:
+            raise ValueError(
+                f"scaling.num_workers ({workers}) exceeds optim.pairs_per_step "
                 f"({self.optim.pairs_per_step}), so some workers would get no pair; lower it or raise pairs_per_step"
+            )
+        if together > 1 and self.model.attention == "concatenated":
+            raise ValueError(
+                f"scaling.sequence_parallel ({together}) divides the row of a shared prefix, and model.attention is "
+                "concatenated; set it to auto, or scaling.sequence_parallel to 1"
             )
         if self.eval.every_steps and not self.has_held_out:
             raise ValueError(

@@ -267,6 +267,10 @@ class ScalingConfig(Config):
     one worker share a GPU, such as the trials of a search (`tune.max_concurrent`)."""
     cpus_per_worker: Annotated[float, Field(gt=0), NUMBER] | None = None
     """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
+    sequence_parallel: Int = Field(1, ge=1)
+    """Number of workers that compute the same pairs together, each a part of their tokens, for pairs that do not fit on
+    one GPU; divides `num_workers`. Then `optim.tokens_per_microbatch` counts the tokens of each of them. Requires
+    attention with a shared prefix, and a number of attention heads that can be divided."""
     max_failures: Int = Field(3, ge=0)
     """Number of worker failures after which the run ends. Before that, the run resumes from the latest checkpoint."""
     timeout_s: Annotated[float, Field(gt=0), NUMBER] = 1800.0

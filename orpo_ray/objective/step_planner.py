@@ -66,6 +66,7 @@ class StepPlanner:
         self.objective, self.packing, self.device = objective, packing, device
         self.collate = collate
         self.text_dummy, self.image_dummy = text_dummy, image_dummy
+        self.counts = True  # False where another worker computes the same pairs, and counts them
 
     @classmethod
     def of(
@@ -74,7 +75,9 @@ class StepPlanner:
         """Make the planner for a model, with dummy pairs from its encoder."""
         dummy_pairs = (encoder.dummy_pair(with_image=False), encoder.dummy_pair(with_image=True))
         packing = Packing(token_budget, model.layout, model.tokens_per_image_value)
-        return cls(objective, packing, *dummy_pairs, device, model.collate)
+        planner = cls(objective, packing, *dummy_pairs, device, model.collate)
+        planner.counts = model.group is None or model.group.member == 0
+        return planner
 
     def share(
         self, pairs: Sequence[EncodedPair], bad: Sequence[BadRow] = (), step: int = 0, rank: int = 0, workers: int = 1
@@ -131,9 +134,16 @@ def add_sums(total: Mapping[str, torch.Tensor], more: Mapping[str, torch.Tensor]
     return {name: total.get(name, 0.0) + value.double() for name, value in more.items()}
 
 
-def reduce_sums(sums: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
-    """Add up an objective's sums over all workers. All of them ran equally many micro-batches, so have equal names."""
+def reduce_sums(sums: Mapping[str, torch.Tensor], device: torch.device, counts: bool = True) -> dict[str, float]:
+    """Add up an objective's sums over all workers. All of them ran equally many micro-batches, so have equal names.
+
+    Args:
+        sums: of this worker.
+        device: where they are.
+        counts: whether this worker's sums count (`StepPlanner.counts`).
+    """
     if not sums:
         return {}
-    total = _gather(torch.stack([value.double() for value in sums.values()]), device).sum(0)
+    own = torch.stack([value.double() for value in sums.values()])
+    total = _gather(own if counts else torch.zeros_like(own), device).sum(0)
     return dict(zip(sums, total.tolist(), strict=True))

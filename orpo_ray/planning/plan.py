@@ -250,6 +250,8 @@ def _recipe_assumptions(recipe: Recipe, source: str) -> list[str]:
     if source == "known shape":
         reason = "offline mode" if os.environ.get("HF_HUB_OFFLINE") else "cannot reach the hub"
         assumptions.append(f"{recipe.model.id} has the config that is built into orpo-ray ({reason})")
+    if recipe.scaling.sequence_parallel > 1:
+        assumptions.append("scaling.sequence_parallel is not part of the estimate: every worker has whole pairs here")
     if recipe.model.dtype == "auto":
         assumptions.append("model.dtype auto is bfloat16 on these GPUs")
     if recipe.optim.optimizer == "paged_adamw_8bit":

@@ -18,6 +18,7 @@ from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, r
 from orpo_ray.data.balance import StepShare
 from orpo_ray.data.order import step_samples
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
+from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, reduce_sums
@@ -65,7 +66,10 @@ class Worker:
         cache_folder = Path(cache) if cache is not None else None
         self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once, cache_folder)
         self.objective = load_objective(self.recipe)
-        budget = self.recipe.optim.tokens_per_microbatch
+        self.together = self.recipe.scaling.sequence_parallel
+        if self.together > 1:
+            self.model.group = SequenceGroup.join(self.together, self.recipe.scaling.timeout_s)
+        budget = self.recipe.optim.tokens_per_microbatch * self.together
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.get_local_world_size())
@@ -126,7 +130,8 @@ class Worker:
         config, first = self.config, self.position.step
         if self.feed is None:
             read = replace(config.train, first_sample=first * self.recipe.optim.pairs_per_step)
-            self.feed = open_feed(read, config.encoder, config.max_encoders, self.rank, self.num_workers)
+            ranks = (self.rank, self.num_workers, self.together)
+            self.feed = open_feed(read, config.encoder, config.max_encoders, *ranks)
         shares = iter_shares(self.feed, self.planner.packing, first, config.num_steps)
         return one_ahead(map(self._prepared, shares), self.device)
 
@@ -156,7 +161,8 @@ class Worker:
                 self.images_checked = True
         grad_norm = self.engine.step()
         wants_stop = self.status is not None and self.status.asks_to_stop()
-        reduced = reduce_sums(sums | {_STOP: torch.full((), float(wants_stop), device=self.device)}, self.device)
+        sums |= {_STOP: torch.full((), float(wants_stop), device=self.device)}
+        reduced = reduce_sums(sums, self.device, self.planner.counts)
         self.is_stopping = reduced.pop(_STOP) > 0
         metrics = self.objective.metrics(reduced)
         if self.guard.observe(plan.step + 1, metrics["loss"], grad_norm):
@@ -169,6 +175,7 @@ class Worker:
         own = [ids for ids, loss in zip(plan.ids, losses, strict=True) if not loss.isfinite()]
         everyones = gather_objects((own, plan.ids))
         if self.rank == 0:
+            everyones = everyones[:: self.together]  # the others have the same pairs
             caused = [name for own, _ in everyones for ids in own for name in ids]
             all_ids = [name for _, all_own in everyones for ids in all_own for name in ids]
             self._warn(skipped_message(plan.step + 1, caused or all_ids))
@@ -201,7 +208,8 @@ class Worker:
         """Score the held-out pairs on all workers and log the metrics."""
         config = self.config
         assert config.held_out is not None
-        held_out = HeldOut(config.held_out, config.encoder, config.max_encoders, self.rank, self.num_workers)
+        ranks = (self.rank, self.num_workers, self.together)
+        held_out = HeldOut(config.held_out, config.encoder, config.max_encoders, *ranks)
         evaluator = Evaluator(
             self.model, held_out, self.planner, self.engine.forward, on_pass=lambda phase: self._tell(phase=phase)
         )

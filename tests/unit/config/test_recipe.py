@@ -51,6 +51,14 @@ def test_defaults_are_trls() -> None:
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage"),
         ({"data": {}}, "data.train: this field is required"),
         ({"scaling": {"num_workers": 64}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
+        (
+            {"scaling": {"num_workers": 6, "sequence_parallel": 4}},
+            "scaling.num_workers (6) is no multiple of scaling.sequence_parallel (4)",
+        ),
+        (
+            {"scaling": {"num_workers": 2, "sequence_parallel": 2}, "model": {"id": "m", "attention": "concatenated"}},
+            "scaling.sequence_parallel (2) divides the row of a shared prefix, and model.attention is concatenated",
+        ),
         ({"model": {"id": "m", "freeze": ["vision", "connector", "language"]}}, "nothing would be trained"),
         ({"eval": {"every_steps": 5}}, "eval.every_steps is set but there are no held-out pairs"),
         ({"name": "../up"}, "must consist of letters"),
