@@ -21,7 +21,7 @@ fast: $(INSTALLED)  ## run tests/unit; each test takes seconds at most
 	$(BIN)/pytest -q tests/unit -n 2
 
 slow: $(INSTALLED)  ## run tests/integration: runs on a real Ray, engines in several processes, a browser
-	$(BIN)/pytest -q tests/integration
+	$(BIN)/pytest -q tests/integration -n 2 --dist loadfile
 
 gpu: $(INSTALLED)  ## run tests/gpu on one NVIDIA GPU, 8 minutes at most; without a GPU they are skipped
 	$(BIN)/pytest -q -m gpu tests/gpu

@@ -42,7 +42,7 @@ from orpo_ray.data.encoded_columns import to_arrow
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.from_recipe import run_data
 from orpo_ray.processing.processor import load_processor
-from orpo_ray.ray_cluster import start_ray
+from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.streaming.steps import iter_shares, open_feed
 
 PAIRS_PER_STEP = 8

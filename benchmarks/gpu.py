@@ -25,7 +25,8 @@ import torch
 from machine import provenance
 from step_throughput import loss_of_logits, measured, ours, set_attention
 
-from orpo_ray.config.schema import Checkpointing, LoraConfig, ModelConfig, QuantizationConfig
+from orpo_ray.config.field_types import Checkpointing
+from orpo_ray.config.schema import LoraConfig, ModelConfig, QuantizationConfig
 from orpo_ray.data.balance import Layout
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import RESPONSE, PairBatch, build_batch

@@ -34,7 +34,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import RESPONSE, PairBatch, build_batch
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.checkpointing import is_checkpointing
 from orpo_ray.model.families.idefics3 import Idefics3
 from orpo_ray.model.loading import is_adapted, without_adapters
 from orpo_ray.objective.base import Normaliser
@@ -236,6 +235,12 @@ def measured(run: Callable[[], torch.Tensor], model: PairModel, device: torch.de
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         peak = int(status["VmHWM"].split()[0]) / 1024
     return {"seconds": seconds, "peak_mib": peak, "loss": loss}
+
+
+def is_checkpointing(model: Any) -> bool:
+    """Whether layers of a transformers model recompute activations, under either of transformers' names."""
+    name = "is_activation_checkpointing"
+    return bool(getattr(model, name) if hasattr(model, name) else model.is_gradient_checkpointing)
 
 
 def model_flops(model: PairModel, batch: PairBatch) -> float:

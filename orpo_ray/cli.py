@@ -113,7 +113,8 @@ def tune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(
     run_or_model: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run or of a model.", show_default=False)
+        str,
+        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, a model or peft adapters.", show_default=False),
     ],
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -132,7 +133,12 @@ def evaluate(
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
     adapter: Annotated[
-        bool, typer.Option("--adapter/--merged", help="Write the adapters alone, or one model with adapters merged.")
+        bool,
+        typer.Option(
+            "--adapter/--merged",
+            help="Write the adapters alone, or one model with adapters merged (default: merged).",
+            show_default=False,
+        ),
     ] = False,
     output: Annotated[
         str | None,
@@ -146,7 +152,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing export.")] = False,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(help="Largest size of one weight file, for example 5GB (default: transformers').",
+        typer.Option(help="Largest size of one weight file, for example 5GB (default: that of transformers).",
                      show_default=False),
     ] = None,
     as_json: AsJson = False,
@@ -222,7 +228,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate memory, hours and price of a training run from the model's config alone."""
+    """Predict memory, time and cost per GPU type from the model's config alone."""
     loaded = load_recipe(recipe, overrides or [])
     is_own_process = "torch" not in sys.modules  # rather than a notebook or a test, which may have run anything
     from orpo_ray.planning.imports import uncollected

@@ -51,6 +51,8 @@ def print_trained(summary: RunSummary) -> None:
         print_line("This run is finished already. To train again, choose another name (name=...) or delete its folder.")
     _print_figures(summary.metrics, "training, last step", _TRAIN_FIGURES)
     print_evaluated(summary.metrics)
+    for line in _troubles(summary.metrics):
+        print_line(line)
     print_line(f"run folder  {summary.run_uri}")
     print_line(f"model       {summary.run_uri}/final")
     print_line(f"export      {shlex.join(['orpo-ray', 'export', summary.run_uri])}")
@@ -139,6 +141,19 @@ def _print_figures(metrics: Mapping[str, float], title: str, names: Sequence[str
     for name in present:
         table.add_row(name, f"{metrics[name]:.4f}")
     console.print(table)
+
+
+def _troubles(metrics: Mapping[str, float]) -> list[str]:
+    """Say what a run went through; nothing of one without restarts, skipped updates and slow workers."""
+    restarts, repeated, skipped, slow_steps = (
+        int(metrics.get(f"train/{name}", 0))
+        for name in ("restarts", "repeated_steps", "skipped_updates", "slow_worker_steps")
+    )
+    return [
+        *([f"restarts    {restarts:,}, {repeated:,} step(s) repeated"] if restarts else []),
+        *([f"skipped     {skipped:,} update(s) whose gradient was not finite"] if skipped else []),
+        *([f"slow        worker {metrics['train/slow_worker']:.0f}, in {slow_steps:,} step(s)"] if slow_steps else []),
+    ]
 
 
 def _spread(tokens: Mapping[str, Any] | None, name: str) -> str:

@@ -20,15 +20,17 @@ def install_command(module: str) -> str:
     return f'pip install "orpo-ray[{EXTRAS[module]}]"'
 
 
-def require(module: str, purpose: str) -> None:
+def require(module: str, purpose: str, otherwise: str | None = None) -> None:
     """Check that the module of an extra is installed. Call it right before the import.
 
     Args:
         module: Name of the module, a key of `EXTRAS`.
         purpose: The recipe key or feature that needs the module.
+        otherwise: What to do instead of installing the module.
 
     Raises:
         UserError: The module is not installed. The message names the extra.
     """
     if not is_installed(module):
-        raise UserError(f"the package {module} is not installed", field=purpose, fix=install_command(module))
+        fix = install_command(module) + (f", or {otherwise}" if otherwise else "")
+        raise UserError(f"the package {module} is not installed", field=purpose, fix=fix)

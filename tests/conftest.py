@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from functools import partialmethod
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 # The models are tiny, and tests run on as many processes as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Runs choose their own number of threads. Threads that wait for each other must not spin on the cores of other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Without a time limit per example, which a busy machine would exceed.
 settings.register_profile("orpo-ray", deadline=None)
 settings.load_profile("orpo-ray")
@@ -29,9 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with four logical CPUs, for the whole session."""
     import ray
+    from ray._private.parameter import RayParams
 
     from orpo_ray.fork_server.control import forked_workers, start_fork_server
-    from orpo_ray.ray_cluster import own_address, train_variables
+    from orpo_ray.ray_cluster.private import on_loopback
+    from orpo_ray.ray_cluster.start import own_address, train_variables
 
     # As `start_ray` sets them.
     os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"
@@ -41,7 +46,10 @@ def ray_cluster() -> Iterator[None]:
     variables = {"env_vars": train_variables()}
     # "local", because None would join a cluster that already runs on this machine.
     start_fork_server(["peft"])
-    with own_address(), forked_workers():
+    # Ray's job agent has one fixed port, and a Ray whose agent does not get it takes no jobs. `ray.init` cannot set it.
+    own_port = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
+    with pytest.MonkeyPatch.context() as patch, on_loopback(), own_address(), forked_workers():
+        patch.setattr(RayParams, "__init__", own_port)
         ray.init(
             "local",
             num_cpus=4,

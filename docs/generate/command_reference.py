@@ -15,14 +15,23 @@ description: Every command with its arguments and options.
 
 # Command reference
 
-Commands take a recipe and any number of overrides (`section.key=value`, the value is YAML). Messages go to stderr;
+Commands take a recipe and any number of overrides (`FIELD=VALUE`; the value is YAML). Messages go to stderr;
 `--json` prints one JSON object to stdout.
 
 | Exit code | Meaning |
 |---|---|
 | 0 | The command did its work. |
+| 1 | The run or the command failed. |
 | 2 | Your input is wrong. One message names the field, the value and the fix; there is no traceback. |
-| 1 | Anything else. |
+| 130, 143 | SIGINT or SIGTERM ended the run ([stopping](../reliability.md#stopping)). |
+
+| Environment variable | Meaning |
+|---|---|
+| `RAY_ADDRESS` | Address of the Ray cluster to join. Without it, a command starts Ray on this machine. |
+| `ORPO_RAY_CACHE` | Folder for the small models that are built offline. By default `~/.cache/orpo-ray`. |
+| `ORPO_RAY_FORK` | `0` lets Ray start each process anew instead of forking it from one with all imports; slower. |
+| `WANDB_API_KEY` | Key of Weights & Biases. Metrics also go there, unless `tracking.wandb.enabled=false`. |
+| `WANDB_INIT_TIMEOUT` | Seconds that the start of a run waits for Weights & Biases. By default 30. |
 
 """
 
@@ -55,7 +64,7 @@ def _command(path: str, command: Any) -> str:
 
 def _placeholder(argument: Any) -> str:
     name = argument.name.upper()
-    shown = "KEY=VALUE" if name == "OVERRIDES" else name
+    shown = "FIELD=VALUE" if name == "OVERRIDES" else name
     return f"[{shown} ...]" if argument.nargs == -1 else shown if argument.required else f"[{shown}]"
 
 

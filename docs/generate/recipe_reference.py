@@ -19,8 +19,8 @@ description: Every field of a recipe, with its type, bounds and default.
 
 # Recipe reference
 
-A recipe is a YAML file with the sections below. Only `name`, `model.id` and `data.train` are required. Unknown keys are
-errors. Every field can be set on the command line: `orpo-ray train recipe.yaml optim.learning_rate=1e-5`.
+A recipe is a YAML file with the sections below. Only `name`, `model.id` and `data.train` are required. Unknown fields
+are errors. Every field can be set on the command line: `orpo-ray train recipe.yaml optim.learning_rate=1e-5`.
 `orpo-ray schema` prints the same as a JSON schema for your editor. The [recipes guide](../recipes.md) explains one
 recipe line by line.
 

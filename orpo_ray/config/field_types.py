@@ -1,11 +1,16 @@
-"""Types of recipe fields: strict numbers, texts, paths and names. They raise ValueError, which pydantic reports."""
+"""Types of recipe fields: strict numbers, texts, paths, names, and what can be written in several ways.
+
+They raise ValueError, which pydantic reports.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Annotated, Any
+from collections import Counter
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 LARGEST = 1e12  # of all numbers of a recipe, so that products of several fit 64 bits and a float
 MAX_TEXT = 2048  # bytes; half of the longest path that Linux opens
@@ -14,13 +19,15 @@ MAX_NAME = 100  # characters of a run's name; the names of its trials and files 
 # What a run writes to its folder, so the folder of another run must not have these names.
 RESERVED_NAMES = (
     "best_recipe.yaml", "bad_rows.jsonl", "data", "data.json", "data_check.html", "data_check.json", "export",
-    "export-adapter", "final", "lease.json", "metrics.jsonl", "recipe.yaml", "trials",
+    "export-adapter", "final", "lease.json", "metrics.jsonl", "recipe.yaml", "trials", "wandb",
 )  # fmt: skip
+PARTS = ("language", "connector", "vision")
+FORMATS = ("trl", "plain", "sharegpt", "alpaca", "swift", "rlaif-v", "rlhf-v", "vlfeedback", "mmpr", "nemo-rl")
 _NUMBER = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
-def _as_number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """Convert text such as `1e-4`, which YAML 1.1 reads as text, to a number. Pydantic itself takes more for numbers:
     `true`, `"1_0"` and `" 10 "`.
     """
@@ -63,10 +70,72 @@ def _check_name(value: str) -> str:
     return value
 
 
+def _string_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_weighted_sources(value: Any) -> Any:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {value: 1.0}
+    if isinstance(value, list) and all(isinstance(uri, str) for uri in value):
+        return {uri: float(times) for uri, times in Counter(value).items()}
+    return value
+
+
+def _as_checkpointing(value: Any) -> Any:
+    return ("full" if value else "none") if isinstance(value, bool) else value
+
+
+def _as_workers(value: Any) -> Any:
+    if not isinstance(value, list):
+        return _as_count(value)
+    if len(value) != 2:
+        raise ValueError("must be a number or [min, max]")
+    low, high = map(_as_count, value)
+    if low > high:
+        raise ValueError("must be [min, max], and the first is greater than the second")
+    return low if low == high else [low, high]
+
+
+def _as_count(value: Any) -> int:
+    count = as_number(value)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError("Input should be a whole number of at least 1")
+    return count
+
+
+def _check_format(value: str) -> str:
+    if value == "auto" or value in FORMATS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        return value
+    near = difflib.get_close_matches(value, FORMATS, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"use auto, {', '.join(FORMATS)}, or module:function"
+    raise ValueError(f"unknown format; {hint}")
+
+
 # After bounds in an `Annotated`, so that they stay bounds of the number in the JSON schema.
-NUMBER = BeforeValidator(_as_number)
+NUMBER = BeforeValidator(as_number)
 Int = Annotated[int, NUMBER]
 Float = Annotated[float, NUMBER]
 Text = Annotated[str, AfterValidator(_check_text)]
 PathText = Annotated[Text, AfterValidator(_check_path)]
 RunName = Annotated[str, AfterValidator(_check_name)]
+
+Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
+Names = Annotated[list[Text], BeforeValidator(_string_as_list)]
+Checkpointing = Literal["none", "selective", "full", "auto"]
+CheckpointingField = Annotated[
+    Checkpointing, BeforeValidator(_as_checkpointing, json_schema_input_type=Checkpointing | bool)
+]
+FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
+RowFormat = Annotated[str, AfterValidator(_check_format)]
+Weight = Annotated[float, Field(gt=0, le=1000), NUMBER]
+WorkerRange = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+NumWorkers = Annotated[
+    int | list[int], BeforeValidator(_as_workers, json_schema_input_type=Annotated[int, Field(ge=1)] | WorkerRange)
+]
+WeightedSources = Annotated[
+    dict[PathText, Weight],
+    BeforeValidator(_as_weighted_sources, json_schema_input_type=str | list[str] | dict[PathText, Weight]),
+]

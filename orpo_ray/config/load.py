@@ -25,7 +25,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `section.key=value` strings; the values are YAML.
+        overrides: `FIELD=VALUE` strings; the values are YAML.
 
     Raises:
         UserError: the file or an override cannot be read, or a field is wrong. Names all wrong fields.
@@ -53,7 +53,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply `section.key=value` overrides to a raw recipe, in place. Raises UserError."""
+    """Apply `FIELD=VALUE` overrides to a raw recipe, in place. Raises UserError."""
     for override in overrides:
         _apply_override(raw, override)
 
@@ -82,7 +82,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found or not key:
         raise UserError(
-            "an override must have the form section.key=value",
+            "an override must have the form FIELD=VALUE",
             field="command line",
             value=override,
             fix="for example optim.learning_rate=1e-5",
@@ -110,7 +110,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _describe_error(item: dict[str, Any]) -> str:
-    """Describe one pydantic error in a line: the field, what is wrong, the value, the nearest known key."""
+    """Describe one pydantic error in a line: the field, what is wrong, the value, the nearest known field."""
     location = [_printable(str(key)[:MAX_KEY]) for key in item["loc"] if key != "[key]"]
     section = _section(location[:-1])
     if location[0:1] == ["objective"] and len(location) > 2:
@@ -118,9 +118,9 @@ def _describe_error(item: dict[str, Any]) -> str:
     field, kind, context = ".".join(location), item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
         known = list(section.model_fields)
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys here: {', '.join(known)}"
-        return f"{field}: unknown key; {hint}"
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
+        hint = f"did you mean '{near[0]}'?" if near else f"fields here: {', '.join(known)}"
+        return f"{field}: unknown field; {hint}"
     if kind == "missing":
         return f"{field}: this field is required"
     message = context["error"] if kind == "value_error" else item["msg"]

@@ -90,7 +90,7 @@ class CpoObjective(ObjectiveOptions):
     cpo_alpha: Float = Field(1.0, ge=0)
     """Weight of the NLL of the chosen answer, averaged over the step's response tokens; 0 leaves the NLL out."""
     label_smoothing: Float = Field(0.0, ge=0, lt=0.5)
-    """Probability that a pair's answers are labelled the wrong way round."""
+    """Probability that a pair's answers are labeled the wrong way round."""
 
 
 class SimpoObjective(ObjectiveOptions):
@@ -109,7 +109,7 @@ class SimpoObjective(ObjectiveOptions):
     gamma: Float = Field(1.0, ge=0)
     """Target margin: by how much beta times the difference should exceed 0. The paper uses 0.3 to 1.6."""
     label_smoothing: Float = Field(0.0, ge=0, lt=0.5)
-    """Probability that a pair's answers are labelled the wrong way round."""
+    """Probability that a pair's answers are labeled the wrong way round."""
 
 
 ObjectiveConfig = OrpoObjective | CpoObjective | SimpoObjective

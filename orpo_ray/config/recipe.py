@@ -53,7 +53,7 @@ class Recipe(Config):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimizer, learning-rate schedule, and size of a step."""
     deepspeed: DeepspeedConfig = Field(default_factory=DeepspeedConfig)
-    """How DeepSpeed distributes the training state."""
+    """ZeRO stage and settings of DeepSpeed. Stage 0, the default, runs on PyTorch without DeepSpeed."""
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
     """Number of workers, and the resources of each."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -67,28 +67,13 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
-        workers, together = self.scaling.num_workers, self.scaling.sequence_parallel
-        if workers % together:
-            raise ValueError(
-                f"scaling.num_workers ({workers}) is no multiple of scaling.sequence_parallel ({together}), how many "
-                "workers compute pairs together; change one of them"
-            )
-        if workers // together > self.optim.pairs_per_step:
-            raise ValueError(
-                f"scaling.num_workers ({workers}) exceeds optim.pairs_per_step "
-                f"({self.optim.pairs_per_step}), so some workers would get no pair; lower it or raise pairs_per_step"
-            )
-        if together > 1 and self.model.attention == "concatenated":
-            raise ValueError(
-                f"scaling.sequence_parallel ({together}) divides the row of a shared prefix, and model.attention is "
-                "concatenated; set it to auto, or scaling.sequence_parallel to 1"
-            )
+        self._check_workers()
         if self.eval.every_steps and not self.has_held_out:
             raise ValueError(
                 "eval.every_steps is set but there are no held-out pairs; set data.eval or data.eval_fraction"
             )
         if self.data.eval and self.data.eval_fraction:
-            raise ValueError("data.eval and data.eval_fraction are both set; remove one of them")
+            raise ValueError("data.eval and data.eval_fraction are both set; set data.eval_fraction=0 or data.eval={}")
         if conflicts := find_conflicts(self):
             raise ValueError("\n  - ".join(conflicts))
         if self.objective.section != "orpo" and (unused := sorted(self.orpo.model_fields_set)):
@@ -98,6 +83,25 @@ class Recipe(Config):
                 "objective, and remove the section orpo (on the command line: orpo={})"
             )
         return self
+
+    def _check_workers(self) -> None:
+        scaling, together = self.scaling, self.scaling.sequence_parallel
+        for workers in (scaling.min_workers, scaling.max_workers):
+            if workers % together:
+                raise ValueError(
+                    f"scaling.num_workers ({workers}) is no multiple of scaling.sequence_parallel ({together}), "
+                    "how many workers compute pairs together; change one of them"
+                )
+        if scaling.max_workers // together > self.optim.pairs_per_step:
+            raise ValueError(
+                f"scaling.num_workers ({scaling.max_workers}) exceeds optim.pairs_per_step "
+                f"({self.optim.pairs_per_step}), so some workers would get no pair; lower it or raise pairs_per_step"
+            )
+        if together > 1 and self.model.attention == "concatenated":
+            raise ValueError(
+                f"scaling.sequence_parallel ({together}) divides the row of a shared prefix, and model.attention is "
+                "concatenated; set it to auto, or scaling.sequence_parallel to 1"
+            )
 
     @model_serializer(mode="wrap")
     def _without_unused_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class Rule:
 
     def describe(self, found: Sequence[str]) -> str:
         """Return the error message for the names that `find` returned."""
-        return f"{self.field}: {self.combination} ({', '.join(found)}): {self.reason}; instead: {self.alternative}"
+        problem = f"{self.combination} ({', '.join(found)}) cannot work"
+        return f"{self.field}: {problem}: {self.reason}\n    fix: {self.alternative}"
 
 
 def find_conflicts(recipe: TuningOptions) -> list[str]:
@@ -175,7 +176,7 @@ RULES = (
         _quantized_without_adapters,
     ),
     Rule(
-        "quant_storage differs from the model's dtype",
+        "a quant_storage other than the model's dtype",
         "model.quantization.quant_storage",
         "the engine casts floating-point tensors to the model's dtype, which would corrupt packed 4-bit weights",
         "quant_storage: uint8",
@@ -266,7 +267,7 @@ RULES = (
         _config_contradicts,
     ),
     Rule(
-        "a setting that must be a mapping",
+        "a setting that is not a mapping",
         "deepspeed.config",
         "DeepSpeed reads the settings of ZeRO from a mapping",
         "zero_optimization: {name: value}",

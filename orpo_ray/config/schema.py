@@ -6,62 +6,29 @@ The docstring under a field is its entry in the reference documentation and in t
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from orpo_ray.config.field_types import NUMBER, Float, Int, PathText, Text
-
-
-def _string_as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_weighted_sources(value: Any) -> Any:
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        return {value: 1.0}
-    if isinstance(value, list) and all(isinstance(uri, str) for uri in value):
-        return {uri: float(times) for uri, times in Counter(value).items()}
-    return value
-
-
-def _as_checkpointing(value: Any) -> Any:
-    return ("full" if value else "none") if isinstance(value, bool) else value
-
-
-def _check_format(value: str) -> str:
-    if value == "auto" or value in FORMATS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        return value
-    near = difflib.get_close_matches(value, FORMATS, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"use auto, {', '.join(FORMATS)}, or module:function"
-    raise ValueError(f"unknown format; {hint}")
-
-
-PARTS = ("language", "connector", "vision")
-FORMATS = ("trl", "plain", "sharegpt", "alpaca", "swift", "rlaif-v", "rlhf-v", "vlfeedback", "mmpr", "nemo-rl")
-
-Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
-Names = Annotated[list[Text], BeforeValidator(_string_as_list)]
-Checkpointing = Literal["none", "selective", "full", "auto"]
-CheckpointingField = Annotated[
-    Checkpointing, BeforeValidator(_as_checkpointing, json_schema_input_type=Checkpointing | bool)
-]
-FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
-RowFormat = Annotated[str, AfterValidator(_check_format)]
-Weight = Annotated[float, Field(gt=0, le=1000), NUMBER]
-WeightedSources = Annotated[
-    dict[PathText, Weight],
-    BeforeValidator(_as_weighted_sources, json_schema_input_type=str | list[str] | dict[PathText, Weight]),
-]
+from orpo_ray.config.field_types import (
+    NUMBER,
+    CheckpointingField,
+    Float,
+    Fraction,
+    FrozenParts,
+    Int,
+    Names,
+    NumWorkers,
+    PathText,
+    RowFormat,
+    Text,
+    WeightedSources,
+)
 
 
 class Config(BaseModel):
-    """Base class of all sections: unknown keys are errors, and field docstrings become the documentation."""
+    """Base class of all sections: unknown fields are errors, and field docstrings become the documentation."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -200,6 +167,13 @@ class DataConfig(Config):
     """Number of rows in a shuffle window: rows are shuffled within a window, and files and row groups among each other.
     A reader holds one window in memory. By default 4096, or fewer if these rows exceed 128 MB."""
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _check_train(cls, value: Any) -> Any:
+        if value is None or value == [] or value == {}:
+            raise ValueError("give at least one source")
+        return value
+
 
 class OptimConfig(Config):
     """Optimizer, learning-rate schedule, and size of a step."""
@@ -232,15 +206,14 @@ class OptimConfig(Config):
     """Pairs per optimizer step, summed over all workers. Changing the number of workers does not change it."""
     tokens_per_microbatch: Int = Field(8192, ge=1)
     """Maximum number of tokens (prompt, both answers, image tokens) in one micro-batch of a worker. Lower it if a GPU
-    runs out of memory; the loss of a
-    step does not depend on it. With concatenated attention, prompts count twice and padding
-    counts."""
+    runs out of memory; the loss of a step does not depend on it. With concatenated attention, prompts count twice and
+    padding counts."""
     seed: Int = Field(0, ge=0, lt=2**32)
     """Seed of the adapters' initial weights and of dropout."""
 
 
 class DeepspeedConfig(Config):
-    """How DeepSpeed distributes the training state over the workers."""
+    """ZeRO stage and settings of DeepSpeed. Stage 0, the default, runs on PyTorch without DeepSpeed."""
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], NUMBER] = 0
     """ZeRO stage. 0 replicates everything on each worker; 1 shards the optimizer states; 2 shards gradients as well; 3
@@ -260,8 +233,13 @@ class DeepspeedConfig(Config):
 class ScalingConfig(Config):
     """Number of workers, and the resources of each."""
 
-    num_workers: Int = Field(1, ge=1)
-    """Number of training processes. Each uses one GPU, or only CPUs if there are no GPUs."""
+    num_workers: NumWorkers = 1
+    """Number of training processes, or `[min, max]`. Each uses one GPU, or only CPUs if there are no GPUs. With
+    `[min, max]`, a run starts with as many workers as the cluster has room for, takes more when nodes come, and goes on
+    with fewer when one goes. The loss curve does not depend on it."""
+    resize_interval_s: Annotated[float, Field(gt=0), NUMBER] = 60.0
+    """With `num_workers: [min, max]`, seconds between looks for room for more workers. A change of their number
+    restarts all of them."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0, le=1), NUMBER] = "auto"
     """GPUs per worker: 0, 1, or a fraction. `auto` is 1 if the cluster has GPUs, otherwise 0. With a fraction, runs of
     one worker share a GPU, such as the trials of a search (`tune.max_concurrent`)."""
@@ -272,10 +250,30 @@ class ScalingConfig(Config):
     one GPU; divides `num_workers`. Then `optim.tokens_per_microbatch` counts the tokens of each of them. Requires
     attention with a shared prefix, and a number of attention heads that can be divided."""
     max_failures: Int = Field(3, ge=0)
-    """Number of worker failures after which the run ends. Before that, the run resumes from the latest checkpoint."""
+    """Number of worker failures after which the run ends. Before that, it resumes from the latest checkpoint."""
+    max_preemptions: Annotated[int, Field(ge=0), NUMBER] | None = None
+    """Number of announced losses of nodes (spot nodes that are taken back, nodes that are drained) after which the run
+    ends. They do not count as failures. By default, any number."""
     timeout_s: Annotated[float, Field(gt=0), NUMBER] = 1800.0
     """Seconds that a worker waits for the others, before the run fails and resumes. Raise it if saving takes longer: at
     the end, and for every checkpoint of ZeRO stage 0, the others wait for rank 0 to write and upload the weights."""
+
+    @property
+    def min_workers(self) -> int:
+        """The least number of workers that a run trains with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The greatest number of workers that a run trains with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers_text(self) -> str:
+        """The number of workers in words: `2 worker(s)` or `1 to 4 workers`."""
+        if isinstance(self.num_workers, int):
+            return f"{self.num_workers} worker(s)"
+        return f"{self.min_workers} to {self.max_workers} workers"
 
 
 class CheckpointConfig(Config):

@@ -85,7 +85,8 @@ def check_bad_fraction(recipe: Recipe, bad: int, seen: int, first: Sequence[BadR
         raise TooManyBadRows(
             f"{bad} of {seen} rows cannot be used ({bad / seen:.0%}; at most {allowed:.0%} are allowed)" + shown,
             field="data.max_bad_fraction",
-            fix=f"read each row's reason in {recipe.run_uri}/{BAD_ROWS_FILE}, or run orpo-ray data check",
+            fix=f"read each row's reason in {recipe.run_uri}/{BAD_ROWS_FILE}, run orpo-ray data check, or raise "
+            "data.max_bad_fraction",
         )
 
 

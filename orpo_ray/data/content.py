@@ -1,6 +1,6 @@
 """Digests of the content of data files, so that a resumed run notices other rows in a file of the same name and size.
 
-A small data set is read whole. Of each file of a larger one, some pieces are read, always the same ones: its start, its
+A small dataset is read whole. Of each file of a larger one, some pieces are read, always the same ones: its start, its
 end (where Parquet has the sizes of all its columns) and a few between. A change between two pieces goes unnoticed.
 """
 
@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.fs as pafs
 import xxhash
 
-from orpo_ray.data.containers import EASY_VQA, Shard
+from orpo_ray.data.shards import EASY_VQA, Shard
 from orpo_ray.storage.files import is_remote, locate, read_bytes, with_retries
 
 WHOLE_BYTES = 256 << 20
-"""A local data set of at most this size is read whole."""
+"""A local dataset of at most this size is read whole."""
 WHOLE_REMOTE_BYTES = 16 << 20
 PIECE_BYTES = 64 << 10
 PIECES, REMOTE_PIECES = 16, 3

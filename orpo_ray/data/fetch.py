@@ -1,6 +1,6 @@
 """Download a URL safely: only from public addresses, with limits on size and time.
 
-URLs come from data sets. Without these checks, a row could make this machine read from its private network: a cloud's
+URLs come from datasets. Without these checks, a row could make this machine read from its private network: a cloud's
 metadata service, a router, a database. Host names are therefore resolved once, every resulting address is checked, and
 the connection goes to the checked address. Redirects pass the same checks.
 """

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.data.containers import Shard
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.formats import detect_format
 from orpo_ray.data.order import Order, total_samples
 from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.shards import Shard
 from orpo_ray.data.sources import list_sources, read_first_rows
 from orpo_ray.data.split import split_held_out
 from orpo_ray.errors import UserError

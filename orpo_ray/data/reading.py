@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
-from orpo_ray.data.containers import Shard, ShardReader
 from orpo_ray.data.formats import get_row_id, to_pair
 from orpo_ray.data.order import Order
 from orpo_ray.data.pairs import Image, Message, PreferencePair
+from orpo_ray.data.shards import Shard, ShardReader
 from orpo_ray.errors import RowError
 
 # Size of a task batch, which one encoding task takes. A pair with a large photograph costs about 150 ms and 10 MB of

@@ -16,9 +16,9 @@ from urllib.parse import parse_qsl
 
 import pyarrow.parquet as pq
 
-from orpo_ray.data.containers import (
+from orpo_ray.data.json_rows import Row
+from orpo_ray.data.shards import (
     EASY_VQA,
-    Row,
     Shard,
     damage_is_an_error_of_the_user,
     easy_vqa_shard,
@@ -153,7 +153,7 @@ def _hub_files(uri: str, field: str) -> list[str]:
             f"cannot read the dataset from the hub: {error}",
             field=field,
             value=uri,
-            fix="check the name and the network; for private and gated data sets, set HF_TOKEN",
+            fix="check the name and the network; for private and gated datasets, set HF_TOKEN",
         ) from None
     found = builder.config.data_files or {}
     if split not in found:

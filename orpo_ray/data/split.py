@@ -1,7 +1,7 @@
 """Hold out a fraction of the training rows (`data.eval_fraction`), deterministically, without images on both sides.
 
 Rows with a common image form a group, and so do text-only rows with the same prompt. Groups are held out as a whole.
-They are selected by a hash of their own content, so that adding rows to a data set changes the split little. Images
+They are selected by a hash of their own content, so that adding rows to a dataset changes the split little. Images
 given by path are compared by path: two files with the same content count as different images.
 """
 
@@ -25,7 +25,7 @@ READER_THREADS = 4
 
 
 def split_held_out(spec: ReadSpec, fraction: float) -> tuple[ReadSpec, ReadSpec]:
-    """Split a data set into training rows and held-out rows. Reads the data set once.
+    """Split a dataset into training rows and held-out rows. Reads the dataset once.
 
     Args:
         spec: the rows to split.

@@ -25,7 +25,7 @@ from orpo_ray.data_report.report import PairFacts, SplitCheck, images_on_both_si
 from orpo_ray.data_report.scan import iter_checked
 from orpo_ray.errors import RowError
 from orpo_ray.extras import install_command, is_installed
-from orpo_ray.ray_cluster import start_ray
+from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.files import image_folder
 from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
 from orpo_ray.tracking.bad_rows_file import write_bad_rows
@@ -65,6 +65,7 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
         "name": recipe.name,
         "model": recipe.model.id,
         "max_length": recipe.data.max_length,
+        "max_bad_fraction": recipe.data.max_bad_fraction,
         "train": checks["train"].report(),
         "eval": checks["eval"].report() if held_out else None,
         "images_on_both_sides": images_on_both_sides(checks["train"], checks.get("eval")),

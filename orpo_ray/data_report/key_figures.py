@@ -67,9 +67,9 @@ def _bad_rows(split: Split, report: Mapping[str, Any]) -> Card:
     level, text = "good", "All rows can be used."
     if total:
         level, text = "warning", f"{percent(fraction)} cannot be used. Training skips them. Reasons are listed below."
-    if fraction > 0.05:
+    if fraction > (limit := report["max_bad_fraction"]):
         level = "problem"
-        text = f"{percent(fraction)} cannot be used. Training stops above data.max_bad_fraction (default 5\u00a0%)."
+        text = f"{percent(fraction)} cannot be used. Training stops above {percent(limit)} (data.max_bad_fraction)."
     return Card(number(total), _of_rows(split), level, text)
 
 

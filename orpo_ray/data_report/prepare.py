@@ -24,7 +24,7 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.sources import MANIFEST_FILE
 from orpo_ray.data_report.scan import CLEAN_SCHEMA, iter_clean
 from orpo_ray.errors import UserError
-from orpo_ray.ray_cluster import start_ray
+from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.files import locate, with_retries
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.bad_rows_file import write_bad_rows

@@ -1,4 +1,4 @@
-"""Read and encode every row of a data set with Ray Data: facts for `data check`, usable rows for `data prepare`."""
+"""Read and encode every row of a dataset with Ray Data: facts for `data check`, usable rows for `data prepare`."""
 
 from __future__ import annotations
 

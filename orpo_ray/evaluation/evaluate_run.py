@@ -25,7 +25,7 @@ from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
-from orpo_ray.ray_cluster import start_ray
+from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 
 # A folder with one of these files has its own processor.
@@ -39,7 +39,7 @@ def evaluate_run(uri: str, overrides: list[str], console: Console) -> dict[str, 
         uri: A run's folder, whose recipe and `final/` are used; or a folder of a model or of peft adapters, with
             `data.eval=...` among the overrides. Adapters are applied to the base model as the recipe loads it, in 4
             bits if the recipe says so.
-        overrides: `section.key=value` for the recipe.
+        overrides: `FIELD=VALUE` for the recipe. With `data.eval`, a fraction that the run held out does not count.
         console: Gets one line about what is scored.
 
     Returns:
@@ -112,12 +112,24 @@ def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, Path]:
         raw = {"name": "evaluation", "model": {"id": uri}, "data": {"train": "none"}}
         model = folder.path
     else:
-        missing = f"no {RECIPE_FILE}) nor a model (no config.json or {ADAPTER_CONFIG})"
-        raise UserError(f"the folder is neither a run ({missing}", field=uri, fix="give a run folder or a model folder")
+        raise UserError(
+            f"the folder is neither a run (no {RECIPE_FILE}) nor a model (no config.json or {ADAPTER_CONFIG})",
+            field=uri,
+            fix="give a run folder or a model folder; download a hub model first: hf download NAME --local-dir FOLDER",
+        )
     # The base model of adapters can have moved, so an override can change its id. A full model is the folder itself.
     if not is_adapter(model) and any(override.startswith("model.id=") for override in overrides):
         raise UserError(
             "the model is the one in the folder", field="model.id", fix="give the folder of the model to evaluate"
         )
     apply_overrides(raw, overrides)
+    _drop_fraction(raw, overrides)
     return parse_recipe(raw, source=uri).with_absolute_paths(), model.resolve()
+
+
+def _drop_fraction(raw: dict[str, Any], overrides: list[str]) -> None:
+    """Drop the fraction that the run held out of its training rows if an override names other pairs."""
+    names = {override.partition("=")[0] for override in overrides}
+    data = raw.get("data")
+    if "data.eval" in names and "data.eval_fraction" not in names and isinstance(data, dict) and data.get("eval"):
+        data.pop("eval_fraction", None)

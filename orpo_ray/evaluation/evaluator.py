@@ -19,9 +19,10 @@ from orpo_ray.data.packing import PairBatch
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
 from orpo_ray.objective.base import Normaliser, Objective
+from orpo_ray.objective.collectives import add_sums, gather_rows, reduce_sums
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.pair_model import PairModel
-from orpo_ray.objective.step_planner import StepPlanner, add_sums, gather_rows, reduce_sums
+from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.streaming.steps import iter_shares, open_feed
 
 Forward = Callable[[PairBatch], PairLogps]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from orpo_ray.config.load import parse_recipe, read_mapping
 from orpo_ray.config.recipe import Recipe
@@ -24,7 +24,7 @@ from orpo_ray.storage.files import is_remote, parent_folder
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE, FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.tracking.metrics_file import last_metrics
-from orpo_ray.training.checkpoint import POSITION_FILE
+from orpo_ray.training.checkpoint import newest_position
 
 EXPORT = "export"
 CARD = "README.md"
@@ -107,6 +107,11 @@ def export_run(uri: str, options: ExportOptions, console: Console) -> Exported:
             check_can_push(options.push)
         run.pull(FINAL)
         kind = _kind_of_export(run.path / FINAL, options.adapter)
+        position = newest_position(
+            run,
+            lambda text: console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True),
+        )
+        rows = position.num_rows if position else None
         if options.push and kind == "adapter" and not is_hub_id(recipe.model.id):
             fix = "push a merged model (--merged), or train a model from the hub"
             raise UserError(
@@ -117,10 +122,10 @@ def export_run(uri: str, options: ExportOptions, console: Console) -> Exported:
         shutil.rmtree(scratch, ignore_errors=True)
         try:
             scratch.mkdir(parents=True)
-            _write_files(scratch, run, recipe, kind, options)
+            _write_files(scratch, run, recipe, kind, options, rows)
             written = [path for path in scratch.rglob("*") if path.is_file()]
             for path in written:
-                path.chmod(0o644)  # safetensors files are readable by their owner only
+                path.chmod(scratch.stat().st_mode & 0o666)  # by the umask; safetensors lets only the owner read them
             files = sorted(str(path.relative_to(scratch)) for path in written)
             num_bytes = sum(path.stat().st_size for path in written)
             url, push_error = _try_push(scratch, options)
@@ -186,12 +191,14 @@ def _kind_of_export(final: Path, adapter: bool) -> Kind:
     return "whole"
 
 
-def _write_files(scratch: Path, run: RunFolder, recipe: Recipe, kind: Kind, options: ExportOptions) -> None:
-    """Write processor, model card and weights."""
+def _write_files(
+    scratch: Path, run: RunFolder, recipe: Recipe, kind: Kind, options: ExportOptions, rows: int | None
+) -> None:
+    """Write processor, model card and weights. `rows` is the number of training rows, where it is known."""
     final = run.path / FINAL
     shutil.copytree(final, scratch, ignore=shutil.ignore_patterns(*_MODEL_FILES), dirs_exist_ok=True)
     (scratch / CARD).write_text(
-        render_model_card(_card_facts(run, recipe, kind, options.push or FOLDER_IN_CODE)), encoding="utf-8"
+        render_model_card(_card_facts(run, recipe, kind, options.push or FOLDER_IN_CODE, rows)), encoding="utf-8"
     )
     if kind == "adapter":
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
@@ -212,16 +219,15 @@ def _try_push(folder: Path, options: ExportOptions) -> tuple[str | None, UserErr
         return None, error
 
 
-def _card_facts(run: RunFolder, recipe: Recipe, kind: Kind, address: str) -> CardFacts:
+def _card_facts(run: RunFolder, recipe: Recipe, kind: Kind, address: str, rows: int | None) -> CardFacts:
     final = run.path / FINAL
     run.pull(BAD_ROWS_FILE)
-    position = run.read_last(f"checkpoint_*/{POSITION_FILE}")
     is_quantized = kind == "adapter" and recipe.model.quantization is not None
     return CardFacts(
         recipe=recipe,
         kind=kind,
         metrics=last_metrics(run),
-        rows=json.loads(position)["num_rows"] if position else None,
+        rows=rows,
         bad=count_reasons(read_jsonl(run.path / BAD_ROWS_FILE)),
         address=address,
         quantized=quantized_base(recipe.model, trained_dtype(recipe.model, final)) if is_quantized else None,

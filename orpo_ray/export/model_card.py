@@ -89,7 +89,7 @@ def public_recipe(recipe: Recipe) -> str:
 
 
 def public_name(source: str) -> str:
-    """Return a hub name or a built-in data set unchanged, and the last component of any other path or URI."""
+    """Return a hub name or a built-in dataset unchanged, and the last component of any other path or URI."""
     if source.startswith("hf://") or re.fullmatch(r"[a-z-]+:[\w-]+", source) or is_hub_id(source) or is_tiny(source):
         return source
     return source.rstrip("/").rsplit("/", 1)[-1]
@@ -145,7 +145,7 @@ def _metadata(facts: CardFacts, name: str) -> str:
 
 
 def _hub_datasets(sources: Mapping[str, float]) -> list[str]:
-    """Return the names of hub data sets among the sources."""
+    """Return the names of hub datasets among the sources."""
     found = (re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", source) for source in sources)
     return list(dict.fromkeys(match.group(1) for match in found if match))
 

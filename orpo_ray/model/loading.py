@@ -1,4 +1,4 @@
-"""Load the model of a recipe's model section: dtype, attention, frozen components, LoRA, gradient checkpointing."""
+"""Load the model of a recipe's model section: dtype, attention, frozen parts, LoRA, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.balance import Layout
 from orpo_ray.errors import UserError
-from orpo_ray.model.checkpointing import enable_checkpointing
 from orpo_ray.model.families.base import Family
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.fused_layers import fuse_adapters, fuse_layers
 from orpo_ray.model.fused_ops import has_kernels
+from orpo_ray.model.gradient_checkpointing import enable_checkpointing
 from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.quantization import check_quantized, check_saved_quantization, quantization_config
 from orpo_ray.model.sequence_group import FIELD, check_heads
@@ -146,7 +146,7 @@ def load_model(model_config: ModelConfig, device: torch.device, seed: int) -> to
 
 
 def ready_to_train(model: Any, model_config: ModelConfig, seed: int, fused: bool) -> torch.nn.Module:
-    """Prepare a model as transformers made it: freeze components, add adapters, turn on gradient checkpointing.
+    """Prepare a model as transformers made it: freeze parts, add adapters, turn on gradient checkpointing.
 
     Args:
         model: the transformers model.

@@ -1,7 +1,7 @@
 """Add low-rank adapters (peft) to a model: choose the layers, and the modules that are trained in full.
 
-A recipe names components (`language`, `connector`, `vision`) or modules: `q_proj`, `self_attn.q_proj`, or the whole
-path. Components that `model.freeze` names get no adapters.
+A recipe names parts (`language`, `connector`, `vision`) or modules: `q_proj`, `self_attn.q_proj`, or the whole
+path. Parts that `model.freeze` names get no adapters.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from orpo_ray.config.schema import PARTS, LoraConfig, ModelConfig
+from orpo_ray.config.field_types import PARTS
+from orpo_ray.config.schema import LoraConfig, ModelConfig
 from orpo_ray.errors import UserError
-from orpo_ray.model.checkpointing import deprecated_names_allowed
 from orpo_ray.model.families.base import Family
+from orpo_ray.model.gradient_checkpointing import deprecated_names_allowed
 
 TARGETS = "model.lora.target_modules"
 SAVED = "model.lora.modules_to_save"
@@ -70,7 +71,7 @@ def add_adapters(model: Any, model_config: ModelConfig, family: Family, seed: in
 
 
 class _ModuleIndex:
-    """A model's modules, by name and by component. The output head counts as part of the language model."""
+    """A model's modules, by name and by part. The output head counts as part of the language model."""
 
     def __init__(self, model: Any, family: Family) -> None:
         self.family = family
@@ -82,18 +83,18 @@ class _ModuleIndex:
             shared.setdefault(id(parameter), []).append(name)
         self.tied = {name: names for names in shared.values() if len(names) > 1 for name in names}
 
-    def component_of(self, name: str) -> str | None:
+    def part_of(self, name: str) -> str | None:
         """`vision`, `connector` or `language`; None for a module in none of them."""
         if name == self.head:
             return "language"
         # Qwen2.5-VL's connector lies inside its vision encoder, so it comes first.
-        for component in ("connector", "vision", "language"):
-            if f"{name}.".startswith(self.family.prefixes(component)):
-                return component
+        for part in ("connector", "vision", "language"):
+            if f"{name}.".startswith(self.family.prefixes(part)):
+                return part
         return None
 
     def named(self, wanted: str) -> list[str]:
-        """Paths of the modules that a recipe's name matches, components aside."""
+        """Paths of the modules that a recipe's name matches, parts aside."""
         return [name for name in self.modules if name == wanted or name.endswith(f".{wanted}")]
 
     def tied_to(self, name: str) -> str | None:
@@ -114,16 +115,16 @@ def _target_modules(modules: _ModuleIndex, lora: LoraConfig, model_config: Model
         # torch's own attention reads its projection's weight and never calls the layer.
         if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     ]
-    free = [name for name in linears if modules.component_of(name) not in model_config.freeze]
+    free = [name for name in linears if modules.part_of(name) not in model_config.freeze]
     found: dict[str, None] = {}
     for wanted in lora.target_modules or ["language"]:
         if wanted in PARTS:
-            matching = [name for name in free if modules.component_of(name) == wanted and name != modules.head]
+            matching = [name for name in free if modules.part_of(name) == wanted and name != modules.head]
         else:
             matching = [name for name in modules.named(wanted) if name in free]
         if not matching and wanted in PARTS:
             fix = f"train it in full: {SAVED}: [{wanted}]"
-            raise UserError("this component of the model has no linear layer", field=TARGETS, value=wanted, fix=fix)
+            raise UserError("this part of the model has no linear layer", field=TARGETS, value=wanted, fix=fix)
         if not matching:
             raise _no_match(wanted, TARGETS, "linear layer", linears, model_config)
         found |= dict.fromkeys(matching)
@@ -142,7 +143,7 @@ def _modules_to_save(modules: _ModuleIndex, lora: LoraConfig, model_config: Mode
                 inner for path in paths if path in modules.modules for inner in _wrappable(path, modules.modules[path])
             ]
         else:
-            matching = [name for name in modules.named(wanted) if modules.component_of(name) not in model_config.freeze]
+            matching = [name for name in modules.named(wanted) if modules.part_of(name) not in model_config.freeze]
             matching = [name for name in matching if any(True for _ in modules.modules[name].parameters())]
         if not matching:
             raise _no_match(wanted, SAVED, "module with weights", list(modules.modules), model_config)
@@ -157,9 +158,9 @@ def _modules_to_save(modules: _ModuleIndex, lora: LoraConfig, model_config: Mode
 def _check_saved_module(modules: _ModuleIndex, name: str, lora: LoraConfig) -> None:
     """Raises UserError if a module cannot be trained in full."""
     _refuse_tied(modules, name, SAVED)
-    inner = {modules.component_of(module) for module in modules.modules if module.startswith(f"{name}.")}
-    declared = {modules.component_of(name), *lora.modules_to_save}
-    if undeclared := [component for component in PARTS if component in inner - declared]:
+    inner = {modules.part_of(module) for module in modules.modules if module.startswith(f"{name}.")}
+    declared = {modules.part_of(name), *lora.modules_to_save}
+    if undeclared := [part for part in PARTS if part in inner - declared]:
         raise UserError(
             f"{name} also contains this model's {undeclared[0]}, which would be trained with it",
             field=SAVED,
@@ -200,10 +201,8 @@ def _no_match(wanted: str, field: str, what: str, paths: list[str], model_config
     names = [*PARTS, *sorted({path.rsplit(".", 1)[-1] for path in paths if path})]
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
     where = (
-        f" outside the frozen components ({', '.join(model_config.freeze)}, see model.freeze)"
-        if model_config.freeze
-        else ""
+        f" outside the frozen parts ({', '.join(model_config.freeze)}, see model.freeze)" if model_config.freeze else ""
     )
-    components = ", ".join(PARTS)
-    fix = f"did you mean {near[0]}?" if near and near[0] != wanted else f"name a component ({components}) or a module"
+    parts = ", ".join(PARTS)
+    fix = f"did you mean {near[0]}?" if near and near[0] != wanted else f"name a part ({parts}) or a module"
     return UserError(f"no {what}{where} has this name", field=field, value=wanted, fix=fix)

@@ -99,7 +99,7 @@ def image_patches(images: dict[str, torch.Tensor]) -> list[int]:
 def _windows(facts: PatchFacts, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the order of the tokens by window, int64 [N / merge ** 2], and where windows begin, int32 [W + 1].
 
-    Within an image, windows of equal length are neighbours, so that a kernel can take them in one call. The encoder
+    Within an image, windows of equal length are neighbors, so that a kernel can take them in one call. The encoder
     restores the order of the tokens, so the order of the windows is free.
     """
     from transformers import vision_utils

@@ -43,10 +43,20 @@ class SequenceGroup:
         """Form groups of `size` workers of consecutive ranks, mostly of one node. A collective of all workers.
 
         Args:
-            size: workers of a group; divides the number of workers.
+            size: workers of a group.
             timeout_s: how long a collective waits for a worker that lags behind.
+
+        Raises:
+            UserError: the number of workers is no multiple of it.
         """
         rank, workers = dist.get_rank(), dist.get_world_size()
+        if workers % size:
+            raise UserError(
+                f"{workers} worker(s) cannot form groups of {size}",
+                field=FIELD,
+                value=size,
+                fix="set scaling.num_workers to a multiple of it",
+            )
         timeout = timedelta(seconds=timeout_s)
         handles = [dist.new_group(list(range(first, first + size)), timeout) for first in range(0, workers, size)]
         return cls(size, rank % size, handles[rank // size])

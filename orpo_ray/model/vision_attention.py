@@ -133,7 +133,7 @@ def _attend_varlen(
 def _attend_runs(
     rows: Sequence[torch.Tensor], lengths: Sequence[int], scaling: float | None, dropout: float
 ) -> torch.Tensor:
-    """Call scaled_dot_product_attention once for each run of neighbours of equal length."""
+    """Call scaled_dot_product_attention once for each run of neighbors of equal length."""
     runs = [(length, sum(1 for _ in run)) for length, run in groupby(lengths)]
     out = []
     for (length, count), *states in zip(

@@ -44,7 +44,7 @@ class VisionCache:
         weights = [(n, p) for n, p in base.named_parameters() if n.startswith((*family.vision, *family.connector))]
         if trained := [name for name, parameter in weights if parameter.requires_grad]:
             raise UserError(
-                f"cached features would become wrong in training, because {trained[0]} is trained",
+                f"cached features are outdated as soon as these weights change, and {trained[0]} is trained",
                 field=FIELD,
                 value=str(folder),
                 fix="add model.freeze: [vision, connector], or leave model.vision_cache out",

@@ -162,8 +162,9 @@ class PairModel(nn.Module):
             largest = self.group.largest(largest)  # a worker may have no image token
         if not bool(largest > 0):
             raise ImageNotUsed(
-                "the step had images, but its loss does not depend on them: no gradient reached the image features, "
-                "so the model's image placeholders do not take them"
+                "the loss of this step does not depend on its images: no gradient reached the image features\n"
+                "  fix: check the chat template (orpo-ray data check shows image tokens per pair), or use a listed "
+                "family"
             )
 
     def _encode_images(self, base: Any, batch: PairBatch) -> ImageFeatures:

@@ -1,4 +1,4 @@
-"""A worker's share of a step -> micro-batches that all workers run in lock-step, and the step's normaliser.
+"""A worker's share of a step -> micro-batches that all workers run in lock-step, and the step's normalizer.
 
 Under ZeRO every forward and backward is a collective: all workers must run equally many, through the same modules of
 the model. A worker with too few pairs, or with no images, adds dummy pairs of weight 0. Every share holds the totals of
@@ -7,19 +7,16 @@ its step, so that planning needs no communication and can be done ahead, in a th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.balance import Packing, PairSize, StepShare, StepTotals, distribute
 from orpo_ray.data.collate_images import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.packing import PairBatch, build_batch
-from orpo_ray.data.transfer import to_device
 from orpo_ray.objective.base import Normaliser, Objective
 from orpo_ray.objective.pair_model import PairModel
 
@@ -103,47 +100,3 @@ class StepPlanner:
         elif not batch:
             dummy_pairs = [self.text_dummy]
         return build_batch(batch, self.objective.nll_span, self.packing.layout, dummy_pairs, self.collate)
-
-
-def gather_rows(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    """Collect one row of numbers from every worker: float64 [num_workers, n] on the CPU."""
-    return _gather(torch.tensor(values, dtype=torch.float64), device)
-
-
-def _gather(mine: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same for a row [n] that is a tensor, on any device. The host waits once, where a device is involved."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine.cpu().unsqueeze(0)
-    mine = to_device(mine, device)
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, mine)
-    return torch.stack(rows).cpu()
-
-
-def gather_objects(mine: Any) -> list[Any]:
-    """Collect a picklable object from every worker, on all of them."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    return everyones
-
-
-def add_sums(total: Mapping[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add an objective's sums of another micro-batch, in float64. An empty `total` starts at zero."""
-    return {name: total.get(name, 0.0) + value.double() for name, value in more.items()}
-
-
-def reduce_sums(sums: Mapping[str, torch.Tensor], device: torch.device, counts: bool = True) -> dict[str, float]:
-    """Add up an objective's sums over all workers. All of them ran equally many micro-batches, so have equal names.
-
-    Args:
-        sums: of this worker.
-        device: where they are.
-        counts: whether this worker's sums count (`StepPlanner.counts`).
-    """
-    if not sums:
-        return {}
-    own = torch.stack([value.double() for value in sums.values()])
-    total = _gather(own if counts else torch.zeros_like(own), device).sum(0)
-    return dict(zip(sums, total.tolist(), strict=True))

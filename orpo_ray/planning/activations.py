@@ -102,9 +102,9 @@ class Activations:
     def deepened(self, deeper: Activations, language: int, vision: int) -> Activations:
         """Return the activations of a model with more layers.
 
-        All layers have the same sizes, so each adds the same. What a layer of the language model and one of the vision
-        encoder add is told apart by phase: during the language model's phases, the vision encoder holds what it saved;
-        during the vision encoder's, the language model holds nothing.
+        All layers of a part have the same sizes, so each adds the same. The phases tell the parts apart. During the
+        language model's phases, a vision layer adds what it saved. During the vision encoder's phases, a language layer
+        adds nothing.
 
         Args:
             deeper: the activations of the model with one more layer of both.

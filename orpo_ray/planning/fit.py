@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from orpo_ray.config.schema import Checkpointing
+from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.planning.activations import Activations
 from orpo_ray.planning.gpus import GIB, Gpu
 from orpo_ray.planning.states import Offload, Stage, Weights, states

@@ -20,8 +20,8 @@ from orpo_ray.errors import UserError
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, NCCL, Estimate, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
 from orpo_ray.planning.imports import import_transformers
+from orpo_ray.planning.inputs import plan_inputs
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
-from orpo_ray.planning.prepare import prepare
 from orpo_ray.planning.states import STAGES
 from orpo_ray.planning.step_time import parse_rates
 from orpo_ray.planning.workload import Workload
@@ -78,11 +78,13 @@ def _plan(recipe: Recipe, options: Options, hub_is_missing: Future[bool]) -> dic
         )
     gpus, rates = gpus_with_prices(options.prices), parse_rates(options.assume)
     config, source = load_config(recipe.model, hub_is_missing.result())
-    prepared = prepare(recipe, config, rates, options.mfu, options.pairs, options.can_fork)
-    planner, work, setting = prepared.planner, prepared.work, prepared.setting
-    weights, microbatch_pairs = planner.weights, prepared.microbatch_pairs
+    inputs = plan_inputs(recipe, config, rates, options.mfu, options.pairs, options.can_fork)
+    planner, work, setting = inputs.planner, inputs.work, inputs.setting
+    weights, microbatch_pairs = planner.weights, inputs.microbatch_pairs
     gpu_reports = [_report_gpu(planner, gpu, planner.resolved(setting, gpu.memory)) for gpu in gpus]
     assumptions = [*_recipe_assumptions(recipe, source), *work.assumptions, *_constant_assumptions()]
+    if not isinstance(recipe.scaling.num_workers, int):
+        assumptions.insert(0, _with_most_workers(recipe, planner, gpus, setting))
     if setting.checkpointing == "auto":
         assumptions.insert(0, _chosen_modes(planner, gpus, setting))
         setting = replace(setting, checkpointing="full")
@@ -94,8 +96,8 @@ def _plan(recipe: Recipe, options: Options, hub_is_missing: Future[bool]) -> dic
             "config": source,
             "parameters": weights.total,
             "trained": weights.trained,
-            "dtype": str(prepared.dtype).removeprefix("torch."),
-            "layout": prepared.layout,
+            "dtype": str(inputs.dtype).removeprefix("torch."),
+            "layout": inputs.layout,
         },
         "setting": asdict(setting),
         "memory": {str(stage): _round_bytes(planner.memory(replace(setting, stage=stage))) for stage in STAGES},
@@ -243,6 +245,17 @@ def _chosen_modes(planner: Planner, gpus: Sequence[Gpu], setting: Setting) -> st
         chosen.setdefault(planner.resolved(setting, gpu.memory).checkpointing, []).append(gpu.name)
     modes = "; ".join(f"{mode} on {', '.join(names)}" for mode, names in chosen.items())
     return f"model.gradient_checkpointing auto is {modes}; the memory table is for full"
+
+
+def _with_most_workers(recipe: Recipe, planner: Planner, gpus: Sequence[Gpu], setting: Setting) -> str:
+    """Say which of its numbers of workers a recipe is planned for, and what the most would take."""
+    most = replace(setting, workers=recipe.scaling.max_workers)
+    hours = {gpu.name: planner.estimate(gpu, planner.resolved(most, gpu.memory)).hours for gpu in gpus}
+    times = ", ".join(f"{name} {each:.1f} h" for name, each in hours.items())
+    return (
+        f"scaling.num_workers is {most.workers} at most; the tables are for {setting.workers}, which needs the most "
+        f"memory and time. With {most.workers} all the time: {times}"
+    )
 
 
 def _recipe_assumptions(recipe: Recipe, source: str) -> list[str]:

@@ -93,7 +93,7 @@ class WorkCounter:
         self._weights: set[tuple[int, ...]] = set()
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Take the shapes of a model's weights, by which their products and gradients are recognised."""
+        """Take the shapes of a model's weights, by which their products and gradients are recognized."""
         self._weights = {_shape(parameter) for parameter in model.parameters() if parameter.ndim >= 2}
 
     def add(

@@ -39,13 +39,12 @@ class Workload:
         return min(steps, recipe.optim.max_steps or steps)
 
 
-def estimate_workload(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> Workload:
+def estimate_workload(recipe: Recipe, config: Any, pairs: int | None) -> Workload:
     """Take the figures from the data check in the run folder, or assume them if there is none.
 
     Args:
         recipe: the recipe.
         config: the model's config in transformers.
-        layout: attention layout of a pair.
         pairs: number of training pairs given by the user.
 
     Raises:
@@ -53,7 +52,7 @@ def estimate_workload(recipe: Recipe, config: Any, layout: Layout, pairs: int | 
     """
     report = _read_data_check(recipe)
     if report is None or not report["train"]["tokens"]:
-        return _assume_workload(recipe, config, layout, pairs)
+        return _assume_workload(recipe, config, pairs)
     train = report["train"]
     means = {name: train["tokens"][name]["mean"] for name in ("prompt", "image", "chosen", "rejected")}
     counts = {int(images): pairs for images, pairs in train["images_per_pair"].items()}
@@ -75,7 +74,7 @@ def estimate_workload(recipe: Recipe, config: Any, layout: Layout, pairs: int | 
     return Workload(shape, longest, pairs or train["pairs"], "data check", tuple(assumptions))
 
 
-def _assume_workload(recipe: Recipe, config: Any, layout: Layout, pairs: int | None) -> Workload:
+def _assume_workload(recipe: Recipe, config: Any, pairs: int | None) -> Workload:
     image = image_shape(config)
     available = recipe.data.max_length - image.tokens
     shape = PairShape(min(PROMPT, max(2, available // 3)), ANSWER, ANSWER, 1, image.tokens, image.vision)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from orpo_ray.errors import UserError
-from orpo_ray.storage.files import is_remote, list_files, locate, read_bytes, with_retries
+from orpo_ray.storage.files import is_remote, locate, read_bytes, with_retries
 from orpo_ray.storage.scratch import make_scratch
 
 # Names in a run folder.
@@ -73,14 +73,6 @@ class RunFolder:
     def has_model(self, name: str) -> bool:
         """Whether the run folder contains a complete model or adapter folder of this name."""
         return any(self.has(f"{name}/{file}") for file in COMPLETION_FILES)
-
-    def read_last(self, pattern: str) -> bytes | None:
-        """Read the last file, by name, that matches a glob; None if no file matches."""
-        if not self.is_remote:
-            found = sorted(self.path.glob(pattern))
-            return found[-1].read_bytes() if found else None
-        uris = list_files(f"{self.uri}/{pattern}", "checkpoint.storage")
-        return read_bytes(uris[-1]) if uris else None
 
     def pull(self, *names: str) -> None:
         """Download files and folders into the local mirror. Names that do not exist are skipped."""

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line per logged step."""
+"""`metrics.jsonl`: one line per logged step, and one per restart."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import METRICS_FILE, RunFolder
 from orpo_ray.tracking.jsonl import keep_lines, read_jsonl
 
+RESTARTS = "train/restarts"
+"""How often the run was started again, by Ray or by the user."""
+REPEATED = "train/repeated_steps"
+"""Logged steps that were lost and made again, over all restarts."""
+
 
 class MetricsFile:
     """Appends metrics to the run folder; drops the lines of steps that a resumed run repeats."""
@@ -19,8 +24,13 @@ class MetricsFile:
         self._folder = folder
         folder.pull(METRICS_FILE)
         path = folder.path / METRICS_FILE
+        is_restart = path.exists()
+        lines = read_jsonl(path)
         keep_lines(path, lambda line: line["step"] <= step)
         self._file = path.open("a", encoding="utf-8")
+        if is_restart:
+            repeated = {line["step"] for line in lines if line["step"] > step}
+            self.log(step, {RESTARTS: _latest(lines, RESTARTS) + 1, REPEATED: _latest(lines, REPEATED) + len(repeated)})
 
     @classmethod
     def open(cls, recipe: Recipe, folder: RunFolder, step: int) -> MetricsFile:
@@ -47,6 +57,12 @@ class MetricsFile:
         self.flush()
 
 
+def logged_kinds(folder: RunFolder) -> set[tuple[int, str]]:
+    """Return the steps that an open file has lines of, each with `train` or `eval`."""
+    lines = read_jsonl(folder.path / METRICS_FILE)
+    return {(line["step"], name.partition("/")[0]) for line in lines for name in line if "/" in name}
+
+
 def last_metrics(folder: RunFolder) -> dict[str, float]:
     """Return the latest finite value of every metric of a run."""
     folder.pull(METRICS_FILE)
@@ -54,3 +70,7 @@ def last_metrics(folder: RunFolder) -> dict[str, float]:
     for line in read_jsonl(folder.path / METRICS_FILE):
         latest.update({name: value for name, value in line.items() if value is not None})
     return latest
+
+
+def _latest(lines: Sequence[Mapping[str, float]], name: str) -> float:
+    return next((line[name] for line in reversed(lines) if name in line), 0)

@@ -58,11 +58,10 @@ class WandbLogger:
             UserError: the package is not installed.
         """
         enabled = recipe.tracking.wandb.enabled
-        if enabled == "auto":
-            enabled = bool(os.environ.get("WANDB_API_KEY"))
-        if not enabled:
+        if not enabled or (enabled == "auto" and not os.environ.get("WANDB_API_KEY")):
             return None
-        require("wandb", "tracking.wandb.enabled")
+        purpose = "WANDB_API_KEY is set" if enabled == "auto" else "tracking.wandb.enabled"
+        require("wandb", purpose, otherwise="set tracking.wandb.enabled=false")
         return cls(recipe, folder.path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

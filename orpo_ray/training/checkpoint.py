@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import ray.train
+import torch
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.reading import ReadSpec
@@ -17,12 +22,16 @@ from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import is_adapted
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.processor import load_processor
-from orpo_ray.storage.files import locate
+from orpo_ray.storage.files import locate, one_line
 from orpo_ray.storage.run_folder import FINAL, RunFolder
-from orpo_ray.training.divergence import TrainingDiverged
+from orpo_ray.training.checkpoint_choice import checkpoint_names
+from orpo_ray.training.divergence import FIX, TrainingDiverged
 from orpo_ray.training.engine import Engine
+from orpo_ray.training.manifest import Damage, read_checked
+from orpo_ray.training.unlogged import LOG_FILE, LogLine, read_log
 
 POSITION_FILE = "position.json"
+_OF_LOST_WORKERS = re.compile(r"gloo|NCCL|[Cc]onnection|[Tt]imed? ?out")
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Position:
     """Loss of the run's first step."""
 
 
-def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: ReadSpec) -> Position:
+def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: ReadSpec) -> tuple[Position, list[LogLine]]:
     """Load a checkpoint of the run into the engine. A collective.
 
     Args:
@@ -59,32 +68,24 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
         read: the training rows.
 
     Returns:
-        The checkpoint's position, or that of a new run.
+        The checkpoint's position, or that of a new run; and what the checkpoint holds because it may not be logged.
 
     Raises:
-        UserError: the checkpoint was written with other data, another ZeRO stage, another version, or, above stage 0,
-            another number of workers.
+        UserError: the checkpoint was written with other data, another model, another ZeRO stage or another version.
     """
     num_rows, stage = read.order.num_rows, recipe.deepspeed.zero_stage
     num_workers = ray.train.get_context().get_world_size()
     if name is None:
-        return Position(num_rows=num_rows, data=read.digest, num_workers=num_workers, zero_stage=stage)
+        return Position(num_rows=num_rows, data=read.digest, num_workers=num_workers, zero_stage=stage), []
     filesystem, path = locate(f"{recipe.run_uri}/{name}", "checkpoint.storage")
     with ray.train.Checkpoint(path, filesystem).as_directory() as folder:
-        position = _read_position(Path(folder) / POSITION_FILE)
+        position = _parse_position((Path(folder) / POSITION_FILE).read_bytes(), f"{recipe.run_uri}/{name}")
         if stage != position.zero_stage:
             raise UserError(
                 f"the run's checkpoint was written with ZeRO stage {position.zero_stage}",
                 field="deepspeed.zero_stage",
                 value=stage,
                 fix="resume with that stage, or start a new run under another name (name=...)",
-            )
-        if stage > 0 and num_workers != position.num_workers:
-            raise UserError(
-                f"the run's checkpoint is sharded over {position.num_workers} worker(s)",
-                field="scaling.num_workers",
-                value=num_workers,
-                fix="resume with that many workers; only ZeRO stage 0 can change the number",
             )
         if num_rows != position.num_rows:
             raise UserError(
@@ -98,19 +99,62 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
                 field="data.train",
                 fix="resume with the same files, or start a new run under another name (name=...)",
             )
-        engine.load(Path(folder))
-    return replace(position, num_workers=num_workers)
+        with _mismatch_is_an_error_of_the_user(f"{recipe.run_uri}/{name}"):
+            engine.load(Path(folder))
+        unlogged = read_log(Path(folder) / LOG_FILE)
+    return replace(position, num_workers=num_workers), unlogged
 
 
-def _read_position(path: Path) -> Position:
+def newest_position(run: RunFolder, warn: Callable[[str], None]) -> Position | None:
+    """Return the position of a run's newest complete checkpoint, without reading its state; None if there is none.
+
+    Args:
+        run: the run folder.
+        warn: takes a sentence about every damaged checkpoint that is newer.
+
+    Raises:
+        UserError: another version wrote it.
+        OSError: the store cannot be read now.
+    """
+    for name in checkpoint_names(run):
+        try:
+            return _parse_position(read_checked(run, name, POSITION_FILE), f"{run.uri}/{name}")
+        except Damage as damage:
+            warn(f"checkpoint {run.uri}/{name} is not used: {damage}")
+    return None
+
+
+def _parse_position(data: bytes, where: str) -> Position:
     try:
-        return Position(**json.loads(path.read_text()))
+        return Position(**json.loads(data))
     except (TypeError, ValueError):
         raise UserError(
             "the run's checkpoint was written by another version of orpo-ray",
-            field=str(path),
+            field=f"{where}/{POSITION_FILE}",
             fix="finish the run with that version, or start a new run under another name (name=...)",
         ) from None
+
+
+@contextmanager
+def _mismatch_is_an_error_of_the_user(where: str) -> Iterator[None]:
+    """Turn what engines raise where a whole checkpoint does not fit the model, as after a restart, into a UserError.
+
+    What a disk, a device, a lost worker or a lack of memory causes stays as it is.
+    """
+    try:
+        yield
+    except (torch.distributed.DistError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (RuntimeError, LookupError, ValueError, AssertionError, PickleError) as error:
+        if isinstance(error, RuntimeError) and _OF_LOST_WORKERS.search(str(error)):
+            raise
+        raise UserError(
+            f"the checkpoint is whole, but does not fit the model of this recipe: "
+            f"{type(error).__name__}: {one_line(error)}",
+            field=where,
+            fix="resume with the recipe and the library versions that the run began with, or start a new run under "
+            "another name (name=...)",
+        ) from error
 
 
 def save_final(engine: Engine, model: PairModel, recipe: Recipe) -> None:
@@ -122,7 +166,9 @@ def save_final(engine: Engine, model: PairModel, recipe: Recipe) -> None:
         TrainingDiverged: a weight is not finite.
     """
     if not engine.has_finite_weights():
-        raise TrainingDiverged(f"a weight is not finite; {FINAL}/ was not written, and the last checkpoint is kept")
+        raise TrainingDiverged(
+            f"a weight is not finite; {FINAL}/ was not written, and the last checkpoint is kept\n  fix: {FIX}"
+        )
     adapted = is_adapted(model.model)
     state = engine.consolidated_weights(trained_only=adapted)
     if ray.train.get_context().get_world_rank() != 0:
@@ -138,4 +184,6 @@ def save_final(engine: Engine, model: PairModel, recipe: Recipe) -> None:
         pretrained.config.use_cache = True  # off during training only
         pretrained.save_pretrained(scratch, state_dict=state)
     load_processor(recipe.model.id, recipe.model.revision, recipe.model.trust_remote_code).save_pretrained(scratch)
+    for file in scratch.iterdir():
+        file.chmod(scratch.stat().st_mode & 0o666)  # by the umask; safetensors lets only the owner read its files
     folder.move_model(scratch, FINAL)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest whole one, or one chosen by hand; and removal of all that is too old.
+"""Which checkpoint a run resumes from: the newest whole one, or one chosen by hand; and removal of all that is too old.
 
 The folders in the run folder are the only record of the checkpoints. Ray Train's own record is not used: it is written
 in place, and a damaged one would end every later start.

@@ -18,6 +18,7 @@ from orpo_ray.training.consolidated import consolidated
 from orpo_ray.training.deepspeed_config import check_config, deepspeed_config
 from orpo_ray.training.divergence import all_finite
 from orpo_ray.training.optimizer import adamw, schedule, state_bytes
+from orpo_ray.training.resharding import load_resharded, num_writers
 
 _TAG = "engine"  # the folder of the engine's state in a checkpoint
 
@@ -96,8 +97,11 @@ class DeepSpeedEngine:
         self.deepspeed.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        """Load the state; it needs the stage and the number of workers that wrote it."""
-        self.deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        """Load the state, whatever the number of workers that wrote it; it needs the stage that did."""
+        if num_writers(folder / _TAG) == self._num_workers:
+            self.deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        else:
+            load_resharded(self.deepspeed, folder / _TAG)
 
     def consolidated_weights(self, trained_only: bool) -> dict[str, torch.Tensor]:
         """Gather the weights, one at a time, into the main memory of rank 0."""

@@ -16,7 +16,7 @@ HIGH_FACTOR = 5.0
 """A loss is high above this many times the loss of the first step, or above this number if that was below 1."""
 MAX_HIGH = 20
 """Steps in a row with a high loss that end a run."""
-_FIX = "lower optim.learning_rate or raise optim.warmup, and start a new run under another name (name=...)"
+FIX = "lower optim.learning_rate or raise optim.warmup, and start a new run under another name (name=...)"
 
 
 class TrainingDiverged(OrpoRayError):
@@ -54,7 +54,7 @@ class DivergenceGuard:
         if self._skipped_in_a_row >= MAX_SKIPPED:
             raise TrainingDiverged(
                 f"the gradient was not finite in {MAX_SKIPPED} steps in a row, the last one step {step:,}; the "
-                f"checkpoint before is kept\n  fix: {_FIX}"
+                f"checkpoint before is kept\n  fix: {FIX}"
             )
         if was_skipped:
             return True
@@ -64,7 +64,7 @@ class DivergenceGuard:
         if self._high_in_a_row >= MAX_HIGH:
             raise TrainingDiverged(
                 f"the loss is {loss:.4g} at step {step:,} and was {self.first_loss:.4g} at first; it has been far "
-                f"above that for {MAX_HIGH} steps, and the checkpoint before them is kept\n  fix: {_FIX}"
+                f"above that for {MAX_HIGH} steps, and the checkpoint before them is kept\n  fix: {FIX}"
             )
         return False
 

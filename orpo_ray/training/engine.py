@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -64,6 +64,29 @@ class Engine(Protocol):
 
         Returns:
             The `PairModel`'s state dict on rank 0, with tied weights still tied; an empty one on other ranks.
+        """
+
+
+@runtime_checkable
+class SavesAlone(Protocol):
+    """What an engine adds if each worker holds the whole state. Any worker can then save it if another one is lost."""
+
+    updates: int
+    """Number of updates that this engine has made."""
+
+    def save_alone(self, folder: Path, updates: int) -> bool:
+        """Write the state from another thread than the one that trains, without the other workers.
+
+        That thread may be in a collective that never ends, since a worker is lost. It makes no update after the state
+        that was written: its process is about to be ended.
+
+        Args:
+            folder: where to write.
+            updates: number of updates that the state must have.
+
+        Returns:
+            Whether it was written. Otherwise, the state has another number of updates, or a part of one, or a weight
+            that is not finite.
         """
 
 

@@ -20,19 +20,22 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import encoder_of, run_data
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.ray_cluster import start_ray
+from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.files import is_remote, locate
 from orpo_ray.storage.lease import Lease
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
 from orpo_ray.training.data_identity import check_data
+from orpo_ray.training.group_scaling import GroupScaling
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
-from orpo_ray.training.progress import ProgressDisplay, start_status
+from orpo_ray.training.progress import ProgressDisplay
 from orpo_ray.training.resources import Resources, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
+from orpo_ray.training.run_status import start_status
 from orpo_ray.training.stopping import RunStopped, StopSignals
+from orpo_ray.training.teardown import SaveBeforeTeardown
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10
@@ -60,12 +63,18 @@ class _RunTrainer(DataParallelTrainer):
     its driver, except for the trials of a sweep, where one is stopped and the driver goes on.
     """
 
-    def __init__(self, *arguments: Any, is_trial: bool, **options: Any) -> None:
+    def __init__(self, *arguments: Any, is_trial: bool, together: int, **options: Any) -> None:
+        self._together = together
         self._without = {DatasetsCallback} if is_trial else {DatasetsCallback, PlacementGroupCleanerCallback}
         super().__init__(*arguments, **options)
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if type(callback) not in self._without]
+
+    def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
+        if self._together > 1 and self.scaling_config.elasticity_enabled:
+            options["scaling_policy"] = GroupScaling(self.scaling_config, self._together)
+        return super()._initialize_and_run_controller(**options)
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leave signals to `StopSignals`; Ray Train's own handler ends a run without a checkpoint."""
@@ -104,7 +113,8 @@ def launch_training(
     read, held_out = run_data(recipe)
     folder.make()
     start_ray()
-    resources = worker_resources(recipe, ray.cluster_resources())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
     status = start_status()
     display = ProgressDisplay(status, console)
     checked = start_model_check(recipe, saved)
@@ -123,6 +133,7 @@ def launch_training(
             encoder=encoder_of(resolved),
             num_steps=num_steps,
             status=status,
+            cpus=resources.cpus,
             cpu_threads=resources.cpu_threads,
             max_encoders=resources.max_encoders,
         )
@@ -175,15 +186,25 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
     trainer = _RunTrainer(
         train_worker,
         is_trial=bool(callbacks),
+        together=recipe.scaling.sequence_parallel,
         train_loop_config={"status": status},
         backend_config=SharedDevices(),
         scaling_config=ScalingConfig(
-            num_workers=recipe.scaling.num_workers, use_gpu=bool(resources.gpus), resources_per_worker=per_worker
+            num_workers=count if isinstance(count := recipe.scaling.num_workers, int) else tuple(count),
+            use_gpu=bool(resources.gpus),
+            resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=recipe.scaling.resize_interval_s,
         ),
         run_config=RunConfig(
             **storage_of(recipe),
-            failure_config=FailureConfig(max_failures=recipe.scaling.max_failures, controller_failure_limit=3),
-            callbacks=callbacks,
+            failure_config=FailureConfig(
+                max_failures=recipe.scaling.max_failures,
+                max_preemption_failures=-1
+                if recipe.scaling.max_preemptions is None
+                else recipe.scaling.max_preemptions,
+                controller_failure_limit=3,
+            ),
+            callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -230,7 +251,7 @@ def _headline(
     revision = f"@{recipe.model.revision[:12]}" if recipe.model.revision else ""
     return (
         f"[bold]{recipe.name}[/bold]  {recipe.model.id}{revision}, {_tuning(recipe)}, {recipe.objective.title}, "
-        f"ZeRO {recipe.deepspeed.zero_stage}, {recipe.scaling.num_workers} worker(s)\n"
+        f"ZeRO {recipe.deepspeed.zero_stage}, {recipe.scaling.workers_text}\n"
         f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
         f"-> {recipe.run_uri}" + (f"\n{without_sharing}" if without_sharing else "")
     )

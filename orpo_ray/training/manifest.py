@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and checksum of every file, by which a damaged checkpoint is recognised.
+"""The manifest of a checkpoint: size and checksum of every file, by which a damaged checkpoint is recognized.
 
 Every worker writes the manifest of its own files last. So a checkpoint is whole if the manifests of all workers are
 there, and every file is as they say. No state is read to find out.
@@ -132,6 +132,17 @@ def check_content(run: RunFolder, checkpoint: str) -> list[Manifest]:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise Damage(f"{name} has another checksum than when it was written")
     return manifests
+
+
+def read_checked(run: RunFolder, checkpoint: str, name: str) -> bytes:
+    """Read one small file of a complete checkpoint, and check it. Errors are those of `check_sizes`."""
+    files = {each: found for manifest in check_sizes(run, checkpoint) for each, found in manifest.files.items()}
+    if name not in files:
+        raise Damage(f"{name} is missing")
+    data = b"".join(run.read_chunks(f"{checkpoint}/{name}", _CHUNK_BYTES))
+    if xxhash.xxh3_128(data).hexdigest() != files[name][1]:
+        raise Damage(f"{name} has another checksum than when it was written")
+    return data
 
 
 def _read_manifest(run: RunFolder, checkpoint: str, name: str) -> Manifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.ray_cluster import on_this_node
+from orpo_ray.ray_cluster.start import on_this_node
 from orpo_ray.streaming.pipeline import ENCODE_ENV
 
 

@@ -10,11 +10,15 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import psutil
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import broadcast_from_rank_zero
+
+LOOPBACK = "127.0.0.1"  # address of the node of a Ray that a command starts
 
 
 @dataclass
@@ -40,13 +44,15 @@ def join_process_group(timeout_s: float) -> None:
     """
     import ray.train.torch
     import torch
+    from torch._C._distributed_c10d import TCPStore
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    address, port = (
-        broadcast_from_rank_zero(_free_address() if rank == 0 else None) if num_workers > 1 else _free_address()
-    )
+    # Bound to one address, where torch itself would listen on every interface of the machine.
+    listener = _listener() if rank == 0 else None
+    found: Any = listener.getsockname()[:2] if listener is not None else None
+    address, port = broadcast_from_rank_zero(found) if num_workers > 1 else found
     os.environ |= {
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
@@ -59,9 +65,15 @@ def join_process_group(timeout_s: float) -> None:
     }
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if address == LOOPBACK:
+        _connect_workers_by(address)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    torch.distributed.init_process_group(backend, rank=rank, world_size=num_workers, timeout=timeout)
+    store = TCPStore(
+        address, port, num_workers, rank == 0, timeout,
+        master_listen_fd=listener.detach() if listener is not None else None,
+    )  # fmt: skip
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=num_workers, timeout=timeout)
 
 
 def leave_process_group() -> None:
@@ -71,9 +83,15 @@ def leave_process_group() -> None:
     torch.distributed.destroy_process_group()
 
 
-def _free_address() -> tuple[str, int]:
-    """This node's address, with a port that is free now."""
+def _listener() -> socket.socket:
+    """Listen on a free port of this node's address."""
     address = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
-        free.bind(("", 0))
-        return address, free.getsockname()[1]
+    return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+
+
+def _connect_workers_by(address: str) -> None:
+    """Let the workers listen for each other on the interface with this address, unless the user chose another one."""
+    for name, found in psutil.net_if_addrs().items():
+        if any(each.address == address for each in found):
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(variable, name)

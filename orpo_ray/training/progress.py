@@ -1,8 +1,7 @@
-"""Progress of a run on the console: workers write to an actor, and the driver polls it."""
+"""Progress of a run on the console: the driver polls the run's `RunStatus`."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from types import TracebackType
@@ -13,86 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from orpo_ray.ray_cluster import on_this_node
-
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0  # between lines, if the console is not a terminal
-
-
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class RunStatus:
-    """Actor with the latest state of a run, its warnings, and the error, if any, that a restart would repeat.
-
-    Start it with `start_status`. If its process dies, Ray starts it again, and `ProgressDisplay` gives it the config.
-    """
-
-    def __init__(self) -> None:
-        self._state: dict[str, Any] = {"warnings": []}
-        self._fatal: Exception | None = None
-        self._config: ray.ObjectRef | None = None
-        self._stop = False
-
-    def begin(self, config: list[ray.ObjectRef]) -> None:
-        """Keep a reference to what the workers train with. In a list, since Ray would fetch a bare one."""
-        (self._config,) = config
-
-    def config(self) -> ray.ObjectRef | None:
-        """Return the reference, or None while the driver is not ready."""
-        return self._config
-
-    def update(self, **state: Any) -> bool:
-        """Merge values into the state: `step, num_steps, phase` and metrics. Return whether the run should stop."""
-        self._state.update(state)
-        return self._stop
-
-    def request_stop(self) -> None:
-        """Ask the workers to save a checkpoint and to end."""
-        self._stop = True
-        self._state["phase"] = "stopping: saving a checkpoint"
-
-    def warn(self, text: str) -> None:
-        """Add a warning for the console. One that is repeated is shown once."""
-        if text not in self._state["warnings"]:
-            self._state["warnings"].append(text)
-
-    def state(self) -> dict[str, Any]:
-        """Return the state, and whether the actor has a config."""
-        return self._state | {"has_config": self._config is not None}
-
-    def fail(self, error: Exception) -> None:
-        """Keep the first error that a restart would repeat."""
-        self._fatal = self._fatal or error
-
-    def fatal(self) -> Exception | None:
-        """Return the error that a restart would repeat, or None."""
-        return self._fatal
-
-
-def start_status() -> Any:
-    """Start a run's `RunStatus` on the driver's node, so that it outlives all others."""
-    return RunStatus.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
-
-
-class StatusLine:
-    """Rank 0's line to the `RunStatus` actor. It never waits, and is silent when the actor is gone with its driver."""
-
-    def __init__(self, status: Any) -> None:
-        self._status = status
-        self._answers: list[ray.ObjectRef] = []
-        self._asks_to_stop = False
-
-    def update(self, **state: Any) -> None:
-        """Send values to the actor."""
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            self._answers.append(self._status.update.remote(**state))
-
-    def asks_to_stop(self) -> bool:
-        """Whether the actor has asked the run to stop, by the answers that have come so far."""
-        if self._answers:
-            ready, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
-            with contextlib.suppress(ray.exceptions.RayActorError):
-                self._asks_to_stop = any([self._asks_to_stop, *ray.get(ready)])
-        return self._asks_to_stop
 
 
 class ProgressDisplay:
@@ -161,7 +82,6 @@ class ProgressDisplay:
             return {}
         if self.config is not None and not state["has_config"]:
             self._status.begin.remote([self.config])  # the actor was started again
-            self._warnings_shown = 0
         for text in state["warnings"][self._warnings_shown :]:
             self._console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
         self._warnings_shown = len(state["warnings"])
@@ -174,5 +94,10 @@ def _phase(state: dict[str, Any]) -> str:
 
 
 def _note(state: dict[str, Any]) -> str:
-    shown = (("loss", "loss", ".3f"), ("rewards/accuracies", "accuracy", ".2f"), ("pairs_per_second", "pairs/s", ".1f"))
+    shown = (
+        ("loss", "loss", ".3f"),
+        ("rewards/accuracies", "accuracy", ".2f"),
+        ("pairs_per_second", "pairs/s", ".1f"),
+        ("num_workers", "workers", "d"),
+    )
     return "  ".join(f"{label} {state[name]:{spec}}" for name, label, spec in shown if name in state)

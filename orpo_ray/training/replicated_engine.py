@@ -7,11 +7,16 @@ parameter of a step.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.packing import PairBatch
@@ -31,6 +36,9 @@ class ReplicatedEngine:
 
     Weights that are not float32 have a float32 copy, which AdamW updates. Gradients are added up in one float32 buffer.
     The arguments are those of `make_engine`.
+
+    Attributes:
+        updates: number of updates that this engine has made.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> None:
@@ -50,6 +58,9 @@ class ReplicatedEngine:
         self._state_bytes = state_bytes(sum(weight.numel() for weight in self._trained.values()), recipe.optim)
         self.optimizer = adamw(list(self._masters.values()), recipe.optim)
         self._schedule = schedule(self.optimizer, recipe.optim, num_steps)
+        self.updates = 0
+        self._updating, self._is_whole = threading.Lock(), True
+        self._updated = torch.cuda.Event() if self._gradients.is_cuda else None
 
     @property
     def learning_rate(self) -> float:
@@ -77,9 +88,7 @@ class ReplicatedEngine:
                 dist.all_reduce(part)
         norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm))
         if math.isfinite(norm):
-            self.optimizer.step()
-            self._schedule.step()
-            self._update_weights()
+            self._update()
         self._gradients.zero_()
         return norm
 
@@ -91,13 +100,22 @@ class ReplicatedEngine:
         """Write the state, which is equal on all workers, on rank 0."""
         (folder / _FOLDER).mkdir(parents=True)
         if dist.get_rank() == 0:
-            state = {
-                "weights": {name: weight.detach() for name, weight in self._masters.items()},
-                "buffers": dict(self._model.named_buffers()),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self._schedule.state_dict(),
-            }
+            torch.save(self._state(), folder / _FOLDER / _STATE_FILE)
+
+    def save_alone(self, folder: Path, updates: int) -> bool:
+        """Write the state in another thread, without the other workers; see `SavesAlone`."""
+        with ExitStack() as held:
+            held.enter_context(self._updating)
+            if not self._is_whole or self.updates != updates:
+                return False
+            with _beside(self._updated, self._gradients.device):
+                state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), self._state())
+            if not all_finite(state["weights"].values()):
+                return False
+            (folder / _FOLDER).mkdir(parents=True)
             torch.save(state, folder / _FOLDER / _STATE_FILE)
+            held.pop_all()
+            return True
 
     def load(self, folder: Path) -> None:
         """Load the state, whatever the number of workers that wrote it."""
@@ -121,6 +139,26 @@ class ReplicatedEngine:
     def consolidated_weights(self, trained_only: bool) -> dict[str, torch.Tensor]:
         """Copy the weights into the main memory of rank 0."""
         return consolidated(self._model, trained_only)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "weights": {name: weight.detach() for name, weight in self._masters.items()},
+            "buffers": dict(self._model.named_buffers()),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    def _update(self) -> None:
+        """Make an update as a whole, as seen by `save_alone`."""
+        with self._updating:
+            self._is_whole = False
+            self.optimizer.step()
+            self._schedule.step()
+            self._update_weights()
+            if self._updated is not None:
+                self._updated.record()
+            self.updates += 1
+            self._is_whole = True
 
     @torch.no_grad()
     def _update_weights(self) -> None:
@@ -160,3 +198,16 @@ def _copy_from_rank_0(model: nn.Module) -> None:
     """Weights that a model's files lack are drawn at random by each worker."""
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.data, 0)
+
+
+@contextmanager
+def _beside(event: torch.cuda.Event | None, device: torch.device) -> Iterator[None]:
+    """Let this thread's CUDA calls wait for an event only, and not for what was queued after it. None on CPUs."""
+    if event is None:
+        yield
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            yield

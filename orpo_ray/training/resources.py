@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.schema import ScalingConfig
 from orpo_ray.errors import UserError
 from orpo_ray.streaming.pipeline import least_cpus
+
+# Of the CPUs that Ray Train's workers leave on a node, Ray's coordinator gives Ray Data whole ones only.
+WHOLE_CPU = 1.0
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,18 @@ class Resources:
     gpus: float
     """GPUs of the worker; a fraction of one if runs share it."""
     cpu_threads: int
-    """Threads that torch uses when the worker trains on CPUs."""
+    """Threads that torch uses in all workers of the run together when they train on CPUs."""
     max_encoders: int
     """Encoding tasks that may run at the same time for all workers of the run."""
 
 
-def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, reserved: float = 0.0) -> Resources:
+def worker_resources(
+    recipe: Recipe,
+    cluster: dict[str, float],
+    runs: int = 1,
+    reserved: float = 0.0,
+    nodes: Sequence[Mapping[str, float]] = (),
+) -> Resources:
     """Divide a cluster among workers.
 
     Args:
@@ -33,15 +44,16 @@ def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, r
         cluster: Ray's resources, `CPU` and `GPU`.
         runs: number of such runs that must fit at the same time.
         reserved: CPUs that other processes hold.
+        nodes: the resources of each node, for a number of workers that changes.
 
     Raises:
         UserError: the workers and the data's tasks do not fit.
     """
     scaling = recipe.scaling
-    workers = scaling.num_workers * runs
+    workers = scaling.min_workers * runs
     cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
     per_worker = float(gpus > 0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
-    if 0 < per_worker < 1 < scaling.num_workers:
+    if 0 < per_worker < 1 < scaling.max_workers:
         raise UserError(
             "the workers of one run cannot share a GPU: NCCL refuses it",
             field="scaling.gpus_per_worker",
@@ -56,6 +68,10 @@ def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, r
             fix=f"use at most {int(gpus)} GPU(s), or set scaling.gpus_per_worker to 0 to train on CPUs",
         )
     for_data = least_cpus(runs) + reserved
+    if not isinstance(scaling.num_workers, int):
+        wanted = _cpus_of_elastic_worker(scaling, per_worker, nodes)
+        encoders = max_encoders(cpus, wanted, workers)
+        return Resources(wanted, per_worker, os.cpu_count() or 1, encoders)
     # Rounded down, so that the sum never exceeds the cluster.
     wanted = scaling.cpus_per_worker or min(1.0, math.floor(100 * (cpus - for_data) / workers) / 100)
     if wanted <= 0 or wanted * workers + for_data > cpus:
@@ -69,6 +85,58 @@ def worker_resources(recipe: Recipe, cluster: dict[str, float], runs: int = 1, r
     return Resources(
         cpus=wanted,
         gpus=per_worker,
-        cpu_threads=max(1, (os.cpu_count() or 1) // workers),
-        max_encoders=max(1, int((cpus - wanted * workers) / runs)),
+        cpu_threads=max(1, (os.cpu_count() or 1) // runs),
+        max_encoders=max_encoders(cpus, wanted, workers, runs),
     )
+
+
+def max_encoders(cpus: float, per_worker: float, workers: int, runs: int = 1) -> int:
+    """Return how many encoding tasks of a run fit beside the workers.
+
+    Args:
+        cpus: of the cluster.
+        per_worker: CPUs of a worker.
+        workers: of all runs together.
+        runs: that share the cluster.
+    """
+    return max(1, int((cpus - per_worker * workers) / runs))
+
+
+def _cpus_of_elastic_worker(scaling: ScalingConfig, gpus: float, nodes: Sequence[Mapping[str, float]]) -> float:
+    """Return the CPUs of each worker if Ray Train fills the nodes with workers, so that some are left for the data.
+
+    Raises:
+        UserError: the least number of workers does not fit, or they would take all CPUs.
+    """
+    smallest = min((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    # A worker for each GPU; or for each CPU of a node but two.
+    cpus = scaling.cpus_per_worker or (1.0 if gpus else _cpus_so_that_one_is_left(smallest))
+    fitting = [_fitting(node, cpus, gpus) for node in nodes]
+    if sum(fitting) < scaling.min_workers:
+        raise UserError(
+            f"the cluster has room for {sum(fitting)} worker(s) with {cpus:g} CPU(s) and {gpus:g} GPU(s) each",
+            field="scaling.num_workers",
+            value=scaling.num_workers,
+            fix="lower the first number or scaling.cpus_per_worker, or add nodes",
+        )
+    left = max(node.get("CPU", 0.0) - count * cpus for node, count in zip(nodes, fitting, strict=True))
+    if left < WHOLE_CPU and sum(fitting) <= scaling.max_workers:
+        raise UserError(
+            f"workers with {cpus:g} CPU(s) each would leave no whole CPU on any node, and reading data needs one",
+            field="scaling.cpus_per_worker",
+            value=scaling.cpus_per_worker,
+            fix="set it so that the workers that fit on a node leave one CPU; a node needs three CPUs for that",
+        )
+    return cpus
+
+
+def _cpus_so_that_one_is_left(cpus: float) -> float:
+    """Return the CPUs of a worker so that as many workers as possible leave one CPU of a node, which they fill."""
+    workers = max(1, math.ceil(cpus) - 2)
+    return round((cpus / (workers + 1) + (cpus - WHOLE_CPU) / workers) / 2, 4)
+
+
+def _fitting(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Return how many workers Ray Train puts on a node."""
+    fitting = node.get("CPU", 0.0) // cpus if cpus > 0 else 0.0
+    return int(min(fitting, node.get("GPU", 0.0) // gpus) if gpus else fitting)

@@ -7,21 +7,22 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.objective.step_planner import gather_objects
+from orpo_ray.objective.collectives import gather_objects
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.storage.scratch import make_scratch
 from orpo_ray.training.checkpoint import POSITION_FILE, Position
 from orpo_ray.training.checkpoint_choice import SAVING, checkpoint_names, new_name, prune
-from orpo_ray.training.divergence import TrainingDiverged
-from orpo_ray.training.engine import Engine
+from orpo_ray.training.divergence import FIX, TrainingDiverged
+from orpo_ray.training.engine import Engine, SavesAlone
 from orpo_ray.training.manifest import Manifest, manifest_name, write_manifest
+from orpo_ray.training.unlogged import LOG_FILE, LogLine, write_log
 
 ROOM_WAITS_S = (1.0, 3.0)
 """Seconds between looks for room, before a run ends for lack of it."""
@@ -64,11 +65,13 @@ class Saver:
         """Save a checkpoint, and delete those that are too old. A collective.
 
         Raises:
-            TrainingDiverged: a weight is not finite; the checkpoints before stay.
-            SaveFailed: there is no room, or the store refuses; the checkpoints before stay.
+            TrainingDiverged: a weight is not finite; earlier checkpoints are kept.
+            SaveFailed: there is no room, or the store refuses; earlier checkpoints are kept.
         """
         if not engine.has_finite_weights():
-            raise TrainingDiverged(f"a weight is not finite after step {position.step:,}; the last checkpoint is kept")
+            raise TrainingDiverged(
+                f"a weight is not finite after step {position.step:,}; the last checkpoint is kept\n  fix: {FIX}"
+            )
         with self._one_message(position.step):
             mine = new_name(checkpoint_names(self._run)) if self._rank == 0 else None
         name = gather_objects(mine)[0]
@@ -85,6 +88,32 @@ class Saver:
         if self._rank == 0:
             with self._one_message(position.step):
                 prune(self._run, self._keep)
+
+    def save_alone(self, engine: SavesAlone, position: Position, updates: int, lines: Sequence[LogLine]) -> bool:
+        """Save a checkpoint without the other workers, and from another thread than the one that trains.
+
+        Args:
+            engine: holds the whole state.
+            position: of the run.
+            updates: number of updates that belong to the position.
+            lines: what was logged since the last checkpoint; rank 0 may be lost before it could.
+
+        Returns:
+            Whether it was saved.
+
+        Raises:
+            SaveFailed: there is no room, or the store refuses; earlier checkpoints are kept.
+        """
+        with self._one_message(position.step), self._scratch() as scratch:
+            self._wait_for_room(scratch)
+            with _full_disk_as_os_error(scratch):
+                if not engine.save_alone(scratch, updates):
+                    return False
+            (scratch / POSITION_FILE).write_text(json.dumps(asdict(position)))
+            write_log(scratch / LOG_FILE, lines)
+            manifest = write_manifest(scratch, position.step, rank=0, num_workers=1)
+            self._publish(scratch, new_name(checkpoint_names(self._run)), manifest)
+        return True
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
@@ -117,7 +146,7 @@ class Saver:
 
     def _publish(self, scratch: Path, name: str, manifest: Manifest) -> None:
         """Move this worker's files into the checkpoint, the manifest last. Raises OSError."""
-        last = manifest_name(self._rank)
+        last = manifest_name(manifest.rank)
         if self._run.is_remote:
             for file in (*manifest.files, last):
                 self._run.upload(scratch / file, f"{name}/{file}")
@@ -143,7 +172,7 @@ class Saver:
         except OSError as error:
             raise SaveFailed(
                 f"the checkpoint of step {step:,} was not saved: {error}\n  fix: make room, or check the access to "
-                f"{self._run.uri}; the same command then goes on from the checkpoint before"
+                f"{self._run.uri}; the same command then resumes from the previous checkpoint"
             ) from error
 
 

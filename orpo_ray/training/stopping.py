@@ -28,7 +28,7 @@ class RunStopped(OrpoRayError):
         self.number, self.saved = number, saved
         self.exit_code = 128 + number  # what a shell expects of a program that a signal ended
         kept = "without a new checkpoint" if saved is None else f"with a checkpoint of step {saved:,}"
-        super().__init__(f"{signal.Signals(number).name} {kept}; the same command goes on from the latest checkpoint")
+        super().__init__(f"{signal.Signals(number).name} {kept}; the same command resumes from the latest checkpoint")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.number, self.saved))

@@ -19,7 +19,7 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import SearchRange
 from orpo_ray.data.from_recipe import run_data
 from orpo_ray.errors import UserError
-from orpo_ray.ray_cluster import start_ray
+from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.run_folder import BEST_RECIPE_FILE, TRIALS, RunFolder
 from orpo_ray.training.launch import TrainingFailed, launch_training, storage_of
 from orpo_ray.training.resources import worker_resources
@@ -71,6 +71,14 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     if not recipe.has_held_out:
         fix = "name held-out pairs in data.eval, or set data.eval_fraction"
         raise UserError("a search needs held-out pairs to rank its trials", field="data.eval", fix=fix)
+    if not isinstance(recipe.scaling.num_workers, int):
+        fix = "set one number; trials that run at the same time would take each other's workers"
+        raise UserError(
+            "a search needs a fixed number of workers",
+            field="scaling.num_workers",
+            value=recipe.scaling.num_workers,
+            fix=fix,
+        )
     # Check the data once before the trials start, since an error would make all of them fail.
     num_steps = -(-run_data(recipe)[0].end_sample // recipe.optim.pairs_per_step)
     # Tune would print a screenful every few seconds; `TrialLogger` prints one line per evaluation.

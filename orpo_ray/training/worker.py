@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -20,23 +21,31 @@ from orpo_ray.data.order import step_samples
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
 from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import load_objective
+from orpo_ray.objective.collectives import add_sums, gather_objects, gather_step
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
-from orpo_ray.objective.step_planner import StepPlan, StepPlanner, add_sums, gather_objects, reduce_sums
+from orpo_ray.objective.step_planner import StepPlan, StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
-from orpo_ray.training.auto_checkpointing import with_checkpointing
+from orpo_ray.training.auto_gradient_checkpointing import with_checkpointing
 from orpo_ray.training.checkpoint import load_checkpoint, save_final
 from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.divergence import DivergenceGuard, skipped_message
-from orpo_ray.training.engine import Engine, make_engine
-from orpo_ray.training.progress import StatusLine
-from orpo_ray.training.saving import Saver
+from orpo_ray.training.engine import Engine, SavesAlone, make_engine
+from orpo_ray.training.preemption import PreemptionNotice
+from orpo_ray.training.run_status import StatusLine
+from orpo_ray.training.saving import SaveFailed, Saver
 from orpo_ray.training.sharded_loading import load_for_training
+from orpo_ray.training.step_times import OwnTime, SlowWorkers, by_worker, memory_gb
+from orpo_ray.training.teardown import Held
+from orpo_ray.training.unlogged import LogLine, log_missing
 from orpo_ray.training.worker_start import WorkerConfig
 
-_STOP = "stop"  # name of a sum over workers, beside those of the objective
+# Names of requests that one worker makes and all workers follow, beside the figures of each worker.
+_STOP, _TEARDOWN, _PREEMPTION = "stop", "teardown", "preemption"
+SETTLE_SECONDS = 10.0  # that a step has to end after its update
 
 
 class Worker:
@@ -47,7 +56,7 @@ class Worker:
 
         Args:
             config: what the driver decided.
-            checkpoint: name of the checkpoint to go on from; None for a run that begins.
+            checkpoint: name of the checkpoint to resume from; None for a run that begins.
             feed: for a run without a checkpoint, the source of its steps, whose data is already being read.
         """
         context = ray.train.get_context()
@@ -56,7 +65,7 @@ class Worker:
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
-            torch.set_num_threads(config.cpu_threads)
+            torch.set_num_threads(max(1, config.cpu_threads // self.num_workers))
         encoder = config.encoder.build()
         model_config = with_checkpointing(self.recipe, self.device)
         model = load_for_training(self.recipe.model_copy(update={"model": model_config}), self.device)
@@ -73,12 +82,25 @@ class Worker:
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.get_local_world_size())
-        self.position = load_checkpoint(checkpoint, self.engine, self.recipe, config.train)
+        self.position, unlogged = load_checkpoint(checkpoint, self.engine, self.recipe, config.train)
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()
+        if is_first:
+            log_missing(unlogged, self.tracker, RunFolder(self.recipe.run_uri))
         self.guard = DivergenceGuard(self.position.first_loss, self.position.skipped)
         self.status = StatusLine(config.status) if is_first else None
-        self.is_stopping = False
+        self.is_stopping = self.is_torn_down = self.wants_teardown = False
+        self.is_training = True
+        self.saved_step = self.position.step
+        self.unlogged: list[LogLine] = []
+        # Updates of the engine that belong to the position. Written last in a step, and read by another thread.
+        self.updates = 0
+        self.preemption = PreemptionNotice(self.rank)
+        self.slow_workers = SlowWorkers(gather_objects(socket.gethostname()))
+        self.worker_figures: dict[str, float] = {}
+        """Of the latest step, of all workers."""
+        self.checkpoint_seconds = 0.0
+        """Of the checkpoint since the latest step; 0 if there was none."""
         if is_first and (line := without_effect(self.recipe, self.device)) is not None:
             self._warn(line)
         self.images_checked = False
@@ -105,14 +127,16 @@ class Worker:
         started = time.perf_counter()
         for plan in steps:
             waited = time.perf_counter() - started
-            metrics = self._train_step(plan)
+            metrics = self._train_step(plan, waited)
             seconds = time.perf_counter() - started
             metrics |= {"pairs_per_second": plan.pairs / seconds, "data_wait_fraction": waited / seconds}
+            metrics |= {"step_seconds": seconds}
             self._advance(plan, metrics)
             step = self.position.step
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
                 self._report(self._evaluate(grounding=False))
             is_due = recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0
+            is_due = self.preemption.is_new(self._warn) or is_due
             if (is_due or self.is_stopping) and step < num_steps and self.guard.is_healthy:
                 self._save(with_prefix(metrics, "train"))
                 self._tell(saved_at=step)
@@ -121,9 +145,40 @@ class Worker:
             started = time.perf_counter()
 
     def _save(self, metrics: dict[str, float]) -> None:
+        started = time.perf_counter()
         self.tracker.flush()
         self.saver.save(self.engine, self.position)
-        ray.train.report(metrics)
+        self.checkpoint_seconds = time.perf_counter() - started
+        self.saved_step, self.unlogged = self.position.step, []
+        if not self.is_torn_down:  # the controller waits for the workers then, and takes no reports
+            ray.train.report(metrics)
+
+    def held(self) -> Held:
+        """Say what this worker could save. Called from another thread."""
+        is_whole = isinstance(self.engine, SavesAlone)
+        return Held(self.position.step, self.saved_step, is_whole, self.guard.is_healthy, self.is_training)
+
+    def save_alone(self) -> bool:
+        """Save the state without the other workers, of which some are lost. Called from another thread.
+
+        Returns:
+            Whether it was saved.
+        """
+        assert isinstance(self.engine, SavesAlone)
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while self.updates != self.engine.updates and time.monotonic() < deadline:
+            time.sleep(0.01)  # the training thread is between an update and the end of its step
+        position, lines = self.position, list(self.unlogged)
+        try:
+            if not self.saver.save_alone(self.engine, position, self.updates, lines):
+                return False
+        except SaveFailed as error:
+            self._warn(str(error))
+            return False
+        self.saved_step = position.step
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            self.config.status.update.remote(saved_at=position.step)
+        return True
 
     def _steps(self) -> Generator[StepPlan]:
         """Yield each step, made ahead in a thread. The thread ends when this iterator is closed."""
@@ -139,36 +194,69 @@ class Worker:
         plan = self.planner.plan(share)
         return replace(plan, batches=pinned(plan.batches, self.device))
 
-    def _train_step(self, plan: StepPlan) -> dict[str, float]:
-        """Run forward and backward on every micro-batch, then one optimizer step. Return its metrics."""
+    def _train_step(self, plan: StepPlan, waited: float) -> dict[str, float]:
+        """Run forward and backward on every micro-batch, then one optimizer step. Return its metrics.
+
+        Args:
+            plan: the step.
+            waited: seconds that this worker waited for it.
+        """
         # Dropout depends on the step only, so a resumed run draws the same as an uninterrupted one.
         torch.manual_seed((self.recipe.optim.seed << 32) + plan.step * self.num_workers + self.rank)
         learning_rate = self.engine.learning_rate
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         if not plan.pairs:
+            self.worker_figures = {}
             return {"learning_rate": learning_rate, "grad_norm": 0.0}  # every row of the step was bad
+        own = OwnTime(self.device)
+        # Workers wait for each other in the backward pass of a sharded model, so only its forward is a worker's own.
+        backward_time = own.running if self.recipe.deepspeed.zero_stage == 0 else contextlib.nullcontext
         for batch in on_device(plan.batches, self.device):
             check = batch.trains_on_images and not self.images_checked
             self.model.watch_images = check
-            logps = self.engine.forward(batch)
-            loss, more = self.objective.loss(logps, batch.weights, plan.normaliser)
-            self.engine.backward(loss)
+            with own.running():
+                logps = self.engine.forward(batch)
+                loss, more = self.objective.loss(logps, batch.weights, plan.normaliser)
+            with backward_time():
+                self.engine.backward(loss)
             losses.append(loss.detach())
             sums = add_sums(sums, more)
             if check:
                 self.model.check_images_used()
                 self.images_checked = True
-        grad_norm = self.engine.step()
         wants_stop = self.status is not None and self.status.asks_to_stop()
-        sums |= {_STOP: torch.full((), float(wants_stop), device=self.device)}
-        reduced = reduce_sums(sums, self.device, self.planner.counts)
-        self.is_stopping = reduced.pop(_STOP) > 0
+        asked = {_STOP: wants_stop, _TEARDOWN: self.wants_teardown, _PREEMPTION: self.preemption.is_due()}
+        figures = {
+            "seconds": own.seconds(),
+            "data_wait_seconds": waited,
+            "checkpoint_seconds": self.checkpoint_seconds,
+            "memory_gb": memory_gb(self.device),
+        }
+        size = {"tokens": sum(batch.input_ids.numel() for batch in plan.batches)}
+        # The last collective before the gradient's, so that a worker that is lost is lost before the update or after
+        # the step.
+        reduced, gathered = gather_step(sums, figures | size | asked, self.device, self.planner.counts)
+        self.is_torn_down, self.preemption.is_looking = any(gathered.pop(_TEARDOWN)), any(gathered.pop(_PREEMPTION))
+        self.is_stopping = any(gathered.pop(_STOP)) or self.is_torn_down
+        grad_norm = self.engine.step()
+        self.checkpoint_seconds = 0.0
+        self._judge_speed(plan.step + 1, gathered)
         metrics = self.objective.metrics(reduced)
         if self.guard.observe(plan.step + 1, metrics["loss"], grad_norm):
             self._report_skipped(plan, losses)
         state = {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped_updates": self.guard.skipped}
         return metrics | state
+
+    def _judge_speed(self, step: int, gathered: dict[str, list[float]]) -> None:
+        """Keep every worker's figures of a step, and warn of a worker that is slow for long."""
+        tokens = gathered.pop("tokens")
+        self.worker_figures = by_worker(gathered)
+        own = [sum(each) for each in zip(gathered["seconds"], gathered["data_wait_seconds"], strict=True)]
+        warnings = self.slow_workers.observe(step, own, tokens)
+        self.worker_figures |= self.slow_workers.figures()
+        for text in warnings if self.rank == 0 else ():
+            self._warn(text)
 
     def _report_skipped(self, plan: StepPlan, losses: list[torch.Tensor]) -> None:
         """Warn of a skipped update, with the pairs of all workers that caused it. A collective."""
@@ -183,21 +271,27 @@ class Worker:
     def _advance(self, plan: StepPlan, metrics: dict[str, float]) -> None:
         """Finish a step: move the position, log, report the progress, and handle bad rows."""
         _, end_sample = step_samples(plan.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
+        metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
+        if not isinstance(self.recipe.scaling.num_workers, int):
+            metrics |= {"num_workers": self.num_workers}
+        line = LogLine(plan.step + 1, with_prefix(metrics | self.worker_figures, "train"), plan.bad)
         old, bad = self.position, len(plan.bad)
+        self.unlogged.append(line)
         self.position = replace(
             old,
-            step=plan.step + 1,
+            step=line.step,
             bad=old.bad + bad,
             seen=old.seen + bad + plan.pairs,
             skipped=self.guard.skipped,
             first_loss=self.guard.first_loss,
         )
-        metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
+        if isinstance(self.engine, SavesAlone):
+            self.updates = self.engine.updates
         if plan.bad:
             self.tracker.log_bad_rows(plan.bad)
             self.first_bad = [*self.first_bad, *plan.bad][:BAD_ROWS_SHOWN]
             refuse_rows(self.recipe, plan.bad)
-        self.tracker.log(self.position.step, with_prefix(metrics, "train"))
+        self.tracker.log(line.step, line.metrics)
         self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
         self._judge_bad_rows(at_end=False)
 
@@ -214,8 +308,10 @@ class Worker:
             self.model, held_out, self.planner, self.engine.forward, on_pass=lambda phase: self._tell(phase=phase)
         )
         scores = evaluator.evaluate(grounding)
-        self.tracker.log_bad_rows(scores.bad)
-        self.tracker.log(self.position.step, with_prefix(scores.metrics, "eval"))
+        line = LogLine(self.position.step, with_prefix(scores.metrics, "eval"), scores.bad)
+        self.unlogged.append(line)
+        self.tracker.log_bad_rows(line.bad)
+        self.tracker.log(line.step, line.metrics)
         return scores.metrics
 
     def _report(self, metrics: dict[str, float]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -23,6 +23,8 @@ from orpo_ray.errors import OrpoRayError
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.storage.scratch import clear_dead_scratch
 from orpo_ray.training.checkpoint_choice import choose_newest, clean, clear_saving
+from orpo_ray.training.resources import max_encoders
+from orpo_ray.training.teardown import training_begins, training_ended, training_failed
 
 if TYPE_CHECKING:
     from orpo_ray.streaming.steps import Take
@@ -47,8 +49,10 @@ class WorkerConfig:
     """Optimizer steps of the whole run."""
     status: Any
     """The `RunStatus` actor, which the driver watches."""
+    cpus: float
+    """CPUs that Ray reserves for each worker."""
     cpu_threads: int
-    """Threads of one worker in a run on CPUs."""
+    """Threads of all workers together in a run on CPUs."""
     max_encoders: int
     """Encoding tasks at a time, for all workers together."""
 
@@ -73,6 +77,7 @@ def train_worker(config: dict[str, Any]) -> None:
     worker_config = _wait_for_config(config["status"])
     if worker_config is None:
         return
+    worker_config = _fitted(worker_config)
     try:
         checkpoint = _agreed_checkpoint(worker_config)
         feed = _feed_from_the_start(worker_config) if checkpoint is None else None
@@ -80,23 +85,31 @@ def train_worker(config: dict[str, Any]) -> None:
         from orpo_ray.training.worker import Worker
 
         join_process_group(parse_recipe(worker_config.recipe).scaling.timeout_s)
-        Worker(worker_config, checkpoint, feed).run()
+        worker = Worker(worker_config, checkpoint, feed)
+        training_begins(worker)
+        worker.run()
+        training_ended()
         leave_process_group()
     except OrpoRayError as error:
+        training_ended()
         ray.get(worker_config.status.fail.remote(error))
         raise
     except OSError as error:
+        training_failed()
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         full = DiskFull(
-            f"a disk is full: {error}\n  fix: make room; the same command goes on from the latest checkpoint"
+            f"a disk is full: {error}\n  fix: make room; the same command resumes from the latest checkpoint"
         )
         ray.get(worker_config.status.fail.remote(full))
         raise full from error
+    except BaseException:
+        training_failed()
+        raise
 
 
 def _agreed_checkpoint(config: WorkerConfig) -> str | None:
-    """Return the name of the checkpoint that all workers go on from, or None. A collective.
+    """Return the name of the checkpoint that all workers resume from, or None. A collective.
 
     Rank 0 chooses, and deletes what no run needs any longer: damaged checkpoints, old ones, and the scratch of workers
     that were killed.
@@ -136,6 +149,14 @@ def _wait_for_config(status: Any) -> WorkerConfig | None:
             return config
         time.sleep(POLL_SECONDS)
     return None
+
+
+def _fitted(config: WorkerConfig) -> WorkerConfig:
+    """Let as many encoding tasks run as the cluster has room for beside its workers now, if their number changes."""
+    if isinstance(parse_recipe(config.recipe).scaling.num_workers, int):
+        return config
+    cpus, workers = ray.cluster_resources().get("CPU", 0.0), ray.train.get_context().get_world_size()
+    return replace(config, max_encoders=max_encoders(cpus, config.cpus, workers))
 
 
 def _feed_from_the_start(config: WorkerConfig) -> Take:

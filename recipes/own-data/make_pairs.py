@@ -2,7 +2,7 @@
 
     python recipes/own-data/make_pairs.py my-pairs
 
-Pictures of coloured shapes (the easy-vqa package, MIT) with questions and answers in Arabic, Hindi, Japanese and
+Pictures of colored shapes (the easy-vqa package, MIT) with questions and answers in Arabic, Hindi, Japanese and
 Russian. One column names the language.
 """
 

@@ -65,7 +65,7 @@ def test_peak_memory_is_the_plan_s(tuning: dict[str, Any], device: torch.device,
     model = PairModel(load_for_training(recipe, device), NORM, bounded)
     engine: Any = make_engine(model, recipe, 10, 1)
     config: Any = model.model.config
-    work = estimate_workload(recipe, config, model.layout, None)
+    work = estimate_workload(recipe, config, None)
     batch = batch_of(work.shape, report["step"]["pairs_per_microbatch"], config, "response", model.layout).to(device)
     for _ in range(2):
         for _ in range(2):

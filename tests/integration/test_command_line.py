@@ -52,8 +52,7 @@ def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: di
     results = []
     for target in (run_dir, run_dir / "final"):
         data = ["data.eval=easy-vqa:test", "data.shuffle_window=64"] if target.name == "final" else []
-        command = orpo_ray if target.name == "final" else orpo_ray_here
-        evaluated = command("evaluate", str(target), *data, "eval.max_pairs=24", "--json", cwd=tmp_path)
+        evaluated = orpo_ray_here("evaluate", str(target), *data, "eval.max_pairs=24", "--json", cwd=tmp_path)
         assert evaluated.returncode == 0, evaluated.stderr
         results.append(json.loads(evaluated.stdout))
         assert keys <= set(results[-1])
@@ -152,13 +151,14 @@ def test_a_submitted_job_succeeds(ray_cluster: None, tmp_path: Path) -> None:
         "--", str(scripts / "orpo-ray"), "train", "recipes/quickstart.yaml", *TINY_OVERRIDES,
         f"checkpoint.storage={tmp_path / 'runs'}",
     ]  # fmt: skip
-    for attempt in range(25):
+    for attempt in range(5):
         # Another package each time: Ray deletes one some time after a refused submission, also if it is in use again.
         (working_dir / "attempt").write_text(str(attempt))
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "No available agent" not in result.stderr:
+        refused = ("No available agent", "may have prematurely been deleted")
+        if not any(text in result.stdout + result.stderr for text in refused):
             break
-        time.sleep(6)  # Ray takes jobs some seconds after its start, and later on a busy machine
+        time.sleep(6)  # Ray takes jobs some seconds after its start
     assert result.returncode == 0, result.stdout + result.stderr
     assert "succeeded" in result.stdout + result.stderr
     assert (tmp_path / "runs" / "quickstart" / "final" / "config.json").is_file()

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -93,6 +94,31 @@ def test_a_checkpoint_can_be_chosen_by_hand(storage: Path) -> None:
     check(recipe, storage, resumed_after=6)
     with pytest.raises(UserError, match=r"--from-checkpoint: the run is finished"):
         resume(recipe, steps_of(recipe)[6])
+
+
+def test_a_whole_checkpoint_of_another_model_is_an_error_of_the_user(storage: Path) -> None:
+    """The recipe in the run folder was changed by hand, so that the checkpoint has weights of another model."""
+    stopped_after_step_9(storage, "mismatch")
+    other = tiny_recipe(storage, "mismatch", checkpoint=SAVES, model={"lora": {"r": 4}})
+    (storage / "mismatch" / "recipe.yaml").write_text(other.with_absolute_paths().to_yaml())
+    before = (storage / "mismatch" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="is whole, but does not fit the model of this recipe: KeyError") as error:
+        resume(other)
+    newest = steps_of(other)[9]
+    assert error.value.field == f"{storage}/mismatch/{newest}"
+    assert (storage / "mismatch" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.nightly
+def test_a_sharded_checkpoint_of_another_model_is_an_error_of_the_user(storage: Path) -> None:
+    sections: dict[str, Any] = {"checkpoint": SAVES, "optim": {"max_steps": 3}, "deepspeed": {"zero_stage": 2}}
+    run(tiny_recipe(storage, "sharded", **sections))
+    folder = storage / "sharded"
+    shutil.rmtree(folder / "final")
+    other = tiny_recipe(storage, "sharded", **sections, model={"lora": {"r": 4}})
+    (folder / "recipe.yaml").write_text(other.with_absolute_paths().to_yaml())
+    with pytest.raises(UserError, match="is whole, but does not fit the model of this recipe"):
+        resume(other)
 
 
 def test_a_full_disk_ends_a_run_with_one_message_and_it_goes_on_with_room(storage: Path, tmp_path: Path) -> None:

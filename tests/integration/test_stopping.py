@@ -20,7 +20,7 @@ from support.commands import orpo_ray_here
 from support.runs import last_step, run, wait_until
 from support.tiny_runs import losses, tiny_recipe
 
-STEPS = 60
+STEPS = 45
 SECTIONS: dict[str, Any] = {"optim": {"max_steps": STEPS}, "scaling": {"num_workers": 2}}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -12,10 +13,10 @@ import pytest
 import ray
 
 from orpo_ray.data.balance import Packing, PairSize, StepShare, StepTotals
-from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.order import Order
 from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.shards import list_file_shards
 from orpo_ray.errors import UserError
 from orpo_ray.streaming.steps import feed_actor, iter_shares, open_feed, take_from
 from support.tiny_runs import write_pairs
@@ -126,3 +127,14 @@ def test_a_step_leaves_nothing_in_memory(spec: ReadSpec) -> None:
     assert pairs
     del share
     assert not any(pair() for pair in pairs)
+
+
+def test_waiting_for_a_consumer_costs_no_core(spec: ReadSpec) -> None:
+    """The pipeline is full, since nobody takes a step; its scheduling loop runs in this process."""
+    rows = replace(spec, end_sample=50_000)
+    shares = iter_shares(open_feed(rows, ENCODER, max_encoders=1), PACKING, 0, STEPS)
+    next(shares)
+    time.sleep(6)  # until the queues are full
+    begun = time.process_time()
+    time.sleep(3)
+    assert time.process_time() - begun < 1

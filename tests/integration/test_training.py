@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
-from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from orpo_ray.tracking.jsonl import read_jsonl
+from orpo_ray.training.launch import launch_training
 from orpo_ray.training.resources import worker_resources
-from support.commands import orpo_ray_here
-from support.runs import last_step, run, wait_until
-from support.tiny_runs import losses, tiny_recipe, write_pairs
-
-LONG = {"max_steps": 40}  # two seconds, enough to kill a process in between
-
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def reference(ray_cluster: None, storage: Path) -> dict[int, float]:
-    """Losses of an uninterrupted run with one worker and without ZeRO, which every other run must reproduce."""
-    return losses(Path(run(tiny_recipe(storage, "reference", optim=LONG)).run_uri))
-
-
-def same_curve(run_dir: Path, reference: dict[int, float], tolerance: float = 1e-4) -> None:
-    assert losses(run_dir) == pytest.approx(reference, abs=tolerance)
+from support.runs import run
+from support.tiny_runs import LONG, losses, same_curve, tiny_recipe, write_pairs
 
 
 # Engines without Ray are compared on every stage in test_tuning_engines.py.
@@ -57,7 +34,7 @@ def test_workers_and_zero_stages_give_one_curve(
     )
     summary = run(recipe)
     same_curve(Path(summary.run_uri), reference)
-    assert sorted(reference) == list(range(1, 41))
+    assert sorted(reference) == list(range(1, LONG["max_steps"] + 1))
     norms = [line["train/grad_norm"] for line in read_jsonl(Path(summary.run_uri) / "metrics.jsonl")]
     expected = [line["train/grad_norm"] for line in read_jsonl(storage / "reference" / "metrics.jsonl")]
     assert norms == pytest.approx(expected, rel=1e-3)
@@ -99,75 +76,6 @@ def evaluations(run_dir: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in line if not name.endswith(("runtime", "_per_second"))} for line in lines]
 
 
-@contextmanager
-def one_worker_killed(recipe: Recipe) -> Iterator[None]:
-    """Kill a worker of the run after step 8, with SIGKILL."""
-    import ray
-    from ray.util.state import list_actors
-
-    killed: list[int] = []
-    address = (
-        ray.get_runtime_context().gcs_address
-    )  # by default, it would connect to the last cluster started on this machine
-
-    def workers() -> list[Any]:
-        alive = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
-        return list_actors(address, filters=alive, detail=True)
-
-    def kill() -> None:
-        # Listed in advance, since listing takes longer than a step.
-        wait_until((Path(recipe.run_uri) / "metrics.jsonl").exists, "the run's first file")
-        wait_until(lambda: len(workers()) == recipe.scaling.num_workers, "the workers")
-        pid = workers()[-1].pid
-        wait_until(lambda: last_step(Path(recipe.run_uri)) >= 8, "step 8")
-        os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    yield
-    thread.join()
-    assert killed
-    assert (Path(recipe.run_uri) / "final").is_dir()
-
-
-def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, float], storage: Path) -> None:
-    recipe = tiny_recipe(
-        storage, "worker-killed", optim=LONG, checkpoint={"every_steps": 3}, scaling={"num_workers": 2}
-    )
-    with one_worker_killed(recipe):
-        run(recipe)
-    same_curve(Path(recipe.run_uri), reference)
-
-
-def command(recipe: Recipe, folder: Path) -> list[str]:
-    path = folder / f"{recipe.name}.yaml"
-    path.write_text(recipe.to_yaml())
-    return [sys.executable, "-m", "orpo_ray", "train", str(path)]
-
-
-@pytest.mark.timeout(400)
-def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
-    reference: dict[int, float], tmp_path: Path
-) -> None:
-    """Killing the driver ends its Ray cluster; the same command in the same folder resumes from a checkpoint."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    recipe = tiny_recipe(tmp_path, "driver-killed", optim=LONG, checkpoint={"every_steps": 3})
-    first = subprocess.Popen(command(recipe, tmp_path), env=environment, stderr=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: last_step(Path(recipe.run_uri)) >= 8, "step 8")
-    finally:
-        first.kill()
-        first.wait()
-    assert last_step(Path(recipe.run_uri)) < 40
-    again = subprocess.run(command(recipe, tmp_path), env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    same_curve(Path(recipe.run_uri), reference)
-    third = orpo_ray_here(*command(recipe, tmp_path)[3:])
-    assert third.returncode == 0
-    assert "finished already" in third.stderr
-
-
 def test_final_loads_in_plain_transformers_and_differs_from_the_start(
     reference: dict[int, float], storage: Path
 ) -> None:
@@ -183,43 +91,6 @@ def test_final_loads_in_plain_transformers_and_differs_from_the_start(
     changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
     assert len(changed) > 50
     assert model.dtype == torch.float32
-
-
-def test_lora_trains_resumes_and_leaves_adapters(ray_cluster: None, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-    from transformers import AutoModelForImageTextToText
-
-    from orpo_ray.tiny_models.build import resolve
-
-    section: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.1}, "gradient_checkpointing": True}
-    optim = LONG
-    held_out: dict[str, Any] = {
-        "data": {"eval": "easy-vqa:test"}, "eval": {"max_pairs": 8, "every_steps": 10, "grounding": True}
-    }  # fmt: skip
-    deepspeed: dict[str, Any] = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}
-    deepspeed |= {"config": {"zero_optimization": {"sub_group_size": 10_000}}}
-    whole = run(tiny_recipe(tmp_path, "whole", model=section, optim=optim, deepspeed=deepspeed, **held_out))
-    assert {"eval/grounding_gap", "eval/rewards/margins"} <= set(whole.metrics)
-    killed = tiny_recipe(tmp_path, "killed", model=section, optim=optim, checkpoint={"every_steps": 3})
-    with one_worker_killed(killed):
-        run(killed)
-    same_curve(Path(killed.run_uri), losses(Path(whole.run_uri)))
-    finals = [Path(uri) / "final" for uri in (whole.run_uri, killed.run_uri)]
-    adapters, others = [load_file(final / "adapter_model.safetensors") for final in finals]
-    assert adapters.keys() == others.keys()
-    for name, value in adapters.items():
-        assert "text_model.layers" in name
-        assert value.abs().max() > 0, f"{name} was not trained, or not gathered"
-        assert torch.allclose(value, others[name], atol=1e-3), name
-    start = dict(AutoModelForImageTextToText.from_pretrained(resolve("orpo-ray/tiny-smolvlm")).named_parameters())
-    loaded, info = AutoModelForImageTextToText.from_pretrained(finals[0], output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    held = {name.replace(".base_layer", ""): value for name, value in loaded.named_parameters()}
-    assert sum("lora_" in name for name in held) == len(adapters)
-    assert {name for name in held if "lora_" not in name} == start.keys()
-    assert all(torch.equal(held[name], value) for name, value in start.items())
-    assert run(killed).was_finished
 
 
 def test_bfloat16_trains_too(ray_cluster: None, tmp_path: Path) -> None:
@@ -283,13 +154,17 @@ def test_a_run_folder_of_another_recipe_is_refused(reference: dict[int, float], 
         run(tiny_recipe(storage, "reference", orpo={"beta": 0.7}))
 
 
-def test_resuming_sharded_state_on_other_workers_is_refused(ray_cluster: None, tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"deepspeed": {"zero_stage": 2}, "checkpoint": {"every_steps": 5}}
-    recipe = tiny_recipe(tmp_path, "sharded", **sections)
-    summary = run(recipe)
-    (Path(summary.run_uri) / "final").rename(Path(summary.run_uri) / "was-final")
-    with pytest.raises(UserError, match=r"sharded over 1 worker"):
-        run(tiny_recipe(tmp_path, "sharded", scaling={"num_workers": 2}, **sections))
+def test_a_sharded_run_goes_on_with_another_number_of_workers(ray_cluster: None, tmp_path: Path) -> None:
+    """Engines without Ray are compared for all kinds of tuning in test_other_workers.py."""
+    sections: dict[str, Any] = {"deepspeed": {"zero_stage": 2}, "checkpoint": {"every_steps": 4}}
+    folder = Path(run(tiny_recipe(tmp_path, "sharded", **sections)).run_uri)
+    expected = losses(folder)
+    (folder / "final").rename(folder / "was-final")
+    first = min(path.name for path in folder.glob("checkpoint_*"))
+    more = tiny_recipe(tmp_path, "sharded", scaling={"num_workers": 2}, **sections)
+    launch_training(more, Console(file=io.StringIO()), from_checkpoint=first)
+    assert json.loads((folder / first / "position.json").read_text())["step"] == 8
+    same_curve(folder, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A data set with ten kinds of bad rows."""
+"""A dataset with ten kinds of bad rows."""
 
 from __future__ import annotations
 

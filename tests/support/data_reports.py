@@ -74,6 +74,7 @@ def a_report(held_out: bool = True) -> dict[str, Any]:
         "name": "my-run",
         "model": "HuggingFaceTB/SmolVLM-256M-Instruct",
         "max_length": 300,
+        "max_bad_fraction": 0.05,
         "train": a_split(),
         "eval": a_split(200, 2) if held_out else None,
         "images_on_both_sides": 0,

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.sequence_group import SequenceGroup
+from orpo_ray.objective.collectives import reduce_sums
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
-from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
+from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.training import deepspeed_engine
 from orpo_ray.training.engine import Engine, make_engine
 from orpo_ray.training.sharded_loading import load_for_training
@@ -54,7 +58,12 @@ class Training:
     """Model, planner and engine of a worker."""
 
     def __init__(
-        self, recipe: Recipe, rank: int, num_workers: int, engine: Callable[..., Engine] = make_engine
+        self,
+        recipe: Recipe,
+        rank: int,
+        num_workers: int,
+        engine: Callable[..., Engine] = make_engine,
+        num_steps: int = STEPS,
     ) -> None:
         self.model = PairModel(load_for_training(recipe, CPU), NORM)
         pairs = two_pairs()
@@ -64,7 +73,7 @@ class Training:
         if together > 1:
             self.model.group = SequenceGroup.join(together, 60.0)
             self.planner.counts = self.model.group.member == 0
-        self.engine: Any = engine(self.model, recipe, STEPS, num_workers)
+        self.engine: Any = engine(self.model, recipe, num_steps, num_workers)
         self.share = self.planner.share(pairs, rank=rank // together, workers=num_workers // together)
 
     def step(self) -> list[float]:
@@ -88,6 +97,20 @@ def resumed(recipes: list[Recipe], folder: Path) -> list[dict[str, Any]]:
     `moments`, the types of the optimizer's larger tensors after that.
     """
     found: list[dict[str, Any]] = _spawned(_resume, recipes, 1, folder)
+    return found
+
+
+def relay(recipes: list[Recipe], workers: Sequence[int], folder: Path) -> list[list[dict[str, Any]]]:
+    """Make two steps with each number of workers in turn, from the checkpoint of the ones before.
+
+    Returns for each recipe and number of workers: `curve`, [loss, gradient norm] by step; `begin` and `end`, digests of
+    the whole state, by name of a weight.
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in recipes]
+    for turn, number in enumerate(workers):
+        leg = partial(_leg, turn=turn, num_steps=2 * len(workers))
+        for legs, made in zip(found, _spawned(leg, recipes, number, folder), strict=True):
+            legs.append(made)
     return found
 
 
@@ -140,6 +163,57 @@ def _resume(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[st
     moments = {str(v.dtype) for v in tensors if isinstance(v, torch.Tensor) and v.numel() >= 4096}
     end_engine(training.engine)
     return {"tail": tail, "again": again, "moments": sorted(moments)}
+
+
+def _leg(recipe: Recipe, rank: int, num_workers: int, folder: str, turn: int, num_steps: int) -> dict[str, Any]:
+    training = Training(recipe, rank, num_workers, num_steps=num_steps)
+    if turn:
+        training.engine.load(Path(f"{folder}-{turn - 1}"))
+    begin = _digests(training) if turn else {}
+    curve = [training.step() for _ in range(2)]
+    training.engine.save(Path(f"{folder}-{turn}-{rank}"))  # each worker has a folder of its own until all are merged
+    shutil.copytree(f"{folder}-{turn}-{rank}", f"{folder}-{turn}", dirs_exist_ok=True)
+    torch.distributed.barrier()
+    end = _digests(training)
+    end_engine(training.engine)
+    return {"curve": curve, "begin": begin, "end": end}
+
+
+def _digests(training: Training) -> dict[str, list[str]]:
+    """Digests of every trained weight in float32 and of its moments, put together from all workers."""
+    trained = {name: weight for name, weight in training.model.named_parameters() if weight.requires_grad}
+    wholes = {name: _whole(training.engine, name, weight) for name, weight in trained.items()}
+    return {
+        name: [xxhash.xxh3_128_hexdigest(value.detach().contiguous().numpy().tobytes()) for value in whole]
+        for name, whole in wholes.items()
+    }
+
+
+def _whole(engine: Any, name: str, weight: torch.nn.Parameter) -> list[torch.Tensor]:
+    """A weight in float32 and its moments, except for 8-bit ones of DeepSpeed. A collective."""
+    if not hasattr(engine, "deepspeed"):
+        master = engine._masters[name]
+        states = [value for value in engine.optimizer.state[master].values() if isinstance(value, torch.Tensor)]
+        return [master, *(value for value in states if value.dim())]
+    moments = () if hasattr(engine.deepspeed.basic_optimizer, "args") else ("exp_avg", "exp_avg_sq")
+    if hasattr(weight, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        found = [safe_get_full_optimizer_state(weight, moment) for moment in moments]
+        return [safe_get_full_fp32_param(weight), *found]
+    zero = engine.deepspeed.optimizer
+    groups = getattr(zero, "bf16_groups", None) or zero.bit16_groups
+    (number,) = [number for number, group in enumerate(groups) if any(each is weight for each in group)]
+    flat = zero.optimizer.param_groups[number]["params"][0]
+    found = []
+    for vector in (flat.detach(), *(zero.optimizer.state[flat][moment] for moment in moments)):
+        whole = torch.zeros(weight.numel())
+        if (mapping := weight._hp_mapping) is not None:  # type: ignore[attr-defined]
+            inside, place = mapping.hp_fragment_address, mapping.lp_fragment_address
+            whole[place.start : place.start + place.numel] = vector[inside.start : inside.start + inside.numel]
+        torch.distributed.all_reduce(whole)
+        found.append(whole)
+    return found
 
 
 def keeping_nothing(config: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

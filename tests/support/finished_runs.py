@@ -13,6 +13,8 @@ from orpo_ray.config.schema import ModelConfig
 from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import is_adapted, load_model
 from orpo_ray.processing.processor import load_processor
+from orpo_ray.training.checkpoint import POSITION_FILE
+from orpo_ray.training.manifest import write_manifest
 
 CPU = torch.device("cpu")
 
@@ -56,6 +58,14 @@ def finished_run(recipe: Recipe, model: Any) -> Path:
     (run / "metrics.jsonl").write_text(json.dumps({"step": 10, "train/loss": 1.0}) + "\n" + json.dumps(METRICS) + "\n")
     bad = {"id": "7", "source": "/secret/mine.jsonl:7", "reason": "too_long", "detail": "900 tokens"}
     (run / "bad_rows.jsonl").write_text(json.dumps(bad) + "\n")
-    (run / "checkpoint_1").mkdir()
-    (run / "checkpoint_1" / "position.json").write_text('{"num_rows": 1234}')
+    checkpoint_of(run, "checkpoint_1", num_rows=1234)
     return run
+
+
+def checkpoint_of(run: Path, name: str, num_rows: int) -> Path:
+    """Write a checkpoint without a state, as one worker would."""
+    folder = run / name
+    folder.mkdir()
+    (folder / POSITION_FILE).write_text(json.dumps({"num_rows": num_rows}))
+    write_manifest(folder, step=10, rank=0, num_workers=1)
+    return folder

@@ -1,4 +1,4 @@
-"""Rows of all formats, with the columns of real data sets, and functions to convert them."""
+"""Rows of all formats, with the columns of real datasets, and functions to convert them."""
 
 from __future__ import annotations
 

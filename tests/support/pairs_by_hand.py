@@ -10,13 +10,13 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from orpo_ray.config.schema import Checkpointing
+from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.data.balance import Layout
 from orpo_ray.data.collate_images import TokenRows
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import build_batch
 from orpo_ray.model import shared_prefix, vision_attention
-from orpo_ray.model.checkpointing import enable_checkpointing
+from orpo_ray.model.gradient_checkpointing import enable_checkpointing
 from orpo_ray.model.loading import vocabulary_size, without_adapters
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.logps import CHUNK_BYTES

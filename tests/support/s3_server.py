@@ -21,10 +21,15 @@ class Faults:
     def __init__(self, server: Any) -> None:
         self.server = server
         self.active = False
+        self.refuses_writes = False
         self.injected: dict[str, int] = {"refused": 0, "slow": 0, "cut": 0}
         self._count = itertools.count()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if self.refuses_writes and environ["REQUEST_METHOD"] in ("PUT", "POST"):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         turn = next(self._count) % 10 if self.active else -1
         if turn == 3:
             self.injected["refused"] += 1

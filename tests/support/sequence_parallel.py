@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orpo_ray.config.schema import Checkpointing
+from orpo_ray.config.field_types import Checkpointing
+from orpo_ray.errors import UserError
 from orpo_ray.model.sequence_group import SequenceGroup
 from support.pairs_by_hand import make_row, run, tiny_pair_model
 
@@ -43,6 +44,15 @@ def attended(rank: int, size: int, keys: int, tokens: int) -> tuple[torch.Tensor
     out = group.attend(plain_attention, *own, tokens)
     (out * group.own(torch.arange(tokens * 4 * 8).view(1, tokens, 4, 8).float().sin(), 1)).sum().backward()
     return out.detach(), [each.grad for each in own if each.grad is not None]
+
+
+def joined_by_two(rank: int, size: int) -> str:
+    """What is said if these workers cannot form groups of two."""
+    try:
+        SequenceGroup.join(2, 60.0)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def states_of(keys: int, tokens: int) -> list[torch.Tensor]:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.data.containers import Shard, read_rows
 from orpo_ray.data.order import Order
 from orpo_ray.data.reading import ReadSpec, read_windows
+from orpo_ray.data.shards import Shard, read_rows
 from orpo_ray.data.sources import list_sources
 
 

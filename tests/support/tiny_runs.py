@@ -1,4 +1,4 @@
-"""Recipes and data sets that train in seconds, and the losses of their runs."""
+"""Recipes and datasets that train in seconds, and the losses of their runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
+
+LONG = {"max_steps": 24}  # about a second, enough to kill a process in between
 
 
 def write_pairs(folder: Path, count: int, split: str = "train") -> Path:
@@ -49,3 +53,8 @@ def losses(run_dir: Path) -> dict[int, float]:
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps)), f"steps out of order or repeated: {steps}"
     return {line["step"]: line["train/loss"] for line in lines}
+
+
+def same_curve(run_dir: Path, reference: dict[int, float], tolerance: float = 1e-4) -> None:
+    """Assert that a run has these losses."""
+    assert losses(run_dir) == pytest.approx(reference, abs=tolerance)

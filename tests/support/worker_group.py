@@ -16,6 +16,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# What the ranks need. They are forks of a process that has imported these modules, once for all groups.
+IMPORTED = ("torch", "deepspeed", "peft", "orpo_ray.training.worker", "orpo_ray.training.deepspeed_engine")
+
 
 class WorkerGroup:
     """Some processes in one gloo process group, which run functions together, one after another.
@@ -72,11 +75,12 @@ class WorkerGroup:
         return [results[rank] for rank in range(self.size)]
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        copies = multiprocessing.get_context("forkserver")
+        copies.set_forkserver_preload(list(IMPORTED))
         (self._folder / "store").unlink(missing_ok=True)
         for rank in range(self.size):
-            pipe, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, self.size, str(self._folder), theirs), daemon=True)
+            pipe, theirs = copies.Pipe()
+            process = copies.Process(target=_serve, args=(rank, self.size, str(self._folder), theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(pipe)

@@ -14,9 +14,10 @@ from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.loading import vocabulary_size, without_adapters
 from orpo_ray.objective import logps
+from orpo_ray.objective.collectives import reduce_sums
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
-from orpo_ray.objective.step_planner import StepPlanner, reduce_sums
+from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.training import deepspeed_engine
 from orpo_ray.training.engine import make_engine
 from orpo_ray.training.sharded_loading import load_for_training

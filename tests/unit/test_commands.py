@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -69,5 +70,5 @@ def test_a_ray_that_does_not_start_is_one_message(tmp_path: Path) -> None:
     result = orpo_ray("train", str(ROOT / "recipes/quickstart.yaml"), cwd=tmp_path, env={"RAY_TMPDIR": str(too_long)})
     assert result.returncode == 1, result.stderr
     assert "Ray did not start on this machine" in result.stderr
-    assert f"{too_long}/ray/session_latest/logs" in result.stderr.replace("\n", "")
+    assert f"{too_long}/orpo-ray-{os.getuid()}/ray/session_latest/logs" in result.stderr.replace("\n", "")
     assert "Traceback" not in result.stderr

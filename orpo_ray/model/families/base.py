@@ -27,7 +27,7 @@ from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # Language models that the tests show equal on both paths. Others may add to attention scores what the shared-prefix
 # path does not know (sinks, ALiBi), or may not call the registered attention at all.
-PROVEN_LANGUAGE_MODELS = {
+TESTED_LANGUAGE_MODELS = {
     "llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "qwen2_5_vl_text",
     "qwen3_vl_text", "smollm3",
 }  # fmt: skip
@@ -119,8 +119,8 @@ class Family:
         text = config.get_text_config()
         if others := set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS:
             return f"the language model has layers of type {', '.join(sorted(others))}"
-        if text.model_type not in PROVEN_LANGUAGE_MODELS:
-            return f"it is not proven for the language model {text.model_type}"
+        if text.model_type not in TESTED_LANGUAGE_MODELS:
+            return f"shared prefixes are not tested for the language model {text.model_type}"
         if getattr(text, "use_bidirectional_attention", False) and self.bidirectional is None:
             return "the language model is bidirectional"
         return None

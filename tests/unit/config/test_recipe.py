@@ -40,32 +40,50 @@ def test_defaults_are_trls() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"orpo": {"betta": 0.1}}, "orpo.betta: unknown key; did you mean 'beta'?"),
-        ({"modle": {}}, "modle: unknown key; did you mean 'model'?"),
-        ({"model": {"id": "m", "lora": {"rank": 4}}}, "model.lora.rank: unknown key"),
-        ({"orpo": {"zzz": 1}}, "known keys here: beta, nll"),
+        ({"orpo": {"betta": 0.1}}, "orpo.betta: unknown field; did you mean 'beta'?"),
+        ({"modle": {}}, "modle: unknown field; did you mean 'model'?"),
+        ({"model": {"id": "m", "lora": {"rank": 4}}}, "model.lora.rank: unknown field"),
+        ({"orpo": {"zzz": 1}}, "fields here: beta, nll"),
+        ({"beta": 0.1}, "beta: unknown field; fields here: name, model"),
         ({"orpo": {"beta": -1}}, "orpo.beta: Input should be greater than or equal to 0 (found -1)"),
         ({"orpo": {"nll": "all"}}, "'response' or 'prompt+response' (found 'all')"),
         ({"optim": {"learning_rate": "fast"}}, "optim.learning_rate: Input should be a valid number"),
         ({"optim": {"pairs_per_step": 1.5}}, "optim.pairs_per_step"),
         ({"deepspeed": {"zero_stage": 4}}, "deepspeed.zero_stage"),
         ({"data": {}}, "data.train: this field is required"),
+        ({"data": {"train": None}}, "data.train: give at least one source"),
         ({"scaling": {"num_workers": 64}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
         (
             {"scaling": {"num_workers": 6, "sequence_parallel": 4}},
             "scaling.num_workers (6) is no multiple of scaling.sequence_parallel (4)",
         ),
         (
+            {"scaling": {"num_workers": [2, 5], "sequence_parallel": 2}},
+            "scaling.num_workers (5) is no multiple of scaling.sequence_parallel (2)",
+        ),
+        (
+            {"scaling": {"num_workers": [1, 4], "sequence_parallel": 2}},
+            "scaling.num_workers (1) is no multiple of scaling.sequence_parallel (2)",
+        ),
+        (
             {"scaling": {"num_workers": 2, "sequence_parallel": 2}, "model": {"id": "m", "attention": "concatenated"}},
             "scaling.sequence_parallel (2) divides the row of a shared prefix, and model.attention is concatenated",
         ),
+        ({"scaling": {"num_workers": [1, 64]}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
+        ({"scaling": {"num_workers": [4, 2]}}, "scaling.num_workers: must be [min, max], and the first is greater"),
+        ({"scaling": {"num_workers": [1, 2, 3]}}, "scaling.num_workers: must be a number or [min, max]"),
+        (
+            {"scaling": {"num_workers": 0}},
+            "scaling.num_workers: Input should be a whole number of at least 1 (found 0)",
+        ),
+        ({"scaling": {"num_workers": [1.5, 2]}}, "Input should be a whole number of at least 1"),
         ({"model": {"id": "m", "freeze": ["vision", "connector", "language"]}}, "nothing would be trained"),
         ({"eval": {"every_steps": 5}}, "eval.every_steps is set but there are no held-out pairs"),
         ({"name": "../up"}, "must consist of letters"),
         ({"data": {"train": "a", "format": "sharegtp"}}, "unknown format; did you mean 'sharegpt'?"),
         (
             {"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}},
-            "data.eval and data.eval_fraction are both set",
+            "data.eval and data.eval_fraction are both set; set data.eval_fraction=0 or data.eval={}",
         ),
         ({"checkpoint": {"storage": "ftp://bucket"}}, "must be a folder"),
         ({"tune": {"search": {"orpo.beta": {"low": 2, "high": 1}}}}, "low (2.0) must be below high (1.0)"),
@@ -74,6 +92,13 @@ def test_defaults_are_trls() -> None:
 )
 def test_errors_name_field_value_and_what_is_allowed(change: dict[str, Any], expected: str) -> None:
     assert expected in message(MINIMAL | change)
+
+
+def test_the_number_of_workers_may_be_a_range() -> None:
+    found = parse_recipe(MINIMAL | {"scaling": {"num_workers": ["1", 4]}})
+    assert parse_recipe(yaml.safe_load(found.to_yaml())) == found
+    assert (found.scaling.min_workers, found.scaling.max_workers) == (1, 4)
+    assert parse_recipe(MINIMAL | {"scaling": {"num_workers": [2, 2]}}).scaling.num_workers == 2
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -187,7 +212,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "zero_stage: 2",
     ),
     "quantization without LoRA": ({"model": {"quantization": {}}}, "add model.lora"),
-    "quant_storage differs from the model's dtype": (
+    "a quant_storage other than the model's dtype": (
         {"model": {"lora": {}, "dtype": "bfloat16", "quantization": {"quant_storage": "float32"}}},
         "quant_storage: uint8",
     ),
@@ -232,7 +257,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {}, "deepspeed": {"zero_stage": 2, "config": {"gradient_clipping": 2.0}}},
         "set the fields of the recipe",
     ),
-    "a setting that must be a mapping": (
+    "a setting that is not a mapping": (
         {"model": {}, "deepspeed": {"zero_stage": 2, "config": {"zero_optimization": 3}}},
         "zero_optimization: {name: value}",
     ),
@@ -246,7 +271,7 @@ def test_conflicting_options_are_refused_with_an_alternative(rule: Rule) -> None
     text = message(raw)
     assert f"recipe: {rule.field}: {rule.combination} (" in text
     assert rule.reason in text
-    assert f"instead: {alternative}" in text
+    assert f"\n    fix: {alternative}" in text
     assert rule.find(parse_recipe(MINIMAL)) == []
 
 

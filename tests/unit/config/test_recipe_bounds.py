@@ -132,7 +132,9 @@ def test_what_a_run_writes_to_its_folder_is_reserved() -> None:
         run_folder.DATA_FILE,
         lease.LEASE_FILE,
     )
-    assert {*files, check.PAGE_FILE, prepare.PREPARED, export.EXPORT, f"{export.EXPORT}-adapter"} == set(RESERVED_NAMES)
+    assert {*files, check.PAGE_FILE, prepare.PREPARED, export.EXPORT, f"{export.EXPORT}-adapter", "wandb"} == set(
+        RESERVED_NAMES
+    )
     for name in ("final", "a/b", "a/trials/abc_00000"):
         assert parse_recipe({"name": name, "model": {"id": "m"}, "data": {"train": "t"}}).name == name
 

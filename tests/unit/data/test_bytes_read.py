@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orpo_ray.data import containers
+from orpo_ray.data import shards
 from orpo_ray.data.balance import Packing, PairSize, distribute
 from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import read_tasks, read_windows
@@ -60,11 +60,11 @@ def write(folder: Path, kind: str) -> int:
 
 @pytest.mark.parametrize("kind", ["40", "300", "1600", "jsonl"])
 def test_one_epoch_reads_each_byte_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(containers, "ROWS_PER_SHARD", 500)
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 500)
     size = write(tmp_path, kind)
     spec = spec_of([str(tmp_path)], window=WINDOW)
     counting = CountingFilesystem()
-    for module in (containers, files):
+    for module in (shards, files):
         monkeypatch.setattr(module, "locate", lambda path, field="path": (counting, path))
     samples: list[int] = []
     for windows in read_tasks(spec):  # each in a process of its own
@@ -79,7 +79,7 @@ def test_workers_divide_what_is_read_among_them(tmp_path: Path, monkeypatch: pyt
     size = write(tmp_path, "300")
     spec = spec_of([str(tmp_path)], window=WINDOW, pairs_per_step=32)
     counting = CountingFilesystem()
-    for module in (containers, files):
+    for module in (shards, files):
         monkeypatch.setattr(module, "locate", lambda path, field="path": (counting, path))
     read = [row for windows in read_tasks(spec) for table in read_windows(spec, windows) for row in table.to_pylist()]
     trained: Counter[str] = Counter()

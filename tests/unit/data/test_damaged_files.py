@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from orpo_ray.config.load import parse_recipe
-from orpo_ray.data.containers import Shard, read_rows
 from orpo_ray.data.from_recipe import run_data
+from orpo_ray.data.shards import Shard, _read_json_list, read_rows
 from orpo_ray.data.sources import list_sources, read_first_rows
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.storage.files import TooLarge, is_permanent
@@ -25,8 +25,8 @@ from support.sources import list_shards, read_all, rows, spec_of, write_jsonl, w
 FIX = "copy or write the file again, or remove it from the data"
 
 
-def write_parquet(path: Path, compression: str = "snappy") -> Path:
-    table = pa.Table.from_pylist([row | {"prompt": f"question {row['id']}"} for row in rows(300)])
+def write_parquet(path: Path, compression: str = "snappy", num_rows: int = 300) -> Path:
+    table = pa.Table.from_pylist([row | {"prompt": f"question {row['id']}"} for row in rows(num_rows)])
     pq.write_table(table, path, row_group_size=100, compression=compression, use_dictionary=False)
     return path
 
@@ -89,6 +89,28 @@ def test_a_file_that_vanishes_is_an_error_of_the_user(tmp_path: Path) -> None:
         read_all(spec)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "tar", "json", "jsonl"])
+def test_a_file_that_is_replaced_by_a_shorter_one_is_an_error_of_the_user(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    written(path, kind)
+    spec = spec_of([str(path)])
+    written(tmp_path / f"b.{kind}", kind, count=17)
+    (tmp_path / f"b.{kind}").replace(path)
+    _read_json_list.cache_clear()  # another process reads
+    with pytest.raises(UserError, match=r"cannot be read: .+") as error:
+        read_all(spec)
+    assert error.value.field == str(path)
+    assert error.value.fix == FIX
+
+
+def test_a_jsonl_file_that_was_cut_says_how_many_rows_are_left(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", rows(40))
+    spec = spec_of([str(path)])
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:25]))
+    with pytest.raises(UserError, match=r"rows 0 to 39 cannot be read: .* of 40 rows there, 25 are left"):
+        read_all(spec)
+
+
 def test_text_that_is_not_utf_8_is_one_bad_row(tmp_path: Path) -> None:
     texts = pa.array([b"q0", b"q1 \xff", b"q2"]).view(pa.string())
     others = {name: pa.array([f"{name}{row}" for row in range(3)]) for name in ("id", "chosen", "rejected")}
@@ -138,10 +160,10 @@ def test_random_damage_gives_rows_or_one_message(tmp_path: Path, kind: str) -> N
     assert outcomes <= {"rows", "message"}
 
 
-def written(path: Path, kind: str) -> bytes:
-    items = rows(40)
+def written(path: Path, kind: str, count: int = 40) -> bytes:
+    items = rows(count)
     if kind == "parquet":
-        write_parquet(path)
+        write_parquet(path, num_rows=300 * count // 40)
     elif kind == "arrow":
         table = pa.Table.from_pylist(items)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:

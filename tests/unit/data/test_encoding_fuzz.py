@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from orpo_ray.config.schema import FORMATS
+from orpo_ray.config.field_types import FORMATS
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import to_pair
 from orpo_ray.errors import RowError

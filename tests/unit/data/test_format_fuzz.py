@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_ray.config.schema import FORMATS
+from orpo_ray.config.field_types import FORMATS
 from orpo_ray.errors import RowError
 from support.format_rows import IMAGE, pair_of
 from support.row_values import broken_rows

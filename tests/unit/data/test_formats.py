@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orpo_ray.config.schema import FORMATS
+from orpo_ray.config.field_types import FORMATS
 from orpo_ray.data import formats
 from orpo_ray.data.pairs import extract_prompt
 from support.format_rows import (

@@ -41,7 +41,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A data set `owner/name`, and a model config `owner/model` whose `main` and `v1` are the same commit."""
+    """A dataset `owner/name`, and a model config `owner/model` whose `main` and `v1` are the same commit."""
 
     protocol_version = "HTTP/1.1"
 

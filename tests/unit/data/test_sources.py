@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orpo_ray.data import containers
+from orpo_ray.data import shards as data_shards
 from orpo_ray.data.bad_rows import BadRow
-from orpo_ray.data.containers import read_rows
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import pair_at, pair_of
+from orpo_ray.data.shards import read_rows
 from orpo_ray.data.sources import read_first_rows
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.tiny_models.easy_vqa import COLORS, SHAPES, easy_vqa_rows
@@ -21,7 +21,7 @@ from support.sources import ids_of, list_shards, read_all, rows, spec_of, write_
 
 
 def test_parquet_row_groups_and_jsonl_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(data_shards, "ROWS_PER_SHARD", 4)
     pq.write_table(pa.Table.from_pylist(rows(10)), tmp_path / "a.parquet", row_group_size=4)
     write_jsonl(tmp_path / "b.jsonl", ["", *rows(3), "", *rows(6)[3:]])
     shards = list_shards(str(tmp_path))
@@ -38,7 +38,7 @@ def test_parquet_row_groups_and_jsonl_ranges(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_json_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(data_shards, "ROWS_PER_SHARD", 4)
     path = tmp_path / "a.json"
     path.write_text(json.dumps([*rows(5), 3, rows(7)[6]]))
     shards = list_shards(str(path))
@@ -52,7 +52,7 @@ def test_a_json_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_webdataset_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images in order, columns from JSON or texts, names longer than a tar header allows."""
-    monkeypatch.setattr(containers, "ROWS_PER_SHARD", 2)
+    monkeypatch.setattr(data_shards, "ROWS_PER_SHARD", 2)
     long = "x" * 200
     row = json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"}).encode()
     members = [
@@ -165,7 +165,7 @@ def test_hidden_files_are_skipped(tmp_path: Path) -> None:
 
 
 def test_metadata_files_apply_to_their_own_folder(tmp_path: Path) -> None:
-    """Saved data sets and other files in one folder are all read, once."""
+    """Saved datasets and other files in one folder are all read, once."""
     from datasets import Dataset, DatasetDict
 
     Dataset.from_list(rows(3)).save_to_disk(tmp_path / "one")
@@ -211,7 +211,7 @@ def test_a_resumed_reader_starts_at_its_sample(tmp_path: Path) -> None:
 
 
 def test_bad_rows_have_id_and_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "ROWS_PER_SHARD", 2)
+    monkeypatch.setattr(data_shards, "ROWS_PER_SHARD", 2)
     lines = ["", rows(1)[0], "", "", "{broken", "", rows(1)[0] | {"chosen": "", "id": 7}]
     path = write_jsonl(tmp_path / "b.jsonl", lines)
     read = read_all(spec_of([str(path)], seed=None))

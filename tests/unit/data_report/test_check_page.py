@@ -174,6 +174,14 @@ def test_a_policy_that_ends_the_run_is_a_problem() -> None:
     assert levels(report)["Too long"] == "problem"
 
 
+def test_bad_rows_are_judged_by_the_limit_of_the_recipe() -> None:
+    report = a_report() | {"eval": None}
+    report["train"]["bad"] |= {"total": 200, "fraction": 0.1}
+    assert "Training stops above 5\u00a0% (data.max_bad_fraction)." in render_page(report, [])
+    report["max_bad_fraction"] = 0.2
+    assert levels(report)["Bad rows"] == "warning"
+
+
 def test_held_out_pairs_are_judged_too() -> None:
     report = a_report()
     report["eval"]["text_only"]["accuracy"] = 0.9

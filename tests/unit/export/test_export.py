@@ -22,7 +22,8 @@ from orpo_ray.model.loading import load_model
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.storage.run_folder import COMPLETION_FILES
 from orpo_ray.tiny_models.build import resolve
-from support.finished_runs import CPU, called_directly, finished_run, trained
+from orpo_ray.training.manifest import manifest_name, write_manifest
+from support.finished_runs import CPU, called_directly, checkpoint_of, finished_run, trained
 from support.tiny_runs import tiny_recipe
 
 # Tolerance of log-probs after a merge in float32; 2e-6 was measured. It also holds for a 4-bit base, since the merged
@@ -170,6 +171,26 @@ def test_the_model_card_has_facts_and_no_secrets(tmp_path: Path) -> None:
             assert said in text
     # A folder must not contain both a full model and adapters.
     assert not (folder / "config.json").exists()
+
+
+def test_the_card_takes_the_newest_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "card", model={"lora": {"r": 4}})
+    run = finished_run(recipe, load_model(recipe.model, CPU, 0))
+    torn = checkpoint_of(run, "checkpoint_2", num_rows=4321) / "position.json"
+    torn.write_text(torn.read_text()[:-3])
+    changed = checkpoint_of(run, "checkpoint_3", num_rows=4321) / "position.json"
+    changed.write_text(changed.read_text().replace("4321", "9999"))
+    out = io.StringIO()
+    exported = export_run(str(run), ExportOptions(adapter=True), Console(file=out, width=1000))
+    assert "1,234 pairs" in (Path(exported.uri) / "README.md").read_text()
+    assert f"warning: checkpoint {run}/checkpoint_3 is not used: position.json has another checksum" in out.getvalue()
+    assert f"warning: checkpoint {run}/checkpoint_2 is not used: position.json has 15 bytes" in out.getvalue()
+    later = checkpoint_of(run, "checkpoint_4", num_rows=1)
+    (later / "position.json").write_text('{"of": "another version"}')
+    (later / manifest_name(0)).unlink()
+    write_manifest(later, step=10, rank=0, num_workers=1)
+    with pytest.raises(UserError, match=r"checkpoint_4/position\.json: .* written by another version"):
+        export(run, adapter=True, overwrite=True)
 
 
 def test_a_run_without_held_out_pairs_says_so(tmp_path: Path) -> None:

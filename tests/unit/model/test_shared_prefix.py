@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from torch.nn.attention import varlen
 from transformers import LlavaConfig
 
-from orpo_ray.config.schema import Checkpointing, ModelConfig
+from orpo_ray.config.field_types import Checkpointing
+from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoded_columns import from_arrow, to_arrow
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, build_batch
 from orpo_ray.data.spans import PairSpan
 from orpo_ray.data.varlen_index import VarlenIndex
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model import shared_prefix
-from orpo_ray.model.families.base import PROVEN_LANGUAGE_MODELS
+from orpo_ray.model.families.base import TESTED_LANGUAGE_MODELS
 from orpo_ray.model.families.registry import FAMILIES
 from orpo_ray.model.loading import Attention, load_model, pick_attention
 from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout
@@ -366,7 +367,7 @@ def test_what_a_model_adds_to_attention_is_refused_and_not_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    "language_model", sorted(PROVEN_LANGUAGE_MODELS - {"gemma3_text", "qwen2_5_vl_text", "qwen3_vl_text"})
+    "language_model", sorted(TESTED_LANGUAGE_MODELS - {"gemma3_text", "qwen2_5_vl_text", "qwen3_vl_text"})
 )
 def test_language_models_that_llava_may_have(language_model: str) -> None:
     """Language models that have their own family are left out."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orpo_ray.config.schema import Checkpointing
+from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model import vision_attention
@@ -118,7 +118,7 @@ def test_nothing_is_read_back_from_the_device(family: str, of_the_library: str) 
 
 
 @pytest.mark.parametrize("sizes", [[(92, 92)], [(8, 8), (16, 24)], [(2, 2), (10, 6), (34, 18)]], ids=str)
-def test_windows_of_equal_length_are_neighbours(sizes: list[tuple[int, int]]) -> None:
+def test_windows_of_equal_length_are_neighbors(sizes: list[tuple[int, int]]) -> None:
     """Every token is in one window, no window has tokens of two images, and each image has at most four lengths."""
     grids = np.asarray([(1, *size) for size in sizes])
     layout = patch_layout(QWEN2_5_VL, grids)

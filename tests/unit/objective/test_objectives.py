@@ -64,7 +64,7 @@ def test_a_resolved_recipe_reads_back_equal(objective: Any) -> None:
         ({"objective": "zzz"}, "unknown objective; choose from orpo, cpo"),
         ({"objective": {"name": ["cpo"]}}, "unknown objective '['cpo']'; "),
         ({"objective": 3}, "objective: Input should be a valid dictionary"),
-        ({"objective": {"name": "cpo", "betta": 1}}, "objective.betta: unknown key; did you mean 'beta'?"),
+        ({"objective": {"name": "cpo", "betta": 1}}, "objective.betta: unknown field; did you mean 'beta'?"),
         ({"objective": {"name": "cpo", "beta": -1}}, "objective.beta: Input should be greater than or equal to 0"),
         ({"objective": {"beta": 2}}, "options of ORPO belong in the section orpo: write orpo.beta"),
         ({"objective": "cpo", "orpo": {"beta": 0.1}}, "orpo.beta is set, but the objective is CPO"),

@@ -11,11 +11,11 @@ from PIL import Image
 
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.balance import Packing
-from orpo_ray.data.containers import list_file_shards
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.order import Order
 from orpo_ray.data.packing import build_batch
 from orpo_ray.data.reading import ReadSpec, pair_of, read_windows
+from orpo_ray.data.shards import list_file_shards
 from orpo_ray.errors import UserError
 from orpo_ray.model.loading import is_adapted, load_model, without_adapters
 from orpo_ray.objective.base import Normaliser
@@ -252,7 +252,7 @@ def test_a_text_only_model_is_no_vlm(tmp_path: Path) -> None:
         load_model(ModelConfig(id=str(tmp_path)), CPU, seed=0)
 
 
-def test_qwen_s_flattened_patches_are_normalised_by_channel() -> None:
+def test_qwen_s_flattened_patches_are_normalized_by_channel() -> None:
     """Its image processor lays an image out as [patches, channel x frame x height x width]."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -13,8 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from orpo_ray.cli import app
+from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.config.load import parse_recipe
-from orpo_ray.config.schema import Checkpointing
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.planning import activations
@@ -159,6 +159,16 @@ def test_the_command_plans_from_the_data_check(tmp_path: Path, monkeypatch: pyte
     for stage, memory in report["memory"].items():
         parts = sum(size for name, size in memory.items() if name != "total")
         assert parts == pytest.approx(memory["total"]), stage
+
+
+def test_a_changing_number_of_workers_is_planned_for_the_fewest(tmp_path: Path) -> None:
+    raw: dict[str, Any] = yaml.safe_load(RECIPE) | {"checkpoint": {"storage": str(tmp_path)}}
+    raw |= {"model": {"id": "orpo-ray/tiny-smolvlm"}}
+    one, changing = (plan(parse_recipe(raw | {"scaling": {"num_workers": n}}), Options()) for n in (1, [1, 4]))
+    first, *others = changing.pop("assumptions")
+    assert first.startswith("scaling.num_workers is 4 at most; the tables are for 1, which needs the most memory")
+    assert others == one.pop("assumptions")
+    assert changing == one
 
 
 @pytest.mark.nightly

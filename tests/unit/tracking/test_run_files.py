@@ -27,8 +27,16 @@ def test_metrics_after_the_resumed_step_are_taken_back(tmp_path: Path) -> None:
     second = MultiLogger.open(recipe, step=3, warn=pytest.fail)
     second.log(4, {"train/loss": 40.0})
     second.close()
-    assert [line["step"] for line in read_jsonl(Path(recipe.run_uri) / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert last_metrics(RunFolder(recipe.run_uri)) == {"step": 4, "train/loss": 40.0}
+    path = Path(recipe.run_uri) / "metrics.jsonl"
+    restart = {"step": 3, "train/restarts": 1, "train/repeated_steps": 2}
+    assert read_jsonl(path)[3:] == [restart, {"step": 4, "train/loss": 40.0}]
+    assert [line["step"] for line in read_jsonl(path) if "train/loss" in line] == [1, 2, 3, 4]
+    MultiLogger.open(recipe, step=3, warn=pytest.fail).close()  # one that makes no step is counted too
+    third = MultiLogger.open(recipe, step=2, warn=pytest.fail)
+    third.log(3, {"train/loss": 30.0})
+    third.close()
+    expected = {"step": 3, "train/loss": 30.0, "train/restarts": 3, "train/repeated_steps": 4}
+    assert last_metrics(RunFolder(recipe.run_uri)) == expected
 
 
 def test_a_line_cut_off_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> None:
@@ -42,7 +50,7 @@ def test_a_line_cut_off_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> Non
         tracker.log_bad_rows([replace(row, source=source)])
         tracker.close()
     assert [line["source"] for line in read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl")] == ["a:1", "a:2", "a:3"]
-    assert read_jsonl(Path(recipe.run_uri) / "metrics.jsonl") == []
+    assert [line["train/restarts"] for line in read_jsonl(Path(recipe.run_uri) / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_bad_row_is_written_once(tmp_path: Path) -> None:

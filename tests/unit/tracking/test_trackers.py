@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.tracking.logger import TrackerError
@@ -105,3 +107,16 @@ def test_wandb_that_cannot_be_reached_is_a_warning(tmp_path: Path, monkeypatch: 
     assert len(read_jsonl(Path(recipe.run_uri) / "metrics.jsonl")) == 1
     assert len(warnings) == 1
     assert "tracker wandb failed" in warnings[0]
+
+
+@pytest.mark.parametrize(("enabled", "field"), [("auto", "WANDB_API_KEY is set"), (True, "tracking.wandb.enabled")])
+def test_a_missing_extra_names_what_asked_for_it(
+    enabled: object, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python does when a package is absent
+    recipe = tiny_recipe(tmp_path, "run", tracking={"wandb": {"enabled": enabled}})
+    with pytest.raises(UserError) as caught:
+        MultiLogger.open(recipe, 0, pytest.fail)
+    assert caught.value.field == field
+    assert caught.value.fix == 'pip install "orpo-ray[wandb]", or set tracking.wandb.enabled=false'

@@ -1,4 +1,4 @@
-"""Checkpoints that prove themselves: every damage is recognised, the one before is taken, old ones are cleared."""
+"""Checkpoints that prove themselves: every damage is recognized, the one before is taken, old ones are cleared."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_newest_whole_checkpoint_is_chosen_without_a_word(run: RunFolder) ->
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(5000, marks=pytest.mark.nightly)])
-def test_one_changed_byte_anywhere_is_recognised(run: RunFolder, count: int) -> None:
+def test_one_changed_byte_anywhere_is_recognized(run: RunFolder, count: int) -> None:
     draw = random.Random(0)
     files = [path for path in files_of(run.path / "checkpoint_0009") if path.stat().st_size]
     for _ in range(count):
@@ -92,7 +92,7 @@ def test_one_changed_byte_anywhere_is_recognised(run: RunFolder, count: int) -> 
     assert chosen(run) == ("checkpoint_0009", [])
 
 
-def test_every_truncated_or_missing_file_is_recognised(run: RunFolder) -> None:
+def test_every_truncated_or_missing_file_is_recognized(run: RunFolder) -> None:
     for path in files_of(run.path / "checkpoint_0009"):
         good = path.read_bytes()
         for length in range(0, len(good), 40):

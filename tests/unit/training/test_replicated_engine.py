@@ -128,3 +128,35 @@ def test_a_step_reads_one_value_from_the_device() -> None:
 def test_a_checkpoint_of_an_earlier_version_is_an_error_for_the_user(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="an earlier version of orpo-ray wrote it"):
         engine_of(torch.float32).load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_save_beside_the_training_is_the_state_between_two_updates(dtype: torch.dtype, tmp_path: Path) -> None:
+    engine = engine_of(dtype)
+    train(engine, range(3), dtype)
+    assert not engine.save_alone(tmp_path / "other", updates=2), "it has made another update"
+    assert not (tmp_path / "other").exists()
+    assert engine.save_alone(tmp_path / "alone", updates=3)
+    engine.save(tmp_path / "together")
+    alone, together = [torch.load(path) for path in sorted(tmp_path.glob("*/engine/replicated.pt"))]
+    torch.testing.assert_close(alone, together, rtol=0, atol=0)
+
+
+def test_a_weight_that_is_not_finite_is_not_saved_beside_the_training(tmp_path: Path) -> None:
+    engine = engine_of(torch.float32)
+    with torch.no_grad():
+        next(iter(engine._masters.values()))[0, 0] = torch.nan
+    assert not engine.save_alone(tmp_path, updates=0)
+
+
+def test_half_an_update_is_not_saved(tmp_path: Path) -> None:
+    engine = engine_of(torch.float32)
+    train(engine, range(1), torch.float32)
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    engine.optimizer.register_step_post_hook(lambda *_: fail())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(engine, range(1, 2), torch.float32)
+    assert not engine.save_alone(tmp_path, updates=1)

@@ -1,4 +1,4 @@
-"""Saving on a disk that is full or cannot be written to ends with one message, and the checkpoints before stay."""
+"""Saving on a disk that is full or cannot be written to ends with one message, and earlier checkpoints are kept."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from orpo_ray.objective.step_planner import gather_rows, reduce_sums
+from orpo_ray.objective.collectives import gather_rows, reduce_sums
 from support.device_waits import META
 from support.gpu_training import Training, counted_syncs, recipe_on
 

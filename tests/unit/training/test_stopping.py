@@ -43,6 +43,6 @@ def test_a_run_that_stopped_in_time_hears_no_more_of_it() -> None:
 def test_the_message_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(RunStopped(signal.SIGTERM, 1234)))
     assert str(error) == (
-        "SIGTERM with a checkpoint of step 1,234; the same command goes on from the latest checkpoint"
+        "SIGTERM with a checkpoint of step 1,234; the same command resumes from the latest checkpoint"
     )
     assert (error.exit_code, error.title) == (143, "stopped")

@@ -21,6 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orpo_ray.data.json_rows import Row, check_object, parse_json_row
+from orpo_ray.data.webdataset import row_of_sample, split_name
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.storage.files import (
     is_permanent,
@@ -36,11 +38,9 @@ from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 ROWS_PER_SHARD = 4096
 BYTES_PER_TAR_SHARD = 64 << 20
 EASY_VQA = "easy-vqa:"
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 
 _FOOTERS = 64  # parquet footers that a reader keeps
 
-Row = dict[str, Any]
 TakeRows = Callable[[Sequence[int]], list[Row | RowError]]
 
 
@@ -169,7 +169,14 @@ class ShardReader:
             if len(self._footers) > _FOOTERS:
                 self._footers.pop(next(iter(self._footers)))
             group = opened.read_row_group(shard.index)
+        _check_rows(group.num_rows, shard)
         return partial(take_rows, group)
+
+
+def _check_rows(found: int, shard: Shard) -> None:
+    """Raise ValueError if a file has other rows than when it was listed, as one that was shortened since."""
+    if found != shard.num_rows:
+        raise ValueError(f"the file has changed: of {shard.num_rows:,} rows there, {found:,} are left")
 
 
 def _list_parquet(path: str) -> Iterator[Shard]:
@@ -232,21 +239,8 @@ def _read_jsonl(shard: Shard) -> TakeRows:
     data = read_bytes(shard.path, shard.offset, shard.length)
     # Split at line feeds only, as `_list_jsonl` counts: a lone carriage return is white space within a row.
     lines = [line for line in data.split(b"\n") if line.strip()]
-    return lambda rows: [_parse_json_row(lines[row]) for row in rows]
-
-
-def _parse_json_row(text: bytes) -> Row | RowError:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError includes numbers that are too long
-        return RowError("malformed_row", f"not valid JSON: {error}")
-    return _check_object(row)
-
-
-def _check_object(row: Any) -> Row | RowError:
-    if isinstance(row, dict):
-        return row
-    return RowError("malformed_row", f"a row must be a JSON object, found {repr(row)[:80]}")
+    _check_rows(len(lines), shard)
+    return lambda rows: [parse_json_row(lines[row]) for row in rows]
 
 
 def _list_json(path: str) -> Iterator[Shard]:
@@ -259,12 +253,13 @@ def _list_json(path: str) -> Iterator[Shard]:
 
 def _read_json(shard: Shard) -> TakeRows:
     all_rows = _read_json_list(shard.path)
-    return lambda rows: [_check_object(all_rows[shard.first_row + row]) for row in rows]
+    _check_rows(len(all_rows[shard.first_row :][: shard.num_rows]), shard)
+    return lambda rows: [check_object(all_rows[shard.first_row + row]) for row in rows]
 
 
 @lru_cache(maxsize=2)
 def _read_json_list(path: str) -> list[Any]:
-    """Read a JSON list, which is possible only as a whole. Large data sets should be JSONL."""
+    """Read a JSON list, which is possible only as a whole. Large datasets should be JSONL."""
     try:
         rows = json.loads(read_bytes(path))
     except json.JSONDecodeError as error:
@@ -298,6 +293,7 @@ def _read_arrow(shard: Shard) -> TakeRows:
     data = read_bytes(shard.path, shard.offset, shard.length)
     batch = pa.ipc.read_record_batch(pa.ipc.read_message(data), schema)
     batch.validate(full=True)  # a damaged offset would end the process
+    _check_rows(batch.num_rows, shard)
     return partial(take_rows, batch)
 
 
@@ -313,7 +309,7 @@ def _list_tar(path: str) -> Iterator[Shard]:
         for member in tar:
             if not member.isfile():
                 continue
-            member_key = _split_name(member.name)[0]
+            member_key = split_name(member.name)[0]
             if member_key != key:
                 if count == ROWS_PER_SHARD or member.offset - start > BYTES_PER_TAR_SHARD:
                     size = member.offset - start
@@ -332,41 +328,14 @@ def _read_tar(shard: Shard) -> TakeRows:
         for member in tar:
             if not member.isfile():
                 continue
-            key, extension = _split_name(member.name)
+            key, extension = split_name(member.name)
             if not samples or samples[-1][0] != key:
                 samples.append((key, []))
             content = tar.extractfile(member)
             assert content is not None
             samples[-1][1].append((extension, content.read()))
-    return lambda rows: [_row_of_sample(*samples[row]) for row in rows]
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Split a member's name into key and extension, at the first dot of its last component (webdataset convention)."""
-    folder, _, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    return f"{folder}/{stem}", extension.lower()
-
-
-def _row_of_sample(key: str, members: list[tuple[str, bytes]]) -> Row | RowError:
-    """Make a row from the members of a sample: columns from `.json`, a column per text (`.prompt.txt`), and images."""
-    row: Row = {"id": key.lstrip("/")}
-    images: list[bytes] = []
-    for extension, content in members:
-        kind = extension.rpartition(".")[2]
-        if kind == "json":
-            columns = _parse_json_row(content)
-            if isinstance(columns, RowError):
-                return columns
-            row |= columns
-        elif kind in ("txt", "text"):
-            try:
-                row[extension.rpartition(".")[0] or "text"] = content.decode()
-            except UnicodeDecodeError as error:
-                return RowError("malformed_row", f"{extension} is not UTF-8: {error}")
-        elif kind in IMAGE_SUFFIXES:
-            images.append(content)
-    return row | ({"images": images} if images else {})
+    _check_rows(len(samples), shard)
+    return lambda rows: [row_of_sample(*samples[row]) for row in rows]
 
 
 def _read_easy_vqa(shard: Shard) -> TakeRows:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.config.schema import Checkpointing
 from orpo_ray.data.balance import Layout
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.cross_attention import CrossAttentionFamily
@@ -28,7 +28,7 @@ PAIRS_MEASURED = 1
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PlanInputs:
     """What a plan computes with."""
 
     planner: Planner
@@ -46,14 +46,14 @@ def can_plan(config: Any) -> bool:
     return not isinstance(family_of(config), CrossAttentionFamily)
 
 
-def prepare(
+def plan_inputs(
     recipe: Recipe,
     config: Any,
     rates: Rates | None = None,
     mfu: float | None = None,
     pairs: int | None = None,
     can_fork: bool = False,
-) -> Prepared:
+) -> PlanInputs:
     """Measure the model in dry runs.
 
     Args:
@@ -79,8 +79,9 @@ def prepare(
     weights = Weights.of_deep(
         lambda each: unloaded_model(recipe.model, each, dtype, layout), recipe.model, config, dtype
     )
-    work = estimate_workload(recipe, config, layout, pairs)
-    workers, budget = recipe.scaling.num_workers, recipe.optim.tokens_per_microbatch
+    work = estimate_workload(recipe, config, pairs)
+    # Of an elastic run, the fewest workers need the most memory each.
+    workers, budget = recipe.scaling.min_workers, recipe.optim.tokens_per_microbatch
     microbatch_pairs = pairs_per_microbatch(recipe, work, layout, budget, workers)
     nll_span = load_objective(recipe).nll_span
     batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, layout)
@@ -114,12 +115,12 @@ def prepare(
         recipe.model.quantization is not None,
         Offload(recipe.deepspeed.offload_optimizer != "none", recipe.deepspeed.offload_param != "none"),
     )
-    return Prepared(planner, work, setting, dtype, layout, microbatch_pairs)
+    return PlanInputs(planner, work, setting, dtype, layout, microbatch_pairs)
 
 
 def choose_checkpointing(recipe: Recipe, config: Any, gib: float) -> Checkpointing:
     """Return the fastest gradient checkpointing that fits in this much GPU memory, or `full` if none does."""
     if not can_plan(config):
         return "full"
-    prepared = prepare(recipe, config)
-    return prepared.planner.resolved(prepared.setting, gib).checkpointing
+    inputs = plan_inputs(recipe, config)
+    return inputs.planner.resolved(inputs.setting, gib).checkpointing

@@ -12,9 +12,9 @@ from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.planning.fit import MAX_FILL, MODES
 from orpo_ray.planning.gpus import GIB
+from orpo_ray.planning.inputs import choose_checkpointing, plan_inputs
 from orpo_ray.planning.plan import Options, load_config, plan
-from orpo_ray.planning.prepare import choose_checkpointing, prepare
-from orpo_ray.training.auto_checkpointing import decide, with_checkpointing
+from orpo_ray.training.auto_gradient_checkpointing import decide, with_checkpointing
 
 
 def recipe_of(folder: Path, model: str = "orpo-ray/tiny-smolvlm", checkpointing: Any = "auto") -> Recipe:
@@ -33,8 +33,8 @@ def recipe_of(folder: Path, model: str = "orpo-ray/tiny-smolvlm", checkpointing:
 def test_it_is_the_fastest_mode_that_fits(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     config, _ = load_config(recipe.model)
-    prepared = prepare(recipe, config)
-    planner, setting = prepared.planner, prepared.setting
+    inputs = plan_inputs(recipe, config)
+    planner, setting = inputs.planner, inputs.setting
     needed = [planner.memory(replace(setting, checkpointing=mode)).total / MAX_FILL / GIB for mode in MODES]
     assert needed == sorted(set(needed), reverse=True)
     for mode, gib in zip(MODES, needed, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from orpo_ray.config.schema import Checkpointing
+from orpo_ray.config.field_types import Checkpointing
 
 # Operations whose results `selective` keeps: matrix products and attention, which are nearly all of a layer's FLOPs. By
 # name, since the operation of variable-length attention exists only once its module is imported.
@@ -55,12 +55,6 @@ def deprecated_names_allowed() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
         yield
-
-
-def is_checkpointing(model: Any) -> bool:
-    """Whether layers of a transformers model recompute activations, under either of transformers' names."""
-    name = "is_activation_checkpointing"
-    return bool(getattr(model, name) if hasattr(model, name) else model.is_gradient_checkpointing)
 
 
 def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.fork_server.control import forked_workers
+from orpo_ray.ray_cluster.private import make_session_parent, make_token, on_loopback, session_parent
 
 CONNECT_TIMEOUT = 10.0  # seconds
 
@@ -30,7 +31,7 @@ def start_ray(*, state_api: bool = False) -> None:
             does after a stopped trial. Ray's dashboard answers that, whose processes take seconds to start.
 
     Raises:
-        UserError: no cluster answers at RAY_ADDRESS.
+        UserError: no cluster answers at RAY_ADDRESS, or it refuses this process's token.
         RayNotStarted: Ray did not start on this machine.
     """
     if ray.is_initialized():
@@ -50,16 +51,21 @@ def start_ray(*, state_api: bool = False) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if not address:
         # address=None would join the cluster that was started here last, and wait for minutes if it has died.
-        with own_address():
+        with on_loopback(), own_address():
             _start_here(include_dashboard=state_api, runtime_env={"env_vars": train_variables()}, **quiet)
         return
     try:
-        _check_port(address)
-        ray.init(address=address, **quiet)
+        _check_answer(address)
+        is_here = address.startswith(("127.", "localhost:"))
+        with on_loopback() if is_here else contextlib.nullcontext():
+            ray.init(address=address, **quiet)
     except OSError as error:
         fix = "unset it to run on this machine alone, or start a cluster: ray start --head"
         raise UserError(
-            f"no Ray answers: {str(error).splitlines()[0]}", field="RAY_ADDRESS", value=address, fix=fix
+            f"no Ray cluster answers at this address: {str(error).splitlines()[0]}",
+            field="RAY_ADDRESS",
+            value=address,
+            fix=fix,
         ) from None
 
 
@@ -80,22 +86,29 @@ def train_variables() -> dict[str, str]:
 
 def _start_here(**options: Any) -> None:
     try:
+        make_token()
         with forked_workers():
-            ray.init(address="local", **options)
+            ray.init(address="local", _temp_dir=str(make_session_parent() / "ray"), **options)
     except Exception as error:  # Ray raises bare exceptions, for example when its raylet starts too late
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        logs = f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"
+        logs = session_parent() / "ray" / "session_latest" / "logs"
         raise RayNotStarted(
             f"Ray did not start on this machine: {reason[0]}\n"
             f"  fix: close other programs and try again; Ray's logs are in {logs}"
         ) from error
 
 
-def _check_port(address: str) -> None:
-    """Connect to a `host:port` address once: Ray itself tries for two minutes. Raises OSError if nothing listens."""
+def _check_answer(address: str) -> None:
+    """Connect to a `host:port` address once, since Ray itself tries for two minutes, and check the token.
+
+    Raises OSError if nothing listens, and UserError.
+    """
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
+        from orpo_ray.ray_cluster.token_check import check_token  # gRPC is not needed without a cluster
+
+        check_token(address)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_ray.config.schema import Checkpointing, LoraConfig, ModelConfig
+from orpo_ray.config.field_types import Checkpointing
+from orpo_ray.config.schema import LoraConfig, ModelConfig
 from orpo_ray.data.packing import build_batch
 from orpo_ray.model.loading import load_model, without_adapters
 from orpo_ray.objective.pair_model import PairModel

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
-from orpo_ray.objective.step_planner import gather_rows
+from orpo_ray.objective.collectives import gather_rows
 from orpo_ray.planning.gpus import GIB
 
 
@@ -33,8 +33,8 @@ def decide(recipe: Recipe, gib: float) -> str:
         gib: memory of the smallest device.
     """
     # Imported here because it imports torch's tracing, which takes time that other runs need not spend.
+    from orpo_ray.planning.inputs import choose_checkpointing
     from orpo_ray.planning.plan import load_config
-    from orpo_ray.planning.prepare import choose_checkpointing
 
     chosen: list[Any] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:

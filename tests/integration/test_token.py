@@ -1,0 +1,98 @@
+"""A cluster that asks for a token: `cluster/local-head.sh`, and commands that have the token, another one, or none."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from support.paths import ROOT
+from support.ports import is_loopback, listening
+from support.runs import wait_until
+
+QUICKSTART = str(ROOT / "recipes/quickstart.yaml")
+CONNECT = "from orpo_ray.ray_cluster.start import start_ray; start_ray(); import ray; print(len(ray.nodes()))"
+SCRIPTS = Path(sys.executable).parent
+
+
+class Head(NamedTuple):
+    """A head, and where its token is."""
+
+    process: psutil.Process
+    address: str
+    token: Path
+
+
+def without_ray(**variables: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Short, since the paths of Ray's sockets are limited.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        environment = without_ray(HOME=folder, RAY_TMPDIR=folder, PATH=f"{SCRIPTS}:{os.environ['PATH']}")
+        command = [str(ROOT / "cluster/local-head.sh"), f"--port={port}", "--num-cpus=1", "--block"]
+        process = psutil.Popen([*command, "--include-dashboard=false"], env=environment, stdout=subprocess.DEVNULL)
+        family: list[psutil.Process] = []
+
+        def is_up() -> bool:
+            family[:] = process.children(recursive=True)
+            return any("raylet" in child.name() and child.net_connections() for child in family)
+
+        try:
+            wait_until(is_up, "the head", 60)
+            yield Head(process, f"127.0.0.1:{port}", Path(folder) / ".ray" / "auth_token")
+        finally:
+            family[:] = process.children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            for each in psutil.wait_procs([process, *family], timeout=20)[1]:
+                each.kill()
+
+
+def test_commands_without_the_token_are_one_message_and_soon(head: Head, tmp_path: Path) -> None:
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 64)
+    cases = {
+        "the cluster asks for a token, and none was given": {},
+        f"the cluster refuses the token in {wrong}": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)},
+        "the cluster refuses the token in RAY_AUTH_TOKEN": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64},
+        "RAY_AUTH_MODE is token, and there is no token in ~/.ray/auth_token": {"RAY_AUTH_MODE": "token"},
+    }
+    command = [sys.executable, "-m", "orpo_ray", "train", QUICKSTART]
+    for said, variables in cases.items():
+        environment = without_ray(HOME=str(tmp_path), RAY_ADDRESS=head.address, **variables)
+        started = time.monotonic()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+        # 5 s where nothing else runs, most of it imports; Ray itself would try for 40 s
+        assert time.monotonic() - started < 30
+        assert done.returncode == 2, done.stderr
+        assert f"error: RAY_ADDRESS: {said} (found '{head.address}')" in done.stderr
+        assert "fix: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file" in done.stderr
+        assert len(done.stderr.splitlines()) == 2
+        assert not re.search("0{20}|1{20}", done.stderr)  # the token stays secret
+
+
+def test_the_token_opens_a_head_that_listens_on_loopback_only(head: Head) -> None:
+    environment = without_ray(RAY_ADDRESS=head.address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(head.token))
+    command = [sys.executable, "-c", CONNECT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert head.token.stat().st_mode & 0o077 == 0
+    found = listening(head.process)
+    assert len(found) >= 5, found
+    assert all(is_loopback(host) for host, _ in found), found
