@@ -255,8 +255,9 @@ class ScalingConfig(Config):
     """Number of announced losses of nodes (spot nodes that are taken back, nodes that are drained) after which the run
     ends. They do not count as failures. By default, any number."""
     timeout_s: Annotated[float, Field(gt=0), NUMBER] = 1800.0
-    """Seconds that a worker waits for the others, before the run fails and resumes. Raise it if saving takes longer: at
-    the end, and for every checkpoint of ZeRO stage 0, the others wait for rank 0 to write and upload the weights."""
+    """Seconds that a worker waits for the others, before the run fails and resumes. Raise it if saving takes longer:
+    for every checkpoint of ZeRO stage 0, the others wait for rank 0 to write the weights, and at the end also to
+    upload them. A save waits for the upload of the checkpoint before."""
 
     @property
     def min_workers(self) -> int:
