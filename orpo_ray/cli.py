@@ -230,6 +230,7 @@ def plan(
 ) -> None:
     """Predict memory, time and cost per GPU type from the model's config alone."""
     loaded = load_recipe(recipe, overrides or [])
+    is_own_process = "torch" not in sys.modules  # rather than a notebook or a test, which may have run anything
     from orpo_ray.planning.imports import uncollected
 
     with uncollected():
@@ -238,7 +239,8 @@ def plan(
         from orpo_ray.planning.table import print_plan
 
     with stdout_to_stderr():
-        report = make_plan(loaded, Options(price_per_hour or (), mfu, assume or (), pairs))
+        options = Options(price_per_hour or (), mfu, assume or (), pairs, can_fork=is_own_process)
+        report = make_plan(loaded, options)
     if as_json:
         print(json.dumps(report))
     else:

@@ -67,11 +67,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
-        if self.scaling.max_workers > self.optim.pairs_per_step:
-            raise ValueError(
-                f"scaling.num_workers ({self.scaling.max_workers}) exceeds optim.pairs_per_step "
-                f"({self.optim.pairs_per_step}), so some workers would get no pair; lower it or raise pairs_per_step"
-            )
+        self._check_workers()
         if self.eval.every_steps and not self.has_held_out:
             raise ValueError(
                 "eval.every_steps is set but there are no held-out pairs; set data.eval or data.eval_fraction"
@@ -87,6 +83,25 @@ class Recipe(Config):
                 "objective, and remove the section orpo (on the command line: orpo={})"
             )
         return self
+
+    def _check_workers(self) -> None:
+        scaling, together = self.scaling, self.scaling.sequence_parallel
+        for workers in (scaling.min_workers, scaling.max_workers):
+            if workers % together:
+                raise ValueError(
+                    f"scaling.num_workers ({workers}) is no multiple of scaling.sequence_parallel ({together}), "
+                    "how many workers compute pairs together; change one of them"
+                )
+        if scaling.max_workers // together > self.optim.pairs_per_step:
+            raise ValueError(
+                f"scaling.num_workers ({scaling.max_workers}) exceeds optim.pairs_per_step "
+                f"({self.optim.pairs_per_step}), so some workers would get no pair; lower it or raise pairs_per_step"
+            )
+        if together > 1 and self.model.attention == "concatenated":
+            raise ValueError(
+                f"scaling.sequence_parallel ({together}) divides the row of a shared prefix, and model.attention is "
+                "concatenated; set it to auto, or scaling.sequence_parallel to 1"
+            )
 
     @model_serializer(mode="wrap")
     def _without_unused_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

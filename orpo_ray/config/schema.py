@@ -245,14 +245,19 @@ class ScalingConfig(Config):
     one worker share a GPU, such as the trials of a search (`tune.max_concurrent`)."""
     cpus_per_worker: Annotated[float, Field(gt=0), NUMBER] | None = None
     """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
+    sequence_parallel: Int = Field(1, ge=1)
+    """Number of workers that compute the same pairs together, each a part of their tokens, for pairs that do not fit on
+    one GPU; divides `num_workers`. Then `optim.tokens_per_microbatch` counts the tokens of each of them. Requires
+    attention with a shared prefix, and a number of attention heads that can be divided."""
     max_failures: Int = Field(3, ge=0)
     """Number of worker failures after which the run ends. Before that, it resumes from the latest checkpoint."""
     max_preemptions: Annotated[int, Field(ge=0), NUMBER] | None = None
     """Number of announced losses of nodes (spot nodes that are taken back, nodes that are drained) after which the run
     ends. They do not count as failures. By default, any number."""
     timeout_s: Annotated[float, Field(gt=0), NUMBER] = 1800.0
-    """Seconds that a worker waits for the others, before the run fails and resumes. Raise it if saving takes longer: at
-    the end, and for every checkpoint of ZeRO stage 0, the others wait for rank 0 to write and upload the weights."""
+    """Seconds that a worker waits for the others, before the run fails and resumes. Raise it if saving takes longer:
+    for every checkpoint of ZeRO stage 0, the others wait for rank 0 to write the weights, and at the end also to
+    upload them. A save waits for the upload of the checkpoint before."""
 
     @property
     def min_workers(self) -> int:

@@ -38,12 +38,14 @@ class HeldOut:
     """Encoding tasks at a time, for all workers together."""
     rank: int = 0
     num_workers: int = 1
+    together: int = 1
+    """Workers, of consecutive ranks, that score the same pairs."""
 
     def shares(self, exchange_images: bool, packing: Packing) -> Iterable[StepShare]:
         """All of this worker's shares; with `exchange_images`, each pair gets the images of another pair."""
         steps = -(-self.read.end_sample // self.read.pairs_per_step)
         read = replace(self.read, exchange_images=exchange_images)
-        feed = open_feed(read, self.encoder, self.max_encoders, self.rank, self.num_workers)
+        feed = open_feed(read, self.encoder, self.max_encoders, self.rank, self.num_workers, self.together)
         return iter_shares(feed, packing, 0, steps)
 
 
@@ -125,8 +127,9 @@ def score(forward: Forward, shares: Iterable[StepShare], planner: StepPlanner) -
             sums = add_sums(sums, more)
             chosen, rejected = objective.answer_logps(logps)
             preferred = zip(batch.sample_indices, (chosen > rejected).tolist(), strict=True)
-            correct |= {sample_index: is_chosen for sample_index, is_chosen in preferred if sample_index >= 0}
-    totals = reduce_sums(sums, planner.device)
+            if planner.counts:
+                correct |= {sample_index: is_chosen for sample_index, is_chosen in preferred if sample_index >= 0}
+    totals = reduce_sums(sums, planner.device, planner.counts)
     if not totals.get("pairs"):
         raise UserError(
             f"none of the {len(bad)} held-out rows can be used",

@@ -20,6 +20,7 @@ from orpo_ray.model.fused_ops import has_kernels
 from orpo_ray.model.gradient_checkpointing import enable_checkpointing
 from orpo_ray.model.lora import add_adapters
 from orpo_ray.model.quantization import check_quantized, check_saved_quantization, quantization_config
+from orpo_ray.model.sequence_group import FIELD, check_heads
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import register
 from orpo_ray.model.vision_attention import use_in as use_vision_attention
@@ -71,6 +72,23 @@ def pick_attention(model_config: ModelConfig, config: Any = None) -> Attention:
             f"this model cannot share a prefix: {why}", field="model.attention", value="shared_prefix", fix=fix
         )
     return Attention("concatenated", why) if why else Attention("shared_prefix")
+
+
+def check_divisible(model_config: ModelConfig, size: int) -> None:
+    """Check that workers can compute a row of this model together.
+
+    Args:
+        model_config: the recipe's.
+        size: how many (`scaling.sequence_parallel`), at least 2.
+
+    Raises:
+        UserError: they cannot, or the model is not found.
+    """
+    config = _config(model_config)
+    if why := family_of(config).why_not_divided(config):
+        raise UserError(f"workers cannot compute pairs of this model together: {why}", field=FIELD, value=size,
+                        fix="set it to 1")  # fmt: skip
+    check_heads(config.get_text_config(), size)
 
 
 def concatenated_because(why: str) -> str:

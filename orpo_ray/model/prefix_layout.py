@@ -21,6 +21,7 @@ from orpo_ray.data.packing import IMAGE, PairBatch
 from orpo_ray.data.spans import PairSpan
 from orpo_ray.data.varlen_index import VarlenIndex
 from orpo_ray.model.cpu_flash_attention import RowSequence
+from orpo_ray.model.sequence_group import SequenceGroup
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,17 @@ class PrefixLayout:
     """Exceptions from the causal mask; None if there are none."""
     varlen: VarlenIndex | None = None
     """The sequences as variable-length kernels take them, on the row's device; None makes it on demand."""
+    group: SequenceGroup | None = None
+    """The workers that compute the row together; None if this one has all of it."""
     _masks: dict[Any, torch.Tensor | None] = field(default_factory=dict)
     _sequences: dict[Any, list[RowSequence]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: PairBatch, bidirectional: Bidirectional | None) -> PrefixLayout:
+    def of(
+        cls, batch: PairBatch, bidirectional: Bidirectional | None, group: SequenceGroup | None = None
+    ) -> PrefixLayout:
         """The layout of a packed batch."""
-        return cls(batch.spans, batch.token_kind, bidirectional, batch.varlen)
+        return cls(batch.spans, batch.token_kind, bidirectional, batch.varlen, group)
 
     @cached_property
     def lengths(self) -> list[int]:

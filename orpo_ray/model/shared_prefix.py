@@ -9,6 +9,7 @@ Legend: T tokens of the row, H query heads, K key heads, D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def shared_prefix_attention(
 
     Args:
         module: the attention layer, for messages.
-        query: [1, H, T, D].
+        query: [1, H, T, D]; in a `SequenceGroup`, of the worker's own tokens.
         key: [1, K, T, D].
         value: [1, K, T, D].
         attention_mask: ignored; the layout replaces it.
@@ -102,7 +103,11 @@ def shared_prefix_attention(
         dropout=dropout,
     )
     options = ScoreOptions(scaling, sliding_window, softcap, dropout)
-    return attend(kernel, query, key, value, shared_prefix, options), None
+    group = shared_prefix.group
+    if group is None:
+        return attend(kernel, query, key, value, shared_prefix, options), None
+    tokens = shared_prefix.token_kind.shape[-1]
+    return group.attend(partial(attend, kernel, layout=shared_prefix, options=options), query, key, value, tokens), None
 
 
 def attend(

@@ -43,16 +43,22 @@ def add_sums(total: Mapping[str, torch.Tensor], more: Mapping[str, torch.Tensor]
     return {name: total.get(name, 0.0) + value.double() for name, value in more.items()}
 
 
-def reduce_sums(sums: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, float]:
-    """Add up an objective's sums over all workers. All of them ran equally many micro-batches, so have equal names."""
+def reduce_sums(sums: Mapping[str, torch.Tensor], device: torch.device, counts: bool = True) -> dict[str, float]:
+    """Add up an objective's sums over all workers. All of them ran equally many micro-batches, so have equal names.
+
+    Args:
+        sums: of this worker.
+        device: where they are.
+        counts: whether this worker's sums count (`StepPlanner.counts`).
+    """
     if not sums:
         return {}
-    total = _gather(torch.stack([value.double() for value in sums.values()]), device).sum(0)
+    total = _gather(_counted(sums, counts), device).sum(0)
     return dict(zip(sums, total.tolist(), strict=True))
 
 
 def gather_step(
-    sums: Mapping[str, torch.Tensor], own: Mapping[str, float], device: torch.device
+    sums: Mapping[str, torch.Tensor], own: Mapping[str, float], device: torch.device, counts: bool = True
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Add up an objective's sums over all workers, and collect every worker's own figures, in one all-gather.
 
@@ -60,11 +66,17 @@ def gather_step(
         sums: of this worker, as in `reduce_sums`; not empty.
         own: figures of this worker, with the same names on all workers.
         device: of the sums.
+        counts: whether this worker's sums count (`StepPlanner.counts`). Its figures do in any case.
 
     Returns:
         The totals, and for each figure the numbers of all workers by rank.
     """
     figures = to_device(torch.tensor(list(own.values()), dtype=torch.float64), device)
-    rows = _gather(torch.cat([torch.stack([value.double() for value in sums.values()]), figures]), device)
+    rows = _gather(torch.cat([_counted(sums, counts), figures]), device)
     totals = dict(zip(sums, rows[:, : len(sums)].sum(0).tolist(), strict=True))
     return totals, dict(zip(own, rows[:, len(sums) :].T.tolist(), strict=True))
+
+
+def _counted(sums: Mapping[str, torch.Tensor], counts: bool) -> torch.Tensor:
+    own = torch.stack([value.double() for value in sums.values()])
+    return own if counts else torch.zeros_like(own)

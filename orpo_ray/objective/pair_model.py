@@ -20,6 +20,7 @@ from orpo_ray.model.families.base import ImageFeatures, ImageTensors
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.hooked_call import call_with
 from orpo_ray.model.loading import layout_of, vocabulary_size, without_adapters
+from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.model.vision_cache import KEYS, VisionCache
 from orpo_ray.model.whole_shape import whole_shape
 from orpo_ray.objective.logps import PairLogps, count_chunks, sum_by_pair, target_logps
@@ -42,6 +43,8 @@ class PairModel(nn.Module):
 
     layout: Layout
     """Layout of the batches, which depends on the attention that the model was loaded with."""
+    group: SequenceGroup | None = None
+    """The workers that compute each batch together with this one; None if there are none."""
     head_device: str | None = None
     """Type of the device whose chunks the output head takes, if not the one that it runs on."""
 
@@ -80,10 +83,27 @@ class PairModel(nn.Module):
         """Sums of log-probs per pair, dummy pairs included."""
         base = without_adapters(self.model)
         images = self._encode_images(base, batch) if batch.images else None
+        if self.group is not None:
+            return self._forward_in_group(base, batch, images, self.group)
         hidden = self.family.hidden_states(base, batch, images)
         selected = hidden.flatten(0, 1).index_select(0, batch.target_position)  # [M, D]
         logps = self._logps(base, selected, batch.target_ids)
         return sum_by_pair(logps, batch.target_answer, batch.target_in_response, batch.num_pairs)
+
+    def _forward_in_group(
+        self, base: Any, batch: PairBatch, images: ImageFeatures | None, group: SequenceGroup
+    ) -> PairLogps:
+        """The same sums, of which each worker of the group computes the terms at its own positions.
+
+        Every worker gets the same loss from them. Its gradient is that of its own terms. The sum over workers, which an
+        engine takes, is the gradient of the loss.
+        """
+        hidden = self.family.own_hidden_states(base, batch, images, group)
+        own = group.owned(batch.target_position)
+        selected = hidden.flatten(0, 1).index_select(0, batch.target_position[own] // group.size)
+        logps = self._logps(base, selected, batch.target_ids[own])
+        sums = sum_by_pair(logps, batch.target_answer[own], batch.target_in_response[own], batch.num_pairs)
+        return PairLogps(*group.sum(torch.stack(list(vars(sums).values()))))
 
     def _logps(self, base: Any, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         """Log-probs [M] of target tokens, from the hidden state before each [M, D]."""
@@ -137,7 +157,10 @@ class PairModel(nn.Module):
             ImageNotUsed: none did.
         """
         gradient, self._image_gradient, self.watch_images = self._image_gradient, None, False
-        if gradient is None or not bool(gradient.abs().max() > 0):
+        largest = torch.zeros(()) if gradient is None else gradient.abs().max()
+        if self.group is not None:
+            largest = self.group.largest(largest)  # a worker may have no image token
+        if not bool(largest > 0):
             raise ImageNotUsed(
                 "the loss of this step does not depend on its images: no gradient reached the image features\n"
                 "  fix: check the chat template (orpo-ray data check shows image tokens per pair), or use a listed "

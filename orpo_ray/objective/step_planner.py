@@ -63,6 +63,7 @@ class StepPlanner:
         self.objective, self.packing, self.device = objective, packing, device
         self.collate = collate
         self.text_dummy, self.image_dummy = text_dummy, image_dummy
+        self.counts = True  # False where another worker computes the same pairs, and counts them
 
     @classmethod
     def of(
@@ -71,7 +72,9 @@ class StepPlanner:
         """Make the planner for a model, with dummy pairs from its encoder."""
         dummy_pairs = (encoder.dummy_pair(with_image=False), encoder.dummy_pair(with_image=True))
         packing = Packing(token_budget, model.layout, model.tokens_per_image_value)
-        return cls(objective, packing, *dummy_pairs, device, model.collate)
+        planner = cls(objective, packing, *dummy_pairs, device, model.collate)
+        planner.counts = model.group is None or model.group.member == 0
+        return planner
 
     def share(
         self, pairs: Sequence[EncodedPair], bad: Sequence[BadRow] = (), step: int = 0, rank: int = 0, workers: int = 1

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Packages that transformers and accelerate import where they are installed: for the losses of object detection, and for
+# Amazon's SageMaker.
+_UNUSED = ("scipy", "boto3")
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
@@ -25,9 +29,17 @@ def uncollected() -> Iterator[None]:
 
 
 def import_transformers() -> None:
-    """Import what models of transformers need."""
-    with uncollected():
-        import transformers.modeling_utils  # noqa: F401
+    """Import what models of transformers need, unless this process has imported transformers already."""
+    if "transformers" in sys.modules:
+        return
+    hidden = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: Python takes the package for missing
+    try:
+        with uncollected():
+            import transformers.modeling_utils  # noqa: F401
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def import_peft() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import pick_attention
 from orpo_ray.objective.base import load_objective
 from orpo_ray.planning.activations import Activations, batch_of, measure, more_logits, unloaded_model
-from orpo_ray.planning.fit import MODES, Planner, Setting
+from orpo_ray.planning.fit import Planner, Setting
+from orpo_ray.planning.second_process import in_second_process
 from orpo_ray.planning.states import Offload, Weights
 from orpo_ray.planning.step_time import Rates
 from orpo_ray.planning.workload import Workload, estimate_workload, pairs_per_microbatch
@@ -45,7 +47,12 @@ def can_plan(config: Any) -> bool:
 
 
 def plan_inputs(
-    recipe: Recipe, config: Any, rates: Rates | None = None, mfu: float | None = None, pairs: int | None = None
+    recipe: Recipe,
+    config: Any,
+    rates: Rates | None = None,
+    mfu: float | None = None,
+    pairs: int | None = None,
+    can_fork: bool = False,
 ) -> PlanInputs:
     """Measure the model in dry runs.
 
@@ -55,6 +62,7 @@ def plan_inputs(
         rates: what is assumed about speed; by default, the usual.
         mfu: model FLOPs of the recipe as a fraction of the GPU's peak; by default, estimated for each GPU type.
         pairs: training pairs; by default, the number in the data check, or an assumption.
+        can_fork: whether a fork of this process may do a part; see `in_second_process`.
 
     Raises:
         UserError: plans do not support the model.
@@ -79,11 +87,19 @@ def plan_inputs(
     batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, layout)
     bounded = recipe.deepspeed.zero_stage < 3
     logits = more_logits(len(batch.target_ids), microbatch_pairs / batch.num_pairs, config, dtype)
-    activations: dict[Checkpointing, Activations] = {}
-    for mode in MODES:
-        model_config = recipe.model.model_copy(update={"gradient_checkpointing": mode})
-        one = measure(model_config, config, dtype, layout, batch, bounded, "cuda")
-        activations[mode] = one.with_pairs(microbatch_pairs, mode != "none" and bounded, logits)
+
+    def measured(*modes: Checkpointing) -> dict[Checkpointing, Activations]:
+        found: dict[Checkpointing, Activations] = {}
+        for mode in modes:
+            model_config = recipe.model.model_copy(update={"gradient_checkpointing": mode})
+            one = measure(model_config, config, dtype, layout, batch, bounded, "cuda")
+            found[mode] = one.with_pairs(microbatch_pairs, mode != "none" and bounded, logits)
+        return found
+
+    # `selective` runs most operations, and takes about as long as both others.
+    others = partial(measured, "none", "full")
+    waited = in_second_process(others) if can_fork else others
+    activations = {**measured("selective"), **waited()}
     setting = Setting(workers, recipe.deepspeed.zero_stage, recipe.model.gradient_checkpointing, budget)
     planner = Planner(
         weights,

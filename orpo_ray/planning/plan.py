@@ -7,7 +7,7 @@ import socket
 import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, NCCL, Estimate, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
-from orpo_ray.planning.imports import import_transformers, uncollected
+from orpo_ray.planning.imports import import_transformers
 from orpo_ray.planning.inputs import plan_inputs
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.states import STAGES
@@ -43,6 +43,8 @@ class Options:
     """Rates of the estimate of time, each as `NAME=VALUE`."""
     pairs: int | None = None
     """Training pairs; by default, the number in the data check, or an assumption."""
+    can_fork: bool = False
+    """Whether a fork of this process may do a part of the work; see `in_second_process`."""
 
 
 def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -58,11 +60,14 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     Raises:
         UserError: an option is wrong, or the model's config cannot be read.
     """
-    with _silent_libraries():
-        return _plan(recipe, options)
+    # Imports take seconds, in which the hub may answer.
+    with ThreadPoolExecutor(1) as pool:
+        hub = pool.submit(_hub_is_missing, recipe.model)
+        with _silent_libraries():
+            return _plan(recipe, options, hub)
 
 
-def _plan(recipe: Recipe, options: Options) -> dict[str, Any]:
+def _plan(recipe: Recipe, options: Options, hub_is_missing: Future[bool]) -> dict[str, Any]:
     if options.mfu is not None and not 0 < options.mfu <= 1:
         raise UserError(
             "must be above 0 and at most 1", field="--mfu", value=options.mfu, fix="give a fraction such as 0.3"
@@ -72,8 +77,8 @@ def _plan(recipe: Recipe, options: Options) -> dict[str, Any]:
             "must be at least 1", field="--pairs", value=options.pairs, fix="give the number of training pairs"
         )
     gpus, rates = gpus_with_prices(options.prices), parse_rates(options.assume)
-    config, source = load_config(recipe.model)
-    inputs = plan_inputs(recipe, config, rates, options.mfu, options.pairs)
+    config, source = load_config(recipe.model, hub_is_missing.result())
+    inputs = plan_inputs(recipe, config, rates, options.mfu, options.pairs, options.can_fork)
     planner, work, setting = inputs.planner, inputs.work, inputs.setting
     weights, microbatch_pairs = planner.weights, inputs.microbatch_pairs
     gpu_reports = [_report_gpu(planner, gpu, planner.resolved(setting, gpu.memory)) for gpu in gpus]
@@ -108,8 +113,8 @@ def _plan(recipe: Recipe, options: Options) -> dict[str, Any]:
 @contextmanager
 def _silent_libraries() -> Iterator[None]:
     """Keep libraries from warning about a model that is never run."""
-    with uncollected():
-        from transformers.utils import logging
+    import_transformers()
+    from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -121,20 +126,22 @@ def _silent_libraries() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def load_config(model_config: ModelConfig) -> tuple[Any, str]:
+def load_config(model_config: ModelConfig, hub_is_missing: bool | None = None) -> tuple[Any, str]:
     """Load the model's config from its folder or the hub, or from the known shapes if the hub cannot be reached.
 
-    Returns the config, and `config.json` or `known shape`.
+    Args:
+        model_config: `model` section of the recipe.
+        hub_is_missing: the answer of `_hub_is_missing`, if it was asked.
+
+    Returns:
+        The config, and `config.json` or `known shape`.
     """
-    path = resolve(model_config.id)
-    known = KNOWN_SHAPES.get(model_config.id)
-    with ThreadPoolExecutor(1) as pool:
-        # A library would try again for a minute and more.
-        answers = pool.submit(_hub_answers) if known is not None and not Path(path).is_dir() else None
-        import_transformers()  # takes seconds, in which the hub may answer
     from transformers import AutoConfig
 
-    offline = answers is not None and not answers.result()
+    path = resolve(model_config.id)
+    known = KNOWN_SHAPES.get(model_config.id)
+    # A library would try again for a minute and more.
+    offline = _hub_is_missing(model_config) if hub_is_missing is None else hub_is_missing
     try:
         return (
             AutoConfig.from_pretrained(path, revision=model_config.revision, local_files_only=offline),
@@ -150,6 +157,12 @@ def load_config(model_config: ModelConfig) -> tuple[Any, str]:
                 fix=f"give a folder, a name on the hub (with network access), or one of {', '.join(KNOWN_SHAPES)}",
             ) from None
         return known.config(), "known shape"
+
+
+def _hub_is_missing(model_config: ModelConfig) -> bool:
+    """Whether the hub cannot be reached. Not asked where it makes no difference."""
+    is_known = model_config.id in KNOWN_SHAPES and not Path(model_config.id).is_dir()
+    return is_known and not _hub_answers()
 
 
 def _hub_answers() -> bool:
@@ -250,6 +263,8 @@ def _recipe_assumptions(recipe: Recipe, source: str) -> list[str]:
     if source == "known shape":
         reason = "offline mode" if os.environ.get("HF_HUB_OFFLINE") else "cannot reach the hub"
         assumptions.append(f"{recipe.model.id} has the config that is built into orpo-ray ({reason})")
+    if recipe.scaling.sequence_parallel > 1:
+        assumptions.append("scaling.sequence_parallel is not part of the estimate: every worker has whole pairs here")
     if recipe.model.dtype == "auto":
         assumptions.append("model.dtype auto is bfloat16 on these GPUs")
     if recipe.optim.optimizer == "paged_adamw_8bit":

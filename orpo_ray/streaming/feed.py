@@ -61,7 +61,9 @@ class Portion:
 class StepFeed:
     """Hands out the steps of a run, in the process of its only worker or in an actor of all workers."""
 
-    def __init__(self, read: ReadSpec, encoder: EncoderSpec, num_workers: int, max_encoders: int) -> None:
+    def __init__(
+        self, read: ReadSpec, encoder: EncoderSpec, num_workers: int, max_encoders: int, together: int = 1
+    ) -> None:
         """Start to read.
 
         Args:
@@ -69,8 +71,9 @@ class StepFeed:
             encoder: how pairs are encoded.
             num_workers: workers, each of which takes every step once.
             max_encoders: encoding tasks at a time.
+            together: workers, of consecutive ranks, that take the same pairs (`scaling.sequence_parallel`).
         """
-        self._read, self._num_workers = read, num_workers
+        self._read, self._num_workers, self._together = read, num_workers, together
         bytes_per_block = BYTES_PER_SHARED_BLOCK if num_workers > 1 else sys.maxsize
         work = partial(_encode, encoder=encoder, bytes_per_block=bytes_per_block)
         self._refs = iter_block_refs(read, work, max_encoders)
@@ -97,7 +100,7 @@ class StepFeed:
             found.taken += 1
             if found.taken == self._num_workers:
                 del self._steps[step]
-        return found.portion(rank)
+        return found.portion(rank // self._together)
 
     def _begin(self) -> None:
         with self._collecting:
@@ -112,7 +115,8 @@ class StepFeed:
         pairs = [(sample_index, item) for sample_index, item in items.items() if isinstance(item, _Located)]
         bad = [item for item in items.values() if isinstance(item, BadRow)]
         sizes = [item.size for _, item in pairs]
-        return _Step(step, StepTotals.of(sizes), pairs, distribute(sizes, self._num_workers, packing), bad)
+        microbatches = distribute(sizes, self._num_workers // self._together, packing)
+        return _Step(step, StepTotals.of(sizes), pairs, microbatches, bad)
 
     def _pull(self) -> None:
         """Wait for the next rows that are encoded together."""
@@ -152,9 +156,9 @@ class _Step:
     taken: int = 0
     """Number of workers that have their share."""
 
-    def portion(self, rank: int) -> Portion:
+    def portion(self, share: int) -> Portion:
         blocks: dict[ray.ObjectRef, int] = {}
-        own = [[self.pairs[index] for index in each] for each in self.microbatches[rank]]
+        own = [[self.pairs[index] for index in each] for each in self.microbatches[share]]
         places = [[(blocks.setdefault(item.block, len(blocks)), index) for index, item in each] for each in own]
         return Portion(self.step, self.totals, places, list(blocks), self.bad)
 

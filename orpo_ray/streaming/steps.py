@@ -25,7 +25,9 @@ Take = Callable[[int, Packing], Portion]
 """Step, and how to pack it -> this worker's portion of it."""
 
 
-def open_feed(read: ReadSpec, encoder: EncoderSpec, max_encoders: int, rank: int = 0, num_workers: int = 1) -> Take:
+def open_feed(
+    read: ReadSpec, encoder: EncoderSpec, max_encoders: int, rank: int = 0, num_workers: int = 1, together: int = 1
+) -> Take:
     """Start to read and encode for all workers of a run. A collective of Ray Train if there are several.
 
     Args:
@@ -34,13 +36,14 @@ def open_feed(read: ReadSpec, encoder: EncoderSpec, max_encoders: int, rank: int
         max_encoders: encoding tasks at a time, for all workers together.
         rank: this worker.
         num_workers: workers, each of which must take every step once.
+        together: workers, of consecutive ranks, that take the same pairs.
     """
     if num_workers == 1:
         return partial(StepFeed(read, encoder, 1, max_encoders).take, 0)
     from ray.train.collective import broadcast_from_rank_zero
 
     # Rank 0 keeps its own handle: the actor ends with that or with the process. A restarted run starts another actor.
-    own = feed_actor(read, encoder, num_workers, max_encoders) if rank == 0 else None
+    own = feed_actor(read, encoder, num_workers, max_encoders, together) if rank == 0 else None
     shared = broadcast_from_rank_zero(own)
     return partial(take_from, shared if own is None else own, rank)
 
@@ -59,12 +62,12 @@ def _share(portion: Portion) -> StepShare:
     return StepShare(portion.step, portion.totals, microbatches, portion.bad)
 
 
-def feed_actor(read: ReadSpec, encoder: EncoderSpec, num_workers: int, max_encoders: int) -> Any:
+def feed_actor(read: ReadSpec, encoder: EncoderSpec, num_workers: int, max_encoders: int, together: int = 1) -> Any:
     """Start the feed of several workers, on this node; see `StepFeed`."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     # A call waits until a step is encoded, and must not hold up workers that ask for an earlier one.
     actor = ray.remote(num_cpus=0, max_concurrency=num_workers)(StepFeed)
-    return actor.options(scheduling_strategy=here).remote(read, encoder, num_workers, max_encoders)
+    return actor.options(scheduling_strategy=here).remote(read, encoder, num_workers, max_encoders, together)
 
 
 def take_from(actor: Any, rank: int, step: int, packing: Packing) -> Portion:

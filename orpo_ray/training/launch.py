@@ -27,6 +27,7 @@ from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
 from orpo_ray.training.data_identity import check_data
+from orpo_ray.training.group_scaling import GroupScaling
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay
@@ -62,12 +63,18 @@ class _RunTrainer(DataParallelTrainer):
     its driver, except for the trials of a sweep, where one is stopped and the driver goes on.
     """
 
-    def __init__(self, *arguments: Any, is_trial: bool, **options: Any) -> None:
+    def __init__(self, *arguments: Any, is_trial: bool, together: int, **options: Any) -> None:
+        self._together = together
         self._without = {DatasetsCallback} if is_trial else {DatasetsCallback, PlacementGroupCleanerCallback}
         super().__init__(*arguments, **options)
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if type(callback) not in self._without]
+
+    def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
+        if self._together > 1 and self.scaling_config.elasticity_enabled:
+            options["scaling_policy"] = GroupScaling(self.scaling_config, self._together)
+        return super()._initialize_and_run_controller(**options)
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leave signals to `StopSignals`; Ray Train's own handler ends a run without a checkpoint."""
@@ -179,6 +186,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
     trainer = _RunTrainer(
         train_worker,
         is_trial=bool(callbacks),
+        together=recipe.scaling.sequence_parallel,
         train_loop_config={"status": status},
         backend_config=SharedDevices(),
         scaling_config=ScalingConfig(

@@ -35,9 +35,11 @@ def check_model(recipe: Recipe, saved: Recipe | None) -> tuple[Recipe, str | Non
     Raises:
         UserError: the model cannot be found or trained.
     """
-    from orpo_ray.model.loading import concatenated_because, pick_attention
+    from orpo_ray.model.loading import check_divisible, concatenated_because, pick_attention
     from orpo_ray.training.run_identity import pinned
 
     recipe = pinned(recipe, saved)
+    if recipe.scaling.sequence_parallel > 1:
+        check_divisible(recipe.model, recipe.scaling.sequence_parallel)
     why = pick_attention(recipe.model).why
     return recipe, concatenated_because(why) if why else None

@@ -1,4 +1,7 @@
-"""Save checkpoints: look for room, write every worker's files, and publish them with its manifest last."""
+"""Save checkpoints: look for room, write every worker's files, and publish them with its manifest last.
+
+Into an object store, files are uploaded beside the training, by a thread.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,6 +49,9 @@ class Saver:
         num_workers: of the run.
         workers_of_node: number of workers on this worker's node.
 
+    Attributes:
+        pending: step of the checkpoint that some worker may still be uploading; None if the last one is whole.
+
     Raises:
         UserError: a checkpoint does not fit into the scratch folder.
     """
@@ -54,6 +61,10 @@ class Saver:
             RunFolder(recipe.run_uri), recipe.checkpoint.keep, rank, num_workers
         )  # fmt: skip
         self._scratch_folder = recipe.checkpoint.scratch
+        self.pending: int | None = None
+        self._thread = ThreadPoolExecutor(1, "upload")  # one upload at a time, so that scratch holds one checkpoint
+        self._task: Future[None] | None = None
+        self._newest = ""  # the name of the newest checkpoint, of which the store may not have a file yet
         # All workers write into a local run folder. Into a remote one each writes by way of its own disk.
         self._expected_bytes = engine.checkpoint_bytes
         if self._run.is_remote:
@@ -64,30 +75,70 @@ class Saver:
     def save(self, engine: Engine, position: Position) -> None:
         """Save a checkpoint, and delete those that are too old. A collective.
 
+        In an object store, the checkpoint is `pending` afterwards: workers upload their files while the training goes
+        on, until `settle` or `finish`. A save waits for the upload before it.
+
         Raises:
             TrainingDiverged: a weight is not finite; earlier checkpoints are kept.
             SaveFailed: there is no room, or the store refuses; earlier checkpoints are kept.
         """
+        self.finish()
         if not engine.has_finite_weights():
             raise TrainingDiverged(
                 f"a weight is not finite after step {position.step:,}; the last checkpoint is kept\n  fix: {FIX}"
             )
         with self._one_message(position.step):
             mine = new_name(checkpoint_names(self._run)) if self._rank == 0 else None
-        name = gather_objects(mine)[0]
-        with self._one_message(position.step), self._scratch() as scratch:
+        self._newest = gather_objects(mine)[0]
+        with self._one_message(position.step), ExitStack() as until_published:
+            scratch = until_published.enter_context(self._scratch())
             self._wait_for_room(scratch)
             with _full_disk_as_os_error(scratch):
                 engine.save(scratch)
             if self._rank == 0:
                 (scratch / POSITION_FILE).write_text(json.dumps(asdict(position)))
             manifest = write_manifest(scratch, position.step, self._rank, self._num_workers)
-            self._publish(scratch, name, manifest)
-        written = gather_objects(manifest.num_bytes)  # waits until all have published
-        self._expected_bytes = manifest.num_bytes if self._run.is_remote else sum(written)
-        if self._rank == 0:
-            with self._one_message(position.step):
-                prune(self._run, self._keep)
+            if not self._run.is_remote:
+                self._publish(scratch, self._newest, manifest)
+            else:
+                work = (position.step, scratch, self._newest, manifest, until_published.pop_all())
+                self._task = self._thread.submit(self._upload, *work)
+        if self._run.is_remote:
+            self.pending, self._expected_bytes = position.step, manifest.num_bytes
+            return
+        self._expected_bytes = sum(gather_objects(manifest.num_bytes))  # waits until all have published
+        self._prune(position.step)
+
+    @property
+    def is_uploading(self) -> bool:
+        """Whether this worker's part of the pending checkpoint is not in the store yet. Any thread may ask."""
+        task = self._task
+        return self.pending is not None and task is not None and not (task.done() and task.exception() is None)
+
+    def check(self) -> None:
+        """Raise the error of an upload, if it has failed. Raises SaveFailed."""
+        if self._task is not None and self._task.done():
+            self._task.result()
+
+    def settle(self) -> None:
+        """Take the pending checkpoint for whole. All workers call this once no worker is uploading."""
+        step, self.pending = self.pending, None
+        if self._rank == 0 and step is not None:
+            self._task = self._thread.submit(self._prune, step)
+
+    def finish(self) -> None:
+        """Wait until the pending checkpoint is whole. A collective. Raises SaveFailed."""
+        if self._task is not None:
+            self._task.result()
+        if self.pending is None:
+            return
+        gather_objects(None)  # waits for the uploads of all
+        step, self.pending = self.pending, None
+        self._prune(step)
+
+    def end_upload(self) -> None:
+        """Wait for this worker's upload, which may be the last part of a checkpoint. Any thread may; raises nothing."""
+        wait([self._task] if self._task is not None else [])
 
     def save_alone(self, engine: SavesAlone, position: Position, updates: int, lines: Sequence[LogLine]) -> bool:
         """Save a checkpoint without the other workers, and from another thread than the one that trains.
@@ -112,8 +163,17 @@ class Saver:
             (scratch / POSITION_FILE).write_text(json.dumps(asdict(position)))
             write_log(scratch / LOG_FILE, lines)
             manifest = write_manifest(scratch, position.step, rank=0, num_workers=1)
-            self._publish(scratch, new_name(checkpoint_names(self._run)), manifest)
+            self._publish(scratch, new_name([*checkpoint_names(self._run), self._newest]), manifest)
         return True
+
+    def _upload(self, step: int, scratch: Path, name: str, manifest: Manifest, until_published: ExitStack) -> None:
+        with self._one_message(step), until_published:
+            self._publish(scratch, name, manifest)
+
+    def _prune(self, step: int) -> None:
+        if self._rank == 0:
+            with self._one_message(step):
+                prune(self._run, self._keep)
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
@@ -136,12 +196,12 @@ class Saver:
     def _wait_for_room(self, scratch: Path) -> None:
         if self._rank != 0 and not self._run.is_remote:
             return  # rank 0 looks for all
-        for wait in (*ROOM_WAITS_S, None):
+        for pause in (*ROOM_WAITS_S, None):
             free = shutil.disk_usage(scratch).free
             if free >= self._expected_bytes:
                 return
-            if wait is not None:
-                time.sleep(wait)
+            if pause is not None:
+                time.sleep(pause)
         raise OSError(f"it needs {_megabytes(self._expected_bytes)}, and {scratch} has {_megabytes(free)} free")
 
     def _publish(self, scratch: Path, name: str, manifest: Manifest) -> None:

@@ -36,6 +36,8 @@ class Held:
     """Whether the state is worth a checkpoint."""
     is_training: bool
     """Whether the training goes on. It has failed otherwise."""
+    is_uploading: bool = False
+    """Whether the worker still uploads its part of the last checkpoint."""
 
 
 class SaveBeforeTeardown(WorkerGroupCallback):
@@ -55,16 +57,25 @@ class SaveBeforeTeardown(WorkerGroupCallback):
         """Save, and return when that is done or has failed; earlier checkpoints are kept."""
         workers = worker_group.get_workers()
         held = _answers(workers, _held)
+        if not self._save(workers, held):
+            # The checkpoint that they upload may become whole: the parts of the others may be in the store.
+            uploading = [workers[rank] for rank, each in held.items() if each and each.is_uploading]
+            _answers(uploading, _end_upload, self._timeout)
+
+    def _save(self, workers: list[Any], held: dict[int, Held | None]) -> bool:
+        """Save what workers hold; returns whether they did."""
         unsaved = {rank: each for rank, each in held.items() if each and each.is_healthy and each.step > each.saved}
         if not unsaved or self._is_fatal():
-            return
+            return False
         alone = [rank for rank, each in unsaved.items() if each.is_whole]
         # Ranks may differ by a step: one has the sum of the gradients, and another lost the connection before it.
         for rank in sorted(alone, key=lambda rank: -unsaved[rank].step):
             if _answers([workers[rank]], _save_alone, self._timeout).get(0):
-                return
-        if not alone and len(unsaved) == len(workers) and all(each.is_training for each in unsaved.values()):
-            self._save_together(workers)
+                return True
+        if alone or len(unsaved) < len(workers) or not all(each.is_training for each in unsaved.values()):
+            return False
+        self._save_together(workers)
+        return True
 
     def _save_together(self, workers: list[Any]) -> None:
         """Let all workers end with a checkpoint, as at a signal."""
@@ -116,6 +127,11 @@ def _held() -> Held | None:
 
 def _save_alone() -> bool:
     return _training is not None and bool(_training.save_alone())
+
+
+def _end_upload() -> None:
+    if _training is not None:
+        _training.saver.end_upload()
 
 
 def _stop() -> None:

@@ -19,6 +19,7 @@ from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, r
 from orpo_ray.data.balance import StepShare
 from orpo_ray.data.order import step_samples
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
+from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.collectives import add_sums, gather_objects, gather_step
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
@@ -44,6 +45,7 @@ from orpo_ray.training.worker_start import WorkerConfig
 
 # Names of requests that one worker makes and all workers follow, beside the figures of each worker.
 _STOP, _TEARDOWN, _PREEMPTION = "stop", "teardown", "preemption"
+_UPLOADING = "uploading"  # whether a worker's part of the last checkpoint is not in the store yet
 SETTLE_SECONDS = 10.0  # that a step has to end after its update
 
 
@@ -74,7 +76,10 @@ class Worker:
         cache_folder = Path(cache) if cache is not None else None
         self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once, cache_folder)
         self.objective = load_objective(self.recipe)
-        budget = self.recipe.optim.tokens_per_microbatch
+        self.together = self.recipe.scaling.sequence_parallel
+        if self.together > 1:
+            self.model.group = SequenceGroup.join(self.together, self.recipe.scaling.timeout_s)
+        budget = self.recipe.optim.tokens_per_microbatch * self.together
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.get_local_world_size())
@@ -104,6 +109,12 @@ class Worker:
 
     def run(self) -> None:
         """Train from the position to the end, then evaluate and write `final/`."""
+        try:
+            self._run()
+        finally:
+            self.saver.end_upload()
+
+    def _run(self) -> None:
         recipe = self.recipe
         self.model.train()
         with contextlib.closing(self._steps()) as steps:
@@ -115,7 +126,7 @@ class Worker:
         final = self._evaluate(recipe.eval.grounding) if self.config.held_out is not None else {}
         self._tell(phase="saving")
         save_final(self.engine, self.model, recipe)
-        self._save(with_prefix(final, "eval") | {"step": self.position.step, "final": True})
+        self._save(with_prefix(final, "eval") | {"step": self.position.step, "final": True}, is_awaited=True)
         self.tracker.close()
 
     def _train(self, steps: Iterator[StepPlan]) -> None:
@@ -132,27 +143,42 @@ class Worker:
             if recipe.eval.every_steps and step % recipe.eval.every_steps == 0 and step < num_steps:
                 self._report(self._evaluate(grounding=False))
             is_due = recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0
-            is_due = self.preemption.is_new(self._warn) or is_due
-            if (is_due or self.is_stopping) and step < num_steps and self.guard.is_healthy:
-                self._save(with_prefix(metrics, "train"))
-                self._tell(saved_at=step)
+            is_urgent = self.preemption.is_new(self._warn) or self.is_stopping
+            if (is_due or is_urgent) and step < num_steps and self.guard.is_healthy:
+                self._save(with_prefix(metrics, "train"), is_awaited=is_urgent)
             if self.is_stopping:
                 return
             started = time.perf_counter()
 
-    def _save(self, metrics: dict[str, float]) -> None:
+    def _save(self, metrics: dict[str, float], is_awaited: bool) -> None:
+        """Save a checkpoint. In an object store, its upload may go on beside the next steps unless it `is_awaited`."""
         started = time.perf_counter()
         self.tracker.flush()
         self.saver.save(self.engine, self.position)
+        if is_awaited:
+            self.saver.finish()
         self.checkpoint_seconds = time.perf_counter() - started
-        self.saved_step, self.unlogged = self.position.step, []
+        if self.saver.pending is None:
+            self._saved(self.position.step)
         if not self.is_torn_down:  # the controller waits for the workers then, and takes no reports
             ray.train.report(metrics)
+
+    def _saved(self, step: int) -> None:
+        """Note that the checkpoint of this step is whole."""
+        self.saved_step, self.unlogged = step, [line for line in self.unlogged if line.step > step]
+        self._tell(saved_at=step)
 
     def held(self) -> Held:
         """Say what this worker could save. Called from another thread."""
         is_whole = isinstance(self.engine, SavesAlone)
-        return Held(self.position.step, self.saved_step, is_whole, self.guard.is_healthy, self.is_training)
+        return Held(
+            self.position.step,
+            self.saved_step,
+            is_whole,
+            self.guard.is_healthy,
+            self.is_training,
+            self.saver.is_uploading,
+        )
 
     def save_alone(self) -> bool:
         """Save the state without the other workers, of which some are lost. Called from another thread.
@@ -181,7 +207,8 @@ class Worker:
         config, first = self.config, self.position.step
         if self.feed is None:
             read = replace(config.train, first_sample=first * self.recipe.optim.pairs_per_step)
-            self.feed = open_feed(read, config.encoder, config.max_encoders, self.rank, self.num_workers)
+            ranks = (self.rank, self.num_workers, self.together)
+            self.feed = open_feed(read, config.encoder, config.max_encoders, *ranks)
         shares = iter_shares(self.feed, self.planner.packing, first, config.num_steps)
         return one_ahead(map(self._prepared, shares), self.device)
 
@@ -221,19 +248,24 @@ class Worker:
                 self.model.check_images_used()
                 self.images_checked = True
         wants_stop = self.status is not None and self.status.asks_to_stop()
+        self.saver.check()
         asked = {_STOP: wants_stop, _TEARDOWN: self.wants_teardown, _PREEMPTION: self.preemption.is_due()}
+        asked[_UPLOADING] = self.saver.is_uploading
         figures = {
             "seconds": own.seconds(),
             "data_wait_seconds": waited,
             "checkpoint_seconds": self.checkpoint_seconds,
             "memory_gb": memory_gb(self.device),
         }
-        counts = {"tokens": sum(batch.input_ids.numel() for batch in plan.batches)}
+        size = {"tokens": sum(batch.input_ids.numel() for batch in plan.batches)}
         # The last collective before the gradient's, so that a worker that is lost is lost before the update or after
         # the step.
-        reduced, gathered = gather_step(sums, figures | counts | asked, self.device)
+        reduced, gathered = gather_step(sums, figures | size | asked, self.device, self.planner.counts)
         self.is_torn_down, self.preemption.is_looking = any(gathered.pop(_TEARDOWN)), any(gathered.pop(_PREEMPTION))
         self.is_stopping = any(gathered.pop(_STOP)) or self.is_torn_down
+        if not any(gathered.pop(_UPLOADING)) and (saved := self.saver.pending) is not None:
+            self.saver.settle()
+            self._saved(saved)
         grad_norm = self.engine.step()
         self.checkpoint_seconds = 0.0
         self._judge_speed(plan.step + 1, gathered)
@@ -258,6 +290,7 @@ class Worker:
         own = [ids for ids, loss in zip(plan.ids, losses, strict=True) if not loss.isfinite()]
         everyones = gather_objects((own, plan.ids))
         if self.rank == 0:
+            everyones = everyones[:: self.together]  # the others have the same pairs
             caused = [name for own, _ in everyones for ids in own for name in ids]
             all_ids = [name for _, all_own in everyones for ids in all_own for name in ids]
             self._warn(skipped_message(plan.step + 1, caused or all_ids))
@@ -296,7 +329,8 @@ class Worker:
         """Score the held-out pairs on all workers and log the metrics."""
         config = self.config
         assert config.held_out is not None
-        held_out = HeldOut(config.held_out, config.encoder, config.max_encoders, self.rank, self.num_workers)
+        ranks = (self.rank, self.num_workers, self.together)
+        held_out = HeldOut(config.held_out, config.encoder, config.max_encoders, *ranks)
         evaluator = Evaluator(
             self.model, held_out, self.planner, self.engine.forward, on_pass=lambda phase: self._tell(phase=phase)
         )

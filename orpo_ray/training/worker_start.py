@@ -164,6 +164,6 @@ def _feed_from_the_start(config: WorkerConfig) -> Take:
     from orpo_ray.streaming.steps import open_feed
 
     context = ray.train.get_context()
-    return open_feed(
-        config.train, config.encoder, config.max_encoders, context.get_world_rank(), context.get_world_size()
-    )
+    together = parse_recipe(config.recipe).scaling.sequence_parallel
+    ranks = (context.get_world_rank(), context.get_world_size())
+    return open_feed(config.train, config.encoder, config.max_encoders, *ranks, together)

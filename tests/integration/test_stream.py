@@ -87,6 +87,15 @@ def test_two_workers_divide_the_same_steps(spec: ReadSpec) -> None:
         assert max(tokens) - min(tokens) <= max(size.packed for size in sizes)
 
 
+def test_workers_that_compute_together_take_the_same_pairs(spec: ReadSpec) -> None:
+    """Four workers in groups of two: the first two have what the first of two workers would have."""
+    feed = feed_actor(spec, ENCODER, num_workers=4, max_encoders=1, together=2)
+    shares = [next(iter_shares(partial(take_from, feed, rank), PACKING, 0, 1)) for rank in range(4)]
+    assert ids(shares[0]) == ids(shares[1])
+    assert ids(shares[2]) == ids(shares[3])
+    assert sorted(ids(shares[0]) + ids(shares[2])) == sorted(ids(steps_of(spec)[0]))
+
+
 @pytest.mark.parametrize("first", [1, 6, 12])
 def test_a_resumed_stream_is_the_tail_of_the_whole_one(spec: ReadSpec, first: int) -> None:
     whole, tail = steps_of(spec), steps_of(spec, first)

@@ -34,8 +34,14 @@ def saver_of(storage: str) -> Saver:
     return Saver(recipe, cast(Engine, FiveFiles()), rank=0, num_workers=1, workers_of_node=1)
 
 
-def save_step(saver: Saver, step: int) -> None:
+def begin_save(saver: Saver, step: int) -> None:
+    """Save. Into an object store, the upload goes on afterwards."""
     saver.save(cast(Engine, FiveFiles()), Position(step=step))
+
+
+def save_step(saver: Saver, step: int) -> None:
+    begin_save(saver, step)
+    saver.finish()
 
 
 def save_for_ever(storage: str, first: int, ready: Connection) -> None:

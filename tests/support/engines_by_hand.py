@@ -17,6 +17,7 @@ from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoding import EncodedPair
+from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.collectives import reduce_sums
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
@@ -66,9 +67,14 @@ class Training:
     ) -> None:
         self.model = PairModel(load_for_training(recipe, CPU), NORM)
         pairs = two_pairs()
-        self.planner = StepPlanner(ORPO(), Packing(8192, self.model.layout), pairs[0], pairs[0], CPU)
+        packing = Packing(8192, self.model.layout)
+        self.planner = StepPlanner(ORPO(), packing, pairs[0], pairs[0], CPU, self.model.collate)
+        together = recipe.scaling.sequence_parallel
+        if together > 1:
+            self.model.group = SequenceGroup.join(together, 60.0)
+            self.planner.counts = self.model.group.member == 0
         self.engine: Any = engine(self.model, recipe, num_steps, num_workers)
-        self.share = self.planner.share(pairs, rank=rank, workers=num_workers)
+        self.share = self.planner.share(pairs, rank=rank // together, workers=num_workers // together)
 
     def step(self) -> list[float]:
         """Make a step; returns [loss, gradient norm] over all workers."""
@@ -77,7 +83,7 @@ class Training:
             loss, sums = ORPO(0.1).loss(self.engine.forward(batch), batch.weights, plan.normaliser)
             self.engine.backward(loss)
         norm = self.engine.step()
-        return [reduce_sums(sums, CPU)["loss"], norm]
+        return [reduce_sums(sums, CPU, self.planner.counts)["loss"], norm]
 
 
 def curves(recipes: list[Recipe], num_workers: int, folder: Path) -> list[list[list[float]]]:

@@ -16,12 +16,24 @@ SLOW_SECONDS = 0.3
 
 
 class Faults:
-    """WSGI middleware: of every ten requests, one is refused, one is slow and one gets an incomplete response."""
+    """WSGI middleware: of every ten requests, one is refused, one is slow and one gets an incomplete response.
+
+    Attributes:
+        active: whether it does.
+        refuses_writes: whether all writes are refused.
+        takes_writes: writes wait for this event.
+        written: paths of the objects that were written, in order.
+        read: paths of the objects of which bytes were read, in order.
+    """
 
     def __init__(self, server: Any) -> None:
         self.server = server
         self.active = False
         self.refuses_writes = False
+        self.takes_writes = threading.Event()
+        self.takes_writes.set()
+        self.written: list[str] = []
+        self.read: list[str] = []
         self.injected: dict[str, int] = {"refused": 0, "slow": 0, "cut": 0}
         self._count = itertools.count()
 
@@ -30,6 +42,11 @@ class Faults:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+        if environ["REQUEST_METHOD"] == "PUT":
+            self.takes_writes.wait()
+            self.written.append(environ["PATH_INFO"])
+        elif environ["REQUEST_METHOD"] == "GET" and "/" in environ["PATH_INFO"].strip("/"):
+            self.read.append(environ["PATH_INFO"])
         turn = next(self._count) % 10 if self.active else -1
         if turn == 3:
             self.injected["refused"] += 1

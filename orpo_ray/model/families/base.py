@@ -20,6 +20,7 @@ from orpo_ray.data.collate_images import PIXELS, ImageArrays, TokenRows, concate
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout
+from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 
 # Layers that attend from token to token and to nothing else: the ones that can share a prefix.
@@ -178,6 +179,29 @@ class Family:
         """
         hidden: torch.Tensor = base.model(**self._forward_inputs(base, batch, images)).last_hidden_state
         return hidden
+
+    def own_hidden_states(
+        self, base: Any, batch: PairBatch, images: ImageFeatures | None, group: SequenceGroup
+    ) -> torch.Tensor:
+        """Run the language model on this worker's tokens of a packed row: [1, t, D], see `SequenceGroup`."""
+        inputs = self._forward_inputs(base, batch, images)
+        tokens = "inputs_embeds" if "inputs_embeds" in inputs else "input_ids"
+        inputs |= {
+            tokens: group.own(inputs[tokens], 1),
+            "position_ids": group.own(inputs["position_ids"], -1),
+            "attention_mask": group.own(inputs["attention_mask"], -1),
+            "shared_prefix": PrefixLayout.of(batch, self.bidirectional, group),
+        }
+        hidden: torch.Tensor = base.model(**inputs).last_hidden_state
+        return hidden
+
+    def why_not_divided(self, config: Any) -> str | None:
+        """Why the row of a model with this transformers config cannot be divided among workers; None if it can."""
+        if why := self.why_not_shared_prefix(config):
+            return f"it cannot share a prefix: {why}"
+        if self.image_token is None:
+            return "the model itself puts image features into the row"
+        return None
 
     def packed_positions(self, base: Any, batch: PairBatch) -> torch.Tensor:
         """Positions in a packed row as the model itself would number each sequence: [1, T], or [axes, 1, T]."""

@@ -53,6 +53,22 @@ def test_defaults_are_trls() -> None:
         ({"data": {}}, "data.train: this field is required"),
         ({"data": {"train": None}}, "data.train: give at least one source"),
         ({"scaling": {"num_workers": 64}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
+        (
+            {"scaling": {"num_workers": 6, "sequence_parallel": 4}},
+            "scaling.num_workers (6) is no multiple of scaling.sequence_parallel (4)",
+        ),
+        (
+            {"scaling": {"num_workers": [2, 5], "sequence_parallel": 2}},
+            "scaling.num_workers (5) is no multiple of scaling.sequence_parallel (2)",
+        ),
+        (
+            {"scaling": {"num_workers": [1, 4], "sequence_parallel": 2}},
+            "scaling.num_workers (1) is no multiple of scaling.sequence_parallel (2)",
+        ),
+        (
+            {"scaling": {"num_workers": 2, "sequence_parallel": 2}, "model": {"id": "m", "attention": "concatenated"}},
+            "scaling.sequence_parallel (2) divides the row of a shared prefix, and model.attention is concatenated",
+        ),
         ({"scaling": {"num_workers": [1, 64]}}, "scaling.num_workers (64) exceeds optim.pairs_per_step (32)"),
         ({"scaling": {"num_workers": [4, 2]}}, "scaling.num_workers: must be [min, max], and the first is greater"),
         ({"scaling": {"num_workers": [1, 2, 3]}}, "scaling.num_workers: must be a number or [min, max]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from orpo_ray.planning.depth import with_depth
 from orpo_ray.planning.dry_run import dry_run
 from orpo_ray.planning.images import image_shape
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
+from orpo_ray.planning.second_process import in_second_process
 from orpo_ray.planning.states import Weights
 
 SMOLVLM, QWEN = "HuggingFaceTB/SmolVLM-256M-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -63,6 +65,18 @@ def test_operations_seen_before_give_the_same_tensors() -> None:
             assert (x * 2).dtype == torch.float32, repeated
             assert (x > 2).dtype == torch.bool, repeated
             assert [part.shape[0] for part in x.split([1, 3])] == [1, 3], repeated
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_a_second_process_does_not_finish_is_done_here(dies: bool) -> None:
+    here = os.getpid()
+
+    def compute() -> int:
+        if dies and os.getpid() != here:
+            os._exit(3)
+        return os.getpid()
+
+    assert (in_second_process(compute)() == here) == (dies or len(os.sched_getaffinity(0)) < 2)
 
 
 def test_a_plan_without_a_hub_prints_nothing_else_and_imports_no_compiler(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train import ScalingConfig
 
 from orpo_ray.errors import UserError
+from orpo_ray.training.group_scaling import GroupScaling
 from orpo_ray.training.resources import Resources, max_encoders, worker_resources
 from support.tiny_runs import tiny_recipe
 
@@ -48,3 +50,14 @@ def test_what_does_not_fit_is_said_before_the_start(
     with pytest.raises(UserError) as error:
         resources_of(tmp_path, nodes, **scaling)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "together", "workers"), [((3, 2), 2, 4), ((3, 4), 3, 6), ((8, 8), 2, 8), ((1,), 2, 0)]
+)
+def test_workers_that_compute_together_come_and_go_as_whole_groups(
+    cpus: tuple[int, ...], together: int, workers: int
+) -> None:
+    scaling = ScalingConfig(num_workers=(together, 8), resources_per_worker={"CPU": 1})
+    nodes = {str(node): {"CPU": count} for node, count in enumerate(cpus)}
+    assert GroupScaling(scaling, together)._count_possible_workers(nodes) == workers

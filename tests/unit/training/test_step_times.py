@@ -57,13 +57,15 @@ def test_own_time_is_that_of_the_measured_work() -> None:
     assert 0.04 <= own.seconds() < 0.1
 
 
-def gathered(rank: int, workers: int) -> list[object]:
+def gathered(rank: int, workers: int, counts: tuple[bool, ...] = (True, True)) -> list[object]:
     sums = {"loss": torch.tensor(1.5 + rank), "pairs": torch.tensor(2.0)}
-    return list(gather_step(sums, {"seconds": 0.25 * rank, "stop": rank == 1}, CPU))
+    return list(gather_step(sums, {"seconds": 0.25 * rank, "stop": rank == 1}, CPU, counts[rank]))
 
 
 def test_sums_are_added_and_figures_of_workers_kept_apart() -> None:
     for found in worker_group(2).run(gathered):
         assert found == [{"loss": 4.0, "pairs": 4.0}, {"seconds": [0.0, 0.25], "stop": [0.0, 1.0]}]
+    for found in worker_group(2).run(gathered, (True, False)):  # the second computes the pairs of the first
+        assert found == [{"loss": 1.5, "pairs": 2.0}, {"seconds": [0.0, 0.25], "stop": [0.0, 1.0]}]
     assert gathered(1, 1) == [{"loss": 2.5, "pairs": 2.0}, {"seconds": [0.25], "stop": [1.0]}]
     assert by_worker({"seconds": [0.5, 0.75]}) == {"worker_seconds/0": 0.5, "worker_seconds/1": 0.75}

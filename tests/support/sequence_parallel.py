@@ -1,0 +1,67 @@
+"""Workers for the tests of rows that several workers compute together."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from orpo_ray.config.field_types import Checkpointing
+from orpo_ray.errors import UserError
+from orpo_ray.model.sequence_group import SequenceGroup
+from support.pairs_by_hand import make_row, run, tiny_pair_model
+
+# Images, and tokens of prompt, chosen and rejected answer, of each pair. The second row has no image, and fewer targets
+# than some groups have workers.
+ROWS = [[(1, 5, 7, 4), (2, 6, 3, 9)], [(0, 4, 1, 1)]]
+
+
+def in_group(rank: int, size: int, family: str, lora: bool, checkpointing: Checkpointing) -> list[Any]:
+    """Return log-probs, loss and gradients of each of `ROWS`, the gradients added up over all workers."""
+    found = []
+    for row in ROWS:
+        torch.manual_seed(0)  # adapters begin at random
+        model = tiny_pair_model(family, lora, checkpointing)
+        model.group = SequenceGroup.join(size, 60.0) if size > 1 else None
+        logps, loss, gradients = run(model, make_row(family, row), "shared_prefix", "prompt+response")
+        if size > 1:
+            trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+            gradients = {name: gradients.get(name, torch.zeros_like(weight)) for name, weight in trained}
+            for gradient in gradients.values():
+                dist.all_reduce(gradient)
+        values = SimpleNamespace(**{name: value.detach() for name, value in vars(logps).items()})
+        found.append((values, loss, {name: each for name, each in gradients.items() if each.any()}))
+    return found
+
+
+def attended(rank: int, size: int, keys: int, tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Attention of a group over a row with `keys` key heads and 4 query heads: this worker's part of the result, and of
+    the gradients of queries, keys and values."""
+    group = SequenceGroup.join(size, 60.0)
+    own = [group.own(states, 2).detach().requires_grad_() for states in states_of(keys, tokens)]
+    out = group.attend(plain_attention, *own, tokens)
+    (out * group.own(torch.arange(tokens * 4 * 8).view(1, tokens, 4, 8).float().sin(), 1)).sum().backward()
+    return out.detach(), [each.grad for each in own if each.grad is not None]
+
+
+def joined_by_two(rank: int, size: int) -> str:
+    """What is said if these workers cannot form groups of two."""
+    try:
+        SequenceGroup.join(2, 60.0)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def states_of(keys: int, tokens: int) -> list[torch.Tensor]:
+    """Queries [1, 4, T, 8], keys and values [1, keys, T, 8]."""
+    random = torch.Generator().manual_seed(keys)
+    return [torch.randn(1, heads, tokens, 8, generator=random) for heads in (4, keys, keys)]
+
+
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention, [1, T, H, D]."""
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)
