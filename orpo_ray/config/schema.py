@@ -245,6 +245,14 @@ class ScalingConfig(Config):
     one worker share a GPU, such as the trials of a search (`tune.max_concurrent`)."""
     cpus_per_worker: Annotated[float, Field(gt=0), NUMBER] | None = None
     """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
+    accelerator_type: Text | None = None
+    """Type of GPU that the workers need, by Ray's name for it, such as `H100` or `A100-80G`. An autoscaling cluster
+    then starts nodes of the pool that has it. By default, any."""
+    labels: dict[Text, Text] = Field(default_factory=dict)
+    """Labels of nodes that the workers need, such as `{ray.io/market-type: spot}`. A value may be `!value`,
+    `in(a,b)` or `!in(a,b)`, as in Ray's label selectors."""
+    nodes_timeout_s: Annotated[float, Field(gt=0), NUMBER] = 1800.0
+    """Seconds that a run on an autoscaling cluster waits for the nodes of its workers before it ends."""
     max_failures: Int = Field(3, ge=0)
     """Number of worker failures after which the run ends. Before that, it resumes from the latest checkpoint."""
     max_preemptions: Annotated[int, Field(ge=0), NUMBER] | None = None
