@@ -22,6 +22,7 @@ from orpo_ray.console import (
     print_error,
     print_evaluated,
     print_exported,
+    print_findings,
     print_line,
     print_prepared,
     print_sweep,
@@ -292,6 +293,35 @@ def submit(
             follow_job(client, job)
         except KeyboardInterrupt:
             raise after_interrupt(client, job) from None
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RECIPE]", help="Recipe whose storage and sizes to check.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Cluster to check (default: RAY_ADDRESS, or the one that runs on this machine).",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Check a cluster before a run: versions, GPUs, network, storage, memory, disks, clocks, and who can reach it."""
+    loaded = None if recipe is None else load_recipe(recipe, overrides or [])
+    from orpo_ray.doctor.examine import examine
+
+    with stdout_to_stderr():
+        findings = examine(loaded, address)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    print_findings(findings)
+    if any(finding.status == "fix" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
