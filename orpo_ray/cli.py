@@ -22,6 +22,7 @@ from orpo_ray.console import (
     print_error,
     print_evaluated,
     print_exported,
+    print_findings,
     print_line,
     print_prepared,
     print_sweep,
@@ -53,6 +54,23 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object on stdout; everything else goes to stderr.")
+]
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Address of the cluster (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine).",
+        show_default=False,
+    ),
+]
+Prices = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GPU=PRICE",
+        help="Price of one GPU per hour, for example H100=2.50; repeat for other GPUs.",
+        show_default=False,
+    ),
 ]
 
 
@@ -198,14 +216,7 @@ def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJso
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    price_per_hour: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GPU=PRICE",
-            help="Price of one GPU per hour, for example H100=2.50; repeat for other GPUs.",
-            show_default=False,
-        ),
-    ] = None,
+    price_per_hour: Prices = None,
     mfu: Annotated[
         float | None,
         typer.Option(
@@ -245,6 +256,74 @@ def plan(
         print(json.dumps(report))
     else:
         print_plan(report, console)
+
+
+@app.command()
+def submit(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    command: Annotated[
+        str,
+        typer.Option(metavar="COMMAND", help="What to run: train, tune, `data check` or `data prepare`."),
+    ] = "train",
+    working_dir: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Folder to upload, with the recipe in it; 512 MiB at most.")
+    ] = ".",
+    runtime_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML file with Ray's runtime environment, or `none` if the nodes have orpo-ray (default: "
+            "cluster/runtime_env.yaml, if there is one in the folder).",
+            show_default=False,
+        ),
+    ] = None,
+    price_per_hour: Prices = None,
+    cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Estimate time and cost before the upload.")] = True,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print the job's log until it ends.")] = True,
+) -> None:
+    """Run a recipe on a Ray cluster: upload this folder, print the cost and the job's id, and follow the log."""
+    from orpo_ray.jobs.follow import after_interrupt, follow_job
+    from orpo_ray.jobs.submit import JobOptions, submit_job
+
+    options = JobOptions(address, command, working_dir, runtime_env, price_per_hour or (), cost)
+    client, job = submit_job(recipe, overrides or [], options, console)
+    print(job, flush=True)
+    if follow:
+        try:
+            follow_job(client, job)
+        except KeyboardInterrupt:
+            raise after_interrupt(client, job) from None
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RECIPE]", help="Recipe whose storage and sizes to check.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Cluster to check (default: RAY_ADDRESS, or the one that runs on this machine).",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Check a cluster before a run: versions, GPUs, network, storage, memory, disks, clocks, and who can reach it."""
+    loaded = None if recipe is None else load_recipe(recipe, overrides or [])
+    from orpo_ray.doctor.examine import examine
+
+    with stdout_to_stderr():
+        findings = examine(loaded, address)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    print_findings(findings)
+    if any(finding.status == "fix" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()

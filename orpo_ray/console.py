@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # `orpo-ray --help` must not import these
     from orpo_ray.data_report.prepare import Prepared
+    from orpo_ray.doctor.finding import Finding
     from orpo_ray.export.export import Exported
     from orpo_ray.training.launch import RunSummary
     from orpo_ray.training.sweep import Sweep
@@ -100,6 +101,16 @@ def print_prepared(written: Mapping[str, Prepared], recipe: str, overrides: Sequ
     # The written data has one format with its own columns, is split already, and holds its images.
     options += ["data.format=auto", "data.columns={}", "data.eval_fraction=0", "data.image_root=null"]
     print_line(f"next   {shlex.join(['orpo-ray', 'train', recipe, *options])}")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print a line for each finding: what was checked, what was found, and the fix."""
+    width = max((len(finding.check) for finding in findings), default=0)
+    styles = {"ok": "[green]ok[/green]     ", "warning": "[yellow]warning[/yellow]", "fix": "[red]fix[/red]    "}
+    for each in findings:
+        fix = f"; fix: {each.fix}" if each.fix else ""
+        line = f"{styles[each.status]}  {each.check:{width}}  {escape(each.value + fix)}"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def print_check(report: Mapping[str, Any]) -> None:
