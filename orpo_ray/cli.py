@@ -20,7 +20,6 @@ from orpo_ray.console import (
     console,
     print_check,
     print_error,
-    print_evaluated,
     print_exported,
     print_line,
     print_prepared,
@@ -117,16 +116,30 @@ def evaluate(
         typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, a model or peft adapters.", show_default=False),
     ],
     overrides: Overrides = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL_OR_RUN",
+            help="Compare with this run, model folder or hub model on the same pairs.",
+            show_default=False,
+        ),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Also show groups of pairs by this column; repeat for others.",
+                     show_default=False),
+    ] = None,
     as_json: AsJson = False,
-) -> None:
-    """Score a model on held-out pairs, with their own images and with exchanged images."""
-    from orpo_ray.evaluation.evaluate_run import evaluate_run
+) -> None:  # fmt: skip
+    """Score a model on held-out pairs, with their own, with exchanged and with blank images."""
+    from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
+    from orpo_ray.evaluation.table import print_evaluation
 
-    metrics = evaluate_run(run_or_model, overrides or [], console)
+    evaluation = evaluate_run(run_or_model, overrides or [], console, EvaluateOptions(base, by or ()))
     if as_json:
-        print(json.dumps(metrics))
+        print(json.dumps(evaluation.as_json()))
     else:
-        print_evaluated(metrics)
+        print_evaluation(evaluation, console)
 
 
 @app.command()

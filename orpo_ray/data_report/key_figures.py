@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orpo_ray.data_report.text_format import counted, number, percent
 from orpo_ray.extras import install_command, is_installed
+from orpo_ray.pages.text_format import counted, number, percent
 
 Split = Mapping[str, Any]
 LEVELS = ("none", "good", "warning", "problem")  # in order of severity

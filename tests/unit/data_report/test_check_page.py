@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from orpo_ray.data_report.page import render_page
-from orpo_ray.data_report.text_format import TEXT_SHOWN, number, percent, visible
+from orpo_ray.pages.text_format import TEXT_SHOWN, number, percent, visible
 from support.data_reports import (
     HOSTILE,
     a_gallery,
