@@ -22,7 +22,9 @@ from orpo_ray.console import (
     print_error,
     print_exported,
     print_line,
+    print_next_to_recipe,
     print_prepared,
+    print_recipes,
     print_sweep,
     print_trained,
     stdout_to_stderr,
@@ -96,7 +98,12 @@ def train(
     loaded = _load_for_ray(recipe, overrides)
     from orpo_ray.training.launch import launch_training
 
-    print_trained(launch_training(loaded, console, from_checkpoint=from_checkpoint))
+    summary = launch_training(loaded, console, from_checkpoint=from_checkpoint)
+    from orpo_ray.report.page import write_report
+
+    with stdout_to_stderr():
+        page = write_report([summary.run_uri])
+    print_trained(summary, page)
 
 
 @app.command()
@@ -140,6 +147,55 @@ def evaluate(
         print(json.dumps(evaluation.as_json()))
     else:
         print_evaluation(evaluation, console)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="File to write (default: report.html in the run's folder; for several runs, in this folder).",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run, or about several side by side: verdicts, curves, margins, pairs."""
+    from orpo_ray.report.page import write_report
+
+    print_line(f"page  {write_report(runs, output)}")
+
+
+@app.command("runs")
+def list_of_runs(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of runs.")] = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """List the runs in a folder, with their states and main figures."""
+    from orpo_ray.report.run_list import list_runs, print_runs
+
+    found = list_runs(folder)
+    if as_json:
+        print(json.dumps({"runs": [asdict(run) for run in found]}))
+    else:
+        print_runs(found, console)
+
+
+@app.command()
+def init(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Recipe to write.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write (default: NAME.yaml).", show_default=False)
+    ] = None,
+) -> None:
+    """List the recipes that come with orpo-ray, or write one of them to a file."""
+    from orpo_ray.config.shipped_recipes import shipped_recipes, write_recipe
+
+    if name is None:
+        print_recipes(shipped_recipes())
+    else:
+        print_next_to_recipe(str(write_recipe(name, output)))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:  # `orpo-ray --help` must not import these
+    from orpo_ray.config.shipped_recipes import ShippedRecipe
     from orpo_ray.data_report.prepare import Prepared
     from orpo_ray.export.export import Exported
     from orpo_ray.training.launch import RunSummary
@@ -45,22 +46,52 @@ def print_error(title: str, error: Exception) -> None:
     console.print(f"[red]{title}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
-def print_trained(summary: RunSummary) -> None:
-    """Print what a run reached, where it is, and how to export its model."""
+def print_trained(summary: RunSummary, page: str) -> None:
+    """Print what a run reached, where it is, and what to do next.
+
+    Args:
+        summary: of the run.
+        page: where its report is.
+    """
     if summary.was_finished:
         print_line("This run is finished already. To train again, choose another name (name=...) or delete its folder.")
     _print_figures(summary.metrics, "training, last step", _TRAIN_FIGURES)
-    print_evaluated(summary.metrics)
+    _print_figures(summary.metrics, "held-out pairs", _EVAL_FIGURES)
     for line in _troubles(summary.metrics):
         print_line(line)
     print_line(f"run folder  {summary.run_uri}")
     print_line(f"model       {summary.run_uri}/final")
-    print_line(f"export      {shlex.join(['orpo-ray', 'export', summary.run_uri])}")
+    print_line(f"report      {page}")
+    print_line("next")
+    for command, purpose in _next_steps(summary):
+        print_line(f"  {shlex.join(command)}   {purpose}")
 
 
-def print_evaluated(metrics: Mapping[str, float]) -> None:
-    """Print the figures on held-out pairs."""
-    _print_figures(metrics, "held-out pairs", _EVAL_FIGURES)
+def _next_steps(summary: RunSummary) -> list[tuple[list[str], str]]:
+    """Say what a user can do with a finished run."""
+    if any(name.startswith("eval/") for name in summary.metrics):
+        first = (["orpo-ray", "evaluate", summary.run_uri], "intervals, groups of pairs; --base MODEL compares")
+    else:
+        first = (["orpo-ray", "evaluate", summary.run_uri, "data.eval=FILE"], "score it on held-out pairs")
+    return [first, (["orpo-ray", "export", summary.run_uri], "one folder for transformers and vLLM")]
+
+
+def print_recipes(recipes: Sequence[ShippedRecipe]) -> None:
+    """Print the recipes that come with the package."""
+    table = Table(box=None, padding=(0, 2))
+    for column in ("recipe", "hardware", "memory"):
+        table.add_column(column, no_wrap=column != "hardware")
+    for recipe in recipes:
+        table.add_row(recipe.name, escape(recipe.hardware), escape(recipe.memory))
+    console.print(table)
+    print_line("write one with  orpo-ray init NAME")
+
+
+def print_next_to_recipe(path: str) -> None:
+    """Print where a recipe was written, and what to do with it."""
+    print_line(f"recipe  {path}")
+    for command, purpose in (("data check", "check its data"), ("plan", "predict memory and time"), ("train", "train")):
+        print_line(f"next    {shlex.join(['orpo-ray', *command.split(), path])}   {purpose}")
 
 
 def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:

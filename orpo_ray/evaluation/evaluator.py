@@ -7,8 +7,8 @@ Used by training, on every worker, and by `orpo-ray evaluate`, in one process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +18,11 @@ import torch
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.balance import Packing, StepShare
 from orpo_ray.data.collate_images import PIXELS
-from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.pair_scores import BLANK, CORRECT, EXCHANGED, iter_pair_scores, join_pass, join_workers
+from orpo_ray.evaluation.pair_scores import BLANK, CORRECT, EXCHANGED, KEYS, join_pass, join_workers
 from orpo_ray.model.vision_cache import KEYS as CACHE_KEYS
 from orpo_ray.objective.base import Normaliser, Objective
 from orpo_ray.objective.collectives import add_sums, gather_objects, reduce_sums
@@ -159,6 +159,26 @@ def score(forward: Forward, shares: Iterable[StepShare], planner: StepPlanner) -
         "bad_rows": float(len(bad)),
     }
     return Scores(metrics, join_workers(gather_objects(rows)), bad)
+
+
+def iter_pair_scores(objective: Objective, logps: PairLogps, pairs: Sequence[EncodedPair]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each pair of a micro-batch. The figures of a pair are the metrics of an evaluation of it alone.
+
+    Args:
+        objective: the loss.
+        logps: of the micro-batch, on the CPU; dummy pairs come last and are left out.
+        pairs: the pairs, without dummy pairs.
+    """
+    chosen, rejected = objective.answer_logps(logps)
+    preferred = (chosen > rejected).tolist()
+    tensors = {each.name: getattr(logps, each.name) for each in fields(logps)}
+    one = torch.ones(1)
+    for place, pair in enumerate(pairs):
+        alone = PairLogps(**{name: values[place : place + 1] for name, values in tensors.items()})
+        _, sums = objective.loss(alone, one, Normaliser(1.0))
+        keys = (pair.sample_index, pair.id, len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+        figures = objective.metrics({name: float(value) for name, value in sums.items()})
+        yield dict(zip(KEYS, keys, strict=True)) | {CORRECT: preferred[place]} | figures
 
 
 def blanked(batch: PairBatch) -> PairBatch:

@@ -7,17 +7,12 @@ the pair alone (`loss`, `rewards/margins`, ...). A pass with other images adds `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.objective.base import Normaliser, Objective
-from orpo_ray.objective.logps import PairLogps
 from orpo_ray.storage.run_folder import RunFolder
 
 KEYS = ("sample_index", "id", "prompt_tokens", "chosen_tokens", "rejected_tokens")
@@ -25,26 +20,6 @@ CORRECT = "correct"
 """Whether the chosen answer is the more likely one, by the objective's measure."""
 EXCHANGED, BLANK = "exchanged", "blank"
 """Passes with other images: those of another pair, and uniform gray ones."""
-
-
-def iter_pair_scores(objective: Objective, logps: PairLogps, pairs: Sequence[EncodedPair]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each pair of a micro-batch. The figures of a pair are the metrics of an evaluation of it alone.
-
-    Args:
-        objective: the loss.
-        logps: of the micro-batch, on the CPU; dummy pairs come last and are left out.
-        pairs: the pairs, without dummy pairs.
-    """
-    chosen, rejected = objective.answer_logps(logps)
-    preferred = (chosen > rejected).tolist()
-    tensors = {each.name: getattr(logps, each.name) for each in fields(logps)}
-    one = torch.ones(1)
-    for place, pair in enumerate(pairs):
-        alone = PairLogps(**{name: values[place : place + 1] for name, values in tensors.items()})
-        _, sums = objective.loss(alone, one, Normaliser(1.0))
-        keys = (pair.sample_index, pair.id, len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
-        figures = objective.metrics({name: float(value) for name, value in sums.items()})
-        yield dict(zip(KEYS, keys, strict=True)) | {CORRECT: preferred[place]} | figures
 
 
 def join_workers(parts: Sequence[Sequence[dict[str, Any]]]) -> pa.Table:

@@ -15,6 +15,7 @@ from orpo_ray.evaluation.pair_scores import BLANK, CORRECT, EXCHANGED, KEYS
 from orpo_ray.evaluation.statistics import Comparison, Estimate, compare, mean_estimate, mean_estimates
 
 CHANCE = 0.5
+ACCURATE = "The model prefers the chosen answers"
 # A grounding gap below this is no use of the images that matters.
 SMALL_GAP = 0.05
 GROUPS = 12  # of a breakdown; the rest is "other"
@@ -211,7 +212,7 @@ def judge_accuracy(accuracy: Estimate) -> Verdict:
         return Verdict("warning", "Not distinguishable from chance", text)
     if accuracy.value < CHANCE:
         return Verdict("problem", "Worse than chance, as if chosen and rejected were exchanged", text)
-    return Verdict("good", f"Right in {percent(accuracy.value)} of the pairs", text)
+    return Verdict("good", ACCURATE, text)
 
 
 def judge_grounding(figures: Mapping[str, Estimate]) -> Verdict | None:

@@ -61,7 +61,8 @@ def curves_of(runs: Sequence[RunData]) -> list[CurveChart]:
             series = [_series(runs[0], metric, name, kind) for metric, name, kind in curve.metrics]
         else:
             series = [_series(run, _of_several(run, curve), run.name, color(place)) for place, run in enumerate(runs)]
-        charts.append(make_curve_chart(curve.title, curve.note, series, curve.reference))
+        title = "Reward of chosen" if curve.title == "Rewards" and len(runs) > 1 else curve.title
+        charts.append(make_curve_chart(title, curve.note, series, curve.reference))
     return [chart for chart in charts if chart is not None]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from orpo_ray import __version__
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.statistics import Estimate
-from orpo_ray.evaluation.summary import ACCURACIES, GAP, MARGINS, Summary, Verdict, percent, summarize
+from orpo_ray.evaluation.summary import ACCURACIES, ACCURATE, GAP, MARGINS, Summary, Verdict, percent, summarize
 from orpo_ray.pages.curves import short
 from orpo_ray.pages.environment import page_template
 from orpo_ray.report.charts import color, curves_of, margins_of
@@ -118,9 +118,9 @@ def _verdicts(run: RunData, summary: Summary | None) -> list[Verdict]:
 
 
 def _headline(verdicts: Sequence[Verdict]) -> str:
-    """Join the headlines; the accuracy alone has a card of its own."""
-    said = [each.headline for each in verdicts if not each.headline.startswith("Right in")]
-    return ". ".join(said or [verdicts[0].headline])
+    """Join the headlines; a model that is better than another one need not be said to be good."""
+    said = [each.headline for each in verdicts]
+    return ". ".join(each for place, each in enumerate(said) if each != ACCURATE or place == 0)
 
 
 def _ranking(runs: Sequence[RunData], summaries: Sequence[Summary | None]) -> Verdict:

@@ -27,6 +27,7 @@ from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
 from orpo_ray.training.data_identity import check_data
+from orpo_ray.training.environment import write_environment
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay
@@ -118,6 +119,7 @@ def launch_training(
         check_data(read, folder, is_new=saved is None)
         (folder.path / RECIPE_FILE).write_text(resolved.to_yaml(), encoding="utf-8")
         folder.push(RECIPE_FILE)
+        write_environment(folder)
         console.print(_headline(resolved, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
         config = WorkerConfig(
             recipe=resolved.model_dump(mode="json"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from orpo_ray.config.load import parse_recipe, read_mapping
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import held_out_data
 from orpo_ray.evaluation.pair_scores import write_pair_scores
@@ -67,6 +68,14 @@ def planted_run(
         (run / "final").mkdir()
         (run / "final" / "config.json").write_text("{}")
     return run
+
+
+def score_again(run: Path) -> None:
+    """Plant scores again, after the held-out data has changed."""
+    recipe = parse_recipe(read_mapping(run / "recipe.yaml"))
+    pairs = len((run.parent / "data" / "test.jsonl").read_text().splitlines())
+    _write_scores(recipe, run, planted(pairs, 0.9, exchanged=0.5), EVAL_PAIRS_FILE)
+    _write_scores(recipe, run, planted(pairs, 0.5, seed=1), EVAL_PAIRS_START_FILE)
 
 
 def _write_scores(recipe: Recipe, run: Path, scores: pa.Table, name: str) -> None:

@@ -40,7 +40,11 @@ def test_brackets_in_errors_and_results_are_not_markup(capsys: pytest.CaptureFix
 
 
 def test_a_run_ends_with_a_command_that_can_be_copied(capsys: pytest.CaptureFixture[str]) -> None:
-    print_trained(RunSummary("/my runs/x", {"train/loss": 1.0, "eval/grounding_gap": 0.25}))
+    print_trained(RunSummary("/my runs/x", {"train/loss": 1.0, "eval/grounding_gap": 0.25}), "/my runs/x/report.html")
     text = printed(capsys)
     assert "orpo-ray export '/my runs/x'" in text
+    assert "orpo-ray evaluate '/my runs/x'   intervals" in text
+    assert "report      /my runs/x/report.html" in text
     assert [line.split()[1] for line in text.splitlines() if "eval/grounding_gap" in line] == ["0.2500"]
+    print_trained(RunSummary("x", {"train/loss": 1.0}), "x/report.html")
+    assert "orpo-ray evaluate x data.eval=FILE" in printed(capsys)  # a run without held-out pairs
