@@ -105,13 +105,16 @@ def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:
     table = Table(title=f"{len(sweep.trials)} trials by {metric_name}")
     for column in ("trial", *fields, metric_name, "steps", "status"):
         justify: Any = "left" if column in ("trial", "status") else "right"
-        table.add_column(column.split(".")[-1].removeprefix("eval/"), justify=justify)
+        # A header that does not fit takes two lines, rather than being cut.
+        table.add_column(column.split(".")[-1].removeprefix("eval/"), justify=justify, overflow="fold")
     for trial in sweep.trials:
         figures = [f"{value:.3g}" for value in trial.params.values()]
         metric = "-" if trial.metric is None else f"{trial.metric:.4f}"
         style = "green" if trial.name == sweep.best else None
         table.add_row(trial.name, *figures, metric, str(trial.steps), escape(trial.status), style=style)
     console.print(table)
+    if sweep.doubt:
+        console.print(f"[yellow]warning:[/yellow] {escape(sweep.doubt)}", highlight=False, soft_wrap=True)
     print_line(f"best recipe  {sweep.best_recipe}")
     print_line(f"train it     {shlex.join(['orpo-ray', 'train', sweep.best_recipe])}")
 
@@ -127,9 +130,11 @@ def print_prepared(written: Mapping[str, Prepared], recipe: str, overrides: Sequ
     for name, split in written.items():
         shards = f"{split.rows:,} pairs in {len(split.shards)} shard(s), {len(split.bad):,} bad row(s) left out"
         print_line(f"{name:5}  {shards}")
-    options = [*overrides, *(f"data.{name}={split.uri}" for name, split in written.items())]
+    own = {f"data.{name}": split.uri for name, split in written.items()}
     # The written data has one format with its own columns, is split already, and holds its images.
-    options += ["data.format=auto", "data.columns={}", "data.eval_fraction=0", "data.image_root=null"]
+    own |= {"data.format": "auto", "data.columns": "{}", "data.eval_fraction": "0", "data.image_root": "null"}
+    kept = [each for each in overrides if each.partition("=")[0] not in own and not each.startswith("data.columns.")]
+    options = [*kept, *(f"{name}={value}" for name, value in own.items())]
     print_line(f"next   {shlex.join(['orpo-ray', 'train', recipe, *options])}")
 
 
@@ -154,7 +159,7 @@ def print_check(report: Mapping[str, Any]) -> None:
     for name in ("prompt", "image", "chosen", "rejected"):
         row(f"{name} tokens, p50 / p95 / max", lambda split, name=name: _spread(split["tokens"], name))  # type: ignore[misc]
     row("duplicate pairs", lambda split: f"{split['duplicates']['pairs']:,}")
-    row("chosen is longer", lambda split: _percentage(split["length_bias"], "chosen_longer"))
+    row("chosen longer / shorter", lambda split: _sides(split["length_bias"]))
     row("text-only accuracy", lambda split: _percentage(split["text_only"], "accuracy"))
     console.print(table)
     if report["images_on_both_sides"]:
@@ -189,6 +194,12 @@ def _troubles(metrics: Mapping[str, float]) -> list[str]:
 
 def _spread(tokens: Mapping[str, Any] | None, name: str) -> str:
     return " / ".join(f"{tokens[name][point]:,.0f}" for point in ("p50", "p95", "max")) if tokens else "-"
+
+
+def _sides(bias: Mapping[str, float] | None) -> str:
+    if not bias:
+        return "-"
+    return f"{bias['chosen_longer']:.0%} / {max(0.0, 1 - bias['chosen_longer'] - bias['equal']):.0%}"
 
 
 def _percentage(figures: Mapping[str, float] | None, name: str) -> str:

@@ -93,6 +93,15 @@ def row_images(row: Mapping[str, Any], names: tuple[str, ...] = ("images", "imag
     return next((images for name in names if (images := read_images(row.get(name)))), [])
 
 
+def refuse_unread(row: Mapping[str, Any], *names: str) -> None:
+    """Refuse a row with a value in a column that changes what the texts mean, and that is not read. Raises RowError."""
+    for name in names:
+        if row.get(name) not in (None, "", "[]", "{}", [], {}):
+            raise RowError(
+                "unread_column", f"{name} is not read; remove the column if it does not matter: {preview(row[name])}"
+            )
+
+
 def read_images(value: Any) -> list[Image]:
     """Read one image or a list of images."""
     # Missing images are written as null, a struct of nulls (parquet) or an empty string (JSON).
@@ -254,12 +263,12 @@ def _parts(content: Any, name: str, inline: bool) -> list[dict[str, Any]]:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image":
-            own = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+            own = next((part[key] for key in ("image", "path", "url", "value") if part.get(key) is not None), None)
             parts.append({"type": "image"} if own is None else {"type": "image", "image": _image(own)})
         elif kind == "image_url":
-            parts.append({"type": "image", "image": _image(part.get("image_url"))})
-        elif kind == "text" and isinstance(part.get("text"), str):
-            parts.extend(_text_parts(part["text"], inline))
+            parts.append({"type": "image", "image": _image(part.get("image_url", part.get("value")))})
+        elif kind == "text" and isinstance(text := part.get("text", part.get("value")), str):
+            parts.extend(_text_parts(text, inline))
         else:
             raise RowError("malformed_row", f"a part in {name} must be an image or a text, found {preview(part)}")
     return parts

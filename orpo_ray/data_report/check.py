@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from rich.progress import Progress
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncoderSpec
@@ -18,6 +17,7 @@ from orpo_ray.data.from_recipe import all_data, encoder_of
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_at
 from orpo_ray.data_report.page import render_page
+from orpo_ray.data_report.progress import RowProgress
 from orpo_ray.data_report.report import PairFacts, SplitCheck, images_on_both_sides, warnings_of
 from orpo_ray.data_report.scan import iter_checked
 from orpo_ray.extras import install_command, is_installed
@@ -79,11 +79,10 @@ def _check_split(recipe: Recipe, read: ReadSpec, encoder: EncoderSpec, console: 
         formats[kind] += rows
     check = SplitCheck(recipe.data.max_length, recipe.data.on_too_long, dict(formats))
     encoders = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"reading {name}", total=read.end_sample)
+    with RowProgress(console, f"reading {name}", read.end_sample) as progress:
         for facts in iter_checked(read, encoder, encoders):
             check.add(facts)
-            progress.advance(task)
+            progress.advance()
     check.sort()
     return check
 

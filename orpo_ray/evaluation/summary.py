@@ -204,6 +204,27 @@ def common(pairs: pa.Table, base: pa.Table) -> tuple[pa.Table, pa.Table]:
     return pairs.take(pa.array(ours)), base.take(pa.array(theirs))
 
 
+def doubt_between(best: tuple[str, pa.Table], other: tuple[str, pa.Table], metric: str) -> str | None:
+    """Say that the held-out pairs do not tell two models apart by a metric; None if they do.
+
+    Args:
+        best: name and table of the model with the better average.
+        other: the same of another model, scored on the same pairs.
+        metric: `eval/...`.
+    """
+    name = metric.removeprefix("eval/")
+    ours, theirs = common(best[1], other[1])
+    if name not in ours.column_names or not ours.num_rows:
+        return None
+    found = mean_estimate(column(ours, name).astype(np.float64) - column(theirs, name))
+    if not found.contains(0.0):
+        return None
+    return (
+        f"{best[0]} cannot be told from {other[0]} on {found.pairs:,} held-out pairs: their {metric} differs by "
+        f"{found.value:+.4f} (95 % interval {found.low:+.4f} to {found.high:+.4f}). More pairs can tell"
+    )
+
+
 def judge_accuracy(accuracy: Estimate) -> Verdict:
     """Say whether the model prefers the chosen answers more often than chance would."""
     text = f"the chosen answer is the more likely one in {percent(accuracy.value)} of {accuracy.pairs:,} pairs"

@@ -83,7 +83,7 @@ def make_curve_chart(
     low, high = _range([np.asarray(each.values, float) for each in series], reference)
     last_step = max(1.0, max(max(each.steps) for each in series))
     first_step = min(min(each.steps) for each in series)
-    first_step = 0.0 if first_step <= 0.05 * last_step else first_step
+    first_step = 0.0 if first_step <= 0.05 * last_step else min(first_step, last_step - 1)
 
     def x(steps: np.ndarray) -> np.ndarray:
         return 100 * (steps - first_step) / max(1e-9, last_step - first_step)

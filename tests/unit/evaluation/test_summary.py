@@ -23,7 +23,7 @@ from orpo_ray.evaluation.pair_scores import (
     read_pair_scores,
     write_pair_scores,
 )
-from orpo_ray.evaluation.summary import Summary, summarize
+from orpo_ray.evaluation.summary import Summary, doubt_between, summarize
 from orpo_ray.evaluation.table import print_evaluation
 from orpo_ray.storage.run_folder import RunFolder
 from support.planted_scores import planted
@@ -141,3 +141,13 @@ def test_the_values_of_a_column_follow_the_shuffled_order(tmp_path: Path) -> Non
         assert kind == f"k{int(pair.prompt[0]['content'][0]['text']) % 3}"
     with pytest.raises(UserError, match=r"(?s)no held-out row .*one of: prompt, chosen, rejected, kind"):
         column_values(read, "colour")
+
+
+def test_a_winner_chosen_on_few_pairs_is_called_noise() -> None:
+    few = [planted(16, accuracy=0.6, seed=seed) for seed in (1, 2)]
+    doubt = doubt_between(("one", few[0]), ("two", few[1]), "eval/rewards/margins")
+    assert doubt is not None
+    assert doubt.startswith("one cannot be told from two on 16 held-out pairs")
+    many = [planted(2000, accuracy=accuracy, seed=3) for accuracy in (0.9, 0.6)]
+    assert doubt_between(("one", many[0]), ("two", many[1]), "eval/rewards/margins") is None
+    assert doubt_between(("one", many[0]), ("two", many[1]), "eval/runtime") is None

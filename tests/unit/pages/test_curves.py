@@ -59,7 +59,7 @@ def test_nothing_gives_no_chart_and_one_point_a_visible_one() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.25, "0.25"), (12.0, "12"), (1.5e-5, "1.5e-5"), (12345.6, "12,346"), (2e9, "2e9"), (-0.5, "-0.5")],
+    [(0, "0"), (0.25, "0.25"), (12.0, "12"), (1.5e-5, "1.5e-5"), (12345.6, "12,346"), (2e9, "2e+9"), (-0.5, "-0.5")],
 )
 def test_values_are_short(value: float, text: str) -> None:
     assert short(value) == text

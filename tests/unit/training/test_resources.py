@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orpo_ray.errors import UserError
-from orpo_ray.training.resources import Resources, max_encoders, worker_resources
+from orpo_ray.training.resources import Resources, max_encoders, too_many_workers, worker_resources
 from support.tiny_runs import tiny_recipe
 
 
@@ -48,3 +48,10 @@ def test_what_does_not_fit_is_said_before_the_start(
     with pytest.raises(UserError) as error:
         resources_of(tmp_path, nodes, **scaling)
     assert said in str(error.value)
+
+
+def test_workers_that_share_cpus_are_named(tmp_path: Path) -> None:
+    eight = tiny_recipe(tmp_path, "many", scaling={"num_workers": 8}, optim={"pairs_per_step": 8})
+    assert too_many_workers(eight, {"CPU": 2}) == "8 workers share 2 CPU(s): they train slower than 1 worker(s) would"
+    assert too_many_workers(eight, {"CPU": 8}) is None
+    assert too_many_workers(eight, {"CPU": 4, "GPU": 8}) is None
