@@ -227,7 +227,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write a finished run's model as a folder for transformers and vLLM, with a model card."""
-    from orpo_ray.export.export import ExportOptions, export_run
+    from orpo_ray.exporting.export import ExportOptions, export_run
 
     exported = export_run(run, ExportOptions(adapter, output, push, public, max_shard_size, overwrite), console)
     if as_json:

@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:  # `orpo-ray --help` must not import these
     from orpo_ray.config.shipped_recipes import ShippedRecipe
     from orpo_ray.data_report.prepare import Prepared
-    from orpo_ray.export.export import Exported
+    from orpo_ray.exporting.export import Exported
     from orpo_ray.training.launch import RunSummary
     from orpo_ray.training.sweep import Sweep
 

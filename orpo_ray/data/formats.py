@@ -7,7 +7,6 @@ marks as images, or none. In all other formats `<image>` is plain text.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from orpo_ray.data.pairs import (
     best_and_worst,
     extract_prompt,
     make_pair,
+    mean_rating,
     read_answer,
     read_images,
     read_messages,
@@ -216,7 +216,7 @@ def _from_vlfeedback(row: Row, row_id: str, source: str) -> PreferencePair:
     for completion in read_records(row.get("completions"), "completions"):
         if not isinstance(completion, Mapping):
             raise RowError("malformed_row", f"a completion must be a mapping, found {preview(completion)}")
-        mean = _mean_rating(completion.get("annotations"))
+        mean = mean_rating(completion.get("annotations"))
         if mean is not None and completion.get("response") not in (None, ""):
             rated.append((mean, completion["response"]))
     chosen, rejected = (read_answer(answer, "response") for answer in best_and_worst(rated))
@@ -252,23 +252,6 @@ def _single_turn_pair(
 def _inline_pair(row: Row, row_id: str, source: str, prompt: list[Message], inline: bool = True) -> PreferencePair:
     chosen, rejected = (read_answer(row.get(name), name, inline) for name in ("chosen", "rejected"))
     return make_pair(row_id, source, row_images(row), prompt, chosen, rejected)
-
-
-def _mean_rating(annotations: Any) -> float | None:
-    """Average the numeric ratings over all aspects; None if there are none."""
-    if annotations is None:
-        return None
-    if not isinstance(annotations, Mapping):
-        raise RowError("malformed_row", f"annotations must be a mapping of aspects, found {preview(annotations)}")
-    ratings = []
-    for aspect in annotations.values():
-        rating = aspect.get("Rating") if isinstance(aspect, Mapping) else aspect
-        try:
-            ratings.append(float(rating))  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError):  # "N/A", missing, or too large for a float
-            continue
-    ratings = [rating for rating in ratings if math.isfinite(rating)]
-    return sum(ratings) / len(ratings) if ratings else None
 
 
 def _rlhf_v_text(row: Row) -> dict[str, Any] | None:

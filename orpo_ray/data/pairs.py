@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,6 +192,23 @@ def best_and_worst(scored: list[tuple[float, Any]]) -> tuple[Any, Any]:
     if best[0] == worst[0]:
         raise RowError("no_preference", f"all {len(scored)} answers have the same rating")
     return best[1], worst[1]
+
+
+def mean_rating(annotations: Any) -> float | None:
+    """Average the numeric ratings over all aspects; None if there are none."""
+    if annotations is None:
+        return None
+    if not isinstance(annotations, Mapping):
+        raise RowError("malformed_row", f"annotations must be a mapping of aspects, found {preview(annotations)}")
+    ratings = []
+    for aspect in annotations.values():
+        rating = aspect.get("Rating") if isinstance(aspect, Mapping) else aspect
+        try:
+            ratings.append(float(rating))  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):  # "N/A", missing, or too large for a float
+            continue
+    ratings = [rating for rating in ratings if math.isfinite(rating)]
+    return sum(ratings) / len(ratings) if ratings else None
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:

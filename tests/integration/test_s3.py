@@ -22,7 +22,7 @@ from orpo_ray.data.images import load_image
 from orpo_ray.data.sources import list_sources
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.evaluation.evaluate_run import evaluate_run
-from orpo_ray.export.export import ExportOptions, export_run
+from orpo_ray.exporting.export import ExportOptions, export_run
 from orpo_ray.model.loading import load_model
 from orpo_ray.storage.files import TooLarge, image_folder, locate, read_bytes
 from orpo_ray.storage.lease import LEASE_FILE, Lease
