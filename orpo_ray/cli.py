@@ -199,6 +199,23 @@ def init(
 
 
 @app.command()
+def convert(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="THEIR_CONFIG",
+            help="YAML file of TRL, LLaMA-Factory, ms-swift or axolotl, or a shell script that starts one of them.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Print a recipe made of another trainer's config; comments list what has no counterpart."""
+    from orpo_ray.convert.convert import convert_config
+
+    print(convert_config(config), end="")
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
     adapter: Annotated[

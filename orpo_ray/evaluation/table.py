@@ -32,8 +32,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         table = _table(f"against {escape(str(summary.base))}", ("difference", "95 % interval", "p"))
         table.add_row("accuracy", *_cells(found.accuracy), f"{found.p_accuracy:.2g}")
         table.add_row("margin", *_cells(found.margin), f"{found.p_margin:.2g}")
-        table.add_row(f"pairs right only here {found.better:,}, only there {found.worse:,}")
         console.print(table)
+        console.print(f"  {found.better:,} pairs are right only here, {found.worse:,} only there", highlight=False)
     for title, groups in summary.breakdowns.items():
         if len(groups) > 1:
             console.print(_breakdown(title, groups))
