@@ -20,11 +20,12 @@ from orpo_ray.console import (
     console,
     print_check,
     print_error,
-    print_evaluated,
     print_exported,
     print_findings,
     print_line,
+    print_next_to_recipe,
     print_prepared,
+    print_recipes,
     print_sweep,
     print_trained,
     stdout_to_stderr,
@@ -115,7 +116,12 @@ def train(
     loaded = _load_for_ray(recipe, overrides)
     from orpo_ray.training.launch import launch_training
 
-    print_trained(launch_training(loaded, console, from_checkpoint=from_checkpoint))
+    summary = launch_training(loaded, console, from_checkpoint=from_checkpoint)
+    from orpo_ray.report.page import write_report
+
+    with stdout_to_stderr():
+        page = write_report([summary.run_uri])
+    print_trained(summary, page)
 
 
 @app.command()
@@ -135,16 +141,96 @@ def evaluate(
         typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, a model or peft adapters.", show_default=False),
     ],
     overrides: Overrides = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL_OR_RUN",
+            help="Compare with this run, model folder or hub model on the same pairs.",
+            show_default=False,
+        ),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Also show groups of pairs by this column; repeat for others.",
+                     show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Score a model on held-out pairs, with their own, with exchanged and with blank images."""
+    from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
+    from orpo_ray.evaluation.table import print_evaluation
+
+    evaluation = evaluate_run(run_or_model, overrides or [], console, EvaluateOptions(base, by or ()))
+    if as_json:
+        print(json.dumps(evaluation.as_json()))
+    else:
+        print_evaluation(evaluation, console)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="File to write (default: report.html in the run's folder; for several runs, in this folder).",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run, or about several side by side: verdicts, curves, margins, pairs."""
+    from orpo_ray.report.page import write_report
+
+    print_line(f"page  {write_report(runs, output)}")
+
+
+@app.command("runs")
+def list_of_runs(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of runs.")] = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """Score a model on held-out pairs, with their own images and with exchanged images."""
-    from orpo_ray.evaluation.evaluate_run import evaluate_run
+    """List the runs in a folder, with their states and main figures."""
+    from orpo_ray.report.run_list import list_runs, print_runs
 
-    metrics = evaluate_run(run_or_model, overrides or [], console)
+    found = list_runs(folder)
     if as_json:
-        print(json.dumps(metrics))
+        print(json.dumps({"runs": [asdict(run) for run in found]}))
     else:
-        print_evaluated(metrics)
+        print_runs(found, console)
+
+
+@app.command()
+def init(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Recipe to write.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write (default: NAME.yaml).", show_default=False)
+    ] = None,
+) -> None:
+    """List the recipes that come with orpo-ray, or write one of them to a file."""
+    from orpo_ray.config.shipped_recipes import shipped_recipes, write_recipe
+
+    if name is None:
+        print_recipes(shipped_recipes())
+    else:
+        print_next_to_recipe(str(write_recipe(name, output)))
+
+
+@app.command()
+def convert(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="THEIR_CONFIG",
+            help="YAML file of TRL, LLaMA-Factory, ms-swift or axolotl, or a shell script that starts one of them.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Print a recipe made of another trainer's config; comments list what has no counterpart."""
+    from orpo_ray.convert.convert import convert_config
+
+    print(convert_config(config), end="")
 
 
 @app.command()
@@ -176,7 +262,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write a finished run's model as a folder for transformers and vLLM, with a model card."""
-    from orpo_ray.export.export import ExportOptions, export_run
+    from orpo_ray.exporting.export import ExportOptions, export_run
 
     exported = export_run(run, ExportOptions(adapter, output, push, public, max_shard_size, overwrite), console)
     if as_json:

@@ -328,6 +328,8 @@ class EvalConfig(Config):
     grounding: bool = True
     """At the end of training, also score the pairs with images exchanged between pairs. The drop in accuracy
     (`eval/grounding_gap`) shows whether the model uses the images."""
+    on_start: bool = False
+    """Also evaluate before the first step, so that the report shows which pairs improved."""
 
 
 class WandbConfig(Config):

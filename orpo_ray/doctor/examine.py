@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +20,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import orpo_ray
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.console import stdout_to_stderr
 from orpo_ray.doctor import checks, probe
 from orpo_ray.doctor.checks import Dashboard, Node
 from orpo_ray.doctor.finding import Finding
@@ -183,7 +183,7 @@ def _checkpoint_bytes(recipe: Recipe) -> float | None:
     with uncollected():
         from orpo_ray.planning.plan import Options, plan
     try:
-        with stdout_to_stderr():
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print
             model = plan(recipe, Options())["model"]
     except UserError:
         return None

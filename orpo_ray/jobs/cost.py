@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.console import stdout_to_stderr
 from orpo_ray.errors import UserError
 from orpo_ray.planning.imports import uncollected
 
@@ -28,7 +29,7 @@ def cost_lines(recipe: Recipe, prices: Sequence[str]) -> list[str]:
         from orpo_ray.planning.plan import Options, plan
     gpus_with_prices(prices)  # refuses a wrong price; what `plan` refuses after this is about the model
     try:
-        with stdout_to_stderr():
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print
             report = plan(recipe, Options(prices))
     except UserError as error:
         return [f"not estimated: {error.problem}"]

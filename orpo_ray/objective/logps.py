@@ -10,7 +10,7 @@ Legend: B pairs, M target tokens, m target tokens of a chunk, D hidden size, V v
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class PairLogps:
     chosen_tokens: torch.Tensor
     rejected_tokens: torch.Tensor
     nll_tokens: torch.Tensor
+
+    def cpu(self) -> PairLogps:
+        """The same in main memory, in one transfer."""
+        return PairLogps(*torch.stack([getattr(self, each.name) for each in fields(self)]).cpu())
 
 
 def sum_by_pair(

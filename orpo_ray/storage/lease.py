@@ -65,6 +65,19 @@ class Holder:
             return False
 
 
+def holder_of(folder: RunFolder) -> Holder | None:
+    """Read who holds, or held, the lease of a run folder; None if nobody does, or if it is being written."""
+    path = folder.path / LEASE_FILE
+    if folder.is_remote:
+        path.unlink(missing_ok=True)
+    folder.pull(LEASE_FILE)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Holder(**found)
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
 class Lease:
     """Context manager that holds the lease of a run folder.
 
@@ -86,7 +99,7 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> Lease:
-        holder = self._read()
+        holder = holder_of(self._folder)
         if holder is not None and not self._is_dead(holder):
             raise UserError(
                 f"another run writes to this run folder: process {holder.pid} on {holder.host}",
@@ -110,7 +123,7 @@ class Lease:
         self._thread.join()
         # A store that refuses has ended the run with its own message; the lease then ends by itself.
         with contextlib.suppress(OSError):
-            holder = self._read()
+            holder = holder_of(self._folder)
             if holder is not None and holder.id == self._own.id:
                 self._folder.delete(LEASE_FILE)
 
@@ -121,7 +134,7 @@ class Lease:
         deadline = time.monotonic() + DEAD_SECONDS
         while time.monotonic() < deadline:
             time.sleep(1.0)
-            now = self._read()
+            now = holder_of(self._folder)
             if now is None:
                 return True
             if now != holder:
@@ -131,24 +144,13 @@ class Lease:
     def _renew(self) -> None:
         while not self._end.wait(RENEW_SECONDS):
             try:
-                holder = self._read()
+                holder = holder_of(self._folder)
                 if holder is not None and holder.id != self._own.id:
                     self._on_lost(LeaseLost(f"a run on {holder.host} took over the run folder {self._folder.uri}"))
                     return
                 self._write()
             except OSError:
                 continue  # the store does not answer; the next renewal may succeed
-
-    def _read(self) -> Holder | None:
-        path = self._folder.path / LEASE_FILE
-        if self._folder.is_remote:
-            path.unlink(missing_ok=True)
-        self._folder.pull(LEASE_FILE)
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return Holder(**found)
-        except (FileNotFoundError, ValueError, TypeError):  # none, or one that is being written
-            return None
 
     def _write(self) -> None:
         self._own = replace(self._own, renewals=self._own.renewals + 1)

@@ -27,11 +27,12 @@ from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
 from orpo_ray.training.data_identity import check_data
+from orpo_ray.training.environment import write_environment
 from orpo_ray.training.group_scaling import GroupScaling
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
-from orpo_ray.training.progress import ProgressDisplay
-from orpo_ray.training.resources import Resources, worker_resources
+from orpo_ray.training.progress import STARTING, ProgressDisplay
+from orpo_ray.training.resources import Resources, too_many_workers, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
 from orpo_ray.training.run_status import start_status
 from orpo_ray.training.stopping import RunStopped, StopSignals
@@ -111,10 +112,12 @@ def launch_training(
             )
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     read, held_out = run_data(recipe)
+    start_ray()  # before the folder is made: if Ray does not start, there is no run
     folder.make()
-    start_ray()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
+    if (crowd := too_many_workers(recipe, ray.cluster_resources())) is not None:
+        console.print(f"[yellow]warning:[/yellow] {crowd}", highlight=False, soft_wrap=True)
     status = start_status()
     display = ProgressDisplay(status, console)
     checked = start_model_check(recipe, saved)
@@ -125,6 +128,7 @@ def launch_training(
         check_data(read, folder, is_new=saved is None)
         (folder.path / RECIPE_FILE).write_text(resolved.to_yaml(), encoding="utf-8")
         folder.push(RECIPE_FILE)
+        write_environment(folder)
         console.print(_headline(resolved, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
         config = WorkerConfig(
             recipe=resolved.model_dump(mode="json"),
@@ -138,7 +142,7 @@ def launch_training(
             max_encoders=resources.max_encoders,
         )
         display.config = ray.put(config)
-        ray.get([status.begin.remote([display.config]), status.update.remote(phase="starting workers")])
+        ray.get([status.begin.remote([display.config]), status.update.remote(phase=STARTING)])
 
     stop = StopSignals(status.request_stop.remote, recipe.checkpoint.stop_timeout_s)
     lease = Lease(folder, on_lost=stop.abort, wait=console.print)

@@ -22,7 +22,7 @@ from orpo_ray.data.images import load_image
 from orpo_ray.data.sources import list_sources
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.evaluation.evaluate_run import evaluate_run
-from orpo_ray.export.export import ExportOptions, export_run
+from orpo_ray.exporting.export import ExportOptions, export_run
 from orpo_ray.model.loading import load_model
 from orpo_ray.storage.files import TooLarge, image_folder, locate, read_bytes
 from orpo_ray.storage.lease import LEASE_FILE, Lease
@@ -224,7 +224,8 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> Non
     folder.pull("metrics.jsonl", "final", "recipe.yaml")
     assert sorted(losses(folder.path)) == list(range(1, 9))
     assert (folder.path / "final" / "model.safetensors").stat().st_size > 10**6
-    scored = evaluate_run(folder.uri, [f"data.eval={tmp_path}/data/test.jsonl"], Console(file=io.StringIO()))
+    overrides = [f"data.eval={tmp_path}/data/test.jsonl"]
+    scored = evaluate_run(folder.uri, overrides, Console(file=io.StringIO())).metrics
     last = [line for line in map(json.loads, (folder.path / "metrics.jsonl").open()) if "eval/loss" in line][-1]
     assert scored["eval/loss"] == pytest.approx(last["eval/loss"], abs=1e-4)
     assert all(s3.injected.values()), s3.injected
