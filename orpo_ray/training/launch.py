@@ -30,6 +30,7 @@ from orpo_ray.training.data_identity import check_data
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay
+from orpo_ray.training.reservation import give_back
 from orpo_ray.training.resources import Resources, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
 from orpo_ray.training.run_status import start_status
@@ -140,17 +141,20 @@ def launch_training(
             if from_checkpoint is not None:
                 choose_by_hand(folder, from_checkpoint)
             forget_ray_snapshot(folder)
+            if lease.dead is not None:
+                give_back(lease.dead.id)
             # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
             with ThreadPoolExecutor(1) as pool, display:
                 begun = pool.submit(_or_fail, begin, status)
                 try:
-                    _fit(status, recipe, resources, callbacks or [])
+                    _fit(status, recipe, resources, callbacks or [], lease.id)
                 finally:
                     begun.result()  # its own error says more than that of the workers
         if stop.received is not None and not folder.has_model(FINAL):
             raise RunStopped(stop.received, ray.get(status.state.remote()).get("saved_at"))
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
+            give_back(lease.id)
             ray.kill(status)  # Ray starts it again whenever it ends otherwise
     return RunSummary(folder.uri, last_metrics(folder))
 
@@ -174,7 +178,7 @@ def _or_fail(prepare: Callable[[], None], status: Any) -> None:
         raise
 
 
-def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]) -> None:
+def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any], run_id: str) -> None:
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     trainer = _RunTrainer(
         train_worker,
@@ -200,6 +204,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+    trainer.train_run_context.run_id = run_id  # so that a successor knows what Ray keeps for this run
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
