@@ -27,6 +27,7 @@ from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
 from orpo_ray.training.data_identity import check_data
+from orpo_ray.training.elastic import StayingNodesPolicy
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay
@@ -39,6 +40,10 @@ from orpo_ray.training.teardown import SaveBeforeTeardown
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10
+START_FAILURES = 3
+"""Failed starts of workers, of a minute each, after which a run ends."""
+ELASTIC_START_FAILURES = 30
+"""The same for a number of workers that changes. One fails whenever a node is lost while workers start."""
 
 
 class TrainingFailed(OrpoRayError):
@@ -69,6 +74,11 @@ class _RunTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if type(callback) not in self._without]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            options["scaling_policy"] = StayingNodesPolicy(self.scaling_config)
+        return super()._initialize_and_run_controller(**options)
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leave signals to `StopSignals`; Ray Train's own handler ends a run without a checkpoint."""
@@ -154,7 +164,6 @@ def launch_training(
             raise RunStopped(stop.received, ray.get(status.state.remote()).get("saved_at"))
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
-            give_back(lease.id)
             ray.kill(status)  # Ray starts it again whenever it ends otherwise
     return RunSummary(folder.uri, last_metrics(folder))
 
@@ -179,6 +188,7 @@ def _or_fail(prepare: Callable[[], None], status: Any) -> None:
 
 
 def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any], run_id: str) -> None:
+    count = recipe.scaling.num_workers
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     trainer = _RunTrainer(
         train_worker,
@@ -186,7 +196,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         train_loop_config={"status": status},
         backend_config=SharedDevices(),
         scaling_config=ScalingConfig(
-            num_workers=count if isinstance(count := recipe.scaling.num_workers, int) else tuple(count),
+            num_workers=count if isinstance(count, int) else tuple(count),
             use_gpu=bool(resources.gpus),
             resources_per_worker=per_worker,
             elastic_resize_monitor_interval_s=recipe.scaling.resize_interval_s,
@@ -198,7 +208,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
                 max_preemption_failures=-1
                 if recipe.scaling.max_preemptions is None
                 else recipe.scaling.max_preemptions,
-                controller_failure_limit=3,
+                controller_failure_limit=START_FAILURES if isinstance(count, int) else ELASTIC_START_FAILURES,
             ),
             callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
@@ -212,6 +222,14 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         if fatal is not None:
             raise fatal from None
         raise TrainingFailed(_first_failure(error)) from error
+    except ray.exceptions.RayError as error:
+        raise TrainingFailed(
+            f"Ray Train's controller was lost: {str(error).splitlines()[0]}\n"
+            "  fix: run the same command again, which resumes from the latest checkpoint"
+        ) from error
+    except BaseException:  # a signal ended the wait, and the controller ends with this process
+        give_back(run_id)
+        raise
     fatal = ray.get(status.fatal.remote())
     if fatal is not None:
         raise fatal
