@@ -151,13 +151,11 @@ def launch_training(
             if from_checkpoint is not None:
                 choose_by_hand(folder, from_checkpoint)
             forget_ray_snapshot(folder)
-            if lease.dead is not None:
-                give_back(lease.dead.id)
             # The model is checked while Ray Train starts the workers: each of the two is mostly imports, for seconds.
             with ThreadPoolExecutor(1) as pool, display:
                 begun = pool.submit(_or_fail, begin, status)
                 try:
-                    _fit(status, recipe, resources, callbacks or [], lease.id)
+                    _fit(status, recipe, resources, callbacks or [], lease)
                 finally:
                     begun.result()  # its own error says more than that of the workers
         if stop.received is not None and not folder.has_model(FINAL):
@@ -187,7 +185,7 @@ def _or_fail(prepare: Callable[[], None], status: Any) -> None:
         raise
 
 
-def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any], run_id: str) -> None:
+def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any], lease: Lease) -> None:
     count = recipe.scaling.num_workers
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     trainer = _RunTrainer(
@@ -214,7 +212,10 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    trainer.train_run_context.run_id = run_id  # so that a successor knows what Ray keeps for this run
+    # So that a successor knows what Ray keeps for this run. The context is frozen, and makes its own id.
+    object.__setattr__(trainer.train_run_context, "run_id", lease.id)
+    if lease.dead is not None:
+        give_back(lease.dead.id)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
@@ -228,7 +229,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
             "  fix: run the same command again, which resumes from the latest checkpoint"
         ) from error
     except BaseException:  # a signal ended the wait, and the controller ends with this process
-        give_back(run_id)
+        give_back(lease.id)
         raise
     fatal = ray.get(status.fatal.remote())
     if fatal is not None:

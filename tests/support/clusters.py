@@ -19,6 +19,7 @@ from support.runs import wait_until
 
 NODE = {"num_cpus": 3, "object_store_memory": 150 << 20}
 NODE_STARTS = 300  # seconds that nodes may take while other tests run
+ATTEMPTS = 5  # to start a node
 
 
 @contextmanager
@@ -26,8 +27,9 @@ def cluster_of(num_nodes: int) -> Iterator[Any]:
     """Start real raylets, each with three CPUs, and end them."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+    cluster = Cluster()
     try:
+        _start(cluster, include_dashboard=False)
         for _ in range(num_nodes - 1):
             add_node(cluster)
         yield cluster
@@ -37,9 +39,25 @@ def cluster_of(num_nodes: int) -> Iterator[Any]:
 
 def add_node(cluster: Any) -> Any:
     """Start another raylet, and wait until the cluster knows of it."""
-    node = cluster.add_node(wait=False, **NODE)
+    node = _start(cluster, wait=False)
     wait_until(lambda: node.node_id in cluster.global_state._live_node_ids(), "the node", NODE_STARTS)
     return node
+
+
+def _start(cluster: Any, **options: Any) -> Any:
+    """Start a raylet. Ray gives one 30 seconds, which is too little while other tests run: try some more times."""
+    for attempt in range(ATTEMPTS):
+        before = set(psutil.Process().children())
+        try:
+            return cluster.add_node(**NODE, **options)
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == ATTEMPTS - 1:
+                raise
+            left = set(psutil.Process().children()) - before
+            for process in left:
+                process.kill()
+            psutil.wait_procs(left)
+    raise AssertionError
 
 
 def lose_node(cluster: Any, node: Any) -> None:

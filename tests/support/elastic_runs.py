@@ -36,7 +36,6 @@ def wait_for_workers(recipe: Recipe, process: subprocess.Popen[str], count: int,
         assert process.poll() is None, process.stderr and process.stderr.read()
         return [step for step, workers in workers_by_step(recipe).items() if workers == count and step > since]
 
-    wait_until((Path(recipe.run_uri) / "metrics.jsonl").exists, "the run's first step", STARTED)
     wait_until(lambda: len(steps()) >= 3, f"three steps with {count} worker(s)", STARTED)
     return max(steps())
 
