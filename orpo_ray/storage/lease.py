@@ -95,8 +95,15 @@ class Lease:
     ) -> None:
         self._folder, self._on_lost, self._wait = folder, on_lost, wait
         self._own = Holder.this_process()
+        self.dead: Holder | None = None
+        """The holder whose lease this one has taken, once entered."""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    @property
+    def id(self) -> str:
+        """The id of this holder."""
+        return self._own.id
 
     def __enter__(self) -> Lease:
         holder = holder_of(self._folder)
@@ -106,6 +113,7 @@ class Lease:
                 field=self._folder.uri,
                 fix="wait until it has ended, stop it, or choose another name (name=...)",
             )
+        self.dead = holder
         try:
             self._write()
         except OSError as error:
