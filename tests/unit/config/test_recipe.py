@@ -233,6 +233,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {}, "deepspeed": {"offload_param": "cpu", "zero_stage": 2}},
         "zero_stage: 3",
     ),
+    "vision_cache with other images that differ in every epoch": (
+        {
+            "model": {"vision_cache": "c", "freeze": ["vision", "connector"]},
+            "orpo": {"image_beta": 0.1, "other_image": "noise"},
+        },
+        "orpo.other_image: exchange",
+    ),
     "settings of DeepSpeed in a run without it": (
         {"model": {}, "deepspeed": {"config": {"steps_per_print": 10}}},
         "zero_stage: 1 to 3",
@@ -282,3 +289,10 @@ def test_deepspeed_config_cannot_contradict_the_recipe(key: str) -> None:
 )
 def test_compatible_options_are_accepted(change: dict[str, Any]) -> None:
     assert parse_recipe(MINIMAL | change)
+
+
+def test_other_images_are_read_only_with_an_image_preference() -> None:
+    crop = {"other_image": "crop"}
+    assert parse_recipe(MINIMAL | {"orpo": crop}).other_image is None
+    assert parse_recipe(MINIMAL | {"orpo": crop | {"image_beta": 0.1}}).other_image == "crop"
+    assert parse_recipe(MINIMAL | {"objective": "simpo"}).other_image is None
