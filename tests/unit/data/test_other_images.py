@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ def questions(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def read(path: Path, kind: OtherImage, **changes: Any) -> list[dict[str, Any]]:
-    return read_all(spec_of([str(path)], other_image=kind, window=16, **changes), epoch=1)
+def read(path: Path, kind: OtherImage | None, epoch: int = 1, **changes: Any) -> list[dict[str, Any]]:
+    """Read an epoch, which is one window."""
+    spec = spec_of([str(path)], other_image=kind, window=16, **changes)
+    found = read_all(replace(spec, end_sample=2 * spec.order.num_rows), epoch)
+    assert len(found) == spec.order.num_rows
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,14 +55,13 @@ def test_exchange_takes_the_next_pair_with_another_image(tmp_path: Path) -> None
         assert row["other"]["images"] == partner["images"]
         assert row["other"]["image_root"] == str(tmp_path)
         assert row["bad"] is None
-    plain = read_all(spec_of([str(path)], window=16), epoch=1)
+    plain = read(path, None)
     assert [row | {"other": None} for row in found] == plain, "the pair itself stays as it is"
 
 
 def test_exchange_differs_between_epochs(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions(16))
-    spec = spec_of([str(path)], other_image="exchange", window=16)
-    one, two = ({row["id"]: row["other"] for row in read_all(spec, epoch)} for epoch in (0, 1))
+    one, two = ({row["id"]: row["other"] for row in read(path, "exchange", epoch)} for epoch in (0, 1))
     assert one != two
 
 
@@ -104,10 +108,9 @@ def test_the_column_of_the_row(tmp_path: Path) -> None:
 
 def test_changes_are_seeded_by_pair_and_epoch(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions(16))
-    spec = spec_of([str(path)], other_image="crop", window=16)
-    seeds = [row["other"]["seed"] for epoch in (0, 1) for row in read_all(spec, epoch)]
-    assert len(set(seeds)) == 32
-    assert read_all(spec)[0]["other"]["images"] is None
+    rows_of_both = [row for epoch in (0, 1) for row in read(path, "crop", epoch)]
+    assert len({row["other"]["seed"] for row in rows_of_both}) == 32
+    assert all(row["other"]["images"] is None for row in rows_of_both)
 
 
 @pytest.fixture
