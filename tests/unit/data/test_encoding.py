@@ -249,15 +249,18 @@ def test_other_images_have_a_prompt_of_their_own(tiny: PairEncoder, tmp_path: Pa
 
 def test_a_pair_whose_other_image_is_unusable_is_still_a_pair(tmp_path: Path) -> None:
     """The other image is missing, or makes the prompt too long."""
-    encoder = PairEncoder(tiled_processor(tmp_path), max_length=60)
-    small, large = png(tmp_path, "a.png", (40, 40)), png(tmp_path, "b.png", (256, 256))
-    plain = pair([small])
+    processor = tiled_processor(tmp_path)
+    wide, large = png(tmp_path, "a.png", (256, 64)), png(tmp_path, "b.png", (256, 256))
+    plain = pair([wide])
+    (alone,) = encode(PairEncoder(processor, max_length=1000), tmp_path, plain)
+    assert isinstance(alone, EncodedPair)
+    encoder = PairEncoder(processor, max_length=alone.row_length)
     for name in ("none.png", large):
         other = OtherImages(pair([name]).images, str(tmp_path))
         (found,) = encode(encoder, tmp_path, replace(plain, other=other))
         assert isinstance(found, EncodedPair)
         assert found.other_prompt is None
-    (kept,) = encode(encoder, tmp_path, replace(plain, other=OtherImages(pair([small]).images, str(tmp_path))))
+    (kept,) = encode(encoder, tmp_path, replace(plain, other=OtherImages(plain.images, str(tmp_path))))
     assert kept.other_prompt is not None
     assert isinstance(encode(encoder, tmp_path, pair([large]))[0], RowError)
 
