@@ -133,6 +133,7 @@ CheckpointingField = Annotated[
     Checkpointing, BeforeValidator(_as_checkpointing, json_schema_input_type=Checkpointing | bool)
 ]
 FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
+OtherImage = Literal["exchange", "exchange_other_answer", "crop", "noise", "blank", "column"]
 RowFormat = Annotated[str, AfterValidator(_check_format)]
 Weight = Annotated[float, Field(gt=0, le=1000), NUMBER]
 WorkerRange = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]

@@ -27,6 +27,20 @@ _EMPTY_IMAGE = {"bytes": None, "path": None}
 
 
 @dataclass(frozen=True)
+class OtherImages:
+    """The images under which the chosen answer should be less likely (`orpo.other_image`)."""
+
+    images: list[Image] | None
+    """As many as the pair has; None for its own images, changed."""
+    image_root: str | None = None
+    """Folder that the paths of `images` are relative to."""
+    change: str | None = None
+    """How the pair's own images are changed: crop, noise or blank."""
+    seed: int = 0
+    """Of the change."""
+
+
+@dataclass(frozen=True)
 class PreferencePair:
     """One image-text preference, independent of the format of its row."""
 
@@ -44,6 +58,8 @@ class PreferencePair:
     """File and line or row."""
     rejected_images: list[Image] | None = None
     """Images of the rejected side if they differ, as many as `images`; the two texts may then be equal."""
+    other: OtherImages | None = None
+    """Images to contrast the chosen answer with; None without an image preference."""
 
 
 def make_pair(

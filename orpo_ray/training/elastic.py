@@ -35,6 +35,8 @@ class StayingNodesPolicy(ElasticScalingPolicy):
     def __init__(self, scaling_config: ScalingConfig, together: int = 1) -> None:
         super().__init__(scaling_config)
         self._together = together
+        self._latest_reserved_resources_query_time: float
+        self._latest_reserved_resources: dict[str, Any] | None
         self._hosts: set[str] = set()
         """Nodes of the workers that run. They count until they are lost: a run goes on where it is announced to end."""
 

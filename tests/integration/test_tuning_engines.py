@@ -20,6 +20,7 @@ RISKY: dict[str, dict[str, Any]] = {
     "QLoRA recomputed": {"model": {"lora": {"r": 4}, "quantization": {}, "gradient_checkpointing": True}},
     "DoRA": {"model": {"lora": {"r": 4, "use_dora": True}}},
     "trained beside": {"model": {"lora": {"r": 4, "modules_to_save": ["connector", "vision"]}}},
+    "image preference": {"orpo": {"image_beta": 0.5, "anchor": 1.0}},
     "8 bits": {"model": {"lora": {"r": 16}}, "optim": {"optimizer": "adamw_8bit"}},
 }
 

@@ -249,6 +249,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {}, "deepspeed": {"offload_param": "cpu", "zero_stage": 2}},
         "zero_stage: 3",
     ),
+    "vision_cache with other images that differ in every epoch": (
+        {
+            "model": {"vision_cache": "c", "freeze": ["vision", "connector"]},
+            "orpo": {"image_beta": 0.1, "other_image": "noise"},
+        },
+        "orpo.other_image: exchange",
+    ),
     "settings of DeepSpeed in a run without it": (
         {"model": {}, "deepspeed": {"config": {"steps_per_print": 10}}},
         "zero_stage: 1 to 3",
@@ -313,3 +320,10 @@ def test_names_of_other_trainers_lead_to_ours(theirs: str, ours: str) -> None:
     apply_overrides(raw, [f"{theirs}=1"])
     with pytest.raises(UserError, match=f"unknown field; did you mean '{ours}'"):
         parse_recipe(raw)
+
+
+def test_other_images_are_read_only_with_an_image_preference() -> None:
+    crop = {"other_image": "crop"}
+    assert parse_recipe(MINIMAL | {"orpo": crop}).other_image is None
+    assert parse_recipe(MINIMAL | {"orpo": crop | {"image_beta": 0.1}}).other_image == "crop"
+    assert parse_recipe(MINIMAL | {"objective": "simpo"}).other_image is None
