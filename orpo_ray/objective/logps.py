@@ -10,7 +10,7 @@ Legend: B pairs, M target tokens, m target tokens of a chunk, D hidden size, V v
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,11 @@ class PairLogps:
 
     def cpu(self) -> PairLogps:
         """The same in main memory, in one transfer."""
-        return PairLogps(*torch.stack([getattr(self, each.name) for each in fields(self)]).cpu())
+        return self.changed(torch.Tensor.cpu)
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PairLogps:
+        """The same after a change of all sums at once: [6, B], or [8, B] with other images."""
+        return PairLogps(*change(torch.stack([sums for sums in vars(self).values() if sums is not None])))
 
 
 def sum_by_pair(
