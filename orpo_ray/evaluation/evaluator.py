@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -174,7 +174,7 @@ def iter_pair_scores(objective: Objective, logps: PairLogps, pairs: Sequence[Enc
     """
     chosen, rejected = objective.answer_logps(logps)
     preferred = (chosen > rejected).tolist()
-    tensors = {each.name: getattr(logps, each.name) for each in fields(logps)}
+    tensors = {name: values for name, values in vars(logps).items() if values is not None}
     one = torch.ones(1)
     for place, pair in enumerate(pairs):
         alone = PairLogps(**{name: values[place : place + 1] for name, values in tensors.items()})
