@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.yaml_text import parse_yaml, read_text
 from orpo_ray.convert.draft import Draft
 from orpo_ray.convert.projects import PROJECTS, project_of
