@@ -106,8 +106,7 @@ def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:
     table = Table(title=f"{len(sweep.trials)} trials by {metric_name}")
     for column in ("trial", *fields, metric_name, "steps", "status"):
         justify: Any = "left" if column in ("trial", "status") else "right"
-        # A header that does not fit takes two lines, rather than being cut.
-        table.add_column(column.split(".")[-1].removeprefix("eval/"), justify=justify, overflow="fold")
+        table.add_column(_header(column), justify=justify)
     for trial in sweep.trials:
         figures = [f"{value:.3g}" for value in trial.params.values()]
         metric = "-" if trial.metric is None else f"{trial.metric:.4f}"
@@ -118,6 +117,11 @@ def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:
         console.print(f"[yellow]warning:[/yellow] {escape(sweep.doubt)}", highlight=False, soft_wrap=True)
     print_line(f"best recipe  {sweep.best_recipe}")
     print_line(f"train it     {shlex.join(['orpo-ray', 'train', sweep.best_recipe])}")
+
+
+def _header(column: str) -> str:
+    """Name a column of a sweep; on several lines, so that a long name is not cut."""
+    return column.split(".")[-1].removeprefix("eval/").replace("_", "_\n").replace("/", "/\n")
 
 
 def print_exported(exported: Exported) -> None:

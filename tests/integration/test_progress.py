@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import ray
 from rich.console import Console
 
 from orpo_ray.errors import UserError
-from orpo_ray.training.progress import ProgressDisplay
+from orpo_ray.training.progress import ProgressDisplay, waits_for
 from orpo_ray.training.run_status import start_status
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -54,3 +55,16 @@ def test_a_new_process_of_the_actor_forgets_nothing() -> None:
     assert [line for line in out.getvalue().splitlines() if "warning" in line] == ["warning: first", "warning: second"]
     assert start_status() != status  # another run begins without all that
     assert ray.get(start_status().state.remote())["warnings"] == []
+
+
+def test_what_workers_wait_for_is_said() -> None:
+    """A placement group that the cluster cannot hold now; otherwise the processes themselves take their time."""
+    assert waits_for() == "their processes import the libraries"
+    group = ray.util.placement_group([{"CPU": 60.0}, {"CPU": 40.0}])
+    try:
+        deadline = time.monotonic() + 30
+        while "waiting" not in waits_for() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert waits_for() == "waiting for 100 CPU; free now: 4 CPU"
+    finally:
+        ray.util.remove_placement_group(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,14 @@ from pathlib import Path
 import pytest
 
 import orpo_ray
+from orpo_ray import api
 from orpo_ray.api import Evaluation, Run, as_recipe
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.evaluate_run import Evaluation as Scored
 from orpo_ray.evaluation.summary import summarize
+from orpo_ray.exporting.export import Exported
+from orpo_ray.training.sweep import Sweep
+from support.paths import ROOT
 from support.planted_runs import planted_run
 from support.planted_scores import planted
 
@@ -70,3 +75,15 @@ def test_a_run_and_an_evaluation_show_in_a_notebook(tmp_path: Path) -> None:
     table = Evaluation(scored.metrics, scored)._repr_html_()
     assert "The model uses its images" in table
     assert "<pre" in table
+
+
+def test_the_page_about_python_names_what_there_is() -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    compile(code, "python.md", "exec")
+    functions = set(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE))
+    assert functions == set(orpo_ray.__all__) - {"Recipe", "__version__"}
+    for name, attributes in re.findall(r"`(\w+)`: ((?:`[\w()]+`(?:, )?)+)", page):
+        kind = getattr(api, name, None) or {"Sweep": Sweep, "Exported": Exported}[name]
+        for attribute in re.findall(r"\w+", attributes):
+            assert attribute in kind.__dataclass_fields__ or hasattr(kind, attribute), (name, attribute)

@@ -12,6 +12,7 @@ import pytest
 from orpo_ray import __version__
 from support.commands import orpo_ray, orpo_ray_here
 from support.paths import ROOT
+from support.tiny_runs import tiny_recipe
 
 
 @pytest.mark.parametrize(
@@ -72,3 +73,14 @@ def test_a_ray_that_does_not_start_is_one_message(tmp_path: Path) -> None:
     assert "Ray did not start on this machine" in result.stderr
     assert f"{too_long}/orpo-ray-{os.getuid()}/ray/session_latest/logs" in result.stderr.replace("\n", "")
     assert "Traceback" not in result.stderr
+
+
+def test_a_cluster_that_does_not_answer_leaves_no_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    recipe = tiny_recipe(tmp_path / "runs", "nothing")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    result = orpo_ray_here("train", str(path), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "no Ray cluster answers at this address" in result.stderr
+    assert not (tmp_path / "runs").exists()

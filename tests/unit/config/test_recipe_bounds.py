@@ -130,6 +130,10 @@ def test_what_a_run_writes_to_its_folder_is_reserved() -> None:
         run_folder.TRIALS,
         run_folder.DATA_CHECK_FILE,
         run_folder.DATA_FILE,
+        run_folder.EVAL_PAIRS_FILE,
+        run_folder.EVAL_PAIRS_START_FILE,
+        run_folder.ENVIRONMENT_FILE,
+        run_folder.REPORT_FILE,
         lease.LEASE_FILE,
     )
     assert {*files, check.PAGE_FILE, prepare.PREPARED, export.EXPORT, f"{export.EXPORT}-adapter", "wandb"} == set(

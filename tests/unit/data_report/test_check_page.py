@@ -148,11 +148,7 @@ def set_in(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (
             "Length bias",
             "train.length_bias.chosen_longer",
-            (
-                "Length bias",
-                "train.length_bias.chosen_longer",
-                {0.5: "good", 0.6: "good", 0.65: "warning", 0.76: "problem", 0.2: "warning", 0.1: "problem"},
-            ),
+            {0.5: "good", 0.6: "good", 0.65: "warning", 0.76: "problem", 0.2: "warning", 0.1: "problem"},
         ),
         (
             "Text-only accuracy",

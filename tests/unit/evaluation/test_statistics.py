@@ -18,14 +18,14 @@ DRAWS = 1000
 
 
 def test_intervals_contain_the_truth_in_95_of_100_draws() -> None:
-    """An accuracy of 0.8, a grounding gap of 0.3 and skewed margins with mean 1, over 150 pairs."""
+    """An accuracy of 0.8, a grounding gap of 0.3 and skewed margins with mean 1, over 200 pairs."""
     rng = np.random.default_rng(7)
     hits = np.zeros(3)
     for draw in range(DRAWS):
-        correct = rng.random(150) < 0.8
-        exchanged = correct & (rng.random(150) < 0.625)  # 0.8 x 0.625 = 0.5 right with other images
-        figures = [correct, correct.astype(float) - exchanged, rng.gamma(4, 0.25, 150)]
-        for place, (found, truth) in enumerate(zip(mean_estimates(figures, draw, 400), (0.8, 0.3, 1.0), strict=True)):
+        correct = rng.random(200) < 0.8
+        exchanged = correct & (rng.random(200) < 0.625)  # 0.8 x 0.625 = 0.5 right with other images
+        figures = [correct, correct.astype(float) - exchanged, rng.gamma(4, 0.25, 200)]
+        for place, (found, truth) in enumerate(zip(mean_estimates(figures, draw, 999), (0.8, 0.3, 1.0), strict=True)):
             hits[place] += found.contains(truth)
     assert ((hits / DRAWS >= 0.93) & (hits / DRAWS <= 0.97)).all(), hits / DRAWS
 

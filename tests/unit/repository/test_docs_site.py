@@ -69,7 +69,19 @@ def test_every_module_is_in_the_reference(site: Path) -> None:
 
 def test_every_command_is_in_the_reference(site: Path) -> None:
     page = (site / "reference" / "commands" / "index.html").read_text()
-    for command in ("train", "tune", "evaluate", "export", "plan", "schema", "data-check", "data-prepare"):
+    for command in (
+        "train",
+        "tune",
+        "evaluate",
+        "report",
+        "runs",
+        "init",
+        "convert",
+        "export",
+        "plan",
+        "schema",
+        "data-check",
+    ):
         assert re.search(rf'id="?{command}\b', page)
 
 
