@@ -10,6 +10,10 @@ TORCH := torch==2.13.0
 TORCHVISION := .venv-torchvision
 TORCH_AND_TORCHVISION := torch==2.14.1 torchvision==0.29.1
 
+# Leave it to Python to compile the modules that are imported: pip would compile all 25,000, which takes minutes. (For
+# this option, pip reads a false value in the environment as `--no-compile`.)
+export PIP_NO_COMPILE := 0
+
 .PHONY: quickstart test fast slow gpu nightly torchvision-tests lint clean
 
 quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, about 3 minutes after installation

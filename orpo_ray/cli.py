@@ -20,10 +20,12 @@ from orpo_ray.console import (
     console,
     print_check,
     print_error,
-    print_evaluated,
     print_exported,
+    print_findings,
     print_line,
+    print_next_to_recipe,
     print_prepared,
+    print_recipes,
     print_sweep,
     print_trained,
     stdout_to_stderr,
@@ -53,6 +55,23 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object on stdout; everything else goes to stderr.")
+]
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Address of the cluster (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine).",
+        show_default=False,
+    ),
+]
+Prices = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GPU=PRICE",
+        help="Price of one GPU per hour, for example H100=2.50; repeat for other GPUs.",
+        show_default=False,
+    ),
 ]
 
 
@@ -97,7 +116,12 @@ def train(
     loaded = _load_for_ray(recipe, overrides)
     from orpo_ray.training.launch import launch_training
 
-    print_trained(launch_training(loaded, console, from_checkpoint=from_checkpoint))
+    summary = launch_training(loaded, console, from_checkpoint=from_checkpoint)
+    from orpo_ray.report.page import write_report
+
+    with stdout_to_stderr():
+        page = write_report([summary.run_uri])
+    print_trained(summary, page)
 
 
 @app.command()
@@ -117,16 +141,96 @@ def evaluate(
         typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, a model or peft adapters.", show_default=False),
     ],
     overrides: Overrides = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL_OR_RUN",
+            help="Compare with this run, model folder or hub model on the same pairs.",
+            show_default=False,
+        ),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Also show groups of pairs by this column; repeat for others.",
+                     show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Score a model on held-out pairs, with their own, with exchanged and with blank images."""
+    from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
+    from orpo_ray.evaluation.table import print_evaluation
+
+    evaluation = evaluate_run(run_or_model, overrides or [], console, EvaluateOptions(base, by or ()))
+    if as_json:
+        print(json.dumps(evaluation.as_json()))
+    else:
+        print_evaluation(evaluation, console)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="File to write (default: report.html in the run's folder; for several runs, in this folder).",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run, or about several side by side: verdicts, curves, margins, pairs."""
+    from orpo_ray.report.page import write_report
+
+    print_line(f"page  {write_report(runs, output)}")
+
+
+@app.command("runs")
+def list_of_runs(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of runs.")] = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """Score a model on held-out pairs, with their own images and with exchanged images."""
-    from orpo_ray.evaluation.evaluate_run import evaluate_run
+    """List the runs in a folder, with their states and main figures."""
+    from orpo_ray.report.run_list import list_runs, print_runs
 
-    metrics = evaluate_run(run_or_model, overrides or [], console)
+    found = list_runs(folder)
     if as_json:
-        print(json.dumps(metrics))
+        print(json.dumps({"runs": [asdict(run) for run in found]}))
     else:
-        print_evaluated(metrics)
+        print_runs(found, console)
+
+
+@app.command()
+def init(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Recipe to write.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write (default: NAME.yaml).", show_default=False)
+    ] = None,
+) -> None:
+    """List the recipes that come with orpo-ray, or write one of them to a file."""
+    from orpo_ray.config.shipped_recipes import shipped_recipes, write_recipe
+
+    if name is None:
+        print_recipes(shipped_recipes())
+    else:
+        print_next_to_recipe(str(write_recipe(name, output)))
+
+
+@app.command()
+def convert(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="THEIR_CONFIG",
+            help="YAML file of TRL, LLaMA-Factory, ms-swift or axolotl, or a shell script that starts one of them.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Print a recipe made of another trainer's config; comments list what has no counterpart."""
+    from orpo_ray.convert.convert import convert_config
+
+    print(convert_config(config), end="")
 
 
 @app.command()
@@ -158,7 +262,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write a finished run's model as a folder for transformers and vLLM, with a model card."""
-    from orpo_ray.export.export import ExportOptions, export_run
+    from orpo_ray.exporting.export import ExportOptions, export_run
 
     exported = export_run(run, ExportOptions(adapter, output, push, public, max_shard_size, overwrite), console)
     if as_json:
@@ -198,14 +302,7 @@ def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJso
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    price_per_hour: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GPU=PRICE",
-            help="Price of one GPU per hour, for example H100=2.50; repeat for other GPUs.",
-            show_default=False,
-        ),
-    ] = None,
+    price_per_hour: Prices = None,
     mfu: Annotated[
         float | None,
         typer.Option(
@@ -245,6 +342,74 @@ def plan(
         print(json.dumps(report))
     else:
         print_plan(report, console)
+
+
+@app.command()
+def submit(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    command: Annotated[
+        str,
+        typer.Option(metavar="COMMAND", help="What to run: train, tune, `data check` or `data prepare`."),
+    ] = "train",
+    working_dir: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Folder to upload, with the recipe in it; 512 MiB at most.")
+    ] = ".",
+    runtime_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML file with Ray's runtime environment, or `none` if the nodes have orpo-ray (default: "
+            "cluster/runtime_env.yaml, if there is one in the folder).",
+            show_default=False,
+        ),
+    ] = None,
+    price_per_hour: Prices = None,
+    cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Estimate time and cost before the upload.")] = True,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print the job's log until it ends.")] = True,
+) -> None:
+    """Run a recipe on a Ray cluster: upload this folder, print the cost and the job's id, and follow the log."""
+    from orpo_ray.jobs.follow import after_interrupt, follow_job
+    from orpo_ray.jobs.submit import JobOptions, submit_job
+
+    options = JobOptions(address, command, working_dir, runtime_env, price_per_hour or (), cost)
+    client, job = submit_job(recipe, overrides or [], options, console)
+    print(job, flush=True)
+    if follow:
+        try:
+            follow_job(client, job)
+        except KeyboardInterrupt:
+            raise after_interrupt(client, job) from None
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RECIPE]", help="Recipe whose storage and sizes to check.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Cluster to check (default: RAY_ADDRESS, or the one that runs on this machine).",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Check a cluster before a run: versions, GPUs, network, storage, memory, disks, clocks, and who can reach it."""
+    loaded = None if recipe is None else load_recipe(recipe, overrides or [])
+    from orpo_ray.doctor.examine import examine
+
+    with stdout_to_stderr():
+        findings = examine(loaded, address)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    print_findings(findings)
+    if any(finding.status == "fix" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -13,8 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:  # `orpo-ray --help` must not import these
+    from orpo_ray.config.shipped_recipes import ShippedRecipe
     from orpo_ray.data_report.prepare import Prepared
-    from orpo_ray.export.export import Exported
+    from orpo_ray.doctor.finding import Finding
+    from orpo_ray.exporting.export import Exported
     from orpo_ray.training.launch import RunSummary
     from orpo_ray.training.sweep import Sweep
 
@@ -45,22 +47,52 @@ def print_error(title: str, error: Exception) -> None:
     console.print(f"[red]{title}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
-def print_trained(summary: RunSummary) -> None:
-    """Print what a run reached, where it is, and how to export its model."""
+def print_trained(summary: RunSummary, page: str) -> None:
+    """Print what a run reached, where it is, and what to do next.
+
+    Args:
+        summary: of the run.
+        page: where its report is.
+    """
     if summary.was_finished:
         print_line("This run is finished already. To train again, choose another name (name=...) or delete its folder.")
     _print_figures(summary.metrics, "training, last step", _TRAIN_FIGURES)
-    print_evaluated(summary.metrics)
+    _print_figures(summary.metrics, "held-out pairs", _EVAL_FIGURES)
     for line in _troubles(summary.metrics):
         print_line(line)
     print_line(f"run folder  {summary.run_uri}")
     print_line(f"model       {summary.run_uri}/final")
-    print_line(f"export      {shlex.join(['orpo-ray', 'export', summary.run_uri])}")
+    print_line(f"report      {page}")
+    print_line("next")
+    for command, purpose in _next_steps(summary):
+        print_line(f"  {shlex.join(command)}   {purpose}")
 
 
-def print_evaluated(metrics: Mapping[str, float]) -> None:
-    """Print the figures on held-out pairs."""
-    _print_figures(metrics, "held-out pairs", _EVAL_FIGURES)
+def _next_steps(summary: RunSummary) -> list[tuple[list[str], str]]:
+    """Say what a user can do with a finished run."""
+    if any(name.startswith("eval/") for name in summary.metrics):
+        first = (["orpo-ray", "evaluate", summary.run_uri], "intervals, groups of pairs; --base MODEL compares")
+    else:
+        first = (["orpo-ray", "evaluate", summary.run_uri, "data.eval=FILE"], "score it on held-out pairs")
+    return [first, (["orpo-ray", "export", summary.run_uri], "one folder for transformers and vLLM")]
+
+
+def print_recipes(recipes: Sequence[ShippedRecipe]) -> None:
+    """Print the recipes that come with the package."""
+    table = Table(box=None, padding=(0, 2))
+    for column in ("recipe", "hardware", "memory"):
+        table.add_column(column, no_wrap=column != "hardware")
+    for recipe in recipes:
+        table.add_row(recipe.name, escape(recipe.hardware), escape(recipe.memory))
+    console.print(table)
+    print_line("write one with  orpo-ray init NAME")
+
+
+def print_next_to_recipe(path: str) -> None:
+    """Print where a recipe was written, and what to do with it."""
+    print_line(f"recipe  {path}")
+    for command, purpose in (("data check", "check its data"), ("plan", "predict memory and time"), ("train", "train")):
+        print_line(f"next    {shlex.join(['orpo-ray', *command.split(), path])}   {purpose}")
 
 
 def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:
@@ -74,13 +106,16 @@ def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:
     table = Table(title=f"{len(sweep.trials)} trials by {metric_name}")
     for column in ("trial", *fields, metric_name, "steps", "status"):
         justify: Any = "left" if column in ("trial", "status") else "right"
-        table.add_column(column.split(".")[-1].removeprefix("eval/"), justify=justify)
+        # A header that does not fit takes two lines, rather than being cut.
+        table.add_column(column.split(".")[-1].removeprefix("eval/"), justify=justify, overflow="fold")
     for trial in sweep.trials:
         figures = [f"{value:.3g}" for value in trial.params.values()]
         metric = "-" if trial.metric is None else f"{trial.metric:.4f}"
         style = "green" if trial.name == sweep.best else None
         table.add_row(trial.name, *figures, metric, str(trial.steps), escape(trial.status), style=style)
     console.print(table)
+    if sweep.doubt:
+        console.print(f"[yellow]warning:[/yellow] {escape(sweep.doubt)}", highlight=False, soft_wrap=True)
     print_line(f"best recipe  {sweep.best_recipe}")
     print_line(f"train it     {shlex.join(['orpo-ray', 'train', sweep.best_recipe])}")
 
@@ -96,10 +131,22 @@ def print_prepared(written: Mapping[str, Prepared], recipe: str, overrides: Sequ
     for name, split in written.items():
         shards = f"{split.rows:,} pairs in {len(split.shards)} shard(s), {len(split.bad):,} bad row(s) left out"
         print_line(f"{name:5}  {shards}")
-    options = [*overrides, *(f"data.{name}={split.uri}" for name, split in written.items())]
+    own = {f"data.{name}": split.uri for name, split in written.items()}
     # The written data has one format with its own columns, is split already, and holds its images.
-    options += ["data.format=auto", "data.columns={}", "data.eval_fraction=0", "data.image_root=null"]
+    own |= {"data.format": "auto", "data.columns": "{}", "data.eval_fraction": "0", "data.image_root": "null"}
+    kept = [each for each in overrides if each.partition("=")[0] not in own and not each.startswith("data.columns.")]
+    options = [*kept, *(f"{name}={value}" for name, value in own.items())]
     print_line(f"next   {shlex.join(['orpo-ray', 'train', recipe, *options])}")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print a line for each finding: what was checked, what was found, and the fix."""
+    width = max((len(finding.check) for finding in findings), default=0)
+    styles = {"ok": "[green]ok[/green]     ", "warning": "[yellow]warning[/yellow]", "fix": "[red]fix[/red]    "}
+    for each in findings:
+        fix = f"; fix: {each.fix}" if each.fix else ""
+        line = f"{styles[each.status]}  {each.check:{width}}  {escape(each.value + fix)}"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def print_check(report: Mapping[str, Any]) -> None:
@@ -123,7 +170,7 @@ def print_check(report: Mapping[str, Any]) -> None:
     for name in ("prompt", "image", "chosen", "rejected"):
         row(f"{name} tokens, p50 / p95 / max", lambda split, name=name: _spread(split["tokens"], name))  # type: ignore[misc]
     row("duplicate pairs", lambda split: f"{split['duplicates']['pairs']:,}")
-    row("chosen is longer", lambda split: _percentage(split["length_bias"], "chosen_longer"))
+    row("chosen longer / shorter", lambda split: _sides(split["length_bias"]))
     row("text-only accuracy", lambda split: _percentage(split["text_only"], "accuracy"))
     console.print(table)
     if report["images_on_both_sides"]:
@@ -158,6 +205,12 @@ def _troubles(metrics: Mapping[str, float]) -> list[str]:
 
 def _spread(tokens: Mapping[str, Any] | None, name: str) -> str:
     return " / ".join(f"{tokens[name][point]:,.0f}" for point in ("p50", "p95", "max")) if tokens else "-"
+
+
+def _sides(bias: Mapping[str, float] | None) -> str:
+    if not bias:
+        return "-"
+    return f"{bias['chosen_longer']:.0%} / {max(0.0, 1 - bias['chosen_longer'] - bias['equal']):.0%}"
 
 
 def _percentage(figures: Mapping[str, float] | None, name: str) -> str:

@@ -18,11 +18,15 @@ MAX_FILE_NAME = 255  # bytes
 MAX_NAME = 100  # characters of a run's name; the names of its trials and files are longer
 # What a run writes to its folder, so the folder of another run must not have these names.
 RESERVED_NAMES = (
-    "best_recipe.yaml", "bad_rows.jsonl", "data", "data.json", "data_check.html", "data_check.json", "export",
-    "export-adapter", "final", "lease.json", "metrics.jsonl", "recipe.yaml", "trials", "wandb",
+    "best_recipe.yaml", "bad_rows.jsonl", "data", "data.json", "data_check.html", "data_check.json",
+    "environment.json", "eval_pairs.parquet", "eval_pairs_start.parquet", "export", "export-adapter", "final",
+    "lease.json", "metrics.jsonl", "recipe.yaml", "report.html", "trials", "wandb",
 )  # fmt: skip
 PARTS = ("language", "connector", "vision")
-FORMATS = ("trl", "plain", "sharegpt", "alpaca", "swift", "rlaif-v", "rlhf-v", "vlfeedback", "mmpr", "nemo-rl")
+FORMATS = (
+    "trl", "plain", "sharegpt", "alpaca", "swift", "llamafactory-v1", "rlaif-v", "rlhf-v", "vlfeedback", "mmpr",
+    "nemo-rl",
+)  # fmt: skip
 _NUMBER = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
@@ -129,6 +133,7 @@ CheckpointingField = Annotated[
     Checkpointing, BeforeValidator(_as_checkpointing, json_schema_input_type=Checkpointing | bool)
 ]
 FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
+OtherImage = Literal["exchange", "exchange_other_answer", "crop", "noise", "blank", "column"]
 RowFormat = Annotated[str, AfterValidator(_check_format)]
 Weight = Annotated[float, Field(gt=0, le=1000), NUMBER]
 WorkerRange = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]

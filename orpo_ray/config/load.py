@@ -17,6 +17,18 @@ from orpo_ray.errors import UserError, preview
 
 MAX_LINES = 20  # wrong fields that one error names
 MAX_KEY = 100  # characters of a key in a message
+# What other trainers call a field, where the names are not alike.
+ELSEWHERE = {
+    "lr": "learning_rate", "num_train_epochs": "epochs", "num_epochs": "epochs", "batch_size": "pairs_per_step",
+    "train_batch_size": "pairs_per_step", "per_device_train_batch_size": "pairs_per_step", "warmup_steps": "warmup",
+    "warmup_ratio": "warmup", "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "scheduler": "schedule",
+    "max_seq_length": "max_length", "cutoff_len": "max_length", "sequence_len": "max_length",
+    "model_name_or_path": "id", "name_or_path": "id", "base_model": "id", "rank": "r", "lora_rank": "r", "lora_r": "r",
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "num_gpus": "num_workers", "output_dir": "storage",
+    "save_steps": "every_steps", "eval_steps": "every_steps", "save_total_limit": "keep", "pref_beta": "beta",
+    "attn_implementation": "attention", "torch_dtype": "dtype", "val_size": "eval_fraction",
+    "test_size": "eval_fraction",
+}  # fmt: skip
 _FIX_NAME = "correct the name of the field; orpo-ray schema lists all fields"
 
 
@@ -119,6 +131,8 @@ def _describe_error(item: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         known = list(section.model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
+        if (other := ELSEWHERE.get(location[-1])) in known:
+            near = [other]
         hint = f"did you mean '{near[0]}'?" if near else f"fields here: {', '.join(known)}"
         return f"{field}: unknown field; {hint}"
     if kind == "missing":

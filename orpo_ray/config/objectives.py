@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from orpo_ray.config.field_types import Float
+from orpo_ray.config.field_types import NUMBER, Float, OtherImage
 from orpo_ray.config.schema import Config, SearchRange, TuneConfig
 from orpo_ray.errors import UserError
 
@@ -45,6 +45,18 @@ class OrpoConfig(Config):
     nll: Literal["response", "prompt+response"] = "response"
     """Tokens under the NLL term. response: the chosen answer, averaged per pair (LLaMA-Factory, ms-swift).
     prompt+response: the prompt's text too, averaged over the step's tokens (TRL). Image placeholders never count."""
+    image_beta: Float = Field(0.0, ge=0)
+    """Weight of the image preference: -log sigmoid(log odds(chosen | image) - log odds(chosen | other image)). 0 leaves
+    the term out; a step then costs nothing more."""
+    other_image: OtherImage = "exchange"
+    """Image that the chosen answer must be less likely under, with `image_beta`. `exchange`: that of another pair.
+    `exchange_other_answer`: that of another pair with the same prompt text and another chosen answer. `crop`: a part of
+    the pair's own image, enlarged. `noise`: the own image under heavy noise. `blank`: a gray one. `column`: the row's
+    `rejected_images`. A pair without such an image trains without the term."""
+    anchor: Annotated[float, NUMBER] | None = None
+    """With `image_beta`, also hold the chosen answer's own log odds above this number, by the term
+    -log sigmoid(log odds(chosen | image) - anchor) with the same weight. At 0, this is the NLL of the response. By
+    default, the term is left out."""
 
 
 class OrpoObjective(ObjectiveOptions):

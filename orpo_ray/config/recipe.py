@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from orpo_ray.config.field_types import RunName
+from orpo_ray.config.field_types import OtherImage, RunName
 from orpo_ray.config.objectives import Objective, OrpoConfig, OrpoObjective, check_search, default_search
 from orpo_ray.config.rules import find_conflicts
 from orpo_ray.config.schema import (
@@ -115,6 +115,12 @@ class Recipe(Config):
         """The options of the objective by name, from its section."""
         section: Config = getattr(self, self.objective.section)
         return section.model_dump(exclude={"name"})
+
+    @property
+    def other_image(self) -> OtherImage | None:
+        """Which images the chosen answers are contrasted with; None without an image preference."""
+        uses_orpo = self.objective.section == "orpo"
+        return self.orpo.other_image if uses_orpo and self.orpo.image_beta else None
 
     @property
     def search(self) -> dict[str, SearchRange]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from orpo_ray.config.field_types import OtherImage
 from orpo_ray.config.schema import DeepspeedConfig, ModelConfig, OptimConfig
 
 # Settings of DeepSpeed that follow from the recipe, with the field that decides each.
@@ -46,6 +47,10 @@ class TuningOptions(Protocol):
     model: ModelConfig
     optim: OptimConfig
     deepspeed: DeepspeedConfig
+
+    @property
+    def other_image(self) -> OtherImage | None:
+        """Which images the chosen answers are contrasted with."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,11 @@ def _cached_and_trained(recipe: TuningOptions) -> Sequence[str]:
         return [f"{part} is trained" for part in ("vision", "connector") if part not in model.freeze]
     trained = (*_target_modules(recipe), *model.lora.modules_to_save)
     return [f"{part} is trained" for part in ("vision", "connector") if part in trained]
+
+
+def _cached_and_changed(recipe: TuningOptions) -> Sequence[str]:
+    changes = recipe.model.vision_cache is not None and recipe.other_image in ("crop", "noise")
+    return [f"other_image: {recipe.other_image}"] if changes else []
 
 
 def _optimizer_offloaded_without_sharding(recipe: TuningOptions) -> Sequence[str]:
@@ -230,6 +240,13 @@ RULES = (
         "under ZeRO-3 all workers must run the vision encoder together, but they have different images to compute",
         "zero_stage: 2, or remove model.vision_cache",
         _cached_with_zero3,
+    ),
+    Rule(
+        "vision_cache with other images that differ in every epoch",
+        "model.vision_cache",
+        "the cache would grow in every epoch by features that no later one reads",
+        "orpo.other_image: exchange, or remove model.vision_cache",
+        _cached_and_changed,
     ),
     Rule(
         "an offloaded optimizer without sharding",

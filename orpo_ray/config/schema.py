@@ -249,6 +249,14 @@ class ScalingConfig(Config):
     """Number of workers that compute the same pairs together, each a part of their tokens, for pairs that do not fit on
     one GPU; divides `num_workers`. Then `optim.tokens_per_microbatch` counts the tokens of each of them. Requires
     attention with a shared prefix, and a number of attention heads that can be divided."""
+    accelerator_type: Text | None = None
+    """Type of GPU that the workers need, by Ray's name for it, such as `H100` or `A100-80G`. An autoscaling cluster
+    then starts nodes of the pool that has it. By default, any."""
+    labels: dict[Text, Text] = Field(default_factory=dict)
+    """Labels of nodes that the workers need, such as `{ray.io/market-type: spot}`. A value may be `!value`,
+    `in(a,b)` or `!in(a,b)`, as in Ray's label selectors."""
+    nodes_timeout_s: Annotated[float, Field(gt=0), NUMBER] = 1800.0
+    """Seconds that a run on an autoscaling cluster waits for the nodes of its workers before it ends."""
     max_failures: Int = Field(3, ge=0)
     """Number of worker failures after which the run ends. Before that, it resumes from the latest checkpoint."""
     max_preemptions: Annotated[int, Field(ge=0), NUMBER] | None = None
@@ -320,6 +328,8 @@ class EvalConfig(Config):
     grounding: bool = True
     """At the end of training, also score the pairs with images exchanged between pairs. The drop in accuracy
     (`eval/grounding_gap`) shows whether the model uses the images."""
+    on_start: bool = False
+    """Also evaluate before the first step, so that the report shows which pairs improved."""
 
 
 class WandbConfig(Config):

@@ -48,12 +48,14 @@ class PairSize(NamedTuple):
     """Tokens of the rejected answer's own prompt; 0 if it has none."""
     image_values: int
     """Values in the image tensors; 0 without images."""
+    other_prompt: int = 0
+    """Tokens of the prompt with other images, which the chosen answer follows again; 0 if there is none."""
 
     @classmethod
     def of(cls, pair: EncodedPair) -> PairSize:
         """Measure a pair."""
-        second = pair.rejected_prompt
-        images = [pair.images] if second is None else [pair.images, second.images]
+        second, other = pair.rejected_prompt, pair.other_prompt
+        images = [pair.images, *(prompt.images for prompt in (second, other) if prompt is not None)]
         return cls(
             prompt=len(pair.prompt_ids),
             prompt_targets=int(pair.prompt_is_text[1:].sum()),
@@ -61,17 +63,26 @@ class PairSize(NamedTuple):
             rejected=len(pair.rejected_ids),
             second_prompt=0 if second is None else len(second.ids),
             image_values=sum(value.size for each in images for value in each.values()),
+            other_prompt=0 if other is None else len(other.ids),
         )
 
     @property
     def packed(self) -> int:
-        """Tokens of `[prompt | chosen | rejected]`, or of `[prompt | chosen]` and `[prompt | rejected]`."""
-        return self.prompt + self.chosen + self.second_prompt + self.rejected
+        """Tokens of `[prompt | chosen | rejected]`, or of `[prompt | chosen]` and `[prompt | rejected]`; with other
+        images, and of `[prompt | chosen]` again."""
+        again = self.other_prompt + self.chosen if self.other_prompt else 0
+        return self.prompt + self.chosen + self.second_prompt + self.rejected + again
+
+    @property
+    def rows(self) -> int:
+        """Rows in the concatenated layout."""
+        return 3 if self.other_prompt else 2
 
     @property
     def row(self) -> int:
-        """Tokens of prompt + chosen or prompt + rejected, whichever is longer."""
-        return max(self.prompt + self.chosen, (self.second_prompt or self.prompt) + self.rejected)
+        """Tokens of the longest row in the concatenated layout."""
+        prompt = max(self.prompt, self.other_prompt)
+        return max(prompt + self.chosen, (self.second_prompt or self.prompt) + self.rejected)
 
 
 class StepTotals(NamedTuple):
@@ -105,8 +116,8 @@ class Packing:
     token_budget: int
     """Most tokens of a micro-batch. A pair that is larger gets its own micro-batch."""
     layout: Layout
-    """In `shared_prefix`, a micro-batch has as many tokens as its pairs. In `concatenated` it has 2 * B * T, so that
-    pairs of similar length are put together."""
+    """In `shared_prefix`, a micro-batch has as many tokens as its pairs. In `concatenated` it has 2 * B * T, or
+    3 * B * T with other images, so that pairs of similar length are put together."""
     tokens_per_image_value: float = 0.0
     """The vision encoder's work for a value of an image tensor, in tokens of the language model with the same work."""
 
@@ -114,7 +125,7 @@ class Packing:
         """Count the tokens of a micro-batch, padding included."""
         if self.layout == "shared_prefix":
             return sum(size.packed for size in sizes)
-        return 2 * len(sizes) * max((size.row for size in sizes), default=0)
+        return sum(size.rows for size in sizes) * max((size.row for size in sizes), default=0)
 
     def work(self, sizes: Sequence[PairSize]) -> float:
         """Estimate the work of a micro-batch, in tokens."""
@@ -178,12 +189,15 @@ def _packed(sizes: Sequence[PairSize], num_workers: int, packing: Packing) -> li
 def _padded(sizes: Sequence[PairSize], num_workers: int, packing: Packing) -> list[list[int]]:
     """Cut the pairs, sorted by length, into consecutive groups."""
     groups: list[list[int]] = []
+    rows = 0  # of the last group
     for index in _heaviest_first([size.row for size in sizes]):
         # Sorted, so the first pair of a group is its longest.
-        if groups and 2 * (len(groups[-1]) + 1) * sizes[groups[-1][0]].row <= packing.token_budget:
+        if groups and (rows + sizes[index].rows) * sizes[groups[-1][0]].row <= packing.token_budget:
             groups[-1].append(index)
         else:
             groups.append([index])
+            rows = 0
+        rows += sizes[index].rows
     return _split_to(groups, _rounded_up(len(groups), num_workers))
 
 

@@ -27,7 +27,7 @@ ENCODED_TYPE = pa.struct(
 )
 # Every tensor starts at a multiple of this many bytes, so that views of any dtype are aligned.
 _ALIGNMENT = 8
-_REJECTED = "rejected_prompt."
+_REJECTED, _OTHER = "rejected_prompt.", "other_prompt."
 _IMAGES = "images."
 
 
@@ -89,26 +89,33 @@ def _tensors_of(pair: EncodedPair) -> dict[str, np.ndarray]:
         "prompt_is_text": pair.prompt_is_text,
     }
     tensors |= {_IMAGES + name: value for name, value in pair.images.items()}
-    if (second := pair.rejected_prompt) is not None:
-        tensors |= {f"{_REJECTED}ids": second.ids, f"{_REJECTED}is_text": second.is_text}
-        tensors |= {f"{_REJECTED}{_IMAGES}{name}": value for name, value in second.images.items()}
+    for prefix, prompt in ((_REJECTED, pair.rejected_prompt), (_OTHER, pair.other_prompt)):
+        if prompt is not None:
+            tensors |= {f"{prefix}ids": prompt.ids, f"{prefix}is_text": prompt.is_text}
+            tensors |= {f"{prefix}{_IMAGES}{name}": value for name, value in prompt.images.items()}
     return tensors
 
 
 def _pair_of(tensors: dict[str, np.ndarray], pair_id: str, sample_index: int, truncated: int) -> EncodedPair:
-    second = None
-    if f"{_REJECTED}ids" in tensors:
-        ids, is_text = tensors.pop(f"{_REJECTED}ids"), tensors.pop(f"{_REJECTED}is_text")
-        second = EncodedPrompt(ids, is_text, _pop_prefixed(tensors, _REJECTED + _IMAGES))
+    rejected_prompt, other_prompt = _pop_prompt(tensors, _REJECTED), _pop_prompt(tensors, _OTHER)
     images = _pop_prefixed(tensors, _IMAGES)
     return EncodedPair(
         id=pair_id,
         images=images,
         sample_index=sample_index,
-        rejected_prompt=second,
+        rejected_prompt=rejected_prompt,
+        other_prompt=other_prompt,
         truncated=truncated,
         **tensors,
     )
+
+
+def _pop_prompt(tensors: dict[str, np.ndarray], prefix: str) -> EncodedPrompt | None:
+    """Remove the tensors of a further prompt, and return it; None if there is none."""
+    if f"{prefix}ids" not in tensors:
+        return None
+    ids, is_text = tensors.pop(f"{prefix}ids"), tensors.pop(f"{prefix}is_text")
+    return EncodedPrompt(ids, is_text, _pop_prefixed(tensors, prefix + _IMAGES))
 
 
 def _pop_prefixed(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
 
+from orpo_ray.data.image_changes import changed
 from orpo_ray.data.images import ImageRoot, load_image
 from orpo_ray.data.input_bounds import MAX_PIXELS_OF_ANSWER, InputBounds
 from orpo_ray.data.pairs import Image as RawImage
@@ -25,6 +26,7 @@ from orpo_ray.data.pairs import Message, PreferencePair
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.processing.prompts import EncodedPrompt, PromptEncoder
+from orpo_ray.storage.files import image_folder
 
 Root = Path | ImageRoot | None  # what image paths are relative to
 
@@ -50,6 +52,8 @@ class EncodedPair:
     """Position in the order of the run (`data/order.py`); -1 for a dummy pair."""
     rejected_prompt: EncodedPrompt | None = None
     """The prompt of the rejected answer, if that answer was given to other images."""
+    other_prompt: EncodedPrompt | None = None
+    """The prompt with the images that the chosen answer is contrasted with; None without an image preference."""
     truncated: int = 0
     """Tokens cut from the answers."""
 
@@ -97,14 +101,16 @@ class _Draft:
     pair: PreferencePair
     images: list[Image.Image]
     rejected_images: list[Image.Image] | None  # None if the rejected answer was given to the same images
+    other_images: list[Image.Image] | None  # None if the chosen answer is not contrasted with others
     prompt: str
     chosen: str
     rejected: str
 
     @property
-    def image_lists(self) -> list[list[Image.Image]]:
+    def image_lists(self) -> dict[str, list[Image.Image]]:
         """The images of each prompt to encode."""
-        return [self.images] if self.rejected_images is None else [self.images, self.rejected_images]
+        lists = {"own": self.images, "rejected": self.rejected_images, "other": self.other_images}
+        return {side: images for side, images in lists.items() if images is not None}
 
 
 class PairEncoder:
@@ -139,7 +145,7 @@ class PairEncoder:
             An EncodedPair for each pair, or a RowError for one that cannot be trained on.
         """
         drafts: list[_Draft | RowError] = []
-        groups: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = defaultdict(list)
+        groups: dict[tuple[tuple[int, int], ...], list[tuple[int, str]]] = defaultdict(list)
         for index, (pair, root) in enumerate(zip(pairs, roots, strict=True)):
             try:
                 draft = self._draft(pair, root)
@@ -147,15 +153,17 @@ class PairEncoder:
                 drafts.append(bad)
                 continue
             drafts.append(draft)
-            for side, images in enumerate(draft.image_lists):
+            for side, images in draft.image_lists.items():
                 groups[tuple(image.size for image in images)].append((index, side))
-        prompts: dict[tuple[int, int], EncodedPrompt | RowError] = {}
+        prompts: dict[tuple[int, str], EncodedPrompt | RowError] = {}
         for places in groups.values():
             # The processor gives images of one size one shape, so its batch can be split by prompt again.
             rendered = [(drafts[index].prompt, drafts[index].image_lists[side]) for index, side in places]  # type: ignore[union-attr]
             prompts |= dict(zip(places, self._encode_prompts(rendered), strict=True))
         return [
-            draft if isinstance(draft, RowError) else self._finish(draft, prompts[index, 0], prompts.get((index, 1)))
+            draft
+            if isinstance(draft, RowError)
+            else self._finish(draft, {side: prompts[index, side] for side in draft.image_lists})
             for index, draft in enumerate(drafts)
         ]
 
@@ -164,8 +172,8 @@ class PairEncoder:
         images = [Image.new("RGB", (64, 64), "gray")] if with_image else []
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
         pair = PreferencePair("dummy_pair", [], [{"role": "user", "content": content}], "a", "b")
-        draft = _Draft(pair, images, None, *self._texts(pair))
-        encoded = self._finish(draft, self.prompts.encode([(draft.prompt, images)])[0], None)
+        draft = _Draft(pair, images, None, None, *self._texts(pair))
+        encoded = self._finish(draft, {"own": self.prompts.encode([(draft.prompt, images)])[0]})
         if isinstance(encoded, RowError):
             raise UserError(
                 f"cannot encode even the shortest possible pair: {encoded}",
@@ -179,7 +187,19 @@ class PairEncoder:
         self._refuse_placeholders(pair)
         images = self._load(pair.images, root)
         rejected_images = None if pair.rejected_images is None else self._load(pair.rejected_images, root)
-        return _Draft(pair, images, rejected_images, *self._texts(pair))
+        return _Draft(pair, images, rejected_images, self._other_images(pair, images), *self._texts(pair))
+
+    def _other_images(self, pair: PreferencePair, own: list[Image.Image]) -> list[Image.Image] | None:
+        """Load the images to contrast the chosen answer with. Without them, the pair is still a pair."""
+        other = pair.other
+        if other is None:
+            return None
+        if other.images is None:
+            return [changed(image, other.change or "blank", other.seed, place) for place, image in enumerate(own)]
+        try:
+            return self._load(other.images, image_folder(other.image_root))
+        except RowError:  # it is reported as a bad row where it is a pair's own
+            return None
 
     def _load(self, images: list[RawImage], root: Root) -> list[Image.Image]:
         loaded: list[Image.Image] = []
@@ -217,13 +237,13 @@ class PairEncoder:
             problem = f"the processor refuses images of {sizes}: {type(error).__name__}: {error}"
             return [RowError("refused_by_processor", problem[:300])]
 
-    def _finish(
-        self, draft: _Draft, prompt: EncodedPrompt | RowError, other: EncodedPrompt | RowError | None
-    ) -> EncodedPair | RowError:
+    def _finish(self, draft: _Draft, prompts: Mapping[str, EncodedPrompt | RowError]) -> EncodedPair | RowError:
+        """Make a pair of a draft and its encoded prompts, named as in `_Draft.image_lists`."""
+        prompt, rejected_prompt, other = prompts["own"], prompts.get("rejected"), prompts.get("other")
         if isinstance(prompt, RowError):
             return prompt
-        if isinstance(other, RowError):
-            return other
+        if isinstance(rejected_prompt, RowError):
+            return rejected_prompt
         # Tokenized separately from the prompt, so no answer changes the prompt's tokens.
         chosen_ids, rejected_ids = self.prompts.tokenize([draft.chosen, draft.rejected])
         if not len(prompt.ids):
@@ -233,9 +253,13 @@ class PairEncoder:
         if not len(chosen_ids) or not len(rejected_ids):
             return RowError("empty_response", f"{'rejected' if len(chosen_ids) else 'chosen'} has no tokens")
         encoded = EncodedPair(
-            draft.pair.id, prompt.ids, chosen_ids, rejected_ids, prompt.is_text, prompt.images, rejected_prompt=other
+            draft.pair.id, prompt.ids, chosen_ids, rejected_ids, prompt.is_text, prompt.images, -1, rejected_prompt
         )
-        return encoded if encoded.row_length <= self.max_length else self._too_long(encoded)
+        fitted = encoded if encoded.row_length <= self.max_length else self._too_long(encoded)
+        if isinstance(fitted, RowError) or not isinstance(other, EncodedPrompt):
+            return fitted
+        fits = len(other.ids) + len(fitted.chosen_ids) <= self.max_length
+        return replace(fitted, other_prompt=other) if fits else fitted
 
     def _too_long(self, pair: EncodedPair) -> EncodedPair | RowError:
         """Cut the answers, if the recipe says so and the prompt leaves space. Prompts are never cut."""

@@ -7,7 +7,6 @@ marks as images, or none. In all other formats `<image>` is plain text.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,13 @@ from orpo_ray.data.pairs import (
     best_and_worst,
     extract_prompt,
     make_pair,
+    mean_rating,
     read_answer,
     read_images,
     read_messages,
     read_prompt,
     read_records,
+    refuse_unread,
     row_images,
     user_turn,
     with_system,
@@ -111,6 +112,7 @@ def _from_trl(row: Row, row_id: str, source: str) -> PreferencePair:
     The column `rejected_images` is an addition: `data prepare` writes it for pairs whose answers belong to different
     images.
     """
+    refuse_unread(row, "tools")
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     # Some datasets have a prompt string in addition to dialogues that already contain it.
     if "prompt" not in row or (isinstance(prompt, str) and _is_dialogue(chosen) and _is_dialogue(rejected)):
@@ -128,6 +130,7 @@ def _from_plain(row: Row, row_id: str, source: str) -> PreferencePair:
 
 def _from_sharegpt(row: Row, row_id: str, source: str) -> PreferencePair:
     """LLaMA-Factory ranking, sharegpt: `conversations` before the answer, messages `chosen` and `rejected`."""
+    refuse_unread(row, "tools")
     prompt = read_messages(row.get("conversations"), "conversations", inline=True)
     roles = [message["role"] for message in prompt]
     if unknown := sorted(set(roles) - {"system", "user", "assistant"}):
@@ -141,6 +144,7 @@ def _from_sharegpt(row: Row, row_id: str, source: str) -> PreferencePair:
 
 def _from_alpaca(row: Row, row_id: str, source: str) -> PreferencePair:
     """LLaMA-Factory ranking, alpaca: `instruction` and `input`, with earlier turns in `history`."""
+    refuse_unread(row, "tools")
     texts = [row[name] for name in ("instruction", "input") if row.get(name) not in (None, "")]
     if not all(isinstance(text, str) for text in texts):
         raise RowError("malformed_row", f"instruction and input must be strings, found {preview(texts)}")
@@ -156,7 +160,11 @@ def _from_alpaca(row: Row, row_id: str, source: str) -> PreferencePair:
 
 
 def _from_swift(row: Row, row_id: str, source: str) -> PreferencePair:
-    """ms-swift: `messages` end with the chosen answer; the rejected side has another answer, other images, or both."""
+    """ms-swift: `messages` end with the chosen answer; the rejected side has another answer, other images, or both.
+
+    Its `objects` hold the boxes that `<bbox>` in the texts stands for.
+    """
+    refuse_unread(row, "tools", "objects")
     turns, rejected_turns = row.get("messages"), row.get("rejected_messages")
     if not isinstance(turns, list):
         raise RowError("malformed_row", f"messages must be a list, found {preview(turns)}")
@@ -173,6 +181,19 @@ def _from_swift(row: Row, row_id: str, source: str) -> PreferencePair:
         raise RowError("malformed_row", "one of rejected_response, rejected_messages and rejected_images is required")
     prompt = with_system(prompt, row.get("system"))
     return make_pair(row_id, source, row_images(row), prompt, chosen, rejected, rejected_images)
+
+
+def _from_llamafactory_v1(row: Row, row_id: str, source: str) -> PreferencePair:
+    """LLaMA-Factory v1: two dialogues of typed content, equal up to the answers, which have the loss weight."""
+    refuse_unread(row, "tools")
+    chosen, rejected = row.get("chosen_messages"), row.get("rejected_messages")
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        raise RowError("malformed_row", f"chosen_messages and rejected_messages must be lists, found {preview(chosen)}")
+    prompt = read_messages(chosen[:-1], "chosen_messages before the last one")
+    if read_messages(rejected[:-1], "rejected_messages before the last one") != prompt:
+        raise RowError("malformed_row", "chosen_messages and rejected_messages must be equal except for the last one")
+    better, worse = (read_answer(turns[-1:], "the last message") for turns in (chosen, rejected))
+    return make_pair(row_id, source, row_images(row), prompt, better, worse)
 
 
 def _from_rlaif_v(row: Row, row_id: str, source: str) -> PreferencePair:
@@ -195,7 +216,7 @@ def _from_vlfeedback(row: Row, row_id: str, source: str) -> PreferencePair:
     for completion in read_records(row.get("completions"), "completions"):
         if not isinstance(completion, Mapping):
             raise RowError("malformed_row", f"a completion must be a mapping, found {preview(completion)}")
-        mean = _mean_rating(completion.get("annotations"))
+        mean = mean_rating(completion.get("annotations"))
         if mean is not None and completion.get("response") not in (None, ""):
             rated.append((mean, completion["response"]))
     chosen, rejected = (read_answer(answer, "response") for answer in best_and_worst(rated))
@@ -231,23 +252,6 @@ def _single_turn_pair(
 def _inline_pair(row: Row, row_id: str, source: str, prompt: list[Message], inline: bool = True) -> PreferencePair:
     chosen, rejected = (read_answer(row.get(name), name, inline) for name in ("chosen", "rejected"))
     return make_pair(row_id, source, row_images(row), prompt, chosen, rejected)
-
-
-def _mean_rating(annotations: Any) -> float | None:
-    """Average the numeric ratings over all aspects; None if there are none."""
-    if annotations is None:
-        return None
-    if not isinstance(annotations, Mapping):
-        raise RowError("malformed_row", f"annotations must be a mapping of aspects, found {preview(annotations)}")
-    ratings = []
-    for aspect in annotations.values():
-        rating = aspect.get("Rating") if isinstance(aspect, Mapping) else aspect
-        try:
-            ratings.append(float(rating))  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError):  # "N/A", missing, or too large for a float
-            continue
-    ratings = [rating for rating in ratings if math.isfinite(rating)]
-    return sum(ratings) / len(ratings) if ratings else None
 
 
 def _rlhf_v_text(row: Row) -> dict[str, Any] | None:
@@ -378,6 +382,7 @@ _FORMATS = {
         any_of=("rejected_response", "rejected_messages", "rejected_images"),
         optional=("system",),
     ),
+    "llamafactory-v1": _Format(_from_llamafactory_v1, ("chosen_messages", "rejected_messages")),
     "rlaif-v": _Format(_from_rlaif_v, ("image", "question", *_ANSWERS), detected_by=_RLAIF_V),
     "rlhf-v": _Format(_from_rlhf_v, ("image", "text"), accepts=_has_rlhf_v_text),
     "vlfeedback": _Format(_from_vlfeedback, ("prompt", "completions"), optional=("img_path",)),

@@ -65,7 +65,7 @@ def _splits(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
 
 def _in_order(spec: ReadSpec) -> ReadSpec:
     order = replace(spec.order, seed=None, weights=(1.0,) * len(spec.order.weights))
-    return replace(spec, order=order, end_sample=order.num_rows)
+    return replace(spec, order=order, end_sample=order.num_rows, other_image=None)
 
 
 def _for_evaluation(recipe: Recipe, spec: ReadSpec) -> ReadSpec:
@@ -116,6 +116,7 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
         end_sample=order.num_rows,
         columns=data.columns,
         image_root=root,
+        other_image=recipe.other_image,
     )
 
 

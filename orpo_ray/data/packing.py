@@ -4,7 +4,8 @@ Legend: B pairs in a micro-batch, T tokens of a row, M target tokens (those whos
 
 Two layouts. `shared_prefix`: one row that holds all pairs without padding, `[prompt | chosen | rejected]` after
 `[prompt | chosen | rejected]`. `concatenated`: two rows per pair, padded to the longest; the reference, and the layout
-of families whose layers cannot share a prefix.
+of families whose layers cannot share a prefix. A pair with other images has a further branch, or a third row: the
+prompt with those images, and the chosen answer again.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ TEXT, IMAGE, RESPONSE, PADDING = range(4)
 
 @dataclass(frozen=True)
 class PairBatch:
-    """The tensors of one forward. Answer i < B is the chosen one of pair i, answer B + i its rejected one."""
+    """The tensors of one forward. Answer i < B is the chosen one of pair i, answer B + i its rejected one, and answer
+    2B + i the chosen one again, to the other images."""
 
     input_ids: torch.Tensor
-    """int64 [1, T] in the shared-prefix layout, [2B, T] in the concatenated one, with answer i in row i and padding on
-    the right. Under a causal mask no real token sees the padding behind it, so there is no attention mask."""
+    """int64 [1, T] in the shared-prefix layout. In the concatenated one [2B, T], with answer i in row i, and a further
+    row for each pair with other images; padding on the right. Under a causal mask no real token sees the padding behind
+    it, so there is no attention mask."""
     token_kind: torch.Tensor
     """int64, like input_ids: TEXT or IMAGE (a placeholder) in a prompt, RESPONSE, PADDING."""
     position_ids: torch.Tensor
@@ -60,7 +63,9 @@ class PairBatch:
     trains_on_images: bool
     """Whether a pair has an image, rather than only a dummy pair."""
     images_shared: bool = True
-    """Whether both rows of every pair take the same images, which are stored once. Always true of a packed row."""
+    """Whether all rows of every pair take the same images, which are stored once. Always true of a packed row."""
+    answers_per_pair: int = 2
+    """3 if a pair has other images, else 2."""
     varlen: VarlenIndex | None = None
     """The sequences of a packed row as attention kernels take them."""
 
@@ -100,7 +105,8 @@ def build_batch(
     """
     everything = [*pairs, *dummy_pairs]
     rows = _Rows(everything, nll)
-    shared = layout == "shared_prefix" or not any(pair.rejected_prompt for pair in everything)
+    contrasted = any(pair.other_prompt for pair in everything)
+    shared = layout == "shared_prefix" or not (contrasted or any(pair.rejected_prompt for pair in everything))
     if layout == "shared_prefix":
         rows.pack()
     else:
@@ -120,6 +126,7 @@ def build_batch(
         sample_indices=tuple(pair.sample_index for pair in everything),
         trains_on_images=any(pair.images for pair in pairs),
         images_shared=shared,
+        answers_per_pair=3 if contrasted else 2,
         varlen=VarlenIndex.of(rows.spans) if rows.spans else None,
     )
 
@@ -158,19 +165,32 @@ class _Rows:
                 self.spans += [PairSpan(start, chosen, rejected, rejected), PairSpan(rejected, answer, end, end)]
                 self._place_prompt(pair.rejected_prompt, second, 0, rejected)
                 self._place_answer(pair.rejected_ids, second, length, 0, answer, before=answer - 1)
+            if pair.other_prompt is not None:
+                first, length = end, len(pair.other_prompt.ids)
+                end = first + length + len(pair.chosen_ids)
+                self.spans.append(PairSpan(first, first + length, end, end))
+                self._place_prompt(pair.other_prompt, third := second + len(self.pairs), 0, first)
+                self._place_answer(pair.chosen_ids, third, length, 0, first + length, before=first + length - 1)
             start = end
 
     def pad(self) -> None:
-        """Give each answer a row: the chosen ones, then the rejected ones."""
-        self._allocate(2 * len(self.pairs), max(pair.row_length for pair in self.pairs))
-        for row in range(2 * len(self.pairs)):
-            pair = self.pairs[row % len(self.pairs)]
-            is_chosen = row < len(self.pairs)
-            answer = pair.chosen_ids if is_chosen else pair.rejected_ids
-            prompt = pair.prompt if is_chosen else pair.rejected_prompt or pair.prompt
+        """Give each answer a row: the chosen ones, the rejected ones, then the chosen ones to other images."""
+        count = len(self.pairs)
+        answers = [(index, pair.prompt, pair.chosen_ids) for index, pair in enumerate(self.pairs)]
+        answers += [
+            (count + index, pair.rejected_prompt or pair.prompt, pair.rejected_ids)
+            for index, pair in enumerate(self.pairs)
+        ]
+        answers += [
+            (2 * count + index, pair.other_prompt, pair.chosen_ids)
+            for index, pair in enumerate(self.pairs)
+            if pair.other_prompt is not None
+        ]
+        self._allocate(len(answers), max(PairSize.of(pair).row for pair in self.pairs))
+        for row, (number, prompt, answer) in enumerate(answers):
             start = len(prompt.ids)
-            self._place_prompt(prompt, row, row, 0)
-            self._place_answer(answer, row, start, row, start, before=start - 1)
+            self._place_prompt(prompt, number, row, 0)
+            self._place_answer(answer, number, start, row, start, before=start - 1)
 
     def tokens(self) -> TokenRows:
         """The rows as families place images in them."""
@@ -211,11 +231,14 @@ class _Rows:
 
 def _images_in_order(pairs: Sequence[EncodedPair], layout: Layout, shared: bool) -> list[dict[str, np.ndarray]]:
     """The image tensors of each prompt, in the order in which the rows need them."""
-    own = [(pair.images, pair.rejected_prompt.images if pair.rejected_prompt else None) for pair in pairs]
     if layout == "shared_prefix":
-        return [images for each in own for images in each if images is not None]
-    chosen = [images for images, _ in own]
-    return chosen if shared else chosen + [images if other is None else other for images, other in own]
+        prompts = [(pair.prompt, pair.rejected_prompt, pair.other_prompt) for pair in pairs]
+        return [prompt.images for each in prompts for prompt in each if prompt is not None]
+    chosen = [pair.images for pair in pairs]
+    if shared:
+        return chosen
+    rejected = [(pair.rejected_prompt or pair.prompt).images for pair in pairs]
+    return chosen + rejected + [pair.other_prompt.images for pair in pairs if pair.other_prompt is not None]
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

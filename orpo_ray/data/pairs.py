@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,20 @@ MAX_CHARACTERS = 64 << 20
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _EMPTY_IMAGE = {"bytes": None, "path": None}
+
+
+@dataclass(frozen=True)
+class OtherImages:
+    """The images under which the chosen answer should be less likely (`orpo.other_image`)."""
+
+    images: list[Image] | None
+    """As many as the pair has; None for its own images, changed."""
+    image_root: str | None = None
+    """Folder that the paths of `images` are relative to."""
+    change: str | None = None
+    """How the pair's own images are changed: crop, noise or blank."""
+    seed: int = 0
+    """Of the change."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,8 @@ class PreferencePair:
     """File and line or row."""
     rejected_images: list[Image] | None = None
     """Images of the rejected side if they differ, as many as `images`; the two texts may then be equal."""
+    other: OtherImages | None = None
+    """Images to contrast the chosen answer with; None without an image preference."""
 
 
 def make_pair(
@@ -91,6 +108,15 @@ def row_images(row: Mapping[str, Any], names: tuple[str, ...] = ("images", "imag
         if row.get(other):
             raise RowError("unsupported_media", f"the row has {other}; only images are supported")
     return next((images for name in names if (images := read_images(row.get(name)))), [])
+
+
+def refuse_unread(row: Mapping[str, Any], *names: str) -> None:
+    """Refuse a row with a value in a column that changes what the texts mean, and that is not read. Raises RowError."""
+    for name in names:
+        if row.get(name) not in (None, "", "[]", "{}", [], {}):
+            raise RowError(
+                "unread_column", f"{name} is not read; remove the column if it does not matter: {preview(row[name])}"
+            )
 
 
 def read_images(value: Any) -> list[Image]:
@@ -184,6 +210,23 @@ def best_and_worst(scored: list[tuple[float, Any]]) -> tuple[Any, Any]:
     return best[1], worst[1]
 
 
+def mean_rating(annotations: Any) -> float | None:
+    """Average the numeric ratings over all aspects; None if there are none."""
+    if annotations is None:
+        return None
+    if not isinstance(annotations, Mapping):
+        raise RowError("malformed_row", f"annotations must be a mapping of aspects, found {preview(annotations)}")
+    ratings = []
+    for aspect in annotations.values():
+        rating = aspect.get("Rating") if isinstance(aspect, Mapping) else aspect
+        try:
+            ratings.append(float(rating))  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):  # "N/A", missing, or too large for a float
+            continue
+    ratings = [rating for rating in ratings if math.isfinite(rating)]
+    return sum(ratings) / len(ratings) if ratings else None
+
+
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Split two complete dialogues (lists of messages, or strings) into prompt, chosen and rejected, as TRL does.
 
@@ -254,12 +297,12 @@ def _parts(content: Any, name: str, inline: bool) -> list[dict[str, Any]]:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image":
-            own = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+            own = next((part[key] for key in ("image", "path", "url", "value") if part.get(key) is not None), None)
             parts.append({"type": "image"} if own is None else {"type": "image", "image": _image(own)})
         elif kind == "image_url":
-            parts.append({"type": "image", "image": _image(part.get("image_url"))})
-        elif kind == "text" and isinstance(part.get("text"), str):
-            parts.extend(_text_parts(part["text"], inline))
+            parts.append({"type": "image", "image": _image(part.get("image_url", part.get("value")))})
+        elif kind == "text" and isinstance(text := part.get("text", part.get("value")), str):
+            parts.extend(_text_parts(text, inline))
         else:
             raise RowError("malformed_row", f"a part in {name} must be an image or a text, found {preview(part)}")
     return parts

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, pairwise
@@ -18,10 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from orpo_ray.config.field_types import OtherImage
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
 from orpo_ray.data.formats import get_row_id, to_pair
 from orpo_ray.data.order import Order
-from orpo_ray.data.pairs import Image, Message, PreferencePair
+from orpo_ray.data.other_images import FROM_THE_WINDOW, WindowPairs, exchange_images, with_other_images
+from orpo_ray.data.pairs import Message, OtherImages, PreferencePair
 from orpo_ray.data.shards import Shard, ShardReader
 from orpo_ray.errors import RowError
 
@@ -35,6 +36,9 @@ _SHARDS_PER_TASK = 20  # shards that a reading task covers, so that one shard re
 IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
 _CONTENT_TYPE = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string())]))
 MESSAGES_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", _CONTENT_TYPE)]))
+_OTHER_TYPE = pa.struct(
+    [("images", IMAGES_TYPE), ("image_root", pa.string()), ("change", pa.string()), ("seed", pa.int64())]
+)
 SCHEMA = pa.schema(
     [
         ("sample_index", pa.int64()),
@@ -43,6 +47,7 @@ SCHEMA = pa.schema(
         ("image_root", pa.string()),
         ("images", IMAGES_TYPE),
         ("rejected_images", IMAGES_TYPE),  # null where both answers are to the same images
+        ("other", _OTHER_TYPE),  # an `OtherImages`, or null
         ("prompt", MESSAGES_TYPE),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
@@ -72,6 +77,8 @@ class ReadSpec:
     """`data.image_root` of the recipe."""
     exchange_images: bool = False
     """Whether each pair gets the images of another pair of its window, to measure how much images matter."""
+    other_image: OtherImage | None = None
+    """Which images each pair's chosen answer is contrasted with; None without an image preference."""
 
     @property
     def digest(self) -> str:
@@ -105,18 +112,22 @@ def read_windows(spec: ReadSpec, windows: Sequence[tuple[int, int]]) -> Iterator
     """
     reader = ShardReader()
     ahead = chain((spec.order.window(*window) for window in windows), [None])
-    for window, following in pairwise(ahead):
+    for (epoch, _), (window, following) in zip(windows, pairwise(ahead), strict=True):
         assert window is not None
         sample_indices = window.first_sample + np.arange(len(window.rows))
         wanted = (sample_indices >= spec.first_sample) & (sample_indices < spec.end_sample)
         # A pair's new images may come from any row of the window, so that a resumed run exchanges alike.
-        read = np.ones_like(wanted) if spec.exchange_images else wanted
+        from_others = spec.exchange_images or spec.other_image in FROM_THE_WINDOW
+        read = np.ones_like(wanted) if from_others else wanted
         shared = set() if following is None else set(following.rows[:, 0].tolist())
         pairs = _read_window(spec, sample_indices[read], window.rows[read], reader, shared)
         if not any(reader.holds(spec.shards[shard]) for shard in shared):
             reader.release()
         if spec.exchange_images:
-            pairs = _exchange(spec, pairs)
+            pairs = exchange_images(pairs, spec.root_of)
+        elif spec.other_image is not None:
+            in_order = dict(sorted(pairs.items()))  # they came shard by shard
+            pairs = with_other_images(in_order, spec.other_image, spec.root_of, spec.order.seed, epoch)
         yield from _tables(spec, [(int(sample_index), *pairs[sample_index]) for sample_index in sample_indices[wanted]])
 
 
@@ -153,19 +164,9 @@ def pair_at(spec: ReadSpec, sample_index: int) -> tuple[Shard, PreferencePair | 
     return _read_window(spec, np.array([sample_index]), rows, ShardReader(), set())[sample_index]
 
 
-def image_fingerprint(image: Image, root: str | None) -> str:
-    """Hash an image's bytes, or its path with the folder that the path is relative to."""
-    digest = hashlib.sha256()
-    if image["bytes"] is not None:
-        digest.update(image["bytes"])
-    else:
-        digest.update(f"{root}/{image['path']}".encode())
-    return digest.hexdigest()
-
-
 def _read_window(
     spec: ReadSpec, sample_indices: np.ndarray, rows: np.ndarray, reader: ShardReader, shared: set[int]
-) -> dict[int, tuple[Shard, PreferencePair | BadRow]]:
+) -> WindowPairs:
     """Return the shard and the pair, or bad row, of each sample index. Reads each shard once.
 
     Args:
@@ -182,55 +183,12 @@ def _read_window(
         if index in spec.row_indices:
             wanted = spec.row_indices[index][wanted]
         found[index] = read_pairs(spec, index, wanted, reader)
-    pairs: dict[int, tuple[Shard, PreferencePair | BadRow]] = {}
+    pairs: WindowPairs = {}
     for index in shards:
         for sample_index, pair in zip(sample_indices[rows[:, 0] == index].tolist(), found[index], strict=True):
             placed = replace(pair, sample_index=sample_index) if isinstance(pair, BadRow) else pair
             pairs[sample_index] = (spec.shards[index], placed)
     return pairs
-
-
-def _exchange(
-    spec: ReadSpec,
-    pairs: dict[int, tuple[Shard, PreferencePair | BadRow]],
-) -> dict[int, tuple[Shard, PreferencePair | BadRow]]:
-    """Give every pair the images of the next pair with the same number of images, but not the same ones.
-
-    A pair without such a partner becomes a BadRow.
-    """
-    groups: dict[tuple[int, int], list[tuple[int, str]]] = defaultdict(list)
-    for sample_index, (shard, pair) in pairs.items():
-        if isinstance(pair, PreferencePair) and pair.images:
-            groups[len(pair.images), len(pair.rejected_images or ())].append(
-                (sample_index, _fingerprint(pair, spec.root_of(shard)))
-            )
-    out = dict(pairs)
-    for sample_index, (shard, pair) in pairs.items():
-        if isinstance(pair, PreferencePair) and not pair.images:
-            out[sample_index] = (shard, _not_exchanged(sample_index, pair, "the pair has no image"))
-    for group in groups.values():
-        for place, (sample_index, fingerprint) in enumerate(group):
-            shard, pair = pairs[sample_index]
-            assert isinstance(pair, PreferencePair)
-            followers = (group[(place + step) % len(group)] for step in range(1, len(group)))
-            other = next((there for there, theirs in followers if theirs != fingerprint), None)
-            if other is None:
-                out[sample_index] = (shard, _not_exchanged(sample_index, pair, "no other images to exchange with"))
-                continue
-            other_shard, other_pair = pairs[other]
-            assert isinstance(other_pair, PreferencePair)
-            swapped = replace(pair, images=other_pair.images, rejected_images=other_pair.rejected_images)
-            out[sample_index] = (other_shard, swapped)
-    return out
-
-
-def _not_exchanged(sample_index: int, pair: PreferencePair, detail: str) -> BadRow:
-    return BadRow(sample_index, pair.id, pair.source, "no_image_to_exchange", detail)
-
-
-def _fingerprint(pair: PreferencePair, root: str | None) -> str:
-    """Hash the images of a pair, in their order."""
-    return " ".join(image_fingerprint(image, root) for image in pair.images)
 
 
 def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | BadRow]]) -> Iterator[pa.Table]:
@@ -241,7 +199,8 @@ def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | BadRow
         base: dict[str, object] = {"sample_index": sample_index, "image_root": spec.root_of(shard)}
         if isinstance(pair, PreferencePair):
             named = ("id", "source", "images", "rejected_images", "prompt", "chosen", "rejected")
-            batch.append(base | {name: getattr(pair, name) for name in named})
+            other = None if pair.other is None else vars(pair.other)
+            batch.append(base | {name: getattr(pair, name) for name in named} | {"other": other})
             size += stored_bytes(batch[-1])
         else:
             batch.append(base | {"id": pair.id, "source": pair.source, "bad": asdict(pair)})
@@ -254,7 +213,8 @@ def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | BadRow
 
 def stored_bytes(row: Mapping[str, Any]) -> int:
     """Estimate the bytes of the images and texts of a row of `SCHEMA`."""
-    images = [*(row.get("images") or ()), *(row.get("rejected_images") or ())]
+    other = row.get("other") or {}
+    images = [*(row.get("images") or ()), *(row.get("rejected_images") or ()), *(other.get("images") or ())]
     size = sum(len(image["bytes"]) if image["bytes"] else BYTES_OF_A_PATH for image in images)
     if row.get("bad") is None:
         size += len(row["chosen"]) + len(row["rejected"])
@@ -274,6 +234,7 @@ def pair_of(row: Mapping[str, Any]) -> PreferencePair | BadRow:
         rejected=row["rejected"],
         source=row["source"],
         rejected_images=row["rejected_images"],
+        other=None if row["other"] is None else OtherImages(**row["other"]),
     )
 
 

@@ -91,6 +91,18 @@ def _first_parquet_rows(shard: Shard) -> tuple[list[str], list[Row]]:
         return list(table.schema_arrow.names), [row for row in found if isinstance(row, dict)]
 
 
+def origins(uri: str) -> list[str]:
+    """Return the sources that a folder of `orpo-ray data prepare` was made from; for any other source, itself."""
+    folder, _, split = uri.rstrip("/").rpartition("/")
+    if not folder or uri.startswith((HUB, EASY_VQA)):
+        return [uri]
+    try:
+        data = json.loads(read_bytes(f"{folder}/{MANIFEST_FILE}"))["data"]
+        return [str(source) for source in data[split] or data["train"]] or [uri]
+    except (OSError, UserError, ValueError, LookupError, TypeError):
+        return [uri]
+
+
 def _shards_of(uri: str, field: str) -> list[Shard]:
     if uri.startswith(EASY_VQA):
         return [easy_vqa_shard(uri)]

@@ -17,8 +17,9 @@ from dataclasses import replace
 import numpy as np
 
 from orpo_ray.data.order import Order
+from orpo_ray.data.other_images import image_fingerprint
 from orpo_ray.data.pairs import PreferencePair
-from orpo_ray.data.reading import ReadSpec, image_fingerprint, read_pairs
+from orpo_ray.data.reading import ReadSpec, read_pairs
 from orpo_ray.errors import UserError
 
 READER_THREADS = 4

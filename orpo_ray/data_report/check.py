@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -12,26 +10,23 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from rich.progress import Progress
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.from_recipe import all_data, encoder_of
-from orpo_ray.data.images import load_image
-from orpo_ray.data.pairs import Image, PreferencePair
+from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_at
 from orpo_ray.data_report.page import render_page
+from orpo_ray.data_report.progress import RowProgress
 from orpo_ray.data_report.report import PairFacts, SplitCheck, images_on_both_sides, warnings_of
 from orpo_ray.data_report.scan import iter_checked
-from orpo_ray.errors import RowError
 from orpo_ray.extras import install_command, is_installed
+from orpo_ray.pages.thumbnails import thumbnail
 from orpo_ray.ray_cluster.start import start_ray
-from orpo_ray.storage.files import image_folder
 from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
 from orpo_ray.tracking.bad_rows_file import write_bad_rows
 
 PAGE_FILE = "data_check.html"
-THUMBNAIL = 480  # longer side, in pixels
 # Pairs are encoded without a length limit, so that the page can show the lengths of those that are too long. Only what
 # training would not tokenize is not tokenized here either.
 ANY_LENGTH = 10**9
@@ -84,11 +79,10 @@ def _check_split(recipe: Recipe, read: ReadSpec, encoder: EncoderSpec, console: 
         formats[kind] += rows
     check = SplitCheck(recipe.data.max_length, recipe.data.on_too_long, dict(formats))
     encoders = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"reading {name}", total=read.end_sample)
+    with RowProgress(console, f"reading {name}", read.end_sample) as progress:
         for facts in iter_checked(read, encoder, encoders):
             check.add(facts)
-            progress.advance(task)
+            progress.advance()
     check.sort()
     return check
 
@@ -114,8 +108,8 @@ def _gallery_entry(
         "id": pair.id,
         "source": pair.source,
         "why": reason,
-        "images": [_thumbnail(image, root, recipe.data.allow_http) for image in pair.images],
-        "rejected_images": [_thumbnail(image, root, recipe.data.allow_http) for image in pair.rejected_images or ()],
+        "images": [thumbnail(image, root, recipe.data.allow_http) for image in pair.images],
+        "rejected_images": [thumbnail(image, root, recipe.data.allow_http) for image in pair.rejected_images or ()],
         "prompt": [
             {
                 "role": turn["role"],
@@ -128,15 +122,3 @@ def _gallery_entry(
         "tokens": {"prompt": prompt, "image": image, "chosen": chosen, "rejected": rejected},
         "warnings": warnings_of(facts, recipe.data.max_length),
     }
-
-
-def _thumbnail(image: Image, root: str | None, allow_http: bool) -> str:
-    """Return a small JPEG as a data URI; an empty string if the image can no longer be read."""
-    try:
-        picture = load_image(image, image_folder(root), allow_http)
-    except RowError:
-        return ""
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

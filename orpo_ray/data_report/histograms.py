@@ -11,16 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from orpo_ray.data_report.text_format import counted, number, percent
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A labeled position on an axis."""
-
-    at: float
-    label: str
-    kind: str = ""
+from orpo_ray.pages.axes import Mark, ticks
+from orpo_ray.pages.text_format import counted, number, percent
 
 
 @dataclass(frozen=True)
@@ -109,9 +101,9 @@ def _make_chart(name: str, report: Mapping[str, Any], scale: _Scale, limit: int 
         bars=_bars(train, scale),
         outline=_outline(held_out, scale) if held_out else "",
         x_ticks=[
-            Mark(scale.x(tick), number(tick)) for tick in _ticks(scale.low, scale.high, 10 if limit else 5, whole=True)
+            Mark(scale.x(tick), number(tick)) for tick in ticks(scale.low, scale.high, 10 if limit else 5, whole=True)
         ],
-        y_ticks=[Mark(round(100 * tick / scale.top, 3), percent(tick)) for tick in _ticks(0, scale.top, 3)],
+        y_ticks=[Mark(round(100 * tick / scale.top, 3), percent(tick)) for tick in ticks(0, scale.top, 3)],
         marks=marks,
         beyond=limit if beyond else None,
     )
@@ -141,12 +133,3 @@ def _outline(histogram: Mapping[str, Any], scale: _Scale) -> str:
     for index, height in enumerate(_heights(histogram, scale.per)):
         steps += f"V{100 - 100 * height / scale.top:.2f}H{scale.x(edges[index + 1])}"
     return f"M{scale.x(edges[0])} 100{steps}V100"
-
-
-def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
-    """Return about `count` round values from low to high."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.999 * rough)
-    step = max(1.0, step) if whole else step
-    return [step * index for index in range(math.ceil(low / step), math.floor(high / step) + 1)]

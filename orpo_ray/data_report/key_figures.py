@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orpo_ray.data_report.text_format import counted, number, percent
 from orpo_ray.extras import install_command, is_installed
+from orpo_ray.pages.text_format import counted, number, percent
 
 Split = Mapping[str, Any]
 LEVELS = ("none", "good", "warning", "problem")  # in order of severity
@@ -99,22 +99,28 @@ def _text_only(split: Split, report: Mapping[str, Any]) -> Card:
         level, text = "problem", "Most chosen answers can be identified without the image"
     elif found["accuracy"] > 0.65:
         level, text = "warning", "Many chosen answers can be identified without the image"
+    elif found["high"] < 0.5:
+        level, text = "warning", "Below chance: similar texts have opposite answers, and the estimate says little"
     text += f" (95\u00a0% interval: {percent(found['low'])} to {percent(found['high'])}). Chance is 50\u00a0%."
     return Card(percent(found["accuracy"]), "without images", level, text)
 
 
 def _length_bias(split: Split, report: Mapping[str, Any]) -> Card:
+    """Judge by how often the longer answer, or always the shorter one, is the chosen one; equal lengths count half."""
     bias = split["length_bias"]
-    longer, shorter = bias["chosen_longer"], max(0.0, 1 - bias["chosen_longer"] - bias["equal"])
-    text = "Most answers have the same length." if bias["equal"] > 0.5 else "Neither answer is consistently longer."
-    if max(longer, shorter) > 0.7:
-        length = "longer" if longer > 0.7 else "shorter"
+    longer = bias["chosen_longer"] + bias["equal"] / 2
+    rule, gain = ("longer", longer) if longer >= 0.5 else ("shorter", 1 - longer)
+    level = "problem" if gain > 0.8 else "warning" if gain > 0.65 else "good"
+    text = "Length says little about which answer is chosen."
+    if level != "good":
         text = (
-            f"Most chosen answers are {length}. The model may learn to write {length} answers instead of better ones."
+            f"Always taking the {rule} answer is right in {percent(gain)}. The model may learn to write {rule} answers "
+            "instead of better ones."
         )
-    level = "warning" if max(longer, shorter) > 0.7 else "good"
+    elif bias["equal"] > 0.5:
+        text = "Most answers have the same length."
     text += f" Median difference: {number(bias['median_difference'], sign=True)} tokens."
-    return Card(percent(longer), "chosen is longer", level, text)
+    return Card(percent(gain), "by length alone", level, text)
 
 
 def _repeated_rows(split: Split, report: Mapping[str, Any]) -> Card:

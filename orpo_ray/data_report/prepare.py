@@ -14,7 +14,6 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import ray
 from rich.console import Console
-from rich.progress import Progress
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow, check_bad_fraction, refuse_rows
@@ -22,6 +21,7 @@ from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.from_recipe import all_data, encoder_of
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.sources import MANIFEST_FILE
+from orpo_ray.data_report.progress import RowProgress
 from orpo_ray.data_report.scan import CLEAN_SCHEMA, iter_clean
 from orpo_ray.errors import UserError
 from orpo_ray.ray_cluster.start import start_ray
@@ -94,12 +94,11 @@ def _write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Consol
     with_retries(filesystem.delete_dir_contents, path)  # files of an interrupted attempt
     split, writer = Prepared(uri), _ParquetFiles(filesystem, path)
     encoders = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"preparing {uri.rpartition('/')[2]}", total=read.end_sample)
+    with RowProgress(console, f"preparing {uri.rpartition('/')[2]}", read.end_sample) as progress:
         for table, bad in iter_clean(read, encoder, encoders):
             writer.add(table)
             split.bad += bad
-            progress.advance(task, table.num_rows + len(bad))
+            progress.advance(table.num_rows + len(bad))
     split.shards = writer.close()
     return split
 

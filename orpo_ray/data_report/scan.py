@@ -13,8 +13,9 @@ import pyarrow as pa
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, BadRow
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.images import load_image, read_image_bytes
+from orpo_ray.data.other_images import image_fingerprint
 from orpo_ray.data.pairs import Image, PreferencePair
-from orpo_ray.data.reading import IMAGES_TYPE, MESSAGES_TYPE, ReadSpec, image_fingerprint, pair_of
+from orpo_ray.data.reading import IMAGES_TYPE, MESSAGES_TYPE, ReadSpec, pair_of
 from orpo_ray.data_report.report import PairFacts, facts_from_json, facts_of
 from orpo_ray.storage.files import image_folder
 from orpo_ray.streaming.pipeline import (

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from orpo_ray.extras import require
 
@@ -30,7 +32,8 @@ class TextOnlyPair:
     """The texts of a pair."""
 
     group: str
-    """Pairs of the same group are never divided between training and test folds."""
+    """Pairs of the same group are never divided between training and test folds. Neither are pairs with the same prompt
+    and the same two answers, whichever is chosen."""
     prompt: str
     chosen: str
     rejected: str
@@ -49,7 +52,7 @@ def text_only_accuracy(texts: Sequence[TextOnlyPair]) -> dict[str, float] | None
     from sklearn.model_selection import GroupKFold
 
     texts = texts[:MAX_PAIRS]
-    groups = [text.group for text in texts]
+    groups = _groups(texts)
     if len(texts) < MIN_PAIRS or len(set(groups)) < FOLDS:
         return None
     hasher = FeatureHasher(FEATURES, input_type="string")
@@ -72,6 +75,24 @@ def text_only_accuracy(texts: Sequence[TextOnlyPair]) -> dict[str, float] | None
         "high": min(1.0, accuracy + margin),
         "pairs": float(len(texts)),
     }
+
+
+def _groups(texts: Sequence[TextOnlyPair]) -> list[int]:
+    """Return the number of each pair's group: pairs that are connected by their groups or by their texts.
+
+    Where a sentence stands once with each answer chosen, a fold that holds one of the two would teach the classifier
+    the opposite of the other, and the estimate would fall below chance.
+    """
+    nodes: dict[Hashable, int] = {}
+    links = []
+    for text in texts:
+        same_texts = (text.prompt, *sorted((text.chosen, text.rejected)))
+        links.append([nodes.setdefault(key, len(nodes)) for key in (("group", text.group), same_texts)])
+    first, second = np.array(links, np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(links)), (first, second)), shape=(len(nodes), len(nodes)))
+    labels = connected_components(graph, directed=False)[1]
+    found: list[int] = labels[first].tolist()
+    return found
 
 
 def _features(prompt: str, answer: str) -> Iterator[str]:

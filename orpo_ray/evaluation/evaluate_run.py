@@ -4,36 +4,61 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from rich.console import Console
 
-from orpo_ray.config.load import apply_overrides, parse_recipe, read_mapping
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.config.schema import ModelConfig
-from orpo_ray.data.from_recipe import encoder_of, held_out_data
+from orpo_ray.data.from_recipe import held_out_data
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
-from orpo_ray.model.adapter_folder import ADAPTER_CONFIG, adapter_config, is_adapter, load_adapted
-from orpo_ray.model.loading import concatenated_because, load_model, pick_attention
+from orpo_ray.evaluation.categories import column_values
+from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, Scores, with_prefix
+from orpo_ray.evaluation.pair_scores import write_pair_scores
+from orpo_ray.evaluation.summary import Summary, summarize
+from orpo_ray.evaluation.targets import Target, find_base, find_target
+from orpo_ray.model.loading import concatenated_because, pick_attention
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.ray_cluster.start import start_ray
-from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
-
-# A folder with one of these files has its own processor.
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, RECIPE_FILE, RunFolder
 
 
-def evaluate_run(uri: str, overrides: list[str], console: Console) -> dict[str, float]:
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `orpo-ray evaluate`."""
+
+    base: str | None = None
+    """A run, a model folder or a hub model to compare with, on the same pairs."""
+    by: Sequence[str] = ()
+    """Columns of the data by whose values the pairs are grouped."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `orpo-ray evaluate`."""
+
+    metrics: dict[str, float]
+    """The objective's metrics as `eval/...`, and those of grounding unless the recipe leaves it out."""
+    summary: Summary
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return self.metrics | self.summary.as_json()
+
+
+def evaluate_run(
+    uri: str, overrides: Sequence[str], console: Console, options: EvaluateOptions = EvaluateOptions()
+) -> Evaluation:
     """Score the held-out pairs of a run, a model or adapters.
+
+    Each pair's scores are kept in the folder of a run that is evaluated on its own pairs.
 
     Args:
         uri: A run's folder, whose recipe and `final/` are used; or a folder of a model or of peft adapters, with
@@ -41,95 +66,41 @@ def evaluate_run(uri: str, overrides: list[str], console: Console) -> dict[str, 
             bits if the recipe says so.
         overrides: `FIELD=VALUE` for the recipe. With `data.eval`, a fraction that the run held out does not count.
         console: Gets one line about what is scored.
-
-    Returns:
-        The metrics of the recipe's objective as `eval/...`, with `eval/grounding_gap` unless the recipe leaves it out.
+        options: What else to do.
 
     Raises:
         UserError: The folder or the recipe cannot be used, or there are no held-out pairs.
     """
     with contextlib.redirect_stdout(sys.stderr):
         folder = RunFolder(uri.rstrip("/"))  # the local copy of a remote run is deleted with this object
-        recipe, model = _recipe_of(folder, overrides)
-        model_config = _model_config(recipe, model)
-        held_out = held_out_data(recipe)
+        target = find_target(folder, overrides)
+        recipe, held_out = target.recipe, held_out_data(target.recipe)
         if held_out is None:
             raise UserError("there are no held-out pairs", field="data.eval", fix="add data.eval=FILE to the command")
+        categories = {name: column_values(held_out, name) for name in options.by}
+        base_folder = None if options.base is None else RunFolder(options.base.rstrip("/"))
+        base = None if base_folder is None or options.base is None else find_base(options.base, base_folder)
         start_ray()
-        if why := pick_attention(model_config).why:
-            console.print(concatenated_because(why), highlight=False, soft_wrap=True)
-        console.print(f"scoring {held_out.end_sample:,} pairs with {model}", highlight=False, soft_wrap=True)
-        return with_prefix(_evaluate(recipe, model_config, model, held_out), "eval")
+        scores = _score(target, recipe, held_out, console, recipe.eval.grounding)
+        if folder.has(RECIPE_FILE) and not any(each.startswith(("data.", "eval.")) for each in overrides):
+            write_pair_scores(folder, EVAL_PAIRS_FILE, scores.pairs, data=held_out.digest)
+        compared = None
+        if base is not None:
+            compared = (base.name, _score(base, recipe, held_out, console, False).pairs)
+        summary = summarize(scores.pairs, categories, compared)
+        return Evaluation(with_prefix(scores.metrics, "eval"), summary)
 
 
-def _model_config(recipe: Recipe, folder: Path) -> ModelConfig:
-    """Return the model section for loading without adapters: the recipe's base model, or the model in the folder."""
-    if is_adapter(folder):
-        return recipe.model
-    whole: dict[str, Any] = {"id": str(folder), "revision": None, "lora": None, "freeze": [], "quantization": None}
-    return recipe.model.model_copy(update=whole)
-
-
-def _evaluate(recipe: Recipe, model_config: ModelConfig, folder: Path, held_out: ReadSpec) -> dict[str, float]:
+def _score(target: Target, recipe: Recipe, held_out: ReadSpec, console: Console, grounding: bool) -> Scores:
+    """Score the pairs of a recipe with a model; with `grounding`, also with exchanged and with blank images."""
+    if why := pick_attention(target.model).why:
+        console.print(concatenated_because(why), highlight=False, soft_wrap=True)
+    console.print(f"scoring {held_out.end_sample:,} pairs with {target.title}", highlight=False, soft_wrap=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Adapters without a processor in their folder use the one of the base model.
-    own_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
-    spec = encoder_of(recipe)
-    if own_processor:
-        spec = replace(spec, model_id=str(folder), revision=None)
+    spec = target.encoder(recipe)
     encoder = spec.build()
-    seed = recipe.optim.seed
-    loaded = (
-        load_adapted(model_config, folder, device, seed)
-        if is_adapter(folder)
-        else load_model(model_config, device, seed)
-    )
-    model = PairModel(loaded, PixelNorm.of(encoder.processor)).eval()
+    model = PairModel(target.load(device, recipe.optim.seed), PixelNorm.of(encoder.processor)).eval()
     planner = StepPlanner.of(load_objective(recipe), recipe.optim.tokens_per_microbatch, encoder, model, device)
     max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
     evaluator = Evaluator(model, HeldOut(held_out, spec, max_encoders), planner)
-    return evaluator.evaluate(recipe.eval.grounding).metrics
-
-
-def _recipe_of(folder: RunFolder, overrides: list[str]) -> tuple[Recipe, Path]:
-    """Find the recipe, and the folder of the model or the adapters. Raises UserError."""
-    raw: dict[str, Any]
-    uri = folder.uri
-    if folder.has(RECIPE_FILE):
-        folder.pull(RECIPE_FILE, FINAL)
-        raw = read_mapping(folder.path / RECIPE_FILE)
-        model = folder.path / FINAL
-        if not model.is_dir():
-            raise UserError(
-                "the run has no final model yet", field=uri, fix="finish the run: the same train command resumes it"
-            )
-    elif folder.has(ADAPTER_CONFIG) and not folder.is_remote:
-        model = folder.path
-        config = adapter_config(model)
-        base = {"id": config["base_model_name_or_path"], "revision": config.get("revision"), "lora": {}}
-        raw = {"name": "evaluation", "model": base, "data": {"train": "none"}}
-    elif folder.has("config.json") and not folder.is_remote:
-        raw = {"name": "evaluation", "model": {"id": uri}, "data": {"train": "none"}}
-        model = folder.path
-    else:
-        raise UserError(
-            f"the folder is neither a run (no {RECIPE_FILE}) nor a model (no config.json or {ADAPTER_CONFIG})",
-            field=uri,
-            fix="give a run folder or a model folder; download a hub model first: hf download NAME --local-dir FOLDER",
-        )
-    # The base model of adapters can have moved, so an override can change its id. A full model is the folder itself.
-    if not is_adapter(model) and any(override.startswith("model.id=") for override in overrides):
-        raise UserError(
-            "the model is the one in the folder", field="model.id", fix="give the folder of the model to evaluate"
-        )
-    apply_overrides(raw, overrides)
-    _drop_fraction(raw, overrides)
-    return parse_recipe(raw, source=uri).with_absolute_paths(), model.resolve()
-
-
-def _drop_fraction(raw: dict[str, Any], overrides: list[str]) -> None:
-    """Drop the fraction that the run held out of its training rows if an override names other pairs."""
-    names = {override.partition("=")[0] for override in overrides}
-    data = raw.get("data")
-    if "data.eval" in names and "data.eval_fraction" not in names and isinstance(data, dict) and data.get("eval"):
-        data.pop("eval_fraction", None)
+    return evaluator.evaluate(grounding, blank=grounding)

@@ -1,4 +1,5 @@
-"""Score held-out pairs: the objective's metrics with TRL's names, and the drop in accuracy with exchanged images.
+"""Score held-out pairs: the objective's metrics with TRL's names, the scores of each pair, and the drop in accuracy
+with other images.
 
 Used by training, on every worker, and by `orpo-ray evaluate`, in one process.
 """
@@ -6,26 +7,33 @@ Used by training, on every worker, and by `orpo-ray evaluate`, in one process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-import torch.distributed as dist
 
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.balance import Packing, StepShare
-from orpo_ray.data.encoding import EncoderSpec
+from orpo_ray.data.collate_images import PIXELS
+from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
+from orpo_ray.evaluation.pair_scores import BLANK, CORRECT, EXCHANGED, KEYS, join_pass, join_workers
+from orpo_ray.model.vision_cache import KEYS as CACHE_KEYS
 from orpo_ray.objective.base import Normaliser, Objective
-from orpo_ray.objective.collectives import add_sums, gather_rows, reduce_sums
+from orpo_ray.objective.collectives import add_sums, gather_objects, reduce_sums
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.streaming.steps import iter_shares, open_feed
 
 Forward = Callable[[PairBatch], PairLogps]
+GRAY = 127
+"""The value of every pixel of a blank image, of 255."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class HeldOut:
     def shares(self, exchange_images: bool, packing: Packing) -> Iterable[StepShare]:
         """All of this worker's shares; with `exchange_images`, each pair gets the images of another pair."""
         steps = -(-self.read.end_sample // self.read.pairs_per_step)
-        read = replace(self.read, exchange_images=exchange_images)
+        read = replace(self.read, exchange_images=True, other_image=None) if exchange_images else self.read
         feed = open_feed(read, self.encoder, self.max_encoders, self.rank, self.num_workers, self.together)
         return iter_shares(feed, packing, 0, steps)
 
@@ -54,9 +62,9 @@ class Scores:
     """The result of one evaluation."""
 
     metrics: dict[str, float]
-    """Averages over all workers, under TRL's names without a prefix."""
-    correct: dict[int, bool]
-    """Sample index -> whether the model prefers the chosen answer; this worker's pairs only."""
+    """Averages over all pairs, under TRL's names without a prefix."""
+    pairs: pa.Table
+    """Each pair's scores (`evaluation/pair_scores.py`), of all workers."""
     bad: list[BadRow] = field(default_factory=list)
     """Bad rows of all workers."""
 
@@ -84,25 +92,36 @@ class Evaluator:
         self.model, self.held_out, self.planner, self.on_pass = model, held_out, planner, on_pass
         self.forward: Forward = forward or model
 
-    def evaluate(self, grounding: bool) -> Scores:
-        """Score all pairs; with `grounding` once more with exchanged images. Raises UserError if no row is usable."""
+    def evaluate(self, grounding: bool, blank: bool = False) -> Scores:
+        """Score all pairs.
+
+        Args:
+            grounding: score them again with exchanged images.
+            blank: score them again with gray images.
+
+        Raises:
+            UserError: no row is usable.
+        """
         was_training = self.model.training
         self.model.eval()
         try:
             self.on_pass("evaluating")
-            scores = score(self.forward, self._shares(exchange_images=False), self.planner)
+            scores = self._pass()
+            # A pair without a partner to exchange images with is not a bad row, so `bad` does not change.
             if grounding:
                 self.on_pass("evaluating with exchanged images")
-                # A pair without a partner to exchange images with is not a bad row, so `bad` does not change.
-                exchanged = score(self.forward, self._shares(exchange_images=True), self.planner)
-                gap = grounding_metrics(scores, exchanged, self.planner.device)
-                scores = replace(scores, metrics=scores.metrics | gap)
+                scores = with_pass(scores, self._pass(exchange_images=True), EXCHANGED)
+            if blank:
+                self.on_pass("evaluating with blank images")
+                scores = with_pass(scores, self._pass(change=blanked), BLANK)
         finally:
             self.model.train(was_training)
         return scores
 
-    def _shares(self, exchange_images: bool) -> Iterable[StepShare]:
-        return self.held_out.shares(exchange_images, self.planner.packing)
+    def _pass(self, exchange_images: bool = False, change: Callable[[PairBatch], PairBatch] | None = None) -> Scores:
+        shares = self.held_out.shares(exchange_images, self.planner.packing)
+        forward = self.forward
+        return score(forward if change is None else lambda batch: forward(change(batch)), shares, self.planner)
 
 
 @torch.no_grad()
@@ -115,20 +134,18 @@ def score(forward: Forward, shares: Iterable[StepShare], planner: StepPlanner) -
     started, steps = time.perf_counter(), 0
     objective: Objective = planner.objective
     sums: dict[str, torch.Tensor] = {}
-    correct: dict[int, bool] = {}
+    rows: list[dict[str, Any]] = []
     bad: list[BadRow] = []
     for share in shares:
         steps += 1
         bad += share.bad
-        for batch in planner.plan(share).batches:
-            logps = forward(batch.to(planner.device))
+        for batch, pairs in zip(planner.plan(share).batches, share.microbatches, strict=True):
+            logps = forward(batch.to(planner.device)).cpu()
             # Averages within each pair, then over pairs: a token average over a step would depend on the step's size.
-            _, more = objective.loss(logps, batch.weights.to(planner.device), Normaliser(1.0))
+            _, more = objective.loss(logps, batch.weights, Normaliser(1.0))
             sums = add_sums(sums, more)
-            chosen, rejected = objective.answer_logps(logps)
-            preferred = zip(batch.sample_indices, (chosen > rejected).tolist(), strict=True)
             if planner.counts:
-                correct |= {sample_index: is_chosen for sample_index, is_chosen in preferred if sample_index >= 0}
+                rows += iter_pair_scores(objective, logps, pairs)
     totals = reduce_sums(sums, planner.device, planner.counts)
     if not totals.get("pairs"):
         raise UserError(
@@ -144,34 +161,51 @@ def score(forward: Forward, shares: Iterable[StepShare], planner: StepPlanner) -
         "pairs": totals["pairs"],
         "bad_rows": float(len(bad)),
     }
-    return Scores(metrics, correct, bad)
+    return Scores(metrics, join_workers(gather_objects(rows)), bad)
 
 
-def grounding_metrics(seen: Scores, exchanged: Scores, device: torch.device) -> dict[str, float]:
-    """Compare accuracy with the right images and with exchanged ones, over the pairs scored with both.
+def iter_pair_scores(objective: Objective, logps: PairLogps, pairs: Sequence[EncodedPair]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each pair of a micro-batch. The figures of a pair are the metrics of an evaluation of it alone.
 
-    `grounding_gap` is the accuracy that the exchange costs; near 0, the model ignores its images. A collective.
+    Args:
+        objective: the loss.
+        logps: of the micro-batch, on the CPU; dummy pairs come last and are left out.
+        pairs: the pairs, without dummy pairs.
     """
-    last = max([*seen.correct, *exchanged.correct], default=-1)
-    size = int(gather_rows([last], device).max()) + 1
-    # Whether a pair was scored, and rightly. With exchanged images it has another length, and maybe another worker.
-    scored, right = (torch.zeros(2, size, dtype=torch.int32, device=device) for _ in range(2))
-    for row, scores in enumerate((seen, exchanged)):
-        sample_indices = torch.tensor(list(scores.correct), dtype=torch.long, device=device)
-        scored[row, sample_indices] = 1
-        right[row, sample_indices] = torch.tensor(list(scores.correct.values()), dtype=torch.int32, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(scored)
-        dist.all_reduce(right)
-    both = scored.amin(0)
-    total, (right_seen, right_exchanged) = int(both.sum()), (right * both).sum(1).tolist()
-    if not total:
-        return {}
-    return {
-        "rewards/accuracies_exchanged": right_exchanged / total,
-        "grounding_gap": (right_seen - right_exchanged) / total,
-        "grounding_pairs": float(total),
-    }
+    chosen, rejected = objective.answer_logps(logps)
+    preferred = (chosen > rejected).tolist()
+    tensors = {name: values for name, values in vars(logps).items() if values is not None}
+    one = torch.ones(1)
+    for place, pair in enumerate(pairs):
+        alone = PairLogps(**{name: values[place : place + 1] for name, values in tensors.items()})
+        _, sums = objective.loss(alone, one, Normaliser(1.0))
+        keys = (pair.sample_index, pair.id, len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+        figures = objective.metrics({name: float(value) for name, value in sums.items()})
+        yield dict(zip(KEYS, keys, strict=True)) | {CORRECT: preferred[place]} | figures
+
+
+def blanked(batch: PairBatch) -> PairBatch:
+    """Return the batch with every image in gray, of the same size and so with as many tokens."""
+    images = {name: tensor for name, tensor in batch.images.items() if name != CACHE_KEYS}
+    if PIXELS in images:
+        images[PIXELS] = torch.full_like(images[PIXELS], GRAY)
+    return replace(batch, images=images)
+
+
+def with_pass(scores: Scores, other: Scores, name: str) -> Scores:
+    """Add a pass with other images: each pair's scores, and the accuracy that the other images cost.
+
+    `grounding_gap` is the accuracy lost by exchanged images, over the pairs scored with both; near 0, the model ignores
+    its images.
+    """
+    pairs = join_pass(scores.pairs, other.pairs, name)
+    both = pairs.filter(pc.is_valid(pairs[f"{name}/{CORRECT}"]))
+    if not both.num_rows:
+        return replace(scores, pairs=pairs)
+    seen, unseen = (pc.mean(both[column]).as_py() for column in (CORRECT, f"{name}/{CORRECT}"))
+    prefix = "grounding" if name == EXCHANGED else f"grounding_{name}"
+    found = {f"rewards/accuracies_{name}": unseen, f"{prefix}_gap": seen - unseen, f"{prefix}_pairs": both.num_rows}
+    return replace(scores, pairs=pairs, metrics=scores.metrics | {key: float(value) for key, value in found.items()})
 
 
 def with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -36,29 +36,46 @@ class PairLogps:
     chosen_tokens: torch.Tensor
     rejected_tokens: torch.Tensor
     nll_tokens: torch.Tensor
+    other: torch.Tensor | None = None
+    """Log-prob of the chosen answer to the other images, 0 where a pair has none; None if no pair has."""
+    other_tokens: torch.Tensor | None = None
+    """0 where a pair has no other images."""
+
+    def cpu(self) -> PairLogps:
+        """The same in main memory, in one transfer."""
+        return self.changed(torch.Tensor.cpu)
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PairLogps:
+        """The same after a change of all sums at once: [6, B], or [8, B] with other images."""
+        return PairLogps(*change(torch.stack([sums for sums in vars(self).values() if sums is not None])))
 
 
 def sum_by_pair(
-    logps: torch.Tensor, target_answer: torch.Tensor, target_in_response: torch.Tensor, num_pairs: int
+    logps: torch.Tensor,
+    target_answer: torch.Tensor,
+    target_in_response: torch.Tensor,
+    num_pairs: int,
+    answers_per_pair: int = 2,
 ) -> PairLogps:
     """Add up log-probs of tokens by pair.
 
     Args:
         logps: [M], log-prob of each target token.
-        target_answer: int64 [M], the answer of each token: 0 .. B - 1 are chosen answers, B .. 2B - 1 rejected ones.
+        target_answer: int64 [M], the answer of each token: 0 .. B - 1 are chosen answers, B .. 2B - 1 rejected ones,
+            2B .. 3B - 1 chosen ones to other images.
         target_in_response: bool [M], False for prompt tokens, which count for the NLL only.
         num_pairs: B.
+        answers_per_pair: 2, or 3 with other images.
     """
     logps, response = logps.float(), target_in_response.float()
 
     def by_answer(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(2 * num_pairs).index_add(0, target_answer, values)
+        return values.new_zeros(answers_per_pair * num_pairs).index_add(0, target_answer, values)
 
-    chosen, rejected = by_answer(logps * response).chunk(2)
-    chosen_tokens, rejected_tokens = by_answer(response).chunk(2)
-    nll, _ = by_answer(logps).chunk(2)
-    nll_tokens, _ = by_answer(torch.ones_like(logps)).chunk(2)
-    return PairLogps(chosen, rejected, -nll, chosen_tokens, rejected_tokens, nll_tokens)
+    chosen, rejected, *other = by_answer(logps * response).split(num_pairs)
+    chosen_tokens, rejected_tokens, *other_tokens = by_answer(response).split(num_pairs)
+    nll, nll_tokens = (by_answer(values)[:num_pairs] for values in (logps, torch.ones_like(logps)))
+    return PairLogps(chosen, rejected, -nll, chosen_tokens, rejected_tokens, nll_tokens, *other, *other_tokens)
 
 
 def count_chunks(num_targets: int, vocab_size: int, device_type: str) -> int:

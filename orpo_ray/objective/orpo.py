@@ -5,6 +5,14 @@ With mean_logp(y) the mean log-prob per token of an answer y:
     log odds(y) = mean_logp(y) - log(1 - exp(mean_logp(y)))
     loss = NLL(chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected))
 
+With an image preference, for the chosen answer under its own image and under another one:
+
+    loss += image_beta * -log sigmoid(log odds(chosen | image) - log odds(chosen | other image))
+    loss += image_beta * -log sigmoid(log odds(chosen | image) - anchor), if there is an anchor
+
+The second line is mDPO's (2406.11839) on odds instead of ratios to a reference model. sigmoid(log odds(y)) is
+exp(mean_logp(y)), so an anchor of 0 is the NLL of the response.
+
 Legend: B pairs in a micro-batch.
 """
 
@@ -17,6 +25,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
+from orpo_ray.config.field_types import OtherImage
 from orpo_ray.objective.base import (
     NllAverage,
     NllSpan,
@@ -33,6 +42,7 @@ from orpo_ray.objective.logps import PairLogps
 # Mean log-probs are clamped to this distance from 0. Closer to 0, 1 - exp(x) rounds to 0 and its gradient,
 # 1 / (1 - exp(x)), overflows. Training cannot tell a probability of 0.999999 from 1.
 _CLOSEST_TO_ZERO = -1e-6
+_IMAGE_VALUES = ("image_margins", "image_accuracies", "image_log_odds_ratio")
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,12 @@ class ORPO:
     """Weight of the odds-ratio term."""
     nll: Literal["response", "prompt+response"] = "response"
     """Tokens under the NLL term."""
+    image_beta: float = 0.0
+    """Weight of the image preference; 0 leaves it out."""
+    other_image: OtherImage = "exchange"
+    """Which other image the data holds for each pair; the loss does not depend on it."""
+    anchor: float | None = None
+    """Log odds that the chosen answer's own ones are to exceed; None leaves the term out."""
 
     further_forwards: ClassVar[tuple[str, ...]] = ()
 
@@ -76,7 +92,33 @@ class ORPO:
             "log_odds_chosen": log_odds_chosen,
             "log_odds_ratio": log_odds_ratio,
         }
+        if self.image_beta:
+            image = self._image_preference(logps, chosen)
+            per_pair = per_pair + self.image_beta * image.pop("loss") / normaliser.pairs
+            values |= image | {"loss": per_pair * normaliser.pairs}
         return (weights * per_pair).sum(), weighted_sums(weights, values)
+
+    def _image_preference(self, logps: PairLogps, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The image terms of each pair, and what its metrics need, all [B] and 0 for pairs without other images.
+
+        The names do not depend on the batch, so that workers can add up their sums.
+
+        Args:
+            logps: of the pairs.
+            chosen: mean log-probs of the chosen answers.
+        """
+        if logps.other is None or logps.other_tokens is None:
+            zeros = torch.zeros_like(chosen)
+            return dict.fromkeys(("loss", "image_pairs", *_IMAGE_VALUES), zeros)
+        has_other = logps.other_tokens > 0
+        other = logps.other / logps.other_tokens.clamp(min=1)
+        odds_ratio = F.logsigmoid(log_odds(chosen) - log_odds(other))
+        loss = -odds_ratio
+        if self.anchor is not None:
+            loss = loss - F.logsigmoid(log_odds(chosen) - self.anchor)
+        values = (chosen - other, (chosen > other).float(), odds_ratio)
+        named = {"loss": loss, "image_pairs": torch.ones_like(chosen), **dict(zip(_IMAGE_VALUES, values, strict=True))}
+        return {name: torch.where(has_other, value, 0.0) for name, value in named.items()}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The metrics of TRL's ORPOTrainer, except `logits/*`, which would need whole logits."""
@@ -87,6 +129,21 @@ class ORPO:
             **reward_metrics(mean, self.beta),
             "log_odds_chosen": mean["log_odds_chosen"],
             "log_odds_ratio": mean["log_odds_ratio"],
+            **(self._image_metrics(sums) if self.image_beta else {}),
+        }
+
+    def _image_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Averages over the pairs with other images; only the fraction of such pairs where there are none."""
+        pairs = sums["image_pairs"]
+        fraction = {"image_pairs_fraction": pairs / max(sums["pairs"], 1.0)}
+        if not pairs:
+            return fraction
+        margin, accuracy, odds_ratio = (sums[name] / pairs for name in _IMAGE_VALUES)
+        return {
+            "rewards/image_margins": self.beta * margin,
+            "rewards/image_accuracies": accuracy,
+            "image_log_odds_ratio": odds_ratio,
+            **fraction,
         }
 
 

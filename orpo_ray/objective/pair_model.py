@@ -88,7 +88,8 @@ class PairModel(nn.Module):
         hidden = self.family.hidden_states(base, batch, images)
         selected = hidden.flatten(0, 1).index_select(0, batch.target_position)  # [M, D]
         logps = self._logps(base, selected, batch.target_ids)
-        return sum_by_pair(logps, batch.target_answer, batch.target_in_response, batch.num_pairs)
+        targets = (batch.target_answer, batch.target_in_response)
+        return sum_by_pair(logps, *targets, batch.num_pairs, batch.answers_per_pair)
 
     def _forward_in_group(
         self, base: Any, batch: PairBatch, images: ImageFeatures | None, group: SequenceGroup
@@ -102,8 +103,8 @@ class PairModel(nn.Module):
         own = group.owned(batch.target_position)
         selected = hidden.flatten(0, 1).index_select(0, batch.target_position[own] // group.size)
         logps = self._logps(base, selected, batch.target_ids[own])
-        sums = sum_by_pair(logps, batch.target_answer[own], batch.target_in_response[own], batch.num_pairs)
-        return PairLogps(*group.sum(torch.stack(list(vars(sums).values()))))
+        targets = (batch.target_answer[own], batch.target_in_response[own])
+        return sum_by_pair(logps, *targets, batch.num_pairs, batch.answers_per_pair).changed(group.sum)
 
     def _logps(self, base: Any, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         """Log-probs [M] of target tokens, from the hidden state before each [M, D]."""

@@ -30,6 +30,7 @@ from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.planning.imports import import_peft
 from orpo_ray.planning.work import Work
 from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.processing.prompts import EncodedPrompt
 
 AS_ON_CUDA = "orpo_ray_planned_for_cuda"
 VISION_AS_ON_CUDA = "orpo_ray_vision_flash_planned_for_cuda"
@@ -52,13 +53,15 @@ class PairShape:
     """Tokens per image."""
     vision: Mapping[str, np.ndarray]
     """Inputs of the vision encoder for one image, with values of 0."""
+    has_other: bool = False
+    """Whether the chosen answer is computed again, to other images of the same size."""
 
     def tokens(self, layout: Layout) -> int:
         """Return the tokens that count against `optim.tokens_per_microbatch`."""
         prompt = self.prompt + self.images * self.image_tokens
         if layout == "shared_prefix":
-            return prompt + self.chosen + self.rejected
-        return 2 * (prompt + max(self.chosen, self.rejected))
+            return prompt + self.chosen + self.rejected + (prompt + self.chosen if self.has_other else 0)
+        return (3 if self.has_other else 2) * (prompt + max(self.chosen, self.rejected))
 
     def pair(self, image_token: int, sample_index: int) -> EncodedPair:
         """Return a pair of these sizes, with meaningless content."""
@@ -66,9 +69,10 @@ class PairShape:
         ids = np.asarray([1] * max(0, self.prompt - self.images) + image * self.images, np.int32)
         chosen, rejected = np.ones(self.chosen, np.int32), np.ones(self.rejected, np.int32)
         images = {name: np.concatenate([value] * self.images) for name, value in self.vision.items()}
-        return EncodedPair(
-            str(sample_index), ids, chosen, rejected, ids != image_token, images if self.images else {}, sample_index
-        )
+        prompt = EncodedPrompt(ids, ids != image_token, images if self.images else {})
+        texts = (prompt.ids, chosen, rejected, prompt.is_text)
+        other = prompt if self.has_other else None
+        return EncodedPair(str(sample_index), *texts, prompt.images, sample_index, other_prompt=other)
 
 
 # Phases of a forward and backward pass, in order. The output head belongs to the language backward.

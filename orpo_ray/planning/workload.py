@@ -66,6 +66,7 @@ def estimate_workload(recipe: Recipe, config: Any, pairs: int | None) -> Workloa
         images,
         image.tokens,
         image.vision,
+        has_other=bool(images) and recipe.other_image is not None,
     )
     longest = min(recipe.data.max_length, int(train["tokens"]["sequence"]["max"]))
     assumptions = []
@@ -77,7 +78,8 @@ def estimate_workload(recipe: Recipe, config: Any, pairs: int | None) -> Workloa
 def _assume_workload(recipe: Recipe, config: Any, pairs: int | None) -> Workload:
     image = image_shape(config)
     available = recipe.data.max_length - image.tokens
-    shape = PairShape(min(PROMPT, max(2, available // 3)), ANSWER, ANSWER, 1, image.tokens, image.vision)
+    has_other = recipe.other_image is not None
+    shape = PairShape(min(PROMPT, max(2, available // 3)), ANSWER, ANSWER, 1, image.tokens, image.vision, has_other)
     assumptions = [
         f"one image per pair, a photo of {WIDTH} x {HEIGHT}: {image.tokens:,} tokens ({image.description})",
         f"{shape.prompt} text tokens per prompt, {ANSWER} tokens per answer",

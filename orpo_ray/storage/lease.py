@@ -65,6 +65,19 @@ class Holder:
             return False
 
 
+def holder_of(folder: RunFolder) -> Holder | None:
+    """Read who holds, or held, the lease of a run folder; None if nobody does, or if it is being written."""
+    path = folder.path / LEASE_FILE
+    if folder.is_remote:
+        path.unlink(missing_ok=True)
+    folder.pull(LEASE_FILE)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Holder(**found)
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
 class Lease:
     """Context manager that holds the lease of a run folder.
 
@@ -82,17 +95,25 @@ class Lease:
     ) -> None:
         self._folder, self._on_lost, self._wait = folder, on_lost, wait
         self._own = Holder.this_process()
+        self.dead: Holder | None = None
+        """The holder whose lease this one has taken, once entered."""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
+    @property
+    def id(self) -> str:
+        """The id of this holder."""
+        return self._own.id
+
     def __enter__(self) -> Lease:
-        holder = self._read()
+        holder = holder_of(self._folder)
         if holder is not None and not self._is_dead(holder):
             raise UserError(
                 f"another run writes to this run folder: process {holder.pid} on {holder.host}",
                 field=self._folder.uri,
                 fix="wait until it has ended, stop it, or choose another name (name=...)",
             )
+        self.dead = holder
         try:
             self._write()
         except OSError as error:
@@ -110,7 +131,7 @@ class Lease:
         self._thread.join()
         # A store that refuses has ended the run with its own message; the lease then ends by itself.
         with contextlib.suppress(OSError):
-            holder = self._read()
+            holder = holder_of(self._folder)
             if holder is not None and holder.id == self._own.id:
                 self._folder.delete(LEASE_FILE)
 
@@ -121,7 +142,7 @@ class Lease:
         deadline = time.monotonic() + DEAD_SECONDS
         while time.monotonic() < deadline:
             time.sleep(1.0)
-            now = self._read()
+            now = holder_of(self._folder)
             if now is None:
                 return True
             if now != holder:
@@ -131,24 +152,13 @@ class Lease:
     def _renew(self) -> None:
         while not self._end.wait(RENEW_SECONDS):
             try:
-                holder = self._read()
+                holder = holder_of(self._folder)
                 if holder is not None and holder.id != self._own.id:
                     self._on_lost(LeaseLost(f"a run on {holder.host} took over the run folder {self._folder.uri}"))
                     return
                 self._write()
             except OSError:
                 continue  # the store does not answer; the next renewal may succeed
-
-    def _read(self) -> Holder | None:
-        path = self._folder.path / LEASE_FILE
-        if self._folder.is_remote:
-            path.unlink(missing_ok=True)
-        self._folder.pull(LEASE_FILE)
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return Holder(**found)
-        except (FileNotFoundError, ValueError, TypeError):  # none, or one that is being written
-            return None
 
     def _write(self) -> None:
         self._own = replace(self._own, renewals=self._own.renewals + 1)

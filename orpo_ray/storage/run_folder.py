@@ -23,7 +23,11 @@ RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 BAD_ROWS_FILE = "bad_rows.jsonl"
 DATA_FILE = "data.json"  # the data files that the run began with, and digests of their content
+ENVIRONMENT_FILE = "environment.json"  # versions and hardware that the run began with
+REPORT_FILE = "report.html"
 FINAL = "final"
+EVAL_PAIRS_FILE = "eval_pairs.parquet"  # scores of each held-out pair by the final model
+EVAL_PAIRS_START_FILE = "eval_pairs_start.parquet"  # the same by the model before the first step
 BEST_RECIPE_FILE = "best_recipe.yaml"
 TRIALS = "trials"
 # Report of `orpo-ray data check`, which `orpo-ray plan` reads.

@@ -27,11 +27,13 @@ from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
 from orpo_ray.training.data_identity import check_data
-from orpo_ray.training.group_scaling import GroupScaling
+from orpo_ray.training.elastic import StayingNodesPolicy
+from orpo_ray.training.environment import write_environment
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.process_group import SharedDevices
-from orpo_ray.training.progress import ProgressDisplay
-from orpo_ray.training.resources import Resources, worker_resources
+from orpo_ray.training.progress import STARTING, ProgressDisplay
+from orpo_ray.training.reservation import give_back
+from orpo_ray.training.resources import Resources, too_many_workers, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
 from orpo_ray.training.run_status import start_status
 from orpo_ray.training.stopping import RunStopped, StopSignals
@@ -39,6 +41,10 @@ from orpo_ray.training.teardown import SaveBeforeTeardown
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
 DEFAULT_CHECKPOINTS = 10
+START_FAILURES = 3
+"""Failed starts of workers, of a minute each, after which a run ends."""
+ELASTIC_START_FAILURES = 30
+"""The same for a number of workers that changes. One fails whenever a node is lost while workers start."""
 
 
 class TrainingFailed(OrpoRayError):
@@ -72,8 +78,8 @@ class _RunTrainer(DataParallelTrainer):
         return [callback for callback in super()._create_default_callbacks() if type(callback) not in self._without]
 
     def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
-        if self._together > 1 and self.scaling_config.elasticity_enabled:
-            options["scaling_policy"] = GroupScaling(self.scaling_config, self._together)
+        if self.scaling_config.elasticity_enabled:
+            options["scaling_policy"] = StayingNodesPolicy(self.scaling_config, self._together)
         return super()._initialize_and_run_controller(**options)
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -111,10 +117,12 @@ def launch_training(
             )
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     read, held_out = run_data(recipe)
+    start_ray()  # before the folder is made: if Ray does not start, there is no run
     folder.make()
-    start_ray()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
+    if (crowd := too_many_workers(recipe, ray.cluster_resources())) is not None:
+        console.print(f"[yellow]warning:[/yellow] {crowd}", highlight=False, soft_wrap=True)
     status = start_status()
     display = ProgressDisplay(status, console)
     checked = start_model_check(recipe, saved)
@@ -125,6 +133,7 @@ def launch_training(
         check_data(read, folder, is_new=saved is None)
         (folder.path / RECIPE_FILE).write_text(resolved.to_yaml(), encoding="utf-8")
         folder.push(RECIPE_FILE)
+        write_environment(folder)
         console.print(_headline(resolved, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
         config = WorkerConfig(
             recipe=resolved.model_dump(mode="json"),
@@ -138,7 +147,7 @@ def launch_training(
             max_encoders=resources.max_encoders,
         )
         display.config = ray.put(config)
-        ray.get([status.begin.remote([display.config]), status.update.remote(phase="starting workers")])
+        ray.get([status.begin.remote([display.config]), status.update.remote(phase=STARTING)])
 
     stop = StopSignals(status.request_stop.remote, recipe.checkpoint.stop_timeout_s)
     lease = Lease(folder, on_lost=stop.abort, wait=console.print)
@@ -151,7 +160,7 @@ def launch_training(
             with ThreadPoolExecutor(1) as pool, display:
                 begun = pool.submit(_or_fail, begin, status)
                 try:
-                    _fit(status, recipe, resources, callbacks or [])
+                    _fit(status, recipe, resources, callbacks or [], lease)
                 finally:
                     begun.result()  # its own error says more than that of the workers
         if stop.received is not None and not folder.has_model(FINAL):
@@ -181,7 +190,8 @@ def _or_fail(prepare: Callable[[], None], status: Any) -> None:
         raise
 
 
-def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]) -> None:
+def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any], lease: Lease) -> None:
+    count = recipe.scaling.num_workers
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     trainer = _RunTrainer(
         train_worker,
@@ -190,7 +200,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         train_loop_config={"status": status},
         backend_config=SharedDevices(),
         scaling_config=ScalingConfig(
-            num_workers=count if isinstance(count := recipe.scaling.num_workers, int) else tuple(count),
+            num_workers=count if isinstance(count, int) else tuple(count),
             use_gpu=bool(resources.gpus),
             resources_per_worker=per_worker,
             elastic_resize_monitor_interval_s=recipe.scaling.resize_interval_s,
@@ -202,12 +212,16 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
                 max_preemption_failures=-1
                 if recipe.scaling.max_preemptions is None
                 else recipe.scaling.max_preemptions,
-                controller_failure_limit=3,
+                controller_failure_limit=START_FAILURES if isinstance(count, int) else ELASTIC_START_FAILURES,
             ),
             callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+    # So that a successor knows what Ray keeps for this run. The context is frozen, and makes its own id.
+    object.__setattr__(trainer.train_run_context, "run_id", lease.id)
+    if lease.dead is not None:
+        give_back(lease.dead.id)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
@@ -215,6 +229,14 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         if fatal is not None:
             raise fatal from None
         raise TrainingFailed(_first_failure(error)) from error
+    except ray.exceptions.RayError as error:
+        raise TrainingFailed(
+            f"Ray Train's controller was lost: {str(error).splitlines()[0]}\n"
+            "  fix: run the same command again, which resumes from the latest checkpoint"
+        ) from error
+    except BaseException:  # a signal ended the wait, and the controller ends with this process
+        give_back(lease.id)
+        raise
     fatal = ray.get(status.fatal.remote())
     if fatal is not None:
         raise fatal

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 POLL_SECONDS = 0.5
+STARTING = "starting workers"
+"""The phase before the first step."""
 LINE_SECONDS = 10.0  # between lines, if the console is not a terminal
 
 
@@ -49,10 +51,10 @@ class ProgressDisplay:
             self._run_lines()
 
     def _run_bar(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[steps]}"))
         times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
         with Progress(*columns, *times, console=self._console, transient=True) as progress:
-            task = progress.add_task(_phase({}), total=1, note="")
+            task = progress.add_task(_phase({}), total=1, steps="", note="")
             while not self._stop.wait(POLL_SECONDS):
                 state = self._state()
                 progress.update(
@@ -60,6 +62,7 @@ class ProgressDisplay:
                     description=_phase(state),
                     completed=state.get("step", 0),
                     total=state.get("num_steps", 1),
+                    steps=f"{state['step']:,}/{state['num_steps']:,}" if "num_steps" in state else "",
                     note=_note(state),
                 )
 
@@ -90,7 +93,22 @@ class ProgressDisplay:
 
 def _phase(state: dict[str, Any]) -> str:
     phase: str = state.get("phase", "checking the model")
-    return phase
+    return f"{phase}: {waits_for()}" if phase == STARTING else phase
+
+
+def waits_for() -> str:
+    """Say what workers that are not there yet wait for: resources of the cluster, or their own start."""
+    groups: list[dict[str, Any]] = list(ray.util.placement_group_table().values())
+    pending = [group["bundles"] for group in groups if group["state"] == "PENDING"]
+    if not pending:
+        return "their processes import the libraries"
+    needs: dict[str, float] = {}
+    for bundle in pending[0].values():
+        for name, amount in bundle.items():
+            needs[name] = needs.get(name, 0.0) + amount
+    names, free = [name for name in ("CPU", "GPU") if name in needs], ray.available_resources()
+    wanted = ", ".join(f"{needs[name]:g} {name}" for name in names)
+    return f"waiting for {wanted}; free now: {', '.join(f'{free.get(name, 0.0):g} {name}' for name in names)}"
 
 
 def _note(state: dict[str, Any]) -> str:

@@ -90,6 +90,14 @@ def worker_resources(
     )
 
 
+def too_many_workers(recipe: Recipe, cluster: Mapping[str, float]) -> str | None:
+    """Say that the workers of a run share CPUs, which makes them slow; None if they do not."""
+    workers, cpus = recipe.scaling.min_workers, cluster.get("CPU", 0.0)
+    if cluster.get("GPU", 0.0) or workers <= cpus:
+        return None
+    return f"{workers} workers share {cpus:g} CPU(s): they train slower than {max(1, int(cpus) - 1)} worker(s) would"
+
+
 def max_encoders(cpus: float, per_worker: float, workers: int, runs: int = 1) -> int:
     """Return how many encoding tasks of a run fit beside the workers.
 

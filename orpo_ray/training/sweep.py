@@ -19,8 +19,10 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import SearchRange
 from orpo_ray.data.from_recipe import run_data
 from orpo_ray.errors import UserError
+from orpo_ray.evaluation.pair_scores import read_pair_scores
+from orpo_ray.evaluation.summary import doubt_between
 from orpo_ray.ray_cluster.start import start_ray
-from orpo_ray.storage.run_folder import BEST_RECIPE_FILE, TRIALS, RunFolder
+from orpo_ray.storage.run_folder import BEST_RECIPE_FILE, EVAL_PAIRS_FILE, TRIALS, RunFolder
 from orpo_ray.training.launch import TrainingFailed, launch_training, storage_of
 from orpo_ray.training.resources import worker_resources
 
@@ -55,6 +57,8 @@ class Sweep:
     """Name of the best trial."""
     best_recipe: str
     """Path or URI of the recipe of the best trial."""
+    doubt: str | None = None
+    """Why the best trial may not be the best; None if the held-out pairs tell it from the next one."""
 
 
 def run_sweep(recipe: Recipe, console: Console) -> Sweep:
@@ -108,7 +112,19 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     text = _with_params(recipe, best.params, f"{recipe.name}{BEST}").to_yaml()
     (folder.path / BEST_RECIPE_FILE).write_text(text, encoding="utf-8")
     folder.push(BEST_RECIPE_FILE)
-    return Sweep(trials, best.name, f"{recipe.run_uri}/{BEST_RECIPE_FILE}")
+    return Sweep(trials, best.name, f"{recipe.run_uri}/{BEST_RECIPE_FILE}", _doubt(recipe, trials))
+
+
+def _doubt(recipe: Recipe, trials: list[Trial]) -> str | None:
+    """Compare the best trial with the next one that was evaluated to its end, pair by pair."""
+    scored = []
+    for trial in trials:
+        pairs = read_pair_scores(RunFolder(f"{recipe.run_uri}/{TRIALS}/{trial.name}"), EVAL_PAIRS_FILE)
+        if pairs is not None:
+            scored.append((trial.name, pairs))
+    if len(scored) < 2 or scored[0][0] != trials[0].name:
+        return None
+    return doubt_between(scored[0], scored[1], recipe.tune.metric)
 
 
 def _tuner(base: Recipe, search: dict[str, SearchRange], num_steps: int, every: int, together: int) -> tune.Tuner:

@@ -19,13 +19,14 @@ from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, r
 from orpo_ray.data.balance import StepShare
 from orpo_ray.data.order import step_samples
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
+from orpo_ray.evaluation.pair_scores import write_pair_scores
 from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.collectives import add_sums, gather_objects, gather_step
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
-from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, EVAL_PAIRS_START_FILE, RunFolder
 from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
@@ -116,6 +117,8 @@ class Worker:
 
     def _run(self) -> None:
         recipe = self.recipe
+        if recipe.eval.on_start and self.config.held_out is not None and not self.position.step:
+            self._evaluate(grounding=False, keep_as=EVAL_PAIRS_START_FILE)
         self.model.train()
         with contextlib.closing(self._steps()) as steps:
             self._train(steps)
@@ -123,7 +126,7 @@ class Worker:
             self.tracker.close()
             return
         self._judge_bad_rows(at_end=True)
-        final = self._evaluate(recipe.eval.grounding) if self.config.held_out is not None else {}
+        final = self._evaluate(recipe.eval.grounding, EVAL_PAIRS_FILE) if self.config.held_out is not None else {}
         self._tell(phase="saving")
         save_final(self.engine, self.model, recipe)
         self._save(with_prefix(final, "eval") | {"step": self.position.step, "final": True}, is_awaited=True)
@@ -325,8 +328,13 @@ class Worker:
     def _judge_bad_rows(self, at_end: bool) -> None:
         check_bad_fraction(self.recipe, self.position.bad, self.position.seen, self.first_bad, at_end)
 
-    def _evaluate(self, grounding: bool) -> dict[str, float]:
-        """Score the held-out pairs on all workers and log the metrics."""
+    def _evaluate(self, grounding: bool, keep_as: str | None = None) -> dict[str, float]:
+        """Score the held-out pairs on all workers and log the metrics.
+
+        Args:
+            grounding: whether to score them with exchanged images too.
+            keep_as: the file of the run folder to keep each pair's scores in.
+        """
         config = self.config
         assert config.held_out is not None
         ranks = (self.rank, self.num_workers, self.together)
@@ -339,6 +347,8 @@ class Worker:
         self.unlogged.append(line)
         self.tracker.log_bad_rows(line.bad)
         self.tracker.log(line.step, line.metrics)
+        if keep_as is not None and self.rank == 0:
+            write_pair_scores(RunFolder(self.recipe.run_uri), keep_as, scores.pairs, data=config.held_out.digest)
         return scores.metrics
 
     def _report(self, metrics: dict[str, float]) -> None:

@@ -1,12 +1,10 @@
-"""Complete runs by command: train, evaluate, export; a sweep; a submitted job."""
+"""Complete runs by command: train, evaluate, export; a sweep."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -132,33 +130,3 @@ def processes_with(marker: str) -> list[str]:
             except OSError:  # it ended, or belongs to another user
                 continue
     return found
-
-
-@pytest.mark.timeout(400)
-def test_a_submitted_job_succeeds(ray_cluster: None, tmp_path: Path) -> None:
-    """`ray job submit --working-dir . -- orpo-ray train recipes/quickstart.yaml`, to a head on this machine."""
-    import ray
-
-    dashboard = ray._private.worker.global_worker.node.webui_url  # type: ignore[attr-defined]
-    assert dashboard.startswith("127.0.0.1:")
-    working_dir = tmp_path / "project"
-    (working_dir / "recipes").mkdir(parents=True)
-    (working_dir / "recipes" / "quickstart.yaml").write_text((ROOT / "recipes/quickstart.yaml").read_text())
-    scripts = Path(sys.executable).parent
-    command = [
-        str(scripts / "ray"), "job", "submit", "--address", f"http://{dashboard}",
-        "--working-dir", str(working_dir),
-        "--", str(scripts / "orpo-ray"), "train", "recipes/quickstart.yaml", *TINY_OVERRIDES,
-        f"checkpoint.storage={tmp_path / 'runs'}",
-    ]  # fmt: skip
-    for attempt in range(5):
-        # Another package each time: Ray deletes one some time after a refused submission, also if it is in use again.
-        (working_dir / "attempt").write_text(str(attempt))
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        refused = ("No available agent", "may have prematurely been deleted")
-        if not any(text in result.stdout + result.stderr for text in refused):
-            break
-        time.sleep(6)  # Ray takes jobs some seconds after its start
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "succeeded" in result.stdout + result.stderr
-    assert (tmp_path / "runs" / "quickstart" / "final" / "config.json").is_file()

@@ -132,6 +132,6 @@ def test_a_fraction_of_the_training_rows_is_held_out(tmp_path: Path) -> None:
     paths = [{image["path"] for row in read_all(split) for image in row["images"]} for split in (train, held)]
     assert not paths[0] & paths[1]
     assert f"{60 - held.order.num_rows} pairs (trl format), {held.order.num_rows} held out" in said.getvalue()
-    scored = evaluate_run(str(tmp_path / "runs" / "split"), [], QUIET)
+    scored = evaluate_run(str(tmp_path / "runs" / "split"), [], QUIET).metrics
     last = [line for line in read_jsonl(tmp_path / "runs" / "split" / "metrics.jsonl") if "eval/loss" in line][-1]
     assert scored["eval/loss"] == pytest.approx(last["eval/loss"], abs=1e-4)

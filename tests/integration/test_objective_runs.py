@@ -47,7 +47,7 @@ def test_learns_writes_and_evaluates(ray_cluster: None, name: str, tmp_path: Pat
     with pytest.raises(UserError, match=r"differ in .*objective\.name"):
         launch_training(tiny_recipe(tmp_path, name, data={"train": pairs, "eval": pairs}), QUIET)
 
-    found = evaluate_run(summary.run_uri, [], QUIET)
+    found = evaluate_run(summary.run_uri, [], QUIET).metrics
     assert {f"eval/{metric}" for metric in own} <= found.keys()
     assert "eval/log_odds_ratio" not in found
     for metric in own:

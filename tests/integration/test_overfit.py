@@ -16,7 +16,7 @@ import torch
 
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.packing import PairBatch, build_batch
-from orpo_ray.export.merging import load_merged_model
+from orpo_ray.exporting.merging import load_merged_model
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import load_model

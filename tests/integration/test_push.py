@@ -143,7 +143,7 @@ EXPORT = """
 import io, json, os, sys
 from rich.console import Console
 from orpo_ray.errors import UserError
-from orpo_ray.export.export import ExportOptions, export_run
+from orpo_ray.exporting.export import ExportOptions, export_run
 run, *attempts = sys.argv[1:]
 answers = []
 for attempt in attempts:
@@ -160,7 +160,7 @@ print(json.dumps(answers))
 CHECK = """
 import sys
 from orpo_ray.errors import UserError
-from orpo_ray.export.hub import check_can_push
+from orpo_ray.exporting.hub import check_can_push
 try:
     check_can_push("owner/model")
 except UserError as error:

@@ -22,7 +22,7 @@ from orpo_ray.data.images import load_image
 from orpo_ray.data.sources import list_sources
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.evaluation.evaluate_run import evaluate_run
-from orpo_ray.export.export import ExportOptions, export_run
+from orpo_ray.exporting.export import ExportOptions, export_run
 from orpo_ray.model.loading import load_model
 from orpo_ray.storage.files import TooLarge, image_folder, locate, read_bytes
 from orpo_ray.storage.lease import LEASE_FILE, Lease
@@ -200,8 +200,8 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> Non
     upload(tmp_path / "data", "data")
     sections: dict[str, Any] = {
         "data": {"train": f"s3://{BUCKET}/data/train.jsonl", "eval": f"s3://{BUCKET}/data/test.jsonl"},
-        "checkpoint": {"storage": f"s3://{BUCKET}/runs", "every_steps": 5, "scratch": str(tmp_path / "scratch")},
-        "optim": {"max_steps": 20},
+        "checkpoint": {"storage": f"s3://{BUCKET}/runs", "every_steps": 4, "scratch": str(tmp_path / "scratch")},
+        "optim": {"max_steps": 8},
     }
     recipe = tiny_recipe(tmp_path, "remote", **sections)
     path = tmp_path / "remote.yaml"
@@ -211,7 +211,7 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> Non
     whole = [sys.executable, "-m", "orpo_ray", "train", str(path)]
     first = subprocess.Popen(whole, env=without_cluster(), stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: pushed_step(folder) >= 5, "the first checkpoint")
+        wait_until(lambda: pushed_step(folder) >= 4, "the first checkpoint")
     finally:
         first.kill()
         first.wait()
@@ -222,9 +222,10 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> Non
     assert (tmp_path / "scratch").is_dir()
     assert launch_training(recipe, Console(file=io.StringIO())).was_finished
     folder.pull("metrics.jsonl", "final", "recipe.yaml")
-    assert sorted(losses(folder.path)) == list(range(1, 21))
+    assert sorted(losses(folder.path)) == list(range(1, 9))
     assert (folder.path / "final" / "model.safetensors").stat().st_size > 10**6
-    scored = evaluate_run(folder.uri, [f"data.eval={tmp_path}/data/test.jsonl"], Console(file=io.StringIO()))
+    overrides = [f"data.eval={tmp_path}/data/test.jsonl"]
+    scored = evaluate_run(folder.uri, overrides, Console(file=io.StringIO())).metrics
     last = [line for line in map(json.loads, (folder.path / "metrics.jsonl").open()) if "eval/loss" in line][-1]
     assert scored["eval/loss"] == pytest.approx(last["eval/loss"], abs=1e-4)
     assert all(s3.injected.values()), s3.injected

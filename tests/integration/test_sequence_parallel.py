@@ -70,8 +70,9 @@ def test_key_heads_are_divided_or_sent_to_all_that_need_them(keys: int) -> None:
             torch.testing.assert_close(got[:, :, : 4 - member], group.own(whole.grad, 2)[:, :, : 4 - member])
 
 
-def together(stage: int, **scaling: int) -> Any:
-    return recipe_of(deepspeed={"zero_stage": stage}, scaling=scaling, optim={"adam_epsilon": 1e-5})
+def together(stage: int, image_beta: float = 0.0, **scaling: int) -> Any:
+    optim, orpo = {"adam_epsilon": 1e-5}, {"image_beta": image_beta}
+    return recipe_of(deepspeed={"zero_stage": stage}, scaling=scaling, optim=optim, orpo=orpo)
 
 
 @pytest.mark.parametrize("stages", [[3], pytest.param([0, 1, 2], marks=pytest.mark.nightly)])
@@ -81,6 +82,12 @@ def test_every_zero_stage_trains_as_on_one_worker(stages: list[int], tmp_path: P
     recipes = [together(stage, num_workers=2, sequence_parallel=2) for stage in stages]
     for stage, curve in zip(stages, curves(recipes, 2, tmp_path), strict=True):
         assert curve == [pytest.approx(step, rel=1e-5) for step in expected], stage
+
+
+def test_other_images_are_divided_too(tmp_path: Path) -> None:
+    (expected,) = curves([together(0, 1.0)], 1, tmp_path)
+    (curve,) = curves([together(2, 1.0, num_workers=2, sequence_parallel=2)], 2, tmp_path)
+    assert curve == [pytest.approx(step, rel=1e-5) for step in expected]
 
 
 def test_workers_that_do_not_fill_groups_are_refused() -> None:

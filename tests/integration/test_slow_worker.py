@@ -62,5 +62,5 @@ def test_a_slowed_worker_is_named(ray_cluster: None, tmp_path: Path, monkeypatch
         assert saves == [11, 21, 31, 41]
         assert all(line[f"train/worker_data_wait_seconds/{rank}"] >= 0 for line in lines)
     monkeypatch.setattr(commands, "console", shown)
-    commands.print_trained(summary)
+    commands.print_trained(summary, "report.html")
     assert f"slow        worker {slow}, in " in shown.file.getvalue()  # type: ignore[attr-defined]

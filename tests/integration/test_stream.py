@@ -30,7 +30,7 @@ PACKING = Packing(4096, "shared_prefix")
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
-    """50 rows in windows of 16, three of them bad, for two epochs."""
+    """50 rows in windows of 16, three of them bad, for two epochs, each with the image of another pair."""
     folder = tmp_path_factory.mktemp("stream")
     path = write_pairs(folder, 50)
     lines = path.read_text().splitlines()
@@ -39,7 +39,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
     lines[33] = json.dumps(json.loads(lines[33]) | {"rejected": ""})
     path.write_text("\n".join(lines))
     (shard,) = list_file_shards(str(path), "data.train")
-    return ReadSpec((shard,), ("trl",), Order((50,), 3, 16), PER_STEP, 0, 100)
+    return ReadSpec((shard,), ("trl",), Order((50,), 3, 16), PER_STEP, 0, 100, other_image="exchange")
 
 
 def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShare]:
@@ -49,6 +49,13 @@ def steps_of(spec: ReadSpec, first: int = 0) -> list[StepShare]:
 
 def ids(share: StepShare) -> list[str]:
     return [pair.id for pair in sorted(share.pairs, key=lambda pair: pair.sample_index)]
+
+
+def other_pixels(*shares: StepShare) -> dict[str, bytes | None]:
+    """The other image of each pair. A pair whose partner cannot be loaded has none."""
+    pairs = sorted((pair for share in shares for pair in share.pairs), key=lambda pair: pair.id)
+    prompts = {pair.id: pair.other_prompt for pair in pairs}
+    return {name: prompt.images["pixel_values"].tobytes() if prompt else None for name, prompt in prompts.items()}
 
 
 def test_each_epoch_has_every_good_pair_once_and_every_bad_row_once(spec: ReadSpec) -> None:
@@ -79,6 +86,8 @@ def test_two_workers_divide_the_same_steps(spec: ReadSpec) -> None:
     shares = list(zip([*first, *iterators[0]], iterators[1], strict=True))
     for step, (one, two) in zip(steps_of(spec), shares, strict=True):
         assert sorted(ids(one) + ids(two)) == sorted(ids(step))
+        assert other_pixels(one, two) == other_pixels(step)
+        assert sum(pixels is None for pixels in other_pixels(step).values()) <= 1
         assert len(one.microbatches) == len(two.microbatches)
         sizes = [PairSize.of(pair) for pair in step.pairs]
         for share in (one, two):
@@ -100,6 +109,7 @@ def test_workers_that_compute_together_take_the_same_pairs(spec: ReadSpec) -> No
 def test_a_resumed_stream_is_the_tail_of_the_whole_one(spec: ReadSpec, first: int) -> None:
     whole, tail = steps_of(spec), steps_of(spec, first)
     assert [ids(share) for share in tail] == [ids(share) for share in whole[first:]]
+    assert [other_pixels(share) for share in tail] == [other_pixels(share) for share in whole[first:]]
 
 
 def test_a_processor_that_cannot_be_loaded_is_said_as_itself(spec: ReadSpec, tmp_path: Path) -> None:

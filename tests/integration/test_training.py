@@ -21,10 +21,11 @@ from support.runs import run
 from support.tiny_runs import LONG, losses, same_curve, tiny_recipe, write_pairs
 
 
-# Engines without Ray are compared on every stage in test_tuning_engines.py.
+# Engines without Ray are compared on every stage in test_tuning_engines.py, and runs of two workers without sharding in
+# test_kills.py.
 @pytest.mark.parametrize(
     ("workers", "stage"),
-    [(2, 0), (2, 3), *(pytest.param(2, stage, marks=pytest.mark.nightly) for stage in (1, 2))],
+    [(2, 3), *(pytest.param(2, stage, marks=pytest.mark.nightly) for stage in (0, 1, 2))],
 )
 def test_workers_and_zero_stages_give_one_curve(
     reference: dict[int, float], storage: Path, workers: int, stage: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.balance import Packing
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.model.sequence_group import SequenceGroup
+from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.collectives import reduce_sums
-from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.training import deepspeed_engine
@@ -47,11 +48,12 @@ def recipe_of(**sections: Any) -> Recipe:
     return parse_recipe(raw)
 
 
-def two_pairs() -> list[EncodedPair]:
-    """Return a step of two pairs with one image each."""
+def two_pairs(contrasted: bool = False) -> list[EncodedPair]:
+    """Return a step of two pairs with one image each; if `contrasted`, the first has another image too."""
     rng = np.random.default_rng(0)
     lengths = [(12, 9), (5, 7)]
-    return [make_pair(FAMILY, rng, 1, 6, *both, sample_index) for sample_index, both in enumerate(lengths)]
+    pairs = [make_pair(FAMILY, rng, 1, 6, *both, sample_index) for sample_index, both in enumerate(lengths)]
+    return [replace(pairs[0], other_prompt=pairs[1].prompt), pairs[1]] if contrasted else pairs
 
 
 class Training:
@@ -66,9 +68,9 @@ class Training:
         num_steps: int = STEPS,
     ) -> None:
         self.model = PairModel(load_for_training(recipe, CPU), NORM)
-        pairs = two_pairs()
+        pairs, self.objective = two_pairs(recipe.other_image is not None), load_objective(recipe)
         packing = Packing(8192, self.model.layout)
-        self.planner = StepPlanner(ORPO(), packing, pairs[0], pairs[0], CPU, self.model.collate)
+        self.planner = StepPlanner(self.objective, packing, pairs[1], pairs[1], CPU, self.model.collate)
         together = recipe.scaling.sequence_parallel
         if together > 1:
             self.model.group = SequenceGroup.join(together, 60.0)
@@ -80,7 +82,7 @@ class Training:
         """Make a step; returns [loss, gradient norm] over all workers."""
         plan = self.planner.plan(self.share)
         for batch in plan.batches:
-            loss, sums = ORPO(0.1).loss(self.engine.forward(batch), batch.weights, plan.normaliser)
+            loss, sums = self.objective.loss(self.engine.forward(batch), batch.weights, plan.normaliser)
             self.engine.backward(loss)
         norm = self.engine.step()
         return [reduce_sums(sums, CPU, self.planner.counts)["loss"], norm]

@@ -131,12 +131,24 @@ NEMO_RL = {
     ],
     "image": "a.png",
 }
+LLAMAFACTORY_V1 = {
+    "images": ["a.png"],
+    "chosen_messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "value": "what is it?"}], "loss_weight": 0.0},
+        {"role": "assistant", "content": [{"type": "text", "value": "a cat"}], "loss_weight": 1.0},
+    ],
+    "rejected_messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "value": "what is it?"}], "loss_weight": 0.0},
+        {"role": "assistant", "content": [{"type": "text", "value": "a dog"}], "loss_weight": 1.0},
+    ],
+}
 ROWS: dict[str, dict[str, Any]] = {
     "trl": CONVERSATIONAL,
     "plain": PLAIN,
     "sharegpt": SHAREGPT,
     "alpaca": ALPACA,
     "swift": SWIFT,
+    "llamafactory-v1": LLAMAFACTORY_V1,
     "rlaif-v": RLAIF_V,
     "rlhf-v": RLHF_V,
     "vlfeedback": VLFEEDBACK,

@@ -1,4 +1,4 @@
-"""Kill a worker of a run, as the loss of its node would."""
+"""Kill a worker of a run that trains in this process's Ray."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def in_group(rank: int, size: int, family: str, lora: bool, checkpointing: Check
             gradients = {name: gradients.get(name, torch.zeros_like(weight)) for name, weight in trained}
             for gradient in gradients.values():
                 dist.all_reduce(gradient)
-        values = SimpleNamespace(**{name: value.detach() for name, value in vars(logps).items()})
+        values = SimpleNamespace(**{name: value.detach() for name, value in vars(logps).items() if value is not None})
         found.append((values, loss, {name: each for name, each in gradients.items() if each.any()}))
     return found
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+import shlex
 
-from orpo_ray.console import print_check, print_error, print_sweep, print_trained
+import pytest
+from rich.console import Console
+
+import orpo_ray.console as console_module
+from orpo_ray.console import print_check, print_error, print_prepared, print_sweep, print_trained
+from orpo_ray.data_report.prepare import Prepared
 from orpo_ray.errors import UserError
 from orpo_ray.training.launch import RunSummary
 from orpo_ray.training.sweep import Sweep, Trial
@@ -40,7 +46,38 @@ def test_brackets_in_errors_and_results_are_not_markup(capsys: pytest.CaptureFix
 
 
 def test_a_run_ends_with_a_command_that_can_be_copied(capsys: pytest.CaptureFixture[str]) -> None:
-    print_trained(RunSummary("/my runs/x", {"train/loss": 1.0, "eval/grounding_gap": 0.25}))
+    print_trained(RunSummary("/my runs/x", {"train/loss": 1.0, "eval/grounding_gap": 0.25}), "/my runs/x/report.html")
     text = printed(capsys)
     assert "orpo-ray export '/my runs/x'" in text
+    assert "orpo-ray evaluate '/my runs/x'   intervals" in text
+    assert "report      /my runs/x/report.html" in text
     assert [line.split()[1] for line in text.splitlines() if "eval/grounding_gap" in line] == ["0.2500"]
+    print_trained(RunSummary("x", {"train/loss": 1.0}), "x/report.html")
+    assert "orpo-ray evaluate x data.eval=FILE" in printed(capsys)  # a run without held-out pairs
+
+
+def test_the_command_after_prepare_names_each_field_once(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["name=x", "data.train=old.jsonl", "data.columns.chosen=good", "data.format=trl", "data.max_length=64"]
+    print_prepared({"train": Prepared("/runs/x/data/train")}, "r.yaml", overrides)
+    command = shlex.split(printed(capsys).splitlines()[-1])[1:]
+    names = [option.partition("=")[0] for option in command[3:]]
+    assert len(names) == len(set(names))
+    assert "data.train=/runs/x/data/train" in command
+    assert {"name=x", "data.max_length=64", "data.format=auto", "data.columns={}"} <= set(command)
+    assert "data.columns.chosen=good" not in command
+
+
+def test_headers_of_a_narrow_table_of_trials_are_whole_and_doubt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(console_module, "console", Console(file=out, width=60))
+    trials = [Trial("abc12_00000", {"optim.learning_rate": 1e-4, "optim.weight_decay": 0.1}, 0.5, 10, "finished")]
+    doubt = "abc12_00000 cannot be told from def"
+    print_sweep(
+        Sweep(trials, "one", "best.yaml", doubt), ["optim.learning_rate", "optim.weight_decay"], "eval/nll_loss"
+    )
+    text = out.getvalue()
+    assert "\u2026" not in text
+    letters = "".join(text.split())
+    for word in ("learning", "weight", "steps", "status"):
+        assert word in text or word in letters
+    assert "warning: abc12_00000 cannot be told from def" in text

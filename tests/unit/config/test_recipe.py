@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo_ray.config.load import load_recipe, parse_recipe
+from orpo_ray.config.load import apply_overrides, load_recipe, parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.rules import DECIDED_BY, RULES, Rule
 from orpo_ray.errors import RowError, UserError
@@ -249,6 +249,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {}, "deepspeed": {"offload_param": "cpu", "zero_stage": 2}},
         "zero_stage: 3",
     ),
+    "vision_cache with other images that differ in every epoch": (
+        {
+            "model": {"vision_cache": "c", "freeze": ["vision", "connector"]},
+            "orpo": {"image_beta": 0.1, "other_image": "noise"},
+        },
+        "orpo.other_image: exchange",
+    ),
     "settings of DeepSpeed in a run without it": (
         {"model": {}, "deepspeed": {"config": {"steps_per_print": 10}}},
         "zero_stage: 1 to 3",
@@ -298,3 +305,25 @@ def test_deepspeed_config_cannot_contradict_the_recipe(key: str) -> None:
 )
 def test_compatible_options_are_accepted(change: dict[str, Any]) -> None:
     assert parse_recipe(MINIMAL | change)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("optim.lr", "learning_rate"), ("optim.num_train_epochs", "epochs"), ("optim.batch_size", "pairs_per_step"),
+        ("data.max_seq_length", "max_length"), ("model.model_name_or_path", "id"), ("checkpoint.output_dir", "storage"),
+        ("checkpoint.save_steps", "every_steps"), ("scaling.num_gpus", "num_workers"),
+    ],
+)  # fmt: skip
+def test_names_of_other_trainers_lead_to_ours(theirs: str, ours: str) -> None:
+    raw = {"name": "x", "model": {"id": "a/b"}, "data": {"train": "x.jsonl"}}
+    apply_overrides(raw, [f"{theirs}=1"])
+    with pytest.raises(UserError, match=f"unknown field; did you mean '{ours}'"):
+        parse_recipe(raw)
+
+
+def test_other_images_are_read_only_with_an_image_preference() -> None:
+    crop = {"other_image": "crop"}
+    assert parse_recipe(MINIMAL | {"orpo": crop}).other_image is None
+    assert parse_recipe(MINIMAL | {"orpo": crop | {"image_beta": 0.1}}).other_image == "crop"
+    assert parse_recipe(MINIMAL | {"objective": "simpo"}).other_image is None

@@ -14,7 +14,7 @@ from orpo_ray.config.load import load_recipe, parse_recipe
 from orpo_ray.config.yaml_text import MAX_BYTES, MAX_VALUES, parse_yaml
 from orpo_ray.data_report import check, prepare
 from orpo_ray.errors import UserError, preview
-from orpo_ray.export import export
+from orpo_ray.exporting import export
 from orpo_ray.storage import lease, run_folder
 
 SECONDS = 2

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orpo_ray.config.field_types import OtherImage
 from orpo_ray.data import shards
 from orpo_ray.data.balance import Packing, PairSize, distribute
 from orpo_ray.data.order import step_samples
@@ -58,11 +59,15 @@ def write(folder: Path, kind: str) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("other_image", [None, "exchange"])
 @pytest.mark.parametrize("kind", ["40", "300", "1600", "jsonl"])
-def test_one_epoch_reads_each_byte_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_one_epoch_reads_each_byte_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, other_image: OtherImage | None
+) -> None:
+    """Other images come from the same window, so they add nothing."""
     monkeypatch.setattr(shards, "ROWS_PER_SHARD", 500)
     size = write(tmp_path, kind)
-    spec = spec_of([str(tmp_path)], window=WINDOW)
+    spec = spec_of([str(tmp_path)], window=WINDOW, other_image=other_image)
     counting = CountingFilesystem()
     for module in (shards, files):
         monkeypatch.setattr(module, "locate", lambda path, field="path": (counting, path))

@@ -12,10 +12,14 @@ from orpo_ray.processing.prompts import EncodedPrompt
 
 
 def make_pair(
-    name: str, prompt: int, images: dict[str, np.ndarray], second: EncodedPrompt | None = None
+    name: str,
+    prompt: int,
+    images: dict[str, np.ndarray],
+    second: EncodedPrompt | None = None,
+    other: EncodedPrompt | None = None,
 ) -> EncodedPair:
     ids = np.arange(prompt, dtype=np.int32)
-    return EncodedPair(name, ids, ids[:3] + 7, ids[:1] + 9, ids % 2 == 0, images, 0, second, truncated=prompt % 4)
+    return EncodedPair(name, ids, ids[:3] + 7, ids[:1] + 9, ids % 2 == 0, images, 0, second, other, prompt % 4)
 
 
 def three_pairs() -> list[EncodedPair]:
@@ -23,8 +27,14 @@ def three_pairs() -> list[EncodedPair]:
     other = EncodedPrompt(np.arange(4, dtype=np.int32), np.ones(4, bool), {"pixel_values": pixels[:1]})
     return [
         make_pair("a", 5, {"pixel_values": pixels, "image_grid_thw": np.array([[1, 2, 3]])}),
-        make_pair("b", 3, {}),
-        make_pair("c", 7, {"pixel_values": pixels[:, :, ::2], "mask": np.ones((2, 3), bool)}, other),
+        make_pair("b", 3, {}, None, other),
+        make_pair(
+            "c",
+            7,
+            {"pixel_values": pixels[:, :, ::2], "mask": np.ones((2, 3), bool)},
+            other,
+            EncodedPrompt(other.ids + 1, ~other.is_text, {}),
+        ),
     ]
 
 
@@ -32,12 +42,14 @@ def assert_same(found: EncodedPair, pair: EncodedPair, sample_index: int) -> Non
     assert (found.id, found.sample_index, found.truncated) == (pair.id, sample_index, pair.truncated)
     for name in ("prompt_ids", "chosen_ids", "rejected_ids", "prompt_is_text"):
         np.testing.assert_array_equal(getattr(found, name), getattr(pair, name), strict=True)
-    assert (found.rejected_prompt is None) == (pair.rejected_prompt is None)
     sides = [(found.images, pair.images)]
-    if found.rejected_prompt is not None and pair.rejected_prompt is not None:
-        np.testing.assert_array_equal(found.rejected_prompt.ids, pair.rejected_prompt.ids, strict=True)
-        np.testing.assert_array_equal(found.rejected_prompt.is_text, pair.rejected_prompt.is_text, strict=True)
-        sides.append((found.rejected_prompt.images, pair.rejected_prompt.images))
+    for side in ("rejected_prompt", "other_prompt"):
+        mine, theirs = getattr(found, side), getattr(pair, side)
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            np.testing.assert_array_equal(mine.ids, theirs.ids, strict=True)
+            np.testing.assert_array_equal(mine.is_text, theirs.is_text, strict=True)
+            sides.append((mine.images, theirs.images))
     for mine, theirs in sides:
         assert list(mine) == list(theirs)
         for name in mine:

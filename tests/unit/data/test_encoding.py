@@ -15,7 +15,7 @@ from PIL import Image
 from orpo_ray.data.encoded_columns import from_arrow, to_arrow
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import to_pair
-from orpo_ray.data.pairs import PreferencePair
+from orpo_ray.data.pairs import OtherImages, PreferencePair
 from orpo_ray.errors import RowError
 from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 from orpo_ray.processing.processor import load_processor
@@ -226,6 +226,43 @@ def test_answers_to_different_images_have_separate_prompts(tiny: PairEncoder, tm
     again = from_arrow(to_arrow([3], [together]))[3]
     assert again.rejected_prompt is not None
     np.testing.assert_array_equal(again.rejected_prompt.is_text, together.rejected_prompt.is_text)
+
+
+def test_other_images_have_a_prompt_of_their_own(tiny: PairEncoder, tmp_path: Path) -> None:
+    """The prompt of the pair, with the images of another one or the own ones changed."""
+    names = [png(tmp_path, f"{i}.png", (64, 64 + i), i) for i in range(2)]
+    plain, partner = pair(names[:1]), pair(names[1:], prompt="another question")
+    exchanged = replace(plain, other=OtherImages(partner.images, str(tmp_path)))
+    blank = replace(plain, other=OtherImages(None, change="blank", seed=3))
+    expected = encode(tiny, tmp_path, pair(names[1:]), plain)
+    found = encode(tiny, tmp_path, exchanged, blank, plain)
+    for item in found:
+        assert isinstance(item, EncodedPair)
+        assert item.prompt_ids.tolist() == expected[1].prompt_ids.tolist()
+        np.testing.assert_array_equal(item.images["pixel_values"], expected[1].images["pixel_values"])
+    assert found[0].other_prompt.ids.tolist() == expected[0].prompt_ids.tolist()
+    np.testing.assert_array_equal(found[0].other_prompt.images["pixel_values"], expected[0].images["pixel_values"])
+    assert found[1].other_prompt.ids.tolist() == found[1].prompt_ids.tolist()
+    assert set(found[1].other_prompt.images["pixel_values"].flatten()) == {127}
+    assert found[2].other_prompt is None
+
+
+def test_a_pair_whose_other_image_is_unusable_is_still_a_pair(tmp_path: Path) -> None:
+    """The other image is missing, or makes the prompt too long."""
+    processor = tiled_processor(tmp_path)
+    wide, large = png(tmp_path, "a.png", (256, 64)), png(tmp_path, "b.png", (256, 256))
+    plain = pair([wide])
+    (alone,) = encode(PairEncoder(processor, max_length=1000), tmp_path, plain)
+    assert isinstance(alone, EncodedPair)
+    encoder = PairEncoder(processor, max_length=alone.row_length)
+    for name in ("none.png", large):
+        other = OtherImages(pair([name]).images, str(tmp_path))
+        (found,) = encode(encoder, tmp_path, replace(plain, other=other))
+        assert isinstance(found, EncodedPair)
+        assert found.other_prompt is None
+    (kept,) = encode(encoder, tmp_path, replace(plain, other=OtherImages(plain.images, str(tmp_path))))
+    assert kept.other_prompt is not None
+    assert isinstance(encode(encoder, tmp_path, pair([large]))[0], RowError)
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "idefics3", "llava", "gemma3", "paligemma"])

@@ -349,3 +349,30 @@ def test_nemo_rl() -> None:
     for rank in (None, "first", float("nan"), True):
         unranked = [{"rank": rank, "completion": "a cat"}, same[1]]
         assert bad(NEMO_RL | {"completions": unranked}, "nemo-rl") == "malformed_row"
+
+
+@pytest.mark.parametrize("format_name", ["swift", "sharegpt", "alpaca", "trl", "llamafactory-v1"])
+def test_columns_that_change_the_meaning_and_are_not_read_make_a_bad_row(format_name: str) -> None:
+    tools = json.dumps([{"name": "search"}])
+    assert bad(ROWS[format_name] | {"tools": tools}, format_name) == "unread_column"
+    for empty in (None, "", "[]", []):
+        assert pair_of(ROWS[format_name] | {"tools": empty}, format_name) == pair_of(ROWS[format_name], format_name)
+    for media in ("videos", "audios"):
+        assert bad(ROWS[format_name] | {media: ["a.mp4"]}, format_name) == "unsupported_media"
+
+
+def test_boxes_of_ms_swift_are_not_dropped_without_a_word() -> None:
+    boxes = {"ref": ["a cat"], "bbox": [[1, 2, 3, 4]]}
+    assert bad(ROWS["swift"] | {"objects": boxes}, "swift") == "unread_column"
+    assert pair_of(ROWS["plain"] | {"objects": boxes}, "plain").chosen == "a cat"  # another dataset's own annotation
+
+
+def test_llamafactory_v1_is_recognized_and_read() -> None:
+    row = ROWS["llamafactory-v1"]
+    assert detected(row) == "llamafactory-v1"
+    pair = pair_of(row, "llamafactory-v1")
+    assert (pair.chosen, pair.rejected, pair.images) == ("a cat", "a dog", [{"bytes": None, "path": "a.png"}])
+    assert pair.prompt == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
+    other = [{"role": "user", "content": [{"type": "text", "value": "else?"}]}, row["rejected_messages"][1]]
+    assert bad(row | {"rejected_messages": other}, "llamafactory-v1") == "malformed_row"
+    assert bad(row | {"rejected_messages": "x"}, "llamafactory-v1") == "malformed_row"

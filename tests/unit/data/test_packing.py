@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from orpo_ray.data.balance import PairSize, StepTotals
+from orpo_ray.data.balance import Packing, PairSize, StepTotals
 from orpo_ray.data.packing import PairSpan, build_batch
 from support.encoded_pairs import IMAGE, make
 
@@ -81,3 +81,28 @@ def test_a_pair_with_two_prompts_has_two_spans() -> None:
     assert padded.images["pixel_values"][:, 0, 0, 0].tolist() == [1, 9, 2, 9]
     assert not padded.images_shared
     assert padded.input_ids[3].tolist() == [5, IMAGE, IMAGE, 9, 4]
+
+
+def test_a_pair_with_other_images_has_a_further_span() -> None:
+    """[prompt | chosen | rejected], then [prompt with the other image | chosen]; and a third row where padded."""
+    other = make([5, IMAGE, IMAGE], [1], [1], 2).prompt
+    pairs = [make([1, 2], [3], [4], 3), replace(make([5, IMAGE, 6], [7, 8], [9], 1), other_prompt=other)]
+    batch = build_batch(pairs, "prompt+response", "shared_prefix")
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, IMAGE, 6, 7, 8, 9, 5, IMAGE, IMAGE, 7, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 4]]
+    assert batch.spans == (PairSpan(0, 2, 3, 4), PairSpan(4, 7, 9, 10), PairSpan(10, 13, 15, 15))
+    assert batch.target_ids.tolist() == [2, 3, 4, 6, 7, 8, 9, 7, 8]
+    assert batch.target_answer.tolist() == [0, 0, 2, 1, 1, 1, 3, 5, 5]
+    assert batch.target_position.tolist() == [0, 1, 1, 5, 6, 7, 6, 12, 13]
+    assert batch.images["pixel_values"][:, 0, 0, 0].tolist() == [1, 2]
+    assert batch.answers_per_pair == 3
+    size = PairSize.of(pairs[1])
+    assert (size.packed, size.rows, size.row, size.image_values) == (11, 3, 5, 24)
+    padded = build_batch(pairs, "response", "concatenated")
+    assert padded.input_ids.tolist() == [
+        [1, 2, 3, 0, 0], [5, IMAGE, 6, 7, 8], [1, 2, 4, 0, 0], [5, IMAGE, 6, 9, 0], [5, IMAGE, IMAGE, 7, 8]
+    ]  # fmt: skip
+    assert padded.target_answer.tolist() == [0, 1, 1, 2, 3, 5, 5]
+    assert padded.images["pixel_values"][:, 0, 0, 0].tolist() == [1, 1, 2]
+    assert Packing(1 << 20, "concatenated").tokens([PairSize.of(pair) for pair in pairs]) == padded.input_ids.numel()
+    assert build_batch(pairs[:1], "response", "shared_prefix").answers_per_pair == 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +18,7 @@ from orpo_ray.data.reading import pair_at, pair_of
 from orpo_ray.data.shards import read_rows
 from orpo_ray.data.sources import read_first_rows
 from orpo_ray.errors import RowError, UserError
-from orpo_ray.tiny_models.easy_vqa import COLORS, SHAPES, easy_vqa_rows
+from orpo_ray.tiny_models.easy_vqa import COLORS, SHAPES, YES_NO, easy_vqa_rows
 from support.sources import ids_of, list_shards, read_all, rows, spec_of, write_jsonl, write_tar
 
 
@@ -201,6 +203,30 @@ def test_easy_vqa_has_only_what_questions_with_answers_of_one_kind() -> None:
         assert row["rejected"] in kind
         assert row["rejected"] != row["chosen"]
         assert row["prompt"][0]["content"][1]["text"].startswith("what ")
+
+
+def _text_only_accuracy(pairs: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> float:
+    """The accuracy of always preferring the answer that was chosen more often for a question and two answers."""
+    votes: Counter[tuple[str, str, str]] = Counter()
+    for row in pairs:
+        question = row["prompt"][0]["content"][1]["text"]
+        votes[question, row["chosen"], row["rejected"]] += 1
+        votes[question, row["rejected"], row["chosen"]] -= 1
+    scores = [votes[row["prompt"][0]["content"][1]["text"], row["chosen"], row["rejected"]] for row in held_out]
+    return sum(0.5 if score == 0 else float(score > 0) for score in scores) / len(scores)
+
+
+def test_the_splits_with_text_priors() -> None:
+    """What a text-only model gets right: the training splits can be solved by text, their held-out splits cannot."""
+    everything, balanced = easy_vqa_rows("all-train"), easy_vqa_rows("yes-no-test")
+    yes_no = [row for row in everything if row["chosen"] in YES_NO]
+    assert (len(everything), len(yes_no), len(balanced)) == (38575, 28407, 2492)
+    assert _text_only_accuracy(yes_no, yes_no) > 0.8
+    assert _text_only_accuracy(yes_no, balanced) == 0.5
+    prior, test = easy_vqa_rows("prior-train"), easy_vqa_rows("test")
+    assert 0.79 < _text_only_accuracy(prior, prior) < 0.82
+    assert 0.47 < _text_only_accuracy(prior, test) < 0.53
+    assert {row["id"] for row in prior} < {row["id"] for row in easy_vqa_rows("train")}
 
 
 def test_a_resumed_reader_starts_at_its_sample(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.pairs import PreferencePair
+from orpo_ray.data_report import progress
 from orpo_ray.data_report.report import (
     PairFacts,
     SplitCheck,
@@ -177,3 +180,29 @@ def test_without_scikit_learn_the_report_lacks_only_the_text_only_accuracy(monke
     report = check(*(facts(number, question=f"q{number}") for number in range(200))).report()
     assert report["text_only"] is None
     assert report["pairs"] == 200
+
+
+def test_sentences_that_stand_with_either_answer_are_at_chance() -> None:
+    """As in nlvr: each sentence is true of one picture and false of another. Divided between folds, it gives 27 %."""
+    pairs = []
+    for n in range(300):
+        for picture, (chosen, rejected) in enumerate((("true", "false"), ("false", "true"))):
+            words = " ".join(random.Random(n).choices(["box", "circle", "yellow", "touching", "edge", "three"], k=6))
+            pairs.append(TextOnlyPair(f"{n}-{picture}", f"Is this true? {words} {n}", chosen, rejected))
+    random.Random(0).shuffle(pairs)
+    found = text_only_accuracy(pairs)
+    assert found is not None
+    assert abs(found["accuracy"] - 0.5) < 0.05
+
+
+def test_prepared_progress_prints_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    out = io.StringIO()
+    with progress.RowProgress(Console(file=out), "reading train", 1200) as rows:
+        rows.advance(1000)
+        rows.advance(200)
+    assert out.getvalue() == "reading train  0/1,200 rows\nreading train  1,000/1,200 rows\n"
+    terminal = io.StringIO()
+    with progress.RowProgress(Console(file=terminal, force_terminal=True, width=100), "reading", 10) as rows:
+        rows.advance(5)
+    assert "reading" in terminal.getvalue()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from orpo_ray.data_report.page import render_page
-from orpo_ray.data_report.text_format import TEXT_SHOWN, number, percent, visible
+from orpo_ray.pages.text_format import TEXT_SHOWN, number, percent, visible
 from support.data_reports import (
     HOSTILE,
     a_gallery,
@@ -145,7 +145,15 @@ def set_in(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         ("Bad rows", "train.bad", {0: "good", 20: "warning", 200: "problem"}),
         ("Too long", "train.too_long.fraction", {0.01: "warning", 0.2: "problem"}),
-        ("Length bias", "train.length_bias.chosen_longer", {0.5: "good", 0.7: "good", 0.75: "warning", 0.1: "warning"}),
+        (
+            "Length bias",
+            "train.length_bias.chosen_longer",
+            (
+                "Length bias",
+                "train.length_bias.chosen_longer",
+                {0.5: "good", 0.6: "good", 0.65: "warning", 0.76: "problem", 0.2: "warning", 0.1: "problem"},
+            ),
+        ),
         (
             "Text-only accuracy",
             "train.text_only.accuracy",

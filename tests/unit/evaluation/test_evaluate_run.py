@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.evaluate_run import _recipe_of
+from orpo_ray.evaluation.targets import _recipe_of
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 from support.tiny_runs import tiny_recipe
 

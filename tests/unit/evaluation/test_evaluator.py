@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 import torch
 
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.balance import Packing
-from orpo_ray.data.packing import PairBatch
+from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.evaluator import Scores, grounding_metrics, score
+from orpo_ray.evaluation.evaluator import GRAY, Scores, blanked, score, with_pass
 from orpo_ray.objective.base import Objective
 from orpo_ray.objective.cpo import CPO
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.simpo import SimPO
 from orpo_ray.objective.step_planner import StepPlanner
-from support.encoded_pairs import make
+from support.encoded_pairs import IMAGE, make
 
 CPU = torch.device("cpu")
 DUMMY = make([1], [2], [3], -1)
 BAD = BadRow(3, "id", "file:3", "too_long", "x")
+
+
+def correct(scores: Scores) -> dict[int, bool]:
+    return dict(zip(*(scores.pairs[name].to_pylist() for name in ("sample_index", "correct")), strict=True))
+
+
+def of(preferred: dict[int, bool]) -> Scores:
+    """Scores with nothing but which pairs are right."""
+    rows = [{"sample_index": index, "id": str(index), "correct": right} for index, right in preferred.items()]
+    return Scores({}, pa.Table.from_pylist(rows))
 
 
 def test_no_usable_pair_is_an_error_not_a_zero() -> None:
@@ -42,16 +53,31 @@ def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
 
     seen = score(forward, [planner.share(pairs[:3], [BAD]), planner.share(pairs[3:])], planner)
     assert seen.bad == [BAD]
-    assert seen.correct == {0: False, 1: False, 2: True, 3: True, 4: True}
+    assert correct(seen) == {0: False, 1: False, 2: True, 3: True, 4: True}
     assert seen.metrics["rewards/accuracies"] == pytest.approx(0.6)
     assert seen.metrics["rewards/margins"] == pytest.approx(0.5 * (-1 + sum((s + 0.5) / 2 for s in range(5)) / 5))
     assert seen.metrics["nll_loss"] == pytest.approx(1.0)
     assert (seen.metrics["pairs"], seen.metrics["bad_rows"]) == (5, 1)
-    exchanged = Scores({}, {1: False, 2: False, 3: True, 4: False})
-    assert grounding_metrics(seen, exchanged, CPU) == pytest.approx(
-        {"rewards/accuracies_exchanged": 0.25, "grounding_gap": 0.5, "grounding_pairs": 4}
-    )
-    assert grounding_metrics(seen, Scores({}, {}), CPU) == {}
+    for name in ("loss", "nll_loss", "rewards/margins", "log_odds_chosen"):
+        assert sum(seen.pairs[name].to_pylist()) / 5 == pytest.approx(seen.metrics[name], rel=1e-6), name
+    third = seen.pairs.slice(3, 1).to_pylist()[0]
+    assert (third["sample_index"], third["id"], third["prompt_tokens"], third["chosen_tokens"]) == (3, "3", 2, 1)
+    assert third["rewards/margins"] == pytest.approx(0.5 * (-1 + 3.5 / 2))
+    compared = with_pass(seen, of({1: False, 2: False, 3: True, 4: False}), "exchanged")
+    expected = {"rewards/accuracies_exchanged": 0.25, "grounding_gap": 0.5, "grounding_pairs": 4}
+    assert compared.metrics == pytest.approx(seen.metrics | expected)
+    assert compared.pairs["exchanged/correct"].to_pylist() == [None, False, False, True, False]
+    nothing = with_pass(seen, of({7: True}), "exchanged")
+    assert nothing.metrics == seen.metrics
+
+
+def test_blank_images_are_gray_and_have_as_many_tokens() -> None:
+    batch = build_batch([make([1, IMAGE, 2], [3], [4], 5)], "response", "shared_prefix")
+    found = blanked(batch)
+    assert found.images["pixel_values"].eq(GRAY).all()
+    assert found.images["pixel_values"].shape == batch.images["pixel_values"].shape
+    assert found.input_ids is batch.input_ids
+    assert batch.images["pixel_values"].eq(5).all()
 
 
 def test_the_objective_says_which_answer_is_preferred() -> None:
@@ -67,7 +93,7 @@ def test_the_objective_says_which_answer_is_preferred() -> None:
         return score(forward, [planner.share(pairs)], planner)
 
     summed, averaged = scores(CPO(0.5)), scores(SimPO(2.0))
-    assert (summed.correct, averaged.correct) == ({0: True}, {0: False})
+    assert (correct(summed), correct(averaged)) == ({0: True}, {0: False})
     assert (summed.metrics["rewards/margins"], summed.metrics["rewards/accuracies"]) == (0.5, 1.0)
     assert (averaged.metrics["rewards/margins"], averaged.metrics["rewards/accuracies"]) == (-1.0, 0.0)
     assert summed.metrics["nll_loss"] == 2.0

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from orpo_ray.config.load import parse_recipe
-from orpo_ray.export.model_card import CardFacts, render_model_card
+from orpo_ray.exporting.model_card import CardFacts, render_model_card
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
 
 from orpo_ray.errors import UserError
-from orpo_ray.export.export import Exported, ExportOptions, export_run
+from orpo_ray.exporting.export import Exported, ExportOptions, export_run
 from orpo_ray.model.adapter_folder import ADAPTER_WEIGHTS, load_adapted
 from orpo_ray.model.loading import load_model
 from orpo_ray.processing.processor import load_processor

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from orpo_ray.export.export import ExportOptions, export_run
+from orpo_ray.exporting.export import ExportOptions, export_run
 from support.finished_runs import finished_run, trained
 from support.paths import ROOT
 from support.tiny_runs import tiny_recipe

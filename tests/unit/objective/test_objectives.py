@@ -80,7 +80,7 @@ def test_errors_say_what_to_write(sections: dict[str, Any], expected: str) -> No
     [
         ("cpo", "orpo.beta", "eval/loss", "tune.search: 'orpo.beta' does not exist with the objective CPO"),
         ("cpo", "orpo.beta", "eval/loss", "; tune.search={} searches beta and the learning rate"),
-        ("orpo", "objective.beta", "eval/loss", "choose from orpo.beta, optim.learning_rate"),
+        ("orpo", "objective.beta", "eval/loss", "choose from orpo.beta, orpo.image_beta, optim.learning_rate"),
         ("orpo", "orpo.bet", "eval/loss", "did you mean 'orpo.beta'?"),
         ("orpo", "orpo.beta", "eval/nll_los", "did you mean 'eval/nll_loss'?"),
         ("cpo", "objective.beta", "eval/log_odds_ratio", "tune.metric: 'eval/log_odds_ratio' does not exist with"),

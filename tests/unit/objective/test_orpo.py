@@ -63,7 +63,7 @@ def test_micro_batches_add_up_to_the_step() -> None:
     whole = PairLogps(chosen * tokens, rejected * tokens, -chosen * tokens, tokens, tokens, tokens)
 
     def part(rows: slice) -> PairLogps:
-        return PairLogps(*(getattr(whole, name)[rows] for name in PairLogps.__dataclass_fields__))
+        return PairLogps(*(values[rows] for values in vars(whole).values() if values is not None))
 
     expected, _ = ORPO(0.2).loss(whole, torch.ones(3), Normaliser(3.0))
     parts = [
@@ -80,7 +80,7 @@ def test_dummy_pairs_count_for_nothing() -> None:
         )
     )
     alone, sums_alone = ORPO(0.5).loss(
-        PairLogps(*(getattr(two, name)[:1] for name in PairLogps.__dataclass_fields__)), torch.ones(1), Normaliser(1.0)
+        PairLogps(*(values[:1] for values in vars(two).values() if values is not None)), torch.ones(1), Normaliser(1.0)
     )
     loss, sums = ORPO(0.5).loss(two, torch.tensor([1.0, 0.0]), Normaliser(1.0))
     assert loss == alone

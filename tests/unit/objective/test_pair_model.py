@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,13 +123,17 @@ def test_micro_batches_and_fillers_give_the_same_gradient(encoder: PairEncoder, 
 
 
 def test_the_gradients_of_three_workers_add_up_to_those_of_one(encoder: PairEncoder, pairs: list[EncodedPair]) -> None:
+    """Two of the pairs have other images, so one of the workers has none of them."""
+    objective = ORPO(image_beta=0.5, anchor=1.0)
+    contrasted = [replace(pairs[i], other_prompt=pairs[i + 1].prompt) if i < 2 else pairs[i] for i in range(6)]
+
     def gradients(workers: int) -> dict[str, torch.Tensor]:
         model = model_of(encoder)
-        planner = StepPlanner.of(ORPO(), 1 << 20, encoder, model, CPU)
+        planner = StepPlanner.of(objective, 1 << 20, encoder, model, CPU)
         for rank in range(workers):
-            plan = planner.plan(planner.share(pairs, rank=rank, workers=workers))
+            plan = planner.plan(planner.share(contrasted, rank=rank, workers=workers))
             for batch in plan.batches:
-                ORPO().loss(model(batch), batch.weights, plan.normaliser)[0].backward()
+                objective.loss(model(batch), batch.weights, plan.normaliser)[0].backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[misc]
 
     one, three = gradients(1), gradients(3)

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 from orpo_ray.cli import app
 from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.config.load import parse_recipe
+from orpo_ray.data.balance import Layout, Packing, PairSize
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.planning import activations
+from orpo_ray.planning.activations import PairShape
 from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.planning.gpus import gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
@@ -183,6 +185,27 @@ def test_the_objective_decides_how_many_targets_are_planned_for(tmp_path: Path) 
     for other in others:
         assert other["memory"] == response["memory"]
         assert other["step"]["flops_per_step"] == response["step"]["flops_per_step"]
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "concatenated"])
+@pytest.mark.parametrize("has_other", [False, True])
+def test_a_planned_pair_has_the_tokens_of_a_real_one(layout: Layout, has_other: bool) -> None:
+    shape = PairShape(30, 20, 10, 2, 16, {"pixel_values": np.zeros((1, 3, 8, 8), np.uint8)}, has_other)
+    size = PairSize.of(shape.pair(99, 0))
+    assert shape.tokens(layout) == Packing(1, layout).tokens([size])
+    assert size.image_values == (4 if has_other else 2) * 3 * 8 * 8
+
+
+@pytest.mark.nightly
+def test_an_image_preference_is_planned_for(tmp_path: Path) -> None:
+    """Another image of the same size, its prompt, and the chosen answer again."""
+    raw: dict[str, Any] = yaml.safe_load(RECIPE) | {"checkpoint": {"storage": str(tmp_path)}}
+    plain, contrasted = (
+        plan(parse_recipe(raw | {"orpo": {"image_beta": beta}}), Options())["step"] for beta in (0.0, 0.1)
+    )
+    pair = plain["pair"]
+    assert contrasted["pair"]["tokens"] == pair["tokens"] + pair["prompt"] + pair["image"] + pair["chosen"]
+    assert 1.3 < contrasted["flops_per_step"] / plain["flops_per_step"] < 2
 
 
 def test_wrong_prices_are_one_message() -> None:

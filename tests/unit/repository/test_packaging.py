@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
+import zipfile
+from functools import partial
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -91,3 +94,31 @@ except UserError as error:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert f'pip install "orpo-ray[{EXTRAS[module]}]"' in result.stdout
+
+
+def test_the_wheel_holds_recipes_and_pages(tmp_path: Path) -> None:
+    """Builds the wheel without its build dependencies' network, if they are installed."""
+    wheels = pytest.importorskip("hatchling.builders.wheel", reason="no hatchling (pip install hatchling)")
+    (built,) = wheels.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(built) as wheel:
+        names = set(wheel.namelist())
+    assert {f"orpo_ray/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")} <= names
+    for name in ("pages/page.css", "pages/page.js", "pages/parts.html", "report/report_page.html", "py.typed"):
+        assert f"orpo_ray/{name}" in names
+    assert not [name for name in names if name.startswith("recipes/") or "/tests/" in name]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_an_installed_package_writes_its_recipes(tmp_path: Path) -> None:
+    """Installs the wheel, without its dependencies, beside those of this environment, and runs it from elsewhere."""
+    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT)])
+    (built,) = tmp_path.glob("*.whl")
+    run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "there"), str(built)])
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "there")}
+    command = [sys.executable, "-m", "orpo_ray"]
+    run([*command, "init", "quickstart"], cwd=tmp_path, env=environment)
+    tiny = ["optim.max_steps=2", "optim.pairs_per_step=4", "eval.max_pairs=8"]
+    run([*command, "train", "quickstart.yaml", *tiny], cwd=tmp_path, env=environment)
+    assert (tmp_path / "runs" / "quickstart" / "report.html").is_file()

@@ -10,8 +10,8 @@ import pytest
 from ray.train import ScalingConfig
 
 from orpo_ray.errors import UserError
-from orpo_ray.training.group_scaling import GroupScaling
-from orpo_ray.training.resources import Resources, max_encoders, worker_resources
+from orpo_ray.training.elastic import StayingNodesPolicy
+from orpo_ray.training.resources import Resources, max_encoders, too_many_workers, worker_resources
 from support.tiny_runs import tiny_recipe
 
 
@@ -60,4 +60,11 @@ def test_workers_that_compute_together_come_and_go_as_whole_groups(
 ) -> None:
     scaling = ScalingConfig(num_workers=(together, 8), resources_per_worker={"CPU": 1})
     nodes = {str(node): {"CPU": count} for node, count in enumerate(cpus)}
-    assert GroupScaling(scaling, together)._count_possible_workers(nodes) == workers
+    assert StayingNodesPolicy(scaling, together)._count_possible_workers(nodes) == workers
+
+
+def test_workers_that_share_cpus_are_named(tmp_path: Path) -> None:
+    eight = tiny_recipe(tmp_path, "many", scaling={"num_workers": 8}, optim={"pairs_per_step": 8})
+    assert too_many_workers(eight, {"CPU": 2}) == "8 workers share 2 CPU(s): they train slower than 1 worker(s) would"
+    assert too_many_workers(eight, {"CPU": 8}) is None
+    assert too_many_workers(eight, {"CPU": 4, "GPU": 8}) is None

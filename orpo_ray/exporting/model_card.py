@@ -12,6 +12,7 @@ import yaml
 
 from orpo_ray import __version__
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.sources import origins
 from orpo_ray.tiny_models.build import is_tiny
 
 Kind = Literal["merged", "adapter", "whole"]
@@ -101,9 +102,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def _public_sources(sources: Mapping[str, float]) -> dict[str, float]:
-    """Map public names of sources to weights. Equal names get a number."""
+    """Map public names of sources to weights. Equal names get a number; prepared data is named by its own sources."""
     named: dict[str, float] = {}
-    for source, weight in sources.items():
+    for source, weight in ((origin, weight) for uri, weight in sources.items() for origin in origins(uri)):
         name, number = public_name(source), 2
         while name in named:
             name, number = f"{public_name(source)} ({number})", number + 1

@@ -16,9 +16,9 @@ from rich.markup import escape
 from orpo_ray.config.load import parse_recipe, read_mapping
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
-from orpo_ray.export.hub import check_can_push, push
-from orpo_ray.export.merging import load_full_model, load_merged_model, trained_dtype
-from orpo_ray.export.model_card import FOLDER_IN_CODE, CardFacts, Kind, count_reasons, is_hub_id, render_model_card
+from orpo_ray.exporting.hub import check_can_push, push
+from orpo_ray.exporting.merging import load_full_model, load_merged_model, trained_dtype
+from orpo_ray.exporting.model_card import FOLDER_IN_CODE, CardFacts, Kind, count_reasons, is_hub_id, render_model_card
 from orpo_ray.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, quantized_base
 from orpo_ray.storage.files import is_remote, parent_folder
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE, FINAL, RECIPE_FILE, RunFolder

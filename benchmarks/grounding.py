@@ -1,0 +1,170 @@
+"""Does a model look more with an image preference? Accuracy and grounding gap on held-out pairs, by variant and seed.
+
+    python benchmarks/grounding.py RECIPE [--variant NAME FIELD=VALUE ...]... [--seeds N] [--every STEPS] [--json]
+
+Each variant is the recipe with overrides, trained in this process on one device, without Ray. A seed changes the order
+of the pairs. The held-out pairs are scored with their own images and with exchanged ones, as by `orpo-ray evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import provenance
+
+from orpo_ray.config.load import apply_overrides, parse_recipe, read_mapping
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.data.balance import StepShare
+from orpo_ray.data.encoding import EncodedPair, PairEncoder
+from orpo_ray.data.from_recipe import encoder_of, run_data
+from orpo_ray.data.order import step_samples
+from orpo_ray.data.reading import ReadSpec, read_windows
+from orpo_ray.evaluation.evaluator import grounding_metrics, score
+from orpo_ray.model.loading import load_model
+from orpo_ray.objective.base import load_objective
+from orpo_ray.objective.collectives import add_sums
+from orpo_ray.objective.pair_model import PairModel
+from orpo_ray.objective.step_planner import StepPlanner
+from orpo_ray.processing.pixel_norm import PixelNorm
+from orpo_ray.streaming.pipeline import encode_rows
+from orpo_ray.training.optimizer import adamw, schedule
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+_SHOWN = ("rewards/accuracies", "rewards/accuracies_exchanged", "grounding_gap", "nll_loss", "rewards/image_accuracies")
+
+
+class Experiment:
+    """One variant with one seed."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.device = recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        train, held_out = run_data(recipe)
+        assert held_out is not None, "the recipe needs held-out pairs"
+        self.train, self.held_out = train, held_out
+        self.encoder = encoder_of(recipe).build()
+        base = load_model(recipe.model, self.device, recipe.optim.seed)
+        self.model = PairModel(base, PixelNorm.of(self.encoder.processor))
+        self.objective = load_objective(recipe)
+        budget = recipe.optim.tokens_per_microbatch
+        self.planner = StepPlanner.of(self.objective, budget, self.encoder, self.model, self.device)
+
+    def run(self, every: int | None, log: Any) -> dict[str, float]:
+        """Train; every so many steps, and at the end, return or log the metrics of the held-out pairs."""
+        optim, per_step = self.recipe.optim, self.recipe.optim.pairs_per_step
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        steps = -(-self.train.end_sample // per_step)
+        optimizer = adamw(weights, optim)
+        rates = schedule(optimizer, optim, steps)
+        seconds = 0.0
+        for share in shares(self.train, self.encoder, self.planner):
+            started = time.perf_counter()
+            plan = self.planner.plan(share)
+            sums: dict[str, torch.Tensor] = {}
+            for batch in plan.batches:
+                logps = self.model.train()(batch.to(self.device))
+                loss, more = self.objective.loss(logps, batch.weights.to(self.device), plan.normaliser)
+                loss.backward()  # type: ignore[no-untyped-call]
+                sums = add_sums(sums, more)
+            torch.nn.utils.clip_grad_norm_(weights, optim.max_grad_norm or float("inf"))
+            optimizer.step()
+            rates.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds += time.perf_counter() - started
+            if every and (share.step + 1) % every == 0:
+                train = self.objective.metrics({name: float(value) for name, value in sums.items()})
+                log(f"  step {share.step + 1}: train {_short(train)} held out {_short(self.evaluate())}")
+        return self.evaluate() | {"training_seconds": seconds}
+
+    def evaluate(self) -> dict[str, float]:
+        """Score the held-out pairs with their own images and with exchanged ones."""
+        self.model.eval()
+        exchanged = replace(self.held_out, exchange_images=True, other_image=None)
+        own, other = (
+            score(self.model, shares(read, self.encoder, self.planner), self.planner)
+            for read in (self.held_out, exchanged)
+        )
+        return own.metrics | grounding_metrics(own, other, self.device)
+
+
+def shares(read: ReadSpec, encoder: PairEncoder, planner: StepPlanner) -> Iterator[StepShare]:
+    """Read and encode the steps of a run in this process."""
+    rows = (row for table in read_windows(read, read.order.windows(0, read.end_sample)) for row in table.to_pylist())
+    for step in range(-(-read.end_sample // read.pairs_per_step)):
+        first, end = step_samples(step, read.pairs_per_step, read.end_sample)
+        of_step = [next(rows) for _ in range(end - first)]
+        encoded = encode_rows(of_step, encoder)
+        pairs = [
+            replace(item, sample_index=row["sample_index"])
+            for row, item in zip(of_step, encoded, strict=True)
+            if isinstance(item, EncodedPair)
+        ]
+        yield planner.share(pairs, [item for item in encoded if isinstance(item, BadRow)], step)
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Mean and half the width of its 95 % interval (Student's t)."""
+    if len(values) < 2:
+        return [values[0], float("nan")]
+    return [statistics.fmean(values), _T[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5]
+
+
+def summary(results: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Means by variant, and the differences from the first variant, seed by seed."""
+    base = next(iter(results))
+    out: dict[str, Any] = {}
+    for name, runs in results.items():
+        out[name] = {key: interval([run[key] for run in runs]) for key in _SHOWN if all(key in run for run in runs)}
+        pairs = list(zip(runs, results[base], strict=True))
+        out[name]["against"] = {
+            key: interval([run[key] - plain[key] for run, plain in pairs])
+            for key in ("rewards/accuracies", "grounding_gap")
+        }
+        seconds = [sum(run["training_seconds"] for run in each) for each in (runs, results[base])]
+        out[name]["seconds_ratio"] = seconds[0] / seconds[1]
+    return out
+
+
+def _short(metrics: Mapping[str, float]) -> str:
+    return " ".join(f"{name.removeprefix('rewards/')} {metrics[name]:.4f}" for name in _SHOWN if name in metrics)
+
+
+def main() -> None:
+    """Run all variants with all seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--variant", nargs="+", action="append", metavar=("NAME", "FIELD=VALUE"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--every", type=int, help="steps between scores on stderr")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    results: dict[str, list[dict[str, float]]] = {}
+    for seed, (name, *overrides) in chain.from_iterable(
+        ((seed, variant) for variant in options.variant or [["recipe"]]) for seed in range(options.seeds)
+    ):
+        raw = read_mapping(options.recipe)
+        apply_overrides(raw, [*overrides, f"data.shuffle_seed={seed}"])
+        found = Experiment(parse_recipe(raw)).run(options.every, log)
+        log(f"{name}, seed {seed}: {_short(found)} in {found['training_seconds']:.0f} s")
+        results.setdefault(name, []).append(found)
+    report = {"summary": summary(results), "runs": results, **provenance()}
+    print(json.dumps(report, indent=None if options.json else 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`orpo-ray doctor`: look for what would make a run fail on a cluster, before the run."""

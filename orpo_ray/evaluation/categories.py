@@ -1,0 +1,55 @@
+"""Values of a column of the source rows, by which held-out pairs are grouped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.shards import ShardReader
+from orpo_ray.errors import RowError, UserError
+
+CHARACTERS = 60
+
+
+def column_values(read: ReadSpec, column: str) -> dict[int, str]:
+    """Read a column of all rows.
+
+    Returns:
+        Sample index -> value as text. Rows without the column are left out.
+
+    Raises:
+        UserError: no row has the column.
+    """
+    reader, found, columns = ShardReader(), dict[int, str](), dict[str, None]()
+    for epoch, number in read.order.windows(read.first_sample, read.end_sample):
+        window = read.order.window(epoch, number)
+        sample_indices = window.first_sample + np.arange(len(window.rows))
+        for shard in np.unique(window.rows[:, 0]).tolist():
+            here = (window.rows[:, 0] == shard) & (sample_indices < read.end_sample)
+            rows = window.rows[here, 1]
+            if shard in read.row_indices:
+                rows = read.row_indices[shard][rows]
+            raws = reader.open(read.shards[shard])(rows.tolist())
+            for sample_index, raw in zip(sample_indices[here].tolist(), raws, strict=True):
+                if isinstance(raw, RowError):
+                    continue
+                columns |= dict.fromkeys(map(str, raw))
+                if (value := _value(raw, column)) is not None:
+                    found[sample_index] = value
+    if not found:
+        raise UserError(
+            "no held-out row has this column", field="--by", value=column, fix=f"give one of: {', '.join(columns)}"
+        )
+    return found
+
+
+def _value(row: Mapping[str, Any], column: str) -> str | None:
+    value = row.get(column)
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= CHARACTERS else text[: CHARACTERS - 1] + "…"

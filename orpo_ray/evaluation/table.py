@@ -1,0 +1,62 @@
+"""Print the result of `orpo-ray evaluate`: the verdicts first, then averages with intervals, then groups of pairs."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from orpo_ray.evaluation.evaluate_run import Evaluation
+from orpo_ray.evaluation.statistics import Estimate
+from orpo_ray.evaluation.summary import Group
+
+_COLORS = {"good": "green", "warning": "yellow", "problem": "red", "none": "default"}
+# Shown in this order; the others follow in alphabetical order. `--json` has all.
+_FIRST = (
+    "rewards/accuracies", "rewards/accuracies_exchanged", "rewards/accuracies_blank", "grounding_gap",
+    "grounding_blank_gap", "rewards/margins", "log_odds_chosen", "nll_loss",
+)  # fmt: skip
+
+
+def print_evaluation(evaluation: Evaluation, console: Console) -> None:
+    """Print verdicts and tables."""
+    summary = evaluation.summary
+    for verdict in summary.verdicts:
+        console.print(escape(verdict.text), style=_COLORS[verdict.level], highlight=False)
+    pairs = int(evaluation.metrics["eval/pairs"])
+    table = _table(f"{pairs:,} held-out pairs", ("average", "95 % interval"))
+    for name in [*filter(summary.figures.__contains__, _FIRST), *sorted(summary.figures.keys() - set(_FIRST))]:
+        table.add_row(f"eval/{name}", *_cells(summary.figures[name]))
+    console.print(table)
+    if (found := summary.comparison) is not None:
+        table = _table(f"against {escape(str(summary.base))}", ("difference", "95 % interval", "p"))
+        table.add_row("accuracy", *_cells(found.accuracy), f"{found.p_accuracy:.2g}")
+        table.add_row("margin", *_cells(found.margin), f"{found.p_margin:.2g}")
+        console.print(table)
+        console.print(f"  {found.better:,} pairs are right only here, {found.worse:,} only there", highlight=False)
+    for title, groups in summary.breakdowns.items():
+        if len(groups) > 1:
+            console.print(_breakdown(title, groups))
+
+
+def _breakdown(title: str, groups: list[Group]) -> Table:
+    has_gap = any(group.gap for group in groups)
+    table = _table(
+        f"by {escape(title)}", ("pairs", "accuracy", "95 % interval", *(["grounding gap"] if has_gap else []))
+    )
+    for group in groups:
+        gap = [f"{group.gap.value:.3f}" if group.gap else "-"] if has_gap else []
+        table.add_row(escape(group.name), f"{group.accuracy.pairs:,}", *_cells(group.accuracy), *gap)
+    return table
+
+
+def _cells(estimate: Estimate) -> tuple[str, str]:
+    return f"{estimate.value:.4f}", f"{estimate.low:.4f} to {estimate.high:.4f}"
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
+    table.add_column()
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

@@ -1,0 +1,56 @@
+"""Runs whose number of workers changes with the nodes of the cluster, which are real raylets on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from support.clusters import add_node, cluster_of, drain, lose_node, training_on, workers_by_step
+from support.elastic_runs import check_curve, elastic_recipe, stop, wait_for_workers
+from support.paths import TESTS
+from support.runs import last_step, wait_until
+
+
+@pytest.fixture(autouse=True)
+def adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes of a cluster import `support.slow_rows`."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.nightly)])
+def test_a_run_takes_a_node_that_comes_and_goes_on_without_one_that_goes(tmp_path: Path, stage: int) -> None:
+    with cluster_of(1) as cluster:
+        recipe = elastic_recipe(tmp_path, "elastic")
+        recipe = recipe.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"zero_stage": stage})})
+        with training_on(cluster, recipe, tmp_path) as process:
+            step = wait_for_workers(recipe, process, 1, 0)
+            node = add_node(cluster)
+            step = wait_for_workers(recipe, process, 2, step)
+            lose_node(cluster, node)
+            wait_for_workers(recipe, process, 1, step)
+            stop(process)
+        check_curve(cluster, recipe, tmp_path)
+
+
+@pytest.mark.timeout(1800)
+def test_a_preempted_node_costs_no_step_and_no_failure(tmp_path: Path) -> None:
+    with cluster_of(2) as cluster:
+        recipe = elastic_recipe(tmp_path, "preempted", max_failures=0)
+        folder = Path(recipe.run_uri)
+        with training_on(cluster, recipe, tmp_path) as process:
+            step = wait_for_workers(recipe, process, 2, 0)
+            node = next(node for node in cluster.worker_nodes)
+            drain(cluster, node, 30)
+            wait_until(lambda: any(folder.glob("checkpoint_*/manifest-00000.json")), "the checkpoint at the notice", 29)
+            wait_until(lambda: len(list(folder.glob("checkpoint_*/manifest-00000.json"))) > 1, "that at the end", 240)
+            before = last_step(folder)
+            lose_node(cluster, node)
+            wait_for_workers(recipe, process, 1, step)
+            first = min(step for step, workers in workers_by_step(recipe).items() if workers == 1)
+            assert before - 1 <= first - 1 <= before + 1
+            err = stop(process)
+        assert "1 node(s) with 1 worker(s) will be taken away in" in err
+        check_curve(cluster, recipe, tmp_path)

@@ -1,0 +1,103 @@
+"""Jobs on a Ray that asks for a token: `ray job submit` as the documentation has it, and `orpo-ray submit`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from support.commands import orpo_ray
+from support.runs import last_step, run, wait_until
+from support.tiny_runs import losses, tiny_recipe
+
+SCRIPTS = Path(sys.executable).parent
+OPTIM = {"max_steps": 45}
+
+
+@pytest.fixture
+def dashboard(ray_cluster: None) -> str:
+    import ray
+
+    address = ray._private.worker.global_worker.node.webui_url  # type: ignore[attr-defined]
+    assert address.startswith("127.0.0.1:")
+    return f"http://{address}"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A working directory with a recipe, and the runtime environment of nodes that have orpo-ray."""
+    folder = tmp_path / "project"
+    (folder / "recipes").mkdir(parents=True)
+    recipe = tiny_recipe(tmp_path / "runs", "job", optim=OPTIM)
+    (folder / "recipes" / "tiny.yaml").write_text(recipe.to_yaml())
+    (folder / "cluster").mkdir()
+    runtime_env = {"env_vars": {"PATH": f"{SCRIPTS}:${{PATH}}", "RAY_JOB_STOP_WAIT_TIME_S": "120"}}
+    (folder / "cluster" / "runtime_env.yaml").write_text(yaml.safe_dump(runtime_env))
+    return folder
+
+
+def submit(dashboard: str, project: Path) -> str:
+    """Submit with Ray's own command, as soon as Ray takes jobs. Returns the job's id."""
+    command = [
+        str(SCRIPTS / "ray"), "job", "submit", "--address", dashboard, "--no-wait", "--working-dir", ".",
+        "--runtime-env", "cluster/runtime_env.yaml", "--", "orpo-ray", "train", "recipes/tiny.yaml",
+    ]  # fmt: skip
+    for _ in range(6):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=project)
+        if not any(text in done.stdout + done.stderr for text in ("No available agent", "have prematurely been")):
+            break
+        time.sleep(5)  # Ray takes jobs some seconds after its start
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.findall(r"raysubmit_\w+", done.stdout + done.stderr)[0]
+
+
+@pytest.mark.timeout(400)
+def test_a_stopped_job_saves_and_the_same_submission_resumes(dashboard: str, project: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "job"
+    first = submit(dashboard, project)
+    wait_until(lambda: run_dir.is_dir() and last_step(run_dir) >= 5, "step 5")
+    drivers = [each for each in psutil.process_iter(["cmdline"]) if "recipes/tiny.yaml" in (each.info["cmdline"] or [])]
+    assert drivers
+    stop = [str(SCRIPTS / "ray"), "job", "stop", "--address", dashboard, first]
+    stopped = subprocess.run(stop, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    wait_until(lambda: not any(each.is_running() for each in drivers), "the end of the job's processes", 60)
+    step = last_step(run_dir)
+    assert 5 <= step < OPTIM["max_steps"]
+    assert list(run_dir.glob("checkpoint_*"))
+
+    command = ("submit", "recipes/tiny.yaml", "--address", dashboard, "--price-per-hour", "H100=1.5")
+    again = orpo_ray(*command, cwd=project, env={"WANDB_API_KEY": "not-a-real-key-but-secret"})
+    assert again.returncode == 0, again.stdout + again.stderr
+    job = again.stdout.strip()  # nothing else on stdout
+    assert re.fullmatch(r"raysubmit_\w+", job), again.stdout
+    assert re.search(r"^cost +about .* and \$[\d.]+ on 1 x ", again.stderr, re.MULTILINE), again.stderr
+    assert re.search(r"^job +" + job, again.stderr, re.MULTILINE)
+    assert "training, last step" in again.stderr  # the end of the job's log
+    reference = run(tiny_recipe(tmp_path / "runs", "reference", optim=OPTIM))
+    assert losses(run_dir) == pytest.approx(losses(Path(reference.run_uri)), abs=1e-4)
+    # What everyone with access to the dashboard can read.
+    from ray.job_submission import JobSubmissionClient
+
+    found = JobSubmissionClient(dashboard).get_job_info(job)
+    assert found.entrypoint == "python -m orpo_ray train recipes/tiny.yaml"
+    assert "not-a-real-key" not in str(found)
+
+
+def test_a_job_without_the_token_is_refused_before_the_upload(dashboard: str, project: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 64)
+    for variables in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)}):
+        command = ("submit", "recipes/tiny.yaml", "--no-cost", "--address", dashboard)
+        refused = orpo_ray(*command, cwd=project, env=variables)
+        assert refused.returncode == 2, refused.stderr
+        assert "the cluster asks for a token, and none or another one was given" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert os.fspath(tmp_path / "runs") in refused.stderr  # it has said where the run would be

@@ -1,0 +1,132 @@
+"""A Ray cluster of several nodes on this machine, and commands that train on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.tracking.jsonl import read_jsonl
+from support.runs import wait_until
+
+NODE = {"num_cpus": 3, "object_store_memory": 150 << 20}
+NODE_STARTS = 300  # seconds that nodes may take while other tests run
+ATTEMPTS = 5  # to start a node
+
+
+@contextmanager
+def cluster_of(num_nodes: int) -> Iterator[Any]:
+    """Start real raylets, each with three CPUs, and end them."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
+        _start(cluster, include_dashboard=False)
+        for _ in range(num_nodes - 1):
+            add_node(cluster)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def add_node(cluster: Any) -> Any:
+    """Start another raylet, and wait until the cluster knows of it."""
+    node = _start(cluster, wait=False)
+    wait_until(lambda: node.node_id in cluster.global_state._live_node_ids(), "the node", NODE_STARTS)
+    return node
+
+
+def _start(cluster: Any, **options: Any) -> Any:
+    """Start a raylet. Ray gives one 30 seconds, which is too little while other tests run: try some more times."""
+    for attempt in range(ATTEMPTS):
+        before = set(psutil.Process().children())
+        try:
+            return cluster.add_node(**NODE, **options)
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == ATTEMPTS - 1:
+                raise
+            left = set(psutil.Process().children()) - before
+            for process in left:
+                process.kill()
+            psutil.wait_procs(left)
+    raise AssertionError
+
+
+def lose_node(cluster: Any, node: Any) -> None:
+    """End a node's processes as the loss of a machine does."""
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def processes(role: str, node: Any = None) -> list[psutil.Process]:
+    """Return the Ray processes of a role, `RayTrainWorker` or `RunStatus`, on a node or on all."""
+    parent = psutil.Process(None if node is None else node.all_processes["raylet"][0].process.pid)
+    found = []
+    for child in parent.children(recursive=True):
+        with suppress(psutil.Error):
+            if child.status() != psutil.STATUS_ZOMBIE and child.cmdline()[:1] == [f"ray::{role}"]:
+                found.append(child)
+    return found
+
+
+@contextmanager
+def training_on(cluster: Any, recipe: Recipe, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run `orpo-ray train` on a cluster, and end it."""
+    process = start_training(cluster, recipe, folder)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def start_training(cluster: Any, recipe: Recipe, folder: Path) -> subprocess.Popen[str]:
+    """Start `orpo-ray train` on a cluster."""
+    path = folder / f"{recipe.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    # Without the settings of the Ray that this process may have started.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "orpo_ray", "train", str(path)],
+        env=own | {"RAY_ADDRESS": cluster.address},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def drain(cluster: Any, node: Any, seconds: int) -> None:
+    """Announce that a node will be taken away, as a cloud's spot service does by way of Ray's autoscaler."""
+    options = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
+    subprocess.run(
+        [Path(sys.executable).with_name("ray"), "drain-node", "--address", cluster.address, "--node-id", node.node_id,
+         *options, "--deadline-remaining-seconds", str(seconds)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+
+
+def workers_by_step(recipe: Recipe) -> dict[int, int]:
+    """Return the number of workers that made each step of an elastic run."""
+    lines = read_jsonl(Path(recipe.run_uri) / "metrics.jsonl")
+    return {line["step"]: line["train/num_workers"] for line in lines if "train/num_workers" in line}
+
+
+def room_kept_for(cluster: Any, run_id: str) -> str:
+    """Return what Ray's AutoscalingCoordinator keeps for a run, as text; `{}` is nothing."""
+    code = (
+        "import ray, sys; ray.init(address='auto', logging_level='error');"
+        "coordinator = ray.get_actor('AutoscalingCoordinator', namespace='AutoscalingCoordinator');"
+        "print(ray.get(coordinator.get_reserved_resources.remote('train-' + sys.argv[1])))"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    asked = subprocess.run(
+        [sys.executable, "-c", code, run_id],
+        env=own | {"RAY_ADDRESS": cluster.address}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return asked.stdout.strip()

@@ -1,0 +1,128 @@
+"""Faults of all kinds, drawn from a seed, in one run on a cluster of raylets on this machine."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.training.checkpoint_choice import checkpoint_names
+from support.clusters import add_node, drain, lose_node, processes, start_training
+from support.runs import last_step, wait_until
+
+KINDS = ("worker", "node", "driver", "status", "torn", "added", "notice")
+MAX_NODES = 2  # beside the head, which holds the driver
+NOTICE_S = 15  # from the notice to the end of the node
+LIMIT_S = 900  # for one recovery, while other tests run
+
+
+class Storm:
+    """A run of `orpo-ray train` and what befalls it. Always end it with `stop`.
+
+    Args:
+        cluster: a head, and as many other nodes as the storm may use.
+        recipe: of the run.
+        folder: for the recipe's file.
+        seed: of the faults.
+    """
+
+    def __init__(self, cluster: Any, recipe: Recipe, folder: Path, seed: int) -> None:
+        self._cluster, self._recipe, self._folder = cluster, recipe, folder
+        self._random = random.Random(seed)
+        self._nodes: list[Any] = list(cluster.worker_nodes)
+        self._going: list[threading.Timer] = []
+        self._process = start_training(cluster, recipe, folder)
+        self.planted: list[tuple[int, str]] = []
+        """Step and kind of each fault."""
+
+    def rage(self, num_faults: int, num_steps: int) -> None:
+        """Plant faults, each after a step that is drawn, and wait for the end of the run."""
+        steps = sorted(self._random.randint(3, num_steps - 10) for _ in range(num_faults))
+        # Each kind as often as the others, in an order that is drawn.
+        kinds = [KINDS[number % len(KINDS)] for number in range(num_faults)]
+        self._random.shuffle(kinds)
+        for step, kind in zip(steps, kinds, strict=True):
+            self._wait_for(step)
+            self.planted.append((last_step(Path(self._recipe.run_uri)), kind))
+            getattr(self, f"_{kind}")()
+        wait_until(lambda: self._process.poll() is not None, "the end of the run", 3 * LIMIT_S)
+        assert self._process.returncode == 0, f"{self.planted}\n{self._said()}"
+
+    def stop(self) -> None:
+        """End the run, and take away the nodes that were announced to go."""
+        self._process.kill()
+        self._process.wait()
+        for timer in self._going:
+            timer.cancel()
+            timer.join()
+
+    def _wait_for(self, step: int) -> None:
+        def is_there() -> bool:
+            assert self._process.poll() in (None, 0), f"{self.planted}\n{self._said()}"
+            return last_step(Path(self._recipe.run_uri)) >= step
+
+        wait_until(is_there, f"step {step} after {self.planted}", LIMIT_S)
+
+    def _said(self) -> str:
+        return self._process.communicate()[1]
+
+    def _kill_one(self, role: str) -> None:
+        found: list[psutil.Process] = []
+
+        def is_running() -> bool:
+            found[:] = processes(role)
+            return bool(found) or self._process.poll() is not None
+
+        wait_until(is_running, f"a {role}", LIMIT_S)  # there may be none during a restart
+        with suppress(psutil.NoSuchProcess):
+            for process in self._random.sample(found, min(1, len(found))):
+                process.kill()
+
+    def _worker(self) -> None:
+        self._kill_one("RayTrainWorker")
+
+    def _status(self) -> None:
+        self._kill_one("RunStatus")
+
+    def _driver(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._process = start_training(self._cluster, self._recipe, self._folder)
+
+    def _torn(self) -> None:
+        """Cut the newest checkpoint, which is read when a worker is lost."""
+        run = RunFolder(self._recipe.run_uri)
+        for name in checkpoint_names(run)[:1]:
+            with suppress(FileNotFoundError):  # it may be deleted now
+                largest = max((run.path / name).rglob("*"), key=lambda path: path.stat().st_size)
+                os.truncate(largest, largest.stat().st_size // 2)
+        self._worker()
+
+    def _node(self) -> None:
+        if not self._nodes:
+            return self._added()
+        node = self._random.choice(self._nodes)
+        self._nodes.remove(node)
+        lose_node(self._cluster, node)
+
+    def _notice(self) -> None:
+        if not self._nodes:
+            return self._added()
+        node = self._random.choice(self._nodes)
+        self._nodes.remove(node)
+        drain(self._cluster, node, NOTICE_S)
+        self._going.append(threading.Timer(NOTICE_S, lose_node, (self._cluster, node)))
+        self._going[-1].start()
+
+    def _added(self) -> None:
+        if len(self._nodes) < MAX_NODES:
+            self._nodes.append(add_node(self._cluster))
+        else:
+            self._node()

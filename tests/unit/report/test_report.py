@@ -1,0 +1,110 @@
+"""The report: what it says of runs that are finished, running, or without scores; hostile texts stay texts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from orpo_ray.errors import UserError
+from orpo_ray.report.charts import margins_of
+from orpo_ray.report.page import render_report, write_report
+from orpo_ray.report.pairs import shown_pairs
+from orpo_ray.report.run_data import read_run
+from orpo_ray.storage.run_folder import RunFolder
+from support.commands import orpo_ray_here
+from support.planted_runs import planted_run
+
+
+def verdict(page: str) -> str:
+    found = re.search(r'<p class="verdict[^>]*><bdi>(.*?)</bdi>', page)
+    assert found
+    return found[1]
+
+
+def test_the_verdict_of_a_run(tmp_path: Path) -> None:
+    better = read_run(RunFolder(str(planted_run(tmp_path / "a"))))
+    assert verdict(render_report([better])) == "Better than the model before training. The model uses its images."
+    alone = read_run(RunFolder(str(planted_run(tmp_path / "b", on_start=False))))
+    assert verdict(render_report([alone])) == "The model prefers the chosen answers. The model uses its images."
+    stopped = read_run(RunFolder(str(planted_run(tmp_path / "c", finished=False))))
+    assert verdict(render_report([stopped])).startswith("The run stopped after step 120. ")
+
+
+def test_several_runs_are_ranked_only_if_the_intervals_say_so(tmp_path: Path) -> None:
+    far = [read_run(RunFolder(str(planted_run(tmp_path / name, name, at)))) for name, at in (("a", 0.95), ("b", 0.55))]
+    assert verdict(render_report(far)) == "a is the most accurate."
+    near = [far[0], read_run(RunFolder(str(planted_run(tmp_path / "c", "c", 0.93, seed=5))))]
+    assert verdict(render_report(near)) == "No run is clearly the most accurate."
+
+
+def test_pairs_that_improved_most_come_first(tmp_path: Path) -> None:
+    run = read_run(RunFolder(str(planted_run(tmp_path))))
+    pairs, problem = shown_pairs(run)
+    assert problem is None
+    changes = [pair["margin"] - pair["start"] for pair in pairs]
+    assert changes == sorted(changes[:6], reverse=True) + sorted(changes[6:])
+    assert min(changes[:6]) > max(changes[6:])
+    everything = run.pairs["rewards/margins"].to_numpy() - run.start_pairs["rewards/margins"].to_numpy()  # type: ignore[union-attr]
+    assert changes[0] == everything.max()
+    assert changes[6] == everything.min()
+    assert all(pair["images"][0].startswith("data:image/jpeg;base64,") for pair in pairs)
+
+
+def test_data_that_changed_or_is_gone_is_said(tmp_path: Path) -> None:
+    run = planted_run(tmp_path)
+    data = tmp_path / "data" / "test.jsonl"
+    data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
+    assert "has changed" in str(shown_pairs(read_run(RunFolder(str(run))))[1])
+    data.unlink()
+    pairs, problem = shown_pairs(read_run(RunFolder(str(run))))
+    assert pairs == []
+    assert "cannot be read any longer" in str(problem)
+    assert "cannot be read any longer" in render_report([read_run(RunFolder(str(run)))])
+
+
+def test_no_bar_holds_margins_of_both_signs(tmp_path: Path) -> None:
+    run = read_run(RunFolder(str(planted_run(tmp_path))))
+    chart = margins_of(run)
+    assert chart is not None
+    assert run.pairs is not None
+    margins = run.pairs["rewards/margins"].to_numpy()
+    assert chart.right == (margins > 0).sum()
+    ends = [x + width for x, width, *_ in chart.bars]
+    assert min(abs(end - chart.zero) for end in ends) < 0.01
+    for x, _, _, _, kind in chart.bars:
+        assert kind == ("chosen" if x >= chart.zero - 0.01 else "rejected")
+
+
+def test_one_margin_of_all_pairs_is_drawn(tmp_path: Path) -> None:
+    run = planted_run(tmp_path, on_start=False)
+    path = run / "eval_pairs.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index("rewards/margins")
+    table = table.set_column(place, "rewards/margins", [[0.0] * table.num_rows])
+    pq.write_table(table.drop_columns(["exchanged/correct", "exchanged/rewards/margins"]), path)
+    assert margins_of(read_run(RunFolder(str(run)))) is not None
+
+
+def test_the_command_writes_into_the_run_or_here(tmp_path: Path) -> None:
+    runs = [planted_run(tmp_path / name, name) for name in ("a", "b")]
+    one = orpo_ray_here("report", str(runs[0]), cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert (runs[0] / "report.html").is_file()
+    both = orpo_ray_here("report", *map(str, runs), cwd=tmp_path)
+    assert "page  report.html" in both.stderr
+    assert "<title>a, b: report</title>" in (tmp_path / "report.html").read_text()
+    assert orpo_ray_here("report", str(tmp_path / "a"), cwd=tmp_path).returncode == 2
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report([str(runs[0])], str(tmp_path / "no" / "such" / "folder.html"))
+
+
+def test_the_page_refers_to_nothing_outside(tmp_path: Path) -> None:
+    page = render_report([read_run(RunFolder(str(planted_run(tmp_path))))])
+    references = re.findall(r'(?:src|href|srcset|action)="([^"]*)"', page)
+    assert references
+    assert all(reference.startswith(("data:", "#")) for reference in references)
+    assert "url(" not in page
+    assert " style=" not in page
