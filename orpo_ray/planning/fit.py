@@ -9,7 +9,7 @@ from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.planning.activations import Activations
 from orpo_ray.planning.gpus import GIB, Gpu
 from orpo_ray.planning.states import Offload, Stage, Weights, states
-from orpo_ray.planning.step_time import Load, Rates, StepTime, step_time
+from orpo_ray.planning.step_time import Load, Parts, Rates, StepTime, step_time
 
 # Bytes for the CUDA context with library workspaces, bytes for NCCL buffers with several workers, and the fraction of
 # temporary memory that the caching allocator loses to fragmentation. Assumptions, not measurements.
@@ -93,6 +93,7 @@ class Planner:
     """Whether the base model is in 4 bits."""
     offload: Offload
     """What the recipe keeps in main memory."""
+    _microbatches: dict[str, dict[tuple[Gpu, int], Parts]] = field(default_factory=dict, compare=False)
     _times: dict[tuple[Gpu, Setting], StepTime] = field(default_factory=dict, compare=False)
     _memory: dict[Setting, Memory] = field(default_factory=dict, compare=False)
 
@@ -133,7 +134,8 @@ class Planner:
             share = -(-self.pairs_per_step // setting.workers)
             pairs = max(1, min(share, setting.budget * full.pairs // full.tokens))
             load = Load(setting.stage, setting.workers, share, pairs)
-            time = step_time(full.work, self.weights, self.optimizer, load, gpu, self.rates)
+            known = self._microbatches.setdefault(setting.checkpointing, {})
+            time = step_time(full.work, self.weights, self.optimizer, load, gpu, self.rates, known)
             self._times[gpu, setting] = time
         return self._times[gpu, setting]
 

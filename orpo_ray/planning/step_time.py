@@ -120,7 +120,19 @@ class Load:
         return [self.microbatch_pairs] * full + [rest] * (rest > 0)
 
 
-def step_time(work: Work, weights: Weights, optimizer: str, load: Load, gpu: Gpu, rates: Rates) -> StepTime:
+Parts = tuple[float, float, float, float, float]
+"""Seconds of a micro-batch: products, attention, other operations, dequantization, waiting for the CPU."""
+
+
+def step_time(
+    work: Work,
+    weights: Weights,
+    optimizer: str,
+    load: Load,
+    gpu: Gpu,
+    rates: Rates,
+    known: dict[tuple[Gpu, int], Parts] | None = None,
+) -> StepTime:
     """Return the seconds of an optimizer step.
 
     Args:
@@ -130,9 +142,13 @@ def step_time(work: Work, weights: Weights, optimizer: str, load: Load, gpu: Gpu
         load: what the setting makes a worker do.
         gpu: the GPU type.
         rates: what is assumed.
+        known: micro-batches of this work by GPU type and number of pairs, computed before; new ones are added.
     """
-    each = {pairs: _microbatch(work, weights, gpu, rates, pairs) for pairs in set(load.microbatches)}
-    parts = (sum(each[pairs][part] for pairs in load.microbatches) for part in range(5))
+    known = {} if known is None else known
+    for pairs in set(load.microbatches):
+        if (gpu, pairs) not in known:
+            known[gpu, pairs] = _microbatch(work, weights, gpu, rates, pairs)
+    parts = (sum(known[gpu, pairs][part] for pairs in load.microbatches) for part in range(5))
     products, attention, memory, dequantization, launch = parts
     computing = products + attention + memory + dequantization + launch
     shard = weights.trained / (load.workers if load.stage else 1)
@@ -154,10 +170,7 @@ def _link(gpu: Gpu, rates: Rates, workers: int) -> float:
     return rates.link * (inside if workers <= rates.gpus_per_node else min(inside, between))
 
 
-def _microbatch(
-    work: Work, weights: Weights, gpu: Gpu, rates: Rates, pairs: int
-) -> tuple[float, float, float, float, float]:
-    """Seconds of a micro-batch: products, attention, other operations, dequantization, waiting for the CPU."""
+def _microbatch(work: Work, weights: Weights, gpu: Gpu, rates: Rates, pairs: int) -> Parts:
     peak = gpu.flops * (rates.float32 if weights.element == 4 else 1.0)
     bandwidth = gpu.bandwidth * rates.memory
     products = sum(

@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from pickle import PickleError
 from typing import Any
 
+import ray
 import ray.train
 import torch
 
@@ -22,11 +22,12 @@ from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import is_adapted
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.processor import load_processor
-from orpo_ray.storage.files import locate, one_line
+from orpo_ray.storage.files import one_line
 from orpo_ray.storage.run_folder import FINAL, RunFolder
 from orpo_ray.training.checkpoint_choice import checkpoint_names
 from orpo_ray.training.divergence import FIX, TrainingDiverged
-from orpo_ray.training.engine import Engine
+from orpo_ray.training.engine import Engine, LoadsPart
+from orpo_ray.training.fetching import all_files, fetched
 from orpo_ray.training.manifest import Damage, read_checked
 from orpo_ray.training.unlogged import LOG_FILE, LogLine, read_log
 
@@ -77,9 +78,10 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
     num_workers = ray.train.get_context().get_world_size()
     if name is None:
         return Position(num_rows=num_rows, data=read.digest, num_workers=num_workers, zero_stage=stage), []
-    filesystem, path = locate(f"{recipe.run_uri}/{name}", "checkpoint.storage")
-    with ray.train.Checkpoint(path, filesystem).as_directory() as folder:
-        position = _parse_position((Path(folder) / POSITION_FILE).read_bytes(), f"{recipe.run_uri}/{name}")
+    wanted = engine.files_to_load if isinstance(engine, LoadsPart) else all_files
+    node = ray.get_runtime_context().get_node_id()
+    with fetched(RunFolder(recipe.run_uri), name, wanted, node, recipe.checkpoint.scratch) as folder:
+        position = _parse_position((folder / POSITION_FILE).read_bytes(), f"{recipe.run_uri}/{name}")
         if stage != position.zero_stage:
             raise UserError(
                 f"the run's checkpoint was written with ZeRO stage {position.zero_stage}",
@@ -100,8 +102,8 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
                 fix="resume with the same files, or start a new run under another name (name=...)",
             )
         with _mismatch_is_an_error_of_the_user(f"{recipe.run_uri}/{name}"):
-            engine.load(Path(folder))
-        unlogged = read_log(Path(folder) / LOG_FILE)
+            engine.load(folder)
+        unlogged = read_log(folder / LOG_FILE)
     return replace(position, num_workers=num_workers), unlogged
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from orpo_ray.training.optimizer import adamw, schedule, state_bytes
 from orpo_ray.training.resharding import load_resharded, num_writers
 
 _TAG = "engine"  # the folder of the engine's state in a checkpoint
+_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt$")
 
 
 class DeepSpeedEngine:
@@ -102,6 +105,14 @@ class DeepSpeedEngine:
             self.deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         else:
             load_resharded(self.deepspeed, folder / _TAG)
+
+    def files_to_load(self, files: Collection[str], num_writers: int) -> list[str]:
+        """Leave out the other workers' shards if as many workers wrote the checkpoint; see `LoadsPart`."""
+        if num_writers != self._num_workers:
+            return list(files)
+        unsharded, own = {"0_model"}, {f"{self.deepspeed.global_rank}_{kind}" for kind in ("model", "optim")}
+        shards = {file: _SHARD.search(file) for file in files}
+        return [file for file, found in shards.items() if found is None or "_".join(found.groups()) in unsharded | own]
 
     def consolidated_weights(self, trained_only: bool) -> dict[str, torch.Tensor]:
         """Gather the weights, one at a time, into the main memory of rank 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -87,6 +88,19 @@ class SavesAlone(Protocol):
         Returns:
             Whether it was written. Otherwise, the state has another number of updates, or a part of one, or a weight
             that is not finite.
+        """
+
+
+@runtime_checkable
+class LoadsPart(Protocol):
+    """What an engine adds if a worker reads a part of a checkpoint. Others are not downloaded from an object store."""
+
+    def files_to_load(self, files: Collection[str], num_writers: int) -> list[str]:
+        """Return the files that `load` reads on this worker.
+
+        Args:
+            files: paths of all files in the checkpoint.
+            num_writers: number of workers that wrote the checkpoint.
         """
 
 

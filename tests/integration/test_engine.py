@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.engines_by_hand import STEPS, Training, recipe_of, weights_after
+from support.engines_by_hand import STEPS, Training, recipe_of, resumed_from_own_files, weights_after
 from support.plain_engine import PlainEngine
 
 # A large epsilon, since Adam would amplify gradients that consist of rounding errors.
@@ -36,3 +36,14 @@ def test_every_zero_stage_trains_as_plain_torch_does(tmp_path: Path) -> None:
                 torch.testing.assert_close(state[key], weight.detach(), rtol=0, atol=1e-5, msg=f"{name} {stage} {key}")
             storages = [{value.data_ptr() for value in each.values()} for each in (state, weights)]
             assert len(storages[0]) == len(storages[1]), (name, stage, "tied weights must stay tied")
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.nightly), pytest.param(2, marks=pytest.mark.nightly), 3]
+)
+def test_a_worker_resumes_from_the_files_that_it_asks_for(stage: int, tmp_path: Path) -> None:
+    (found,) = resumed_from_own_files([recipe_of(optim=OPTIM, deepspeed={"zero_stage": stage})], tmp_path)
+    assert found["again"] == found["tail"]
+    shards = [name for name in found["files"] if name.endswith("optim_states.pt")]
+    assert len(shards) == 1, "the shard of the other worker is left out"
+    assert "zero_pp_rank_1_mp" in shards[0]

@@ -61,7 +61,8 @@ def test_key_heads_are_divided_or_sent_to_all_that_need_them(keys: int) -> None:
     states = [each.requires_grad_() for each in states_of(keys, tokens)]
     expected = plain_attention(*states)
     (expected * torch.arange(tokens * 4 * 8).view(1, tokens, 4, 8).float().sin()).sum().backward()
-    for member, (out, gradients) in enumerate(worker_group(2).run(attended, keys, tokens)):
+    for member, (out, gradients, exchanged) in enumerate(worker_group(2).run(attended, keys, tokens)):
+        assert exchanged == 4 * (4 * 8) * 2 * (4 + max(keys, 2)), "docs/scaling.md: t D 2 (H + max(K, n)) numbers"
         group = SequenceGroup(2, member, None)
         torch.testing.assert_close(out[:, : 4 - member], group.own(expected.detach(), 1)[:, : 4 - member])
         for got, whole in zip(gradients, states, strict=True):

@@ -1,9 +1,12 @@
-"""Checkpoints are uploaded to an object store beside the training, one at a time, and the manifest is the last file."""
+"""Checkpoints go to an object store beside the training, one at a time, and each node fetches what it reads of them."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -13,10 +16,12 @@ from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.training.checkpoint import Position
 from orpo_ray.training.checkpoint_choice import checkpoint_names, inspect
 from orpo_ray.training.engine import SavesAlone
+from orpo_ray.training.fetching import all_files, fetched
 from orpo_ray.training.saving import SaveFailed, Saver
 from support.endless_saves import FiveFiles, begin_save, save_step, saver_of
 from support.runs import wait_until
 from support.s3_server import BUCKET, Faults, s3_server
+from support.worker_group import WorkerGroup
 
 
 @pytest.fixture
@@ -103,3 +108,59 @@ def test_a_worker_that_saves_alone_does_not_write_into_the_pending_checkpoint(s3
     assert "checkpoint_9999_1" in checkpoint_names(run)
     saver.finish()
     assert set(steps(run)) == {2, 3}
+
+
+def fetched_by(rank: int, workers: int, nodes: list[str], scratch: str) -> list[str]:
+    """What a worker finds that reads the first file and one of its own."""
+    run = RunFolder(f"s3://{BUCKET}/fetched/run")
+
+    def wanted(files: Collection[str], writers: int) -> list[str]:
+        assert writers == 1
+        return [file for file in files if file.endswith(("0.pt", f"{rank + 1}.pt"))]
+
+    with fetched(run, checkpoint_names(run)[0], wanted, nodes[rank], scratch) as folder:
+        found = [path for path in folder.rglob("*") if path.is_file()]
+        assert all(path.read_bytes() == bytes([int(path.stem)]) * 100_000 for path in found)
+        return sorted(path.name for path in found)
+
+
+@pytest.mark.parametrize("nodes", [["a", "a"], ["a", "b"]])
+def test_a_node_fetches_what_its_workers_read_once(s3: Faults, tmp_path: Path, nodes: list[str]) -> None:
+    saver, _ = saver_and_run("fetched")
+    save_step(saver, 1)
+    s3.read.clear()
+    with workers_of_this_store() as workers:
+        found = workers.run(fetched_by, nodes, str(tmp_path))
+    both = nodes[0] == nodes[1]
+    assert found == ([["0.pt", "1.pt", "2.pt"]] * 2 if both else [["0.pt", "1.pt"], ["0.pt", "2.pt"]])
+    read = Counter(path.rpartition("/")[2] for path in s3.read if path.endswith(".pt"))
+    assert read == ({"0.pt": 1, "1.pt": 1, "2.pt": 1} if both else {"0.pt": 2, "1.pt": 1, "2.pt": 1})
+    assert not list(tmp_path.iterdir()), "scratch was left"
+
+
+@contextmanager
+def workers_of_this_store() -> Iterator[WorkerGroup]:
+    """Two processes that know the server, unlike those that were started before it."""
+    workers = WorkerGroup(2)
+    try:
+        workers.run(use_store, {name: value for name, value in os.environ.items() if name.startswith("AWS_")})
+        yield workers
+    finally:
+        workers.close()
+
+
+def use_store(rank: int, workers: int, variables: dict[str, str]) -> None:
+    os.environ |= variables
+
+
+def test_a_file_that_was_changed_is_not_loaded(s3: Faults, tmp_path: Path) -> None:
+    saver, run = saver_and_run("changed")
+    save_step(saver, 1)
+    name = checkpoint_names(run)[0]
+    changed = tmp_path / "3.pt"
+    changed.write_bytes(bytes([3]) * 99_999 + b"!")
+    run.upload(changed, f"{name}/engine/3.pt")
+    with fetched(run, name, lambda files, _: [file for file in files if "3.pt" not in file], "a", None) as folder:
+        assert (folder / "position.json").is_file()
+    with pytest.raises(OSError, match=r"engine/3\.pt has another checksum"), fetched(run, name, all_files, "a", None):
+        pytest.fail("it was found to be whole")

@@ -102,6 +102,14 @@ def resumed(recipes: list[Recipe], folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def resumed_from_own_files(recipes: list[Recipe], folder: Path) -> list[dict[str, Any]]:
+    """For each recipe, on the second of two workers: `tail`, its steps 3 and 4; `again`, the same from those files of a
+    checkpoint of step 2 that the worker wants; and `files`, their names.
+    """
+    found: list[dict[str, Any]] = _spawned(_resume_from_own_files, recipes, 2, folder, rank=1)
+    return found
+
+
 def relay(recipes: list[Recipe], workers: Sequence[int], folder: Path) -> list[list[dict[str, Any]]]:
     """Make two steps with each number of workers in turn, from the checkpoint of the ones before.
 
@@ -123,9 +131,11 @@ def weights_after(recipes: list[Recipe], folder: Path) -> list[tuple[list[list[f
     return list(zip(found, states, strict=True))
 
 
-def _spawned(worker: Callable[..., Any], recipes: list[Recipe], num_workers: int, folder: Path) -> list[Any]:
+def _spawned(
+    worker: Callable[..., Any], recipes: list[Recipe], num_workers: int, folder: Path, rank: int = 0
+) -> list[Any]:
     raw = [recipe.model_dump(mode="json") for recipe in recipes]
-    found: list[Any] = worker_group(num_workers).run(_run, worker, raw, str(folder))[0]
+    found: list[Any] = worker_group(num_workers).run(_run, worker, raw, str(folder))[rank]
     return found
 
 
@@ -167,15 +177,39 @@ def _resume(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[st
     return {"tail": tail, "again": again, "moments": sorted(moments)}
 
 
+def _resume_from_own_files(recipe: Recipe, rank: int, num_workers: int, folder: str) -> dict[str, Any]:
+    training = Training(recipe, rank, num_workers)
+    for _ in range(2):
+        training.step()
+    _save_merged(training, folder, rank)
+    tail = [training.step() for _ in range(2)]
+    end_engine(training.engine)
+    training = Training(recipe, rank, num_workers)
+    files = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()]
+    own = Path(f"{folder}-own-{rank}")
+    wanted = training.engine.files_to_load(files, num_workers)
+    for file in wanted:
+        (own / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(folder) / file, own / file)
+    training.engine.load(own)
+    again = [training.step() for _ in range(2)]
+    end_engine(training.engine)
+    return {"tail": tail, "again": again, "files": sorted(Path(file).name for file in wanted)}
+
+
+def _save_merged(training: Training, folder: str, rank: int) -> None:
+    training.engine.save(Path(f"{folder}-{rank}"))  # each worker has a folder of its own until all are merged
+    shutil.copytree(f"{folder}-{rank}", folder, dirs_exist_ok=True)
+    torch.distributed.barrier()
+
+
 def _leg(recipe: Recipe, rank: int, num_workers: int, folder: str, turn: int, num_steps: int) -> dict[str, Any]:
     training = Training(recipe, rank, num_workers, num_steps=num_steps)
     if turn:
         training.engine.load(Path(f"{folder}-{turn - 1}"))
     begin = _digests(training) if turn else {}
     curve = [training.step() for _ in range(2)]
-    training.engine.save(Path(f"{folder}-{turn}-{rank}"))  # each worker has a folder of its own until all are merged
-    shutil.copytree(f"{folder}-{turn}-{rank}", f"{folder}-{turn}", dirs_exist_ok=True)
-    torch.distributed.barrier()
+    _save_merged(training, f"{folder}-{turn}", rank)
     end = _digests(training)
     end_engine(training.engine)
     return {"curve": curve, "begin": begin, "end": end}

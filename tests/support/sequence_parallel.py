@@ -11,6 +11,7 @@ import torch.distributed as dist
 from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.errors import UserError
 from orpo_ray.model.sequence_group import SequenceGroup
+from support.counting import Counter
 from support.pairs_by_hand import make_row, run, tiny_pair_model
 
 # Images, and tokens of prompt, chosen and rejected answer, of each pair. The second row has no image, and fewer targets
@@ -36,14 +37,17 @@ def in_group(rank: int, size: int, family: str, lora: bool, checkpointing: Check
     return found
 
 
-def attended(rank: int, size: int, keys: int, tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def attended(rank: int, size: int, keys: int, tokens: int) -> tuple[torch.Tensor, list[torch.Tensor], int]:
     """Attention of a group over a row with `keys` key heads and 4 query heads: this worker's part of the result, and of
-    the gradients of queries, keys and values."""
+    the gradients of queries, keys and values; and the bytes that it hands to all-to-alls in the forward pass."""
     group = SequenceGroup.join(size, 60.0)
     own = [group.own(states, 2).detach().requires_grad_() for states in states_of(keys, tokens)]
-    out = group.attend(plain_attention, *own, tokens)
+    with Counter() as counter:
+        out = group.attend(plain_attention, *own, tokens)
+    # What goes in and what comes out has the same size.
+    exchanged = sum(call.bytes for call in counter.collectives if call.name == "alltoall_base_") // 2
     (out * group.own(torch.arange(tokens * 4 * 8).view(1, tokens, 4, 8).float().sin(), 1)).sum().backward()
-    return out.detach(), [each.grad for each in own if each.grad is not None]
+    return out.detach(), [each.grad for each in own if each.grad is not None], exchanged
 
 
 def joined_by_two(rank: int, size: int) -> str:
