@@ -25,7 +25,7 @@ class ShippedRecipe:
 def shipped_recipes() -> list[ShippedRecipe]:
     """Return the recipes by name."""
     folder = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
-    return [_read(path) for path in sorted(folder.glob("*.yaml"))]
+    return [_read(path) for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)]
 
 
 def write_recipe(name: str, path: Path | None) -> Path:
@@ -48,7 +48,9 @@ def write_recipe(name: str, path: Path | None) -> Path:
     except FileExistsError:
         raise UserError("the file exists already", field=str(target), fix="choose another with --output") from None
     except OSError as error:
-        raise UserError(f"cannot write the recipe: {error}", field=str(target)) from None
+        raise UserError(
+            f"cannot write the recipe: {error}", field=str(target), fix="choose another path with --output"
+        ) from None
     return target
 
 

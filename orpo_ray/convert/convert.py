@@ -17,6 +17,7 @@ from orpo_ray.convert.projects import PROJECTS, project_of
 from orpo_ray.errors import UserError
 
 _NO_DATA = "put your data here"
+_GIVE = "give the YAML file or the shell script that you start their training with"
 
 
 def convert_config(path: Path) -> str:
@@ -38,7 +39,7 @@ def convert_config(path: Path) -> str:
             "this is no config of TRL, LLaMA-Factory, ms-swift or axolotl that names a model",
             field=str(path),
             value=", ".join(map(str, list(theirs)[:8])),
-            fix="give the YAML file or the shell script that you start their training with",
+            fix=_GIVE,
         )
     draft = Draft(theirs)
     PROJECTS[project](draft, path.parent, gpus)
@@ -62,7 +63,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], int]:
         return _read_script(text)
     raw = parse_yaml(text, field=str(path))
     if not isinstance(raw, dict):
-        raise UserError("a config must be a mapping", field=str(path), value=type(raw).__name__)
+        raise UserError("a config must be a mapping", field=str(path), value=type(raw).__name__, fix=_GIVE)
     return {str(name): value for name, value in raw.items()}, 1
 
 

@@ -59,7 +59,9 @@ def write_report(uris: Sequence[str], output: str | None = None) -> str:
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write the report: {error}", field="--output", value=str(path)) from None
+        raise UserError(
+            f"cannot write the report: {error}", field="--output", value=str(path), fix="choose another path"
+        ) from None
     return str(path)
 
 

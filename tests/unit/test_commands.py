@@ -80,7 +80,7 @@ def test_a_cluster_that_does_not_answer_leaves_no_run_folder(tmp_path: Path, mon
     recipe = tiny_recipe(tmp_path / "runs", "nothing")
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
-    result = orpo_ray_here("train", str(path), cwd=tmp_path)
+    result = orpo_ray("train", str(path), cwd=tmp_path)
     assert result.returncode == 2
     assert "no Ray cluster answers at this address" in result.stderr
     assert not (tmp_path / "runs").exists()
