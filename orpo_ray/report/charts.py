@@ -78,8 +78,8 @@ def _of_several(run: RunData, curve: _Curve) -> str:
 
 def _series(run: RunData, metric: str, name: str, kind: str) -> Series:
     steps, values = run.series(metric)
-    noisy = metric.startswith("train/") and not metric.endswith(_SMOOTH)
-    return Series(name, kind, steps, values, is_noisy=noisy)
+    is_train = metric.startswith("train/")
+    return Series(name, kind, steps, values, is_train and not metric.endswith(_SMOOTH), has_dots=not is_train)
 
 
 @dataclass(frozen=True)
