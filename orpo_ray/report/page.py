@@ -151,11 +151,10 @@ def _cards(run: RunData, summary: Summary | None) -> list[Card]:
             value = f"{average:.3f}" if name == MARGINS else percent(average)
             text = f"95 % interval {_interval(estimate, name)}" if estimate else "Without interval: no scores of pairs."
             cards.append(Card(title, value, unit, text))
-    if summary is not None:
-        if summary.comparison is not None:
-            found = summary.comparison
-            text = f"{found.better:,} pairs became right, {found.worse:,} became wrong."
-            cards.append(Card("Against the start", f"{100 * found.accuracy.value:+.1f}", "points of accuracy", text))
+    if summary is not None and summary.comparison is not None:
+        found = summary.comparison
+        text = f"{found.better:,} pairs became right, {found.worse:,} became wrong."
+        cards.append(Card("Against the start", f"{100 * found.accuracy.value:+.1f}", "points of accuracy", text))
     speeds = run.series("train/pairs_per_second")[1]
     if speeds:
         middle = sorted(speeds)[len(speeds) // 2]
