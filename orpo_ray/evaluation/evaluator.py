@@ -172,15 +172,26 @@ def iter_pair_scores(objective: Objective, logps: PairLogps, pairs: Sequence[Enc
         logps: of the micro-batch, on the CPU; dummy pairs come last and are left out.
         pairs: the pairs, without dummy pairs.
     """
+    if not pairs:
+        return
     chosen, rejected = objective.answer_logps(logps)
     preferred = (chosen > rejected).tolist()
-    tensors = {name: values for name, values in vars(logps).items() if values is not None}
+    tensors = [values[: len(pairs)] for values in vars(logps).values() if values is not None]
     one = torch.ones(1)
-    for place, pair in enumerate(pairs):
-        alone = PairLogps(**{name: values[place : place + 1] for name, values in tensors.items()})
-        _, sums = objective.loss(alone, one, Normaliser(1.0))
+
+    def sums_of_one(*values: torch.Tensor) -> dict[str, torch.Tensor]:
+        _, sums = objective.loss(PairLogps(*(value.view(1) for value in values)), one, Normaliser(1.0))
+        return {name: torch.as_tensor(value) for name, value in sums.items()}
+
+    try:
+        sums = torch.func.vmap(sums_of_one)(*tensors)
+    except RuntimeError:  # an objective that branches on its values
+        alone = [sums_of_one(*values) for values in zip(*tensors, strict=True)]
+        sums = {name: torch.stack([each[name] for each in alone]) for name in alone[0]}
+    columns = [value.tolist() for value in sums.values()]
+    for place, (pair, values) in enumerate(zip(pairs, zip(*columns, strict=True), strict=True)):
         keys = (pair.sample_index, pair.id, len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
-        figures = objective.metrics({name: float(value) for name, value in sums.items()})
+        figures = objective.metrics(dict(zip(sums, values, strict=True)))
         yield dict(zip(KEYS, keys, strict=True)) | {CORRECT: preferred[place]} | figures
 
 

@@ -187,7 +187,8 @@ def compare_tables(pairs: pa.Table, base: pa.Table) -> Comparison | None:
     ours, theirs = common(pairs, base)
     if not ours.num_rows:
         return None
-    margins = MARGINS if MARGINS in ours.column_names and MARGINS in theirs.column_names else CORRECT
+    both_have = all(MARGINS in table.column_names and np.isfinite(table[MARGINS]).all() for table in (ours, theirs))
+    margins = MARGINS if both_have else CORRECT
     return compare(
         column(ours, CORRECT).astype(bool),
         column(ours, margins).astype(np.float64),

@@ -33,6 +33,8 @@ class Series:
     """Finite values."""
     is_noisy: bool = False
     """Whether to draw a running average too."""
+    has_dots: bool = False
+    """Whether to mark each point, if they are few."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def make_curve_chart(
         smooth = ""
         if each.is_noisy and len(values) >= SMOOTHING // 2:
             smooth = _path(list(zip(x(steps).round(2).tolist(), y(_smoothed(values)).round(2).tolist(), strict=True)))
-        dots = points if len(points) <= DOTS and not each.is_noisy else []
+        dots = points if each.has_dots and len(points) <= DOTS else []
         lines.append(Line(each.name, each.kind, _path(points), smooth, dots, float(each.values[-1])))
     marks = [Mark(round(float(y(np.array(tick))), 3), short(tick)) for tick in ticks(low, high, 4)]
     drawn = ", ".join(f"{line.name} ends at {short(line.last)}" for line in lines)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from orpo_ray.evaluation.summary import CHANCE, MARGINS
 from orpo_ray.pages.axes import Mark, ticks
@@ -78,8 +79,8 @@ def _of_several(run: RunData, curve: _Curve) -> str:
 
 def _series(run: RunData, metric: str, name: str, kind: str) -> Series:
     steps, values = run.series(metric)
-    noisy = metric.startswith("train/") and not metric.endswith(_SMOOTH)
-    return Series(name, kind, steps, values, is_noisy=noisy)
+    is_train = metric.startswith("train/")
+    return Series(name, kind, steps, values, is_train and not metric.endswith(_SMOOTH), has_dots=not is_train)
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,13 @@ class MarginChart:
 
 def margins_of(run: RunData) -> MarginChart | None:
     """Make the histogram of the margins; None if the run kept none."""
-    if run.pairs is None or MARGINS not in run.pairs.column_names:
+    if run.pairs is None:
         return None
-    margins = run.pairs[MARGINS].to_numpy()
-    start = None if run.start_pairs is None else run.start_pairs[MARGINS].to_numpy()
-    exchanged = None
-    if f"exchanged/{MARGINS}" in run.pairs.column_names:
-        exchanged = run.pairs[f"exchanged/{MARGINS}"].drop_null().to_numpy()
+    margins = _finite(run.pairs, MARGINS)
+    if margins is None:
+        return None
+    start = None if run.start_pairs is None else _finite(run.start_pairs, MARGINS)
+    exchanged = _finite(run.pairs, f"exchanged/{MARGINS}")
     everything = np.concatenate([values for values in (margins, start, exchanged) if values is not None])
     low, high = np.percentile(everything, [0.5, 99.5]).tolist()
     low, high = min(low, 0.0), max(high, 0.0)
@@ -151,3 +152,12 @@ def margins_of(run: RunData) -> MarginChart | None:
         pairs=len(margins),
         right=int((margins > 0).sum()),
     )
+
+
+def _finite(pairs: pa.Table, name: str) -> np.ndarray | None:
+    """Return the finite values of a column; None if it has none or is not there."""
+    if name not in pairs.column_names:
+        return None
+    values: np.ndarray = pairs[name].drop_null().to_numpy()
+    values = values[np.isfinite(values)]
+    return values if len(values) else None

@@ -141,21 +141,22 @@ def _ranking(runs: Sequence[RunData], summaries: Sequence[Summary | None]) -> Ve
 
 def _cards(run: RunData, summary: Summary | None) -> list[Card]:
     """Make the key figures."""
-    cards = []
-    if summary is not None:
-        for title, name, unit in (
-            ("Accuracy", ACCURACIES, "of held-out pairs"),
-            ("Grounding gap", GAP, "of accuracy"),
-            ("Margin", MARGINS, "mean"),
-        ):
-            if (estimate := summary.figures.get(name)) is not None:
-                value = f"{estimate.value:.3f}" if name == MARGINS else percent(estimate.value)
-                cards.append(Card(title, value, unit, f"95 % interval {_interval(estimate, name)}"))
-        if summary.comparison is not None:
-            found = summary.comparison
-            text = f"{found.better:,} pairs became right, {found.worse:,} became wrong."
-            cards.append(Card("Against the start", f"{100 * found.accuracy.value:+.1f}", "points of accuracy", text))
-    latest = run.latest
+    cards, latest = [], run.latest
+    for title, name, unit in (
+        ("Accuracy", ACCURACIES, "of held-out pairs"),
+        ("Grounding gap", GAP, "of accuracy"),
+        ("Margin", MARGINS, "mean"),
+    ):
+        estimate = summary.figures.get(name) if summary else None
+        average = estimate.value if estimate else latest.get(f"eval/{name}")
+        if average is not None:
+            value = f"{average:.3f}" if name == MARGINS else percent(average)
+            text = f"95 % interval {_interval(estimate, name)}" if estimate else "Without interval: no scores of pairs."
+            cards.append(Card(title, value, unit, text))
+    if summary is not None and summary.comparison is not None:
+        found = summary.comparison
+        text = f"{found.better:,} pairs became right, {found.worse:,} became wrong."
+        cards.append(Card("Against the start", f"{100 * found.accuracy.value:+.1f}", "points of accuracy", text))
     speeds = run.series("train/pairs_per_second")[1]
     if speeds:
         middle = sorted(speeds)[len(speeds) // 2]

@@ -44,11 +44,13 @@ def _chosen_rows(pairs: pa.Table, start: pa.Table | None) -> Iterator[dict[str, 
     if start is not None and MARGINS in start.column_names:
         pairs, before = common(pairs, start)
         change = pairs[MARGINS].to_numpy() - before[MARGINS].to_numpy()
-        order, names = np.argsort(change), ("improved most", "improved least")
+        names = ("improved most", "improved least")
         start_margins = before[MARGINS].to_pylist()
     else:
-        order, names = np.argsort(pairs[MARGINS].to_numpy()), ("clearest", "most wrong")
+        change, names = pairs[MARGINS].to_numpy(), ("clearest", "most wrong")
         start_margins = [None] * pairs.num_rows
+    order = np.argsort(change)
+    order = order[np.isfinite(change[order])]
     count = min(SHOWN, len(order) // 2)
     for name, places in ((names[0], order[::-1][:count]), (names[1], order[:count])):
         for place in places.tolist():

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -38,10 +39,15 @@ def dead_cluster() -> Iterator[dict[str, str]]:
 @pytest.mark.timeout(400)
 def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: dict[str, str]) -> None:
     quickstart = str(ROOT / "recipes/quickstart.yaml")
-    trained = orpo_ray("train", quickstart, *TINY_OVERRIDES, cwd=tmp_path, env=dead_cluster)
+    trained = orpo_ray("train", quickstart, *TINY_OVERRIDES, "eval.on_start=true", cwd=tmp_path, env=dead_cluster)
     assert trained.returncode == 0, trained.stderr
     run_dir = tmp_path / "runs" / "quickstart"
     assert str(run_dir) in trained.stderr
+    kept = {name: pq.read_table(run_dir / f"{name}.parquet") for name in ("eval_pairs", "eval_pairs_start")}
+    assert {table.num_rows for table in kept.values()} == {24}
+    page = (run_dir / "report.html").read_text()
+    assert "the model before training" in page
+    assert page.count('<article class="pair"') == 12
     assert "eval/grounding_gap" in trained.stderr
     keys = {
         "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/grounding_gap",
@@ -58,6 +64,11 @@ def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: di
     logged = [line for line in map(json.loads, (run_dir / "metrics.jsonl").open()) if "eval/loss" in line][-1]
     for name in ("eval/rewards/accuracies", "eval/nll_loss", "eval/grounding_gap"):
         assert results[0][name] == pytest.approx(logged[name], abs=1e-5)
+        low, high = results[0]["intervals"][name]
+        assert low <= results[0][name] <= high
+    mean_nll = sum(kept["eval_pairs"]["nll_loss"].to_pylist()) / 24
+    assert mean_nll == pytest.approx(logged["eval/nll_loss"], abs=1e-5)
+    assert kept["eval_pairs_start"]["id"].to_pylist() == kept["eval_pairs"]["id"].to_pylist()
     assert results[1]["eval/nll_loss"] == pytest.approx(results[0]["eval/nll_loss"], abs=1e-6)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import pyarrow as pa
 import pytest
 import torch
@@ -10,8 +12,8 @@ from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.balance import Packing
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.evaluator import GRAY, Scores, blanked, score, with_pass
-from orpo_ray.objective.base import Objective
+from orpo_ray.evaluation.evaluator import GRAY, Scores, blanked, iter_pair_scores, score, with_pass
+from orpo_ray.objective.base import Normaliser, Objective, Sums
 from orpo_ray.objective.cpo import CPO
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.orpo import ORPO
@@ -98,3 +100,31 @@ def test_the_objective_says_which_answer_is_preferred() -> None:
     assert (averaged.metrics["rewards/margins"], averaged.metrics["rewards/accuracies"]) == (-1.0, 0.0)
     assert summed.metrics["nll_loss"] == 2.0
     assert "nll_loss" not in averaged.metrics
+
+
+@dataclass(frozen=True)
+class Branching(ORPO):
+    """An objective that branches on its values, which cannot be vectorized."""
+
+    def loss(self, logps: PairLogps, weights: torch.Tensor, normaliser: Normaliser) -> tuple[torch.Tensor, Sums]:
+        assert bool((logps.chosen < 0).all())
+        return super().loss(logps, weights, normaliser)
+
+
+@pytest.mark.parametrize(
+    "objective", [ORPO(0.5), CPO(0.3), SimPO(2.0), Branching(0.5)], ids=lambda each: type(each).__name__
+)
+def test_the_figures_of_a_pair_are_those_of_an_evaluation_of_it_alone(objective: Objective) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(1, 9, (7,), generator=generator).float() for _ in range(2)]
+    logps = [-(0.1 + torch.rand(7, generator=generator)) * count for count in tokens]
+    everything = PairLogps(*logps, -logps[0], *tokens, tokens[0])
+    pairs = [make([1, 2], [3], [4], sample_index) for sample_index in range(6)]  # the last one is a dummy pair
+    rows = list(iter_pair_scores(objective, everything, pairs))
+    assert [row["sample_index"] for row in rows] == list(range(6))
+    for place, row in enumerate(rows):
+        alone = PairLogps(*(getattr(everything, each.name)[place : place + 1] for each in fields(everything)))
+        _, sums = objective.loss(alone, torch.ones(1), Normaliser(1.0))
+        expected = objective.metrics({name: float(value) for name, value in sums.items()})
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert list(iter_pair_scores(objective, everything, [])) == []

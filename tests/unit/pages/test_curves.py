@@ -14,7 +14,7 @@ def points(path: str) -> list[tuple[float, float]]:
 
 
 def test_points_lie_where_their_values_are() -> None:
-    chart = make_curve_chart("Loss", "", [Series("train", "train", [0, 50, 100], [0.0, 1.0, 2.0])])
+    chart = make_curve_chart("Loss", "", [Series("train", "train", [0, 50, 100], [0.0, 1.0, 2.0], has_dots=True)])
     assert chart is not None
     (line,) = chart.lines
     (_, bottom), (middle_x, middle), (right, top) = points(line.path)

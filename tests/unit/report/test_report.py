@@ -108,3 +108,17 @@ def test_the_page_refers_to_nothing_outside(tmp_path: Path) -> None:
     assert all(reference.startswith(("data:", "#")) for reference in references)
     assert "url(" not in page
     assert " style=" not in page
+
+
+def test_margins_that_are_not_finite_do_not_stop_the_report(tmp_path: Path) -> None:
+    run = planted_run(tmp_path)
+    for name in ("eval_pairs.parquet", "eval_pairs_start.parquet"):
+        table = pq.read_table(run / name)
+        place = table.column_names.index("rewards/margins")
+        values = [float("nan"), float("inf"), *table["rewards/margins"].to_pylist()[2:]]
+        pq.write_table(table.set_column(place, "rewards/margins", [values]), run / name)
+    read = read_run(RunFolder(str(run)))
+    chart = margins_of(read)
+    assert chart is not None
+    assert chart.pairs == 78
+    assert "Better than the model before training" in render_report([read])
