@@ -43,8 +43,8 @@ def test_a_preempted_node_costs_no_step_and_no_failure(tmp_path: Path) -> None:
         with training_on(cluster, recipe, tmp_path) as process:
             step = wait_for_workers(recipe, process, 2, 0)
             node = next(node for node in cluster.worker_nodes)
-            drain(cluster, node, 30)
-            wait_until(lambda: any(folder.glob("checkpoint_*/manifest-00000.json")), "the checkpoint at the notice", 29)
+            drain(cluster, node, 60)
+            wait_until(lambda: any(folder.glob("checkpoint_*/manifest-00000.json")), "the checkpoint at the notice", 59)
             wait_until(lambda: len(list(folder.glob("checkpoint_*/manifest-00000.json"))) > 1, "that at the end", 240)
             before = last_step(folder)
             lose_node(cluster, node)

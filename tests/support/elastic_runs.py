@@ -17,12 +17,12 @@ from support.tiny_runs import losses, tiny_recipe
 STARTED = 600  # seconds that starting workers may take while other tests run
 
 
-def elastic_recipe(storage: Path, name: str, adapter: str = "slowly", **scaling: Any) -> Recipe:
+def elastic_recipe(storage: Path, name: str, **scaling: Any) -> Recipe:
     """Return a recipe that lasts until it is stopped, with losses that do not depend on its length."""
     return tiny_recipe(
         storage,
         name,
-        data={"format": f"support.slow_rows:{adapter}"},
+        data={"format": "support.slow_rows:slowly"},
         optim={"max_steps": 5000, "epochs": 1000, "schedule": "constant"},
         # A node has three CPUs: one worker, and room for the data.
         scaling={"num_workers": [1, 2], "cpus_per_worker": 1.6, "resize_interval_s": 2, **scaling},
@@ -51,7 +51,7 @@ def check_curve(cluster: Any, recipe: Recipe, folder: Path) -> None:
     """Compare the losses of a run with those of one that one worker makes without interruption."""
     curve = losses(Path(recipe.run_uri))
     assert sorted(curve) == list(range(1, len(curve) + 1))
-    alone = elastic_recipe(folder, "alone", "quickly", num_workers=1)
+    alone = elastic_recipe(folder, "alone", num_workers=1)
     with training_on(cluster, alone, folder) as process:
         wait_until(lambda: last_step(Path(alone.run_uri)) >= len(curve), "the reference", STARTED)
         stop(process)
