@@ -90,7 +90,7 @@ class Experiment:
     def evaluate(self) -> dict[str, float]:
         """Score the held-out pairs with their own images and with exchanged ones."""
         self.model.eval()
-        exchanged = replace(self.held_out, exchange_images=True, other_image=None)
+        exchanged = replace(self.held_out, exchange_images=True)
         own, other = (
             score(self.model, shares(read, self.encoder, self.planner), self.planner)
             for read in (self.held_out, exchanged)

@@ -50,7 +50,7 @@ def image_fingerprint(image: Image, root: str | None) -> str:
 def exchange_images(pairs: WindowPairs, root_of: RootOf) -> WindowPairs:
     """Give every pair the images of the next pair with the same number of images, but not the same ones.
 
-    A pair without such a partner becomes a BadRow.
+    A pair without such a partner becomes a BadRow. None has other images any longer.
     """
     found = _partners(pairs, root_of, lambda pair: (len(pair.images), len(pair.rejected_images or ())), False)
     out = dict(pairs)
@@ -64,7 +64,7 @@ def exchange_images(pairs: WindowPairs, root_of: RootOf) -> WindowPairs:
             continue
         other_shard, other_pair = pairs[other]
         assert isinstance(other_pair, PreferencePair)
-        swapped = replace(pair, images=other_pair.images, rejected_images=other_pair.rejected_images)
+        swapped = replace(pair, images=other_pair.images, rejected_images=other_pair.rejected_images, other=None)
         out[sample_index] = (other_shard, swapped)
     return out
 
@@ -75,7 +75,7 @@ def with_other_images(
     """Give every pair its other images. A pair that has no image, or no partner, gets none.
 
     Args:
-        pairs: in the order of their sample indices; all of a window if `kind` is one of `FROM_THE_WINDOW`.
+        pairs: all of a window if `kind` is one of `FROM_THE_WINDOW`.
         kind: `orpo.other_image` of the recipe.
         root_of: folder that a shard's image paths are relative to.
         seed: `data.shuffle_seed` of the recipe.
@@ -95,8 +95,8 @@ def _exchanged(pairs: WindowPairs, other_answer: bool, root_of: RootOf) -> Windo
     def group(pair: PreferencePair) -> Hashable:
         return len(pair.images), json.dumps(pair.prompt) if other_answer else None
 
-    out = dict(pairs)
-    for sample_index, other in _partners(pairs, root_of, group, other_answer).items():
+    out, in_order = dict(pairs), dict(sorted(pairs.items()))  # windows come shard by shard
+    for sample_index, other in _partners(in_order, root_of, group, other_answer).items():
         (shard, pair), (other_shard, other_pair) = pairs[sample_index], pairs[other]
         assert isinstance(pair, PreferencePair)
         assert isinstance(other_pair, PreferencePair)

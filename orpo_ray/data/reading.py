@@ -76,7 +76,8 @@ class ReadSpec:
     image_root: str | None = None
     """`data.image_root` of the recipe."""
     exchange_images: bool = False
-    """Whether each pair gets the images of another pair of its window, to measure how much images matter."""
+    """Whether each pair gets the images of another pair of its window, and is contrasted with none, to measure how much
+    images matter."""
     other_image: OtherImage | None = None
     """Which images each pair's chosen answer is contrasted with; None without an image preference."""
 
@@ -123,11 +124,10 @@ def read_windows(spec: ReadSpec, windows: Sequence[tuple[int, int]]) -> Iterator
         pairs = _read_window(spec, sample_indices[read], window.rows[read], reader, shared)
         if not any(reader.holds(spec.shards[shard]) for shard in shared):
             reader.release()
+        if spec.other_image is not None:
+            pairs = with_other_images(pairs, spec.other_image, spec.root_of, spec.order.seed, epoch)
         if spec.exchange_images:
             pairs = exchange_images(pairs, spec.root_of)
-        elif spec.other_image is not None:
-            in_order = dict(sorted(pairs.items()))  # they came shard by shard
-            pairs = with_other_images(in_order, spec.other_image, spec.root_of, spec.order.seed, epoch)
         yield from _tables(spec, [(int(sample_index), *pairs[sample_index]) for sample_index in sample_indices[wanted]])
 
 

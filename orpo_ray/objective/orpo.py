@@ -10,7 +10,7 @@ With an image preference, for the chosen answer under its own image and under an
     loss += image_beta * -log sigmoid(log odds(chosen | image) - log odds(chosen | other image))
     loss += image_beta * -log sigmoid(log odds(chosen | image) - anchor), if there is an anchor
 
-The second line is mDPO's (2406.11839) on odds instead of ratios to a reference model. sigmoid(log odds(y)) is
+The first of these is mDPO's (2406.11839), with odds in place of ratios to a reference model. sigmoid(log odds(y)) is
 exp(mean_logp(y)), so an anchor of 0 is the NLL of the response.
 
 Legend: B pairs in a micro-batch.

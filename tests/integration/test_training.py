@@ -44,7 +44,8 @@ def test_workers_and_zero_stages_give_one_curve(
 def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster: None, tmp_path: Path) -> None:
     """Two workers and five pairs per step, most without an image: some micro-batches contain only dummy pairs.
 
-    They score the held-out pairs alike too, between two steps and at the end.
+    They score the held-out pairs alike too, between two steps and at the end. With an image preference, whose terms few
+    micro-batches have.
     """
     path = write_pairs(tmp_path, 12)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -55,6 +56,7 @@ def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster
     optim = {"pairs_per_step": 5, "max_steps": 5, "tokens_per_microbatch": 80}
     sections: dict[str, Any] = {
         "data": {"train": str(path), "eval": "easy-vqa:test"},
+        "orpo": {"image_beta": 0.5},
         "eval": {"max_pairs": 9, "every_steps": 3, "grounding": True},
     }
     one = run(tiny_recipe(tmp_path, "one", optim=optim | {"tokens_per_microbatch": 4096}, **sections))
@@ -68,6 +70,7 @@ def test_small_micro_batches_with_text_only_pairs_and_uneven_workers(ray_cluster
     assert [line["step"] for line in first] == [3, 5]
     assert {"eval/loss", "eval/pairs", "eval/rewards/accuracies"} <= first[0].keys()
     assert {"eval/grounding_gap", "eval/grounding_pairs"} <= first[1].keys()
+    assert {"eval/rewards/image_accuracies", "eval/rewards/image_margins"} <= first[0].keys()
     assert second == [pytest.approx(line, abs=1e-4) for line in first]
 
 

@@ -106,6 +106,15 @@ def test_the_column_of_the_row(tmp_path: Path) -> None:
     assert without.other is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_exchanged_pairs_are_contrasted_with_nothing(tmp_path: Path, kind: OtherImage) -> None:
+    """Otherwise as without the exchange: with `column`, both answers are to the same image."""
+    path = write_jsonl(tmp_path / "a.jsonl", [row | {"rejected_images": ["x.png"]} for row in questions(16)])
+    for row in read(path, kind, exchange_images=True):
+        assert row["other"] is None
+        assert (row["rejected_images"] is None) is (kind == "column")
+
+
 def test_changes_are_seeded_by_pair_and_epoch(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions(16))
     rows_of_both = [row for epoch in (0, 1) for row in read(path, "crop", epoch)]
