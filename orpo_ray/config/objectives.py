@@ -75,7 +75,7 @@ class OrpoObjective(ObjectiveOptions):
     @model_validator(mode="before")
     @classmethod
     def _options_are_elsewhere(cls, value: Any) -> Any:
-        if isinstance(value, dict) and (misplaced := sorted(set(value) - {"name"})):
+        if isinstance(value, dict) and (misplaced := sorted(set(map(str, value)) - {"name"})):
             raise ValueError(f"options of ORPO belong in the section orpo: write orpo.{misplaced[0]}")
         return value
 
