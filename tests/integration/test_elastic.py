@@ -12,6 +12,8 @@ from support.elastic_runs import check_curve, elastic_recipe, stop, wait_for_wor
 from support.paths import TESTS
 from support.runs import last_step, wait_until
 
+pytestmark = pytest.mark.nightly  # each is some starts of workers, which import everything anew on a cluster
+
 
 @pytest.fixture(autouse=True)
 def adapters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +22,7 @@ def adapters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_a_run_takes_a_node_that_comes_and_goes_on_without_one_that_goes(tmp_path: Path, stage: int) -> None:
     with cluster_of(1) as cluster:
         recipe = elastic_recipe(tmp_path, "elastic")

@@ -28,6 +28,7 @@ def wait_for_new_steps(recipe: Recipe, process: subprocess.Popen[str]) -> None:
     wait_until(has_more, f"steps after {before}", STARTED)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_a_run_outlives_a_node_its_driver_and_its_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
@@ -48,7 +49,7 @@ def test_a_run_outlives_a_node_its_driver_and_its_cluster(tmp_path: Path, monkey
             assert room_kept_for(cluster, dead) == "{}"
             cluster.shutdown()
             _, err = process.communicate(timeout=STARTED)
-            assert process.returncode > 0, err
+            assert process.returncode != 0, err
     with cluster_of(1) as cluster:
         alone = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"num_workers": 1})})
         with training_on(cluster, alone, tmp_path) as process:

@@ -59,8 +59,9 @@ def test_a_second_run_is_refused_until_the_first_ends(folder: RunFolder) -> None
     first.kill()
     first.wait()
     assert (folder.path / LEASE_FILE).exists()
-    with Lease(folder, print):
-        pass
+    with Lease(folder, print) as lease:
+        assert lease.dead is not None
+        assert lease.dead.pid == first.pid
     assert not (folder.path / LEASE_FILE).exists()
 
 
