@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
 from orpo_ray.training.data_identity import check_data
 from orpo_ray.training.model_check import start_model_check
+from orpo_ray.training.placement import NodesWait, TellPlaced, fitting_nodes, waiting_variables
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import ProgressDisplay
 from orpo_ray.training.resources import Resources, worker_resources
@@ -106,7 +108,7 @@ def launch_training(
     read, held_out = run_data(recipe)
     folder.make()
     start_ray()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = fitting_nodes(recipe.scaling, ray.nodes())
     resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
     status = start_status()
     display = ProgressDisplay(status, console)
@@ -144,7 +146,8 @@ def launch_training(
             with ThreadPoolExecutor(1) as pool, display:
                 begun = pool.submit(_or_fail, begin, status)
                 try:
-                    _fit(status, recipe, resources, callbacks or [])
+                    with NodesWait(recipe.scaling, resources.per_worker, status, stop.abort):
+                        _fit(status, recipe, resources, callbacks or [])
                 finally:
                     begun.result()  # its own error says more than that of the workers
         if stop.received is not None and not folder.has_model(FINAL):
@@ -175,7 +178,7 @@ def _or_fail(prepare: Callable[[], None], status: Any) -> None:
 
 
 def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]) -> None:
-    per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+    os.environ.update(waiting_variables(recipe.scaling))  # Ray Train reads them here, and gives them to its controller
     trainer = _RunTrainer(
         train_worker,
         is_trial=bool(callbacks),
@@ -184,7 +187,9 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         scaling_config=ScalingConfig(
             num_workers=count if isinstance(count := recipe.scaling.num_workers, int) else tuple(count),
             use_gpu=bool(resources.gpus),
-            resources_per_worker=per_worker,
+            resources_per_worker=resources.per_worker,
+            accelerator_type=recipe.scaling.accelerator_type,
+            label_selector=recipe.scaling.labels or None,
             elastic_resize_monitor_interval_s=recipe.scaling.resize_interval_s,
         ),
         run_config=RunConfig(
@@ -196,7 +201,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
                 else recipe.scaling.max_preemptions,
                 controller_failure_limit=3,
             ),
-            callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s)],
+            callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s), TellPlaced(status)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
