@@ -65,7 +65,7 @@ def test_what_git_ignores_and_secret_files_are_not_uploaded(project: Path) -> No
     ("overrides", "environment", "said"),
     [
         (["data.train=s3://key:secret@bucket/x"], {}, "command line: holds a password in an address"),
-        (["tracking.wandb.entity=0123456789abcdef"], {"WANDB_API_KEY": "0123456789abcdef"}, "the value of WANDB_API_KEY"),
+        (["tracking.wandb.entity=0123456789abcdef"], {"WANDB_API_KEY": "0123456789abcdef"}, "of WANDB_API_KEY,"),
         (["data.train=https://x/y?X-Amz-Signature=0"], {}, "a signed address"),
         (["name=hf_abcdefghijklmnopqrstuv"], {}, "a token of the Hugging Face hub"),
     ],
