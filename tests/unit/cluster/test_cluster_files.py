@@ -35,7 +35,8 @@ RAY = "2.60.0"
 TRIED = 4  # misspelt keys in each document
 # Keys that a user names, so that no schema can know them.
 FREE = {"labels", "matchLabels", "nodeSelector", "file_mounts", "envs", "secrets", "env_vars", "rayStartParams",
-        "job_recovery", "requests", "limits", "accelerators", "available_node_types", "resources", "selector"}  # fmt: skip
+        "job_recovery", "requests", "limits", "accelerators", "available_node_types", "resources",
+        "selector"}  # fmt: skip
 
 
 def check_of(path: Path) -> Callable[[Any], list[str]]:
