@@ -255,8 +255,9 @@ class ScalingConfig(Config):
     labels: dict[Text, Text] = Field(default_factory=dict)
     """Labels of nodes that the workers need, such as `{ray.io/market-type: spot}`. A value may be `!value`,
     `in(a,b)` or `!in(a,b)`, as in Ray's label selectors."""
-    nodes_timeout_s: Annotated[float, Field(gt=0), NUMBER] = 1800.0
-    """Seconds that a run on an autoscaling cluster waits for the nodes of its workers before it ends."""
+    nodes_timeout_s: Annotated[float, Field(ge=0), NUMBER] = 0.0
+    """Seconds that a run waits for nodes that an autoscaling cluster starts for its workers, before it ends. By
+    default, 0: the workers must fit the cluster as it is."""
     max_failures: Int = Field(3, ge=0)
     """Number of worker failures after which the run ends. Before that, it resumes from the latest checkpoint."""
     max_preemptions: Annotated[int, Field(ge=0), NUMBER] | None = None

@@ -25,7 +25,7 @@ from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.jobs.cost import cost_lines
 from orpo_ray.jobs.runtime_env import describe, read_runtime_env
 from orpo_ray.jobs.secrets import check_text
-from orpo_ray.jobs.working_dir import MIB, check_size, list_upload
+from orpo_ray.jobs.working_dir import MIB, check_folder, check_size, list_upload
 from orpo_ray.ray_cluster.private import TOKEN_VARIABLES
 from orpo_ray.storage.files import is_remote
 
@@ -110,6 +110,7 @@ def prepare_job(
             "cannot be submitted", field="--command", value=options.command, fix=f"use one of {', '.join(COMMANDS)}"
         )
     folder = Path(options.working_dir)
+    check_folder(folder)
     runtime_env = read_runtime_env(options.runtime_env, folder, loaded)
     upload = list_upload(folder, runtime_env["excludes"])
     try:

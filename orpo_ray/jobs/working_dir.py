@@ -42,6 +42,12 @@ class Upload:
         return ", ".join(f"{name} {size / MIB:,.0f} MiB" for name, size in largest)
 
 
+def check_folder(folder: Path) -> None:
+    """Check that the working directory is a folder. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError("no such folder", field="--working-dir", value=str(folder), fix="give the folder to upload")
+
+
 def list_upload(folder: Path, excludes: Sequence[str]) -> Upload:
     """List the files that Ray would upload from a working directory.
 
@@ -51,10 +57,8 @@ def list_upload(folder: Path, excludes: Sequence[str]) -> Upload:
             own, are added.
 
     Raises:
-        UserError: there is no such folder, or a file cannot be read.
+        UserError: a file cannot be read.
     """
-    if not folder.is_dir():
-        raise UserError("no such folder", field="--working-dir", value=str(folder), fix="give the folder to upload")
     sizes: dict[str, int] = {}
     root = folder.absolute()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from orpo_ray.training.data_identity import check_data
 from orpo_ray.training.elastic import StayingNodesPolicy
 from orpo_ray.training.environment import write_environment
 from orpo_ray.training.model_check import start_model_check
+from orpo_ray.training.placement import NodesWait, TellPlaced, fitting_nodes, waiting_variables
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import STARTING, ProgressDisplay
 from orpo_ray.training.reservation import give_back
@@ -119,7 +121,7 @@ def launch_training(
     read, held_out = run_data(recipe)
     start_ray()  # before the folder is made: if Ray does not start, there is no run
     folder.make()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = fitting_nodes(recipe.scaling, ray.nodes())
     resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
     if (crowd := too_many_workers(recipe, ray.cluster_resources())) is not None:
         console.print(f"[yellow]warning:[/yellow] {crowd}", highlight=False, soft_wrap=True)
@@ -160,7 +162,8 @@ def launch_training(
             with ThreadPoolExecutor(1) as pool, display:
                 begun = pool.submit(_or_fail, begin, status)
                 try:
-                    _fit(status, recipe, resources, callbacks or [], lease)
+                    with NodesWait(recipe.scaling, resources.per_worker, status, stop.abort):
+                        _fit(status, recipe, resources, callbacks or [], lease)
                 finally:
                     begun.result()  # its own error says more than that of the workers
         if stop.received is not None and not folder.has_model(FINAL):
@@ -191,8 +194,8 @@ def _or_fail(prepare: Callable[[], None], status: Any) -> None:
 
 
 def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any], lease: Lease) -> None:
+    os.environ.update(waiting_variables(recipe.scaling))  # Ray Train reads them here, and gives them to its controller
     count = recipe.scaling.num_workers
-    per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     trainer = _RunTrainer(
         train_worker,
         is_trial=bool(callbacks),
@@ -202,7 +205,9 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         scaling_config=ScalingConfig(
             num_workers=count if isinstance(count, int) else tuple(count),
             use_gpu=bool(resources.gpus),
-            resources_per_worker=per_worker,
+            resources_per_worker=resources.per_worker,
+            accelerator_type=recipe.scaling.accelerator_type,
+            label_selector=recipe.scaling.labels or None,
             elastic_resize_monitor_interval_s=recipe.scaling.resize_interval_s,
         ),
         run_config=RunConfig(
@@ -214,7 +219,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
                 else recipe.scaling.max_preemptions,
                 controller_failure_limit=START_FAILURES if isinstance(count, int) else ELASTIC_START_FAILURES,
             ),
-            callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s)],
+            callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s), TellPlaced(status)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )

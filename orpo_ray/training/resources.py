@@ -14,6 +14,8 @@ from orpo_ray.streaming.pipeline import least_cpus
 
 # Of the CPUs that Ray Train's workers leave on a node, Ray's coordinator gives Ray Data whole ones only.
 WHOLE_CPU = 1.0
+# Encoding tasks per worker that a cluster may start nodes for.
+ENCODERS_TO_COME = 8
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Resources:
     """Threads that torch uses in all workers of the run together when they train on CPUs."""
     max_encoders: int
     """Encoding tasks that may run at the same time for all workers of the run."""
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """What Ray reserves for a worker."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
 
 
 def worker_resources(
@@ -44,14 +51,15 @@ def worker_resources(
         cluster: Ray's resources, `CPU` and `GPU`.
         runs: number of such runs that must fit at the same time.
         reserved: CPUs that other processes hold.
-        nodes: the resources of each node, for a number of workers that changes.
+        nodes: the resources of each node that may hold workers; by default, of all nodes together.
 
     Raises:
         UserError: the workers and the data's tasks do not fit.
     """
     scaling = recipe.scaling
     workers = scaling.min_workers * runs
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    cpus = cluster.get("CPU", 0.0)
+    gpus = sum(node.get("GPU", 0.0) for node in nodes or [cluster])
     per_worker = float(gpus > 0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
     if 0 < per_worker < 1 < scaling.max_workers:
         raise UserError(
@@ -60,6 +68,8 @@ def worker_resources(
             value=per_worker,
             fix="set it to 1, or scaling.num_workers to 1",
         )
+    if scaling.nodes_timeout_s:
+        return _of_nodes_to_come(scaling, cpus, gpus, runs)
     if per_worker * workers > gpus:
         raise UserError(
             f"{workers} worker(s) need {per_worker * workers:g} GPU(s), and the cluster has {gpus:g}",
@@ -93,9 +103,27 @@ def worker_resources(
 def too_many_workers(recipe: Recipe, cluster: Mapping[str, float]) -> str | None:
     """Say that the workers of a run share CPUs, which makes them slow; None if they do not."""
     workers, cpus = recipe.scaling.min_workers, cluster.get("CPU", 0.0)
-    if cluster.get("GPU", 0.0) or workers <= cpus:
+    if recipe.scaling.nodes_timeout_s or cluster.get("GPU", 0.0) or workers <= cpus:
         return None
     return f"{workers} workers share {cpus:g} CPU(s): they train slower than {max(1, int(cpus) - 1)} worker(s) would"
+
+
+def _of_nodes_to_come(scaling: ScalingConfig, cpus: float, gpus: float, runs: int) -> Resources:
+    """Return the resources of each worker on a cluster that starts nodes for them.
+
+    Raises:
+        UserError: it is not known whether the workers will have GPUs.
+    """
+    if scaling.gpus_per_worker == "auto" and not gpus and scaling.accelerator_type is None:
+        raise UserError(
+            "the cluster has no GPU yet, so it is not known whether the run will have GPUs",
+            field="scaling.gpus_per_worker",
+            value="auto",
+            fix="set it to 1, or to 0 to train on CPUs; or set scaling.accelerator_type",
+        )
+    per_worker = 1.0 if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
+    encoders = max(ENCODERS_TO_COME * scaling.max_workers, max_encoders(cpus, 0.0, 0, runs))
+    return Resources(scaling.cpus_per_worker or 1.0, per_worker, max(1, (os.cpu_count() or 1) // runs), encoders)
 
 
 def max_encoders(cpus: float, per_worker: float, workers: int, runs: int = 1) -> int:

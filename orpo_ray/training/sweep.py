@@ -24,6 +24,7 @@ from orpo_ray.evaluation.summary import doubt_between
 from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.run_folder import BEST_RECIPE_FILE, EVAL_PAIRS_FILE, TRIALS, RunFolder
 from orpo_ray.training.launch import TrainingFailed, launch_training, storage_of
+from orpo_ray.training.placement import fitting_nodes
 from orpo_ray.training.resources import worker_resources
 
 # The driver of a trial only waits for its workers, so it leaves them the CPUs.
@@ -89,7 +90,9 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     start_ray(state_api=True)
     together = min(section.max_concurrent, section.num_trials)
-    resources = worker_resources(recipe, ray.cluster_resources(), runs=together, reserved=together * DRIVER_CPUS)
+    nodes = fitting_nodes(recipe.scaling, ray.nodes())
+    reserved = together * DRIVER_CPUS
+    resources = worker_resources(recipe, ray.cluster_resources(), runs=together, reserved=reserved, nodes=nodes)
     every = recipe.eval.every_steps or max(1, num_steps // 4)
     base = recipe.model_copy(
         update={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from orpo_ray.errors import UserError
 from orpo_ray.training.launch import launch_training
+from support.commands import orpo_ray
 from support.tiny_runs import tiny_recipe
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(180)]
@@ -35,3 +37,16 @@ def test_a_model_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> No
     with pytest.raises(UserError, match="no/such-model"):
         launch_training(recipe, Console(file=io.StringIO()))
     assert not (Path(recipe.run_uri) / "recipe.yaml").exists()
+
+
+def test_nodes_that_never_come_end_the_run_within_its_limit(tmp_path: Path) -> None:
+    """On a cluster that starts no nodes. In a process of its own, which a signal ends."""
+    scaling = {"nodes_timeout_s": 5, "accelerator_type": "H100", "num_workers": 2}
+    (tmp_path / "recipe.yaml").write_text(tiny_recipe(tmp_path, "none", scaling=scaling).to_yaml())
+    started = time.monotonic()
+    done = orpo_ray("train", str(tmp_path / "recipe.yaml"))
+    assert done.returncode == 2, done.stderr
+    assert time.monotonic() - started < 90
+    assert "no room for 2 worker(s) with 1 CPU(s), 1 GPU(s) each, an accelerator H100" in done.stderr
+    assert "within 5 s; it has 1 node(s) with" in done.stderr
+    assert "Traceback" not in done.stderr

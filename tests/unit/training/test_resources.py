@@ -33,6 +33,16 @@ def test_a_node_full_of_workers_leaves_cpus_for_the_data(tmp_path: Path) -> None
     assert max_encoders(16, 1, 4) == 12
 
 
+def test_workers_whose_nodes_are_to_come_ask_for_what_the_recipe_says(tmp_path: Path) -> None:
+    nothing: list[dict[str, float]] = [{"CPU": 0.0}]
+    waiting = {"nodes_timeout_s": 60, "num_workers": 2}
+    assert resources_of(tmp_path, nothing, **waiting, gpus_per_worker=1).per_worker == {"CPU": 1, "GPU": 1}
+    assert resources_of(tmp_path, nothing, **waiting, accelerator_type="L4").per_worker == {"CPU": 1, "GPU": 1}
+    assert resources_of(tmp_path, nothing, **waiting, gpus_per_worker=0, cpus_per_worker=3).per_worker == {"CPU": 3}
+    with pytest.raises(UserError, match="not known whether the run will have GPUs"):
+        resources_of(tmp_path, nothing, **waiting)
+
+
 @pytest.mark.parametrize(
     ("nodes", "scaling", "said"),
     [

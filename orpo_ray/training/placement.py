@@ -1,0 +1,155 @@
+"""Which nodes may hold the workers of a run, and how long it waits for an autoscaling cluster to start them."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray._private.label_utils import validate_label_selector
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from orpo_ray.config.schema import ScalingConfig
+from orpo_ray.errors import UserError
+
+ACCELERATOR = "accelerator_type:"  # how Ray names the resource of a node that has such a GPU
+POLL_SECONDS = 1.0
+RAY_WAITS_LONGER = 60.0  # seconds, so that the message here comes first
+
+
+def fitting_nodes(scaling: ScalingConfig, nodes: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Return the resources of the nodes that the workers may run on.
+
+    Args:
+        scaling: of the recipe.
+        nodes: as `ray.nodes()` lists them.
+
+    Raises:
+        UserError: a label is not valid; or no node may hold a worker, and the run does not wait for others.
+    """
+    wrong = validate_label_selector(scaling.labels)
+    if wrong:
+        raise UserError(wrong, field="scaling.labels", value=scaling.labels, fix="see Ray's label selectors")
+    alive = [node for node in nodes if node["Alive"]]
+    found = [dict(node["Resources"]) for node in alive if _fits(scaling, node)]
+    if not found and not scaling.nodes_timeout_s:
+        raise UserError(
+            f"no node of the cluster has {_wanted(scaling)}; it has {describe(alive)}",
+            field="scaling.accelerator_type" if scaling.accelerator_type else "scaling.labels",
+            value=scaling.accelerator_type or scaling.labels,
+            fix="change it, add such nodes, or set scaling.nodes_timeout_s on a cluster that starts them by itself",
+        )
+    return found
+
+
+def describe(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Say what nodes a cluster has."""
+    shown = []
+    for node in nodes:
+        resources, labels = node["Resources"], node.get("Labels") or {}
+        kinds = [name.removeprefix(ACCELERATOR) for name in resources if name.startswith(ACCELERATOR)]
+        kinds += [f"{name}={value}" for name, value in labels.items() if not name.startswith("ray.io/node-")]
+        extra = f" ({', '.join(kinds)})" if kinds else ""
+        shown.append(f"{resources.get('CPU', 0):g} CPU(s), {resources.get('GPU', 0):g} GPU(s){extra}")
+    counted = {text: shown.count(text) for text in shown}
+    return "; ".join(f"{count} node(s) with {text}" for text, count in counted.items()) or "no nodes"
+
+
+class TellPlaced(WorkerGroupCallback):
+    """Tells the run's status when Ray has nodes for all workers.
+
+    Args:
+        status: the run's `RunStatus`.
+    """
+
+    def __init__(self, status: Any) -> None:
+        self._status = status
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Tell it."""
+        self._status.update.remote(is_placed=True)
+
+
+class NodesWait:
+    """Context manager that ends the run if the cluster does not start nodes for its workers in time.
+
+    Args:
+        scaling: of the recipe.
+        per_worker: Ray's resources of each worker.
+        status: the run's `RunStatus`, which `TellPlaced` tells.
+        abort: raises an error in the thread that waits for the run.
+    """
+
+    def __init__(
+        self, scaling: ScalingConfig, per_worker: Mapping[str, float], status: Any, abort: Callable[[UserError], None]
+    ) -> None:
+        self._scaling, self._per_worker, self._status, self._abort = scaling, per_worker, status, abort
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+
+    def __enter__(self) -> NodesWait:
+        if self._scaling.nodes_timeout_s:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._over.set()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + self._scaling.nodes_timeout_s
+        while not self._over.wait(POLL_SECONDS):
+            try:
+                if ray.get(self._status.state.remote()).get("is_placed"):
+                    return
+            except ray.exceptions.RayError:
+                return  # the run is over
+            if time.monotonic() > deadline:
+                self._abort(self._error())
+                return
+
+    def _error(self) -> UserError:
+        asked = ", ".join(f"{amount:g} {name}(s)" for name, amount in self._per_worker.items())
+        wanted = _wanted(self._scaling)
+        has = describe([node for node in ray.nodes() if node["Alive"]])
+        return UserError(
+            f"the cluster has no room for {self._scaling.min_workers} worker(s) with {asked} each"
+            + (f", {wanted}" if wanted else "")
+            + f", and has started no nodes for them within {self._scaling.nodes_timeout_s:g} s; it has {has}",
+            field="scaling.nodes_timeout_s",
+            value=self._scaling.nodes_timeout_s,
+            fix="`ray status` says what the autoscaler does; ask for what a pool has, raise the pool's maximum or your "
+            "quota, or wait longer",
+        )
+
+
+def waiting_variables(scaling: ScalingConfig) -> dict[str, str]:
+    """Return the variables with which Ray Train waits for nodes as long as the recipe says."""
+    if not scaling.nodes_timeout_s:
+        return {}
+    return {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR: str(scaling.nodes_timeout_s + RAY_WAITS_LONGER)}
+
+
+def _wanted(scaling: ScalingConfig) -> str:
+    parts = [f"an accelerator {scaling.accelerator_type}"] if scaling.accelerator_type else []
+    parts += [f"the label {name}: {value}" for name, value in scaling.labels.items()]
+    return " and ".join(parts)
+
+
+def _fits(scaling: ScalingConfig, node: Mapping[str, Any]) -> bool:
+    if scaling.accelerator_type and f"{ACCELERATOR}{scaling.accelerator_type}" not in node["Resources"]:
+        return False
+    labels = node.get("Labels") or {}
+    return all(_has_label(labels.get(name), wanted) for name, wanted in scaling.labels.items())
+
+
+def _has_label(value: str | None, wanted: str) -> bool:
+    """Whether a label matches a selector of Ray: `a`, `!a`, `in(a,b)` or `!in(a,b)`."""
+    text = wanted.removeprefix("!")
+    choices = re.fullmatch(r"in\((.*)\)", text)
+    accepted = [each.strip() for each in choices[1].split(",")] if choices else [text]
+    return (value in accepted) != wanted.startswith("!")
