@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -104,9 +103,8 @@ def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:
         fields: the recipe fields that were searched.
         metric_name: the metric that ranks the trials.
     """
-    table = Table(
-        title=f"{len(sweep.trials)} trials by {metric_name}", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False
-    )
+    title = f"{len(sweep.trials)} trials by {metric_name}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     for column in ("trial", *fields, metric_name, "steps", "status"):
         justify: Any = "left" if column in ("trial", "status") else "right"
         table.add_column(_header(column), justify=justify)
