@@ -6,6 +6,7 @@ uploads files.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import weakref
@@ -67,6 +68,12 @@ class RunFolder:
                 value=self.uri,
                 fix="set checkpoint.storage to a folder you can write to",
             ) from None
+
+    def drop_if_empty(self) -> None:
+        """Delete a local folder that nothing was written to; an object store has no empty folders."""
+        if not self.is_remote:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.path.rmdir()
 
     def has(self, name: str) -> bool:
         """Whether a file or folder of this name exists in the run folder."""

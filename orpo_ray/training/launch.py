@@ -119,8 +119,12 @@ def launch_training(
             )
         return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
     read, held_out = run_data(recipe)
-    start_ray()  # before the folder is made: if Ray does not start, there is no run
     folder.make()
+    try:
+        start_ray()
+    except OrpoRayError:
+        folder.drop_if_empty()
+        raise
     nodes = fitting_nodes(recipe.scaling, ray.nodes())
     resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
     if (crowd := too_many_workers(recipe, ray.cluster_resources())) is not None:

@@ -83,4 +83,5 @@ def test_a_cluster_that_does_not_answer_leaves_no_run_folder(tmp_path: Path, mon
     result = orpo_ray("train", str(path), cwd=tmp_path)
     assert result.returncode == 2
     assert "no Ray cluster answers at this address" in result.stderr
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "nothing").exists()
+    assert not list((tmp_path / "runs").iterdir())
