@@ -55,8 +55,9 @@ def _line(each: Mapping[str, Any]) -> str:
     estimate = each["recipe"]
     hours, cost = estimate["hours"], estimate["cost"]
     time = f"{max(1, round(hours * 60))} min" if hours < 1 else f"{hours:,.1f} h"
+    money = f"${cost:,.2f}" if cost >= 0.01 else "less than $0.01"
     price = f"${each['price_per_hour']:.2f} per GPU and hour"
-    return f"about {time} and ${cost:,.2f} on {estimate['workers']} x {each['gpu']} ({price})"
+    return f"about {time} and {money} on {estimate['workers']} x {each['gpu']} ({price})"
 
 
 def _is_type(name: str, accelerator: str) -> bool:

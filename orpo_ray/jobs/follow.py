@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 
 import aiohttp
-import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from orpo_ray.errors import OrpoRayError
@@ -50,7 +49,7 @@ def follow_job(client: JobSubmissionClient, job: str, write: Callable[[str], obj
             shown = asyncio.run(_show(client, job, shown, write))
             status = client.get_job_status(job)
             answered = time.monotonic()
-        except (aiohttp.ClientError, requests.RequestException, OSError, RuntimeError) as error:
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
             if time.monotonic() - answered > LOST_SECONDS:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise JobEnded(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 from rich.console import Console
@@ -172,7 +171,7 @@ def connect(address: str | None, console: Console) -> JobSubmissionClient:
             value=url,
             fix=f"set RAY_AUTH_MODE=token, and {TOKEN_VARIABLES[1]} to a file with the cluster's token",
         ) from None
-    except (OSError, RuntimeError, ValueError, requests.RequestException) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"no Ray dashboard answers at this address: {reason}", field=field, value=url, fix=how
@@ -202,7 +201,7 @@ def _submit(client: JobSubmissionClient, prepared: Prepared) -> str:
         job: str = attempts(
             client.submit_job, entrypoint=prepared.entrypoint, runtime_env=prepared.runtime_env, entrypoint_num_gpus=0
         )
-    except (RuntimeError, ValueError, OSError, requests.RequestException) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise JobNotAccepted(f"the cluster did not take the job: {' '.join(str(error).split())[:500]}") from None
     return job
 

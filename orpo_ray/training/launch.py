@@ -166,7 +166,9 @@ def launch_training(
             with ThreadPoolExecutor(1) as pool, display:
                 begun = pool.submit(_or_fail, begin, status)
                 try:
-                    with NodesWait(recipe.scaling, resources.per_worker, status, stop.abort):
+                    wait = NodesWait(recipe.scaling, resources.per_worker, status, stop.abort)
+                    # A trial runs where no signal can be handled; Ray Train's own limit ends it.
+                    with contextlib.nullcontext() if callbacks else wait:
                         _fit(status, recipe, resources, callbacks or [], lease)
                 finally:
                     begun.result()  # its own error says more than that of the workers
