@@ -110,25 +110,10 @@ def launch_training(
     folder = RunFolder(recipe.run_uri)
     saved = check_run_folder(recipe, folder)
     if saved and folder.has_model(FINAL):
-        if from_checkpoint is not None:
-            raise UserError(
-                f"the run is finished; {folder.uri}/{FINAL} holds its model",
-                field=FROM_CHECKPOINT,
-                value=from_checkpoint,
-                fix=f"delete {FINAL}/ to train again from that checkpoint",
-            )
-        return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
+        return _finished(folder, from_checkpoint)
     read, held_out = run_data(recipe)
     folder.make()
-    try:
-        start_ray()
-    except OrpoRayError:
-        folder.drop_if_empty()
-        raise
-    nodes = fitting_nodes(recipe.scaling, ray.nodes())
-    resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
-    if (crowd := too_many_workers(recipe, ray.cluster_resources())) is not None:
-        console.print(f"[yellow]warning:[/yellow] {crowd}", highlight=False, soft_wrap=True)
+    resources = _divide_cluster(recipe, folder, console)
     status = start_status()
     display = ProgressDisplay(status, console)
     checked = start_model_check(recipe, saved)
@@ -178,6 +163,31 @@ def launch_training(
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(status)  # Ray starts it again whenever it ends otherwise
     return RunSummary(folder.uri, last_metrics(folder))
+
+
+def _finished(folder: RunFolder, from_checkpoint: str | None) -> RunSummary:
+    if from_checkpoint is not None:
+        raise UserError(
+            f"the run is finished; {folder.uri}/{FINAL} holds its model",
+            field=FROM_CHECKPOINT,
+            value=from_checkpoint,
+            fix=f"delete {FINAL}/ to train again from that checkpoint",
+        )
+    return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
+
+
+def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console) -> Resources:
+    """Start or join Ray, and divide its cluster among the workers and the data."""
+    try:
+        start_ray()
+    except OrpoRayError:
+        folder.drop_if_empty()
+        raise
+    nodes = fitting_nodes(recipe.scaling, ray.nodes())
+    resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
+    if (crowd := too_many_workers(recipe, ray.cluster_resources())) is not None:
+        console.print(f"[yellow]warning:[/yellow] {crowd}", highlight=False, soft_wrap=True)
+    return resources
 
 
 def _checked(check: ray.ObjectRef, num_steps: int) -> tuple[Recipe, str | None]:
