@@ -37,8 +37,8 @@ class RunStopped(OrpoRayError):
 class StopSignals:
     """Context manager that turns the first signal into a request to stop.
 
-    The second signal, or the end of the grace period, raises RunStopped in the main thread. Outside the main thread,
-    where no handler can be set, signals stay as they are.
+    The second signal, or the end of the grace period, ends the body with RunStopped. Outside the main thread, where no
+    handler can be set, signals stay as they are.
 
     Args:
         request: asks the workers to stop; called once, from the signal handler.
@@ -62,17 +62,19 @@ class StopSignals:
             self._timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._error is not None and isinstance(error, KeyboardInterrupt):
+            raise self._error from None
 
     def abort(self, error: BaseException) -> None:
-        """Raise an error in the main thread, from any thread."""
+        """End the body in the main thread with an error, from any thread."""
         self._error = error
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._error is None and self.received is not None:
+            self._error = RunStopped(self.received, None)
         if self._error is not None:
-            raise self._error
-        if self.received is not None:
-            raise RunStopped(self.received, None)
+            raise KeyboardInterrupt  # of all exceptions, the only one that ends a wait in `ray.get`
         self.received = number
         # A signal ends the wait of the main thread, as the second one does.
         self._timer = threading.Timer(self._grace, os.kill, (os.getpid(), number))

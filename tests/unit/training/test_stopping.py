@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import time
 
 import pytest
 
+from orpo_ray.errors import UserError
 from orpo_ray.training.stopping import SIGNALS, RunStopped, StopSignals
 
 
@@ -16,11 +18,17 @@ from orpo_ray.training.stopping import SIGNALS, RunStopped, StopSignals
 def test_the_second_signal_ends_at_once(number: int) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
     asked: list[int] = []
-    with StopSignals(lambda: asked.append(1), grace_s=60) as stop:
-        os.kill(os.getpid(), number)
-        assert (asked, stop.received) == ([1], number)
-        with pytest.raises(RunStopped) as end:
-            os.kill(os.getpid(), signal.SIGINT)
+
+    def stopped_twice() -> None:
+        with StopSignals(lambda: asked.append(1), grace_s=60) as stop:
+            os.kill(os.getpid(), number)
+            assert (asked, stop.received) == ([1], number)
+            with pytest.raises(KeyboardInterrupt):  # within `ray.get`, any other exception would be lost
+                os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt
+
+    with pytest.raises(RunStopped) as end:
+        stopped_twice()
     assert asked == [1]
     assert end.value.exit_code == 128 + number
     assert "without a new checkpoint" in str(end.value)
@@ -28,10 +36,25 @@ def test_the_second_signal_ends_at_once(number: int) -> None:
 
 
 def test_the_grace_period_ends() -> None:
-    with StopSignals(lambda: None, grace_s=0.1):
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(RunStopped):
+    def stopped() -> None:
+        with StopSignals(lambda: None, grace_s=0.1):
+            os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(30)
+
+    with pytest.raises(RunStopped):
+        stopped()
+
+
+def test_another_thread_ends_the_run_with_its_error() -> None:
+    error = UserError("of another thread", field="x", fix="y")
+
+    def aborted() -> None:
+        with StopSignals(lambda: None, grace_s=60) as stop:
+            threading.Thread(target=stop.abort, args=(error,)).start()
+            time.sleep(30)
+
+    with pytest.raises(UserError, match="of another thread"):
+        aborted()
 
 
 def test_a_run_that_stopped_in_time_hears_no_more_of_it() -> None:
