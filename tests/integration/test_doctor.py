@@ -70,7 +70,7 @@ def cluster(tmp_path: Path, storage: Path) -> Iterator[str]:
     read_only = f'mount --bind "{storage}" "{storage}" && mount -o remount,ro,bind "{storage}" && exec "$@"'
     starts = [
         [*ray, "start", "--head", f"--port={port}", "--dashboard-host=0.0.0.0", f"--dashboard-port={free_port()}",
-         f"--object-store-memory={SMALLEST_STORE}", "--ray-client-server-port=0", *common],
+         f"--object-store-memory={SMALLEST_STORE}", f"--ray-client-server-port={free_port()}", *common],
         ["unshare", "--mount", "sh", "-c", read_only, "sh", "env", f"PYTHONPATH={other}", *ray, "start",
          f"--address={address}", "--object-store-memory=300000000", *common],
         [*bare, "-s", *ray[1:], "start", f"--address={address}", "--object-store-memory=300000000", *common],
@@ -84,6 +84,7 @@ def cluster(tmp_path: Path, storage: Path) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_planted_faults_are_found_and_named_with_their_fix(cluster: str, storage: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(storage, "doctor", optim={"pairs_per_step": 32})

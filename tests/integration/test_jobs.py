@@ -58,11 +58,39 @@ def submit(dashboard: str, project: Path) -> str:
     return re.findall(r"raysubmit_\w+", done.stdout + done.stderr)[0]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(300)
+def test_a_recipe_is_submitted_and_followed_to_its_end(dashboard: str, project: Path, tmp_path: Path) -> None:
+    command = (
+        "submit",
+        "recipes/tiny.yaml",
+        "--address",
+        dashboard,
+        "--price-per-hour",
+        "H100=1.5",
+        "optim.max_steps=4",
+    )
+    done = orpo_ray(*command, cwd=project, env={"WANDB_API_KEY": "not-a-real-key-but-secret"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = done.stdout.strip()  # nothing else on stdout
+    assert re.fullmatch(r"raysubmit_\w+", job), done.stdout
+    assert re.search(r"^cost +about .* and .*\$[\d.]+ on 1 x ", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^job +" + job, done.stderr, re.MULTILINE)
+    assert "training, last step" in done.stderr  # the end of the job's log
+    assert (tmp_path / "runs" / "job" / "final" / "config.json").is_file()
+    # What everyone with access to the dashboard can read.
+    from ray.job_submission import JobSubmissionClient
+
+    found = JobSubmissionClient(dashboard).get_job_info(job)
+    assert found.entrypoint == "python -m orpo_ray train recipes/tiny.yaml optim.max_steps=4"
+    assert "not-a-real-key" not in str(found)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
 def test_a_stopped_job_saves_and_the_same_submission_resumes(dashboard: str, project: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "job"
     first = submit(dashboard, project)
-    wait_until(lambda: run_dir.is_dir() and last_step(run_dir) >= 5, "step 5")
+    wait_until(lambda: run_dir.is_dir() and last_step(run_dir) >= 5, "step 5", 240)
     drivers = [each for each in psutil.process_iter(["cmdline"]) if "recipes/tiny.yaml" in (each.info["cmdline"] or [])]
     assert drivers
     stop = [str(SCRIPTS / "ray"), "job", "stop", "--address", dashboard, first]
@@ -73,22 +101,10 @@ def test_a_stopped_job_saves_and_the_same_submission_resumes(dashboard: str, pro
     assert 5 <= step < OPTIM["max_steps"]
     assert list(run_dir.glob("checkpoint_*"))
 
-    command = ("submit", "recipes/tiny.yaml", "--address", dashboard, "--price-per-hour", "H100=1.5")
-    again = orpo_ray(*command, cwd=project, env={"WANDB_API_KEY": "not-a-real-key-but-secret"})
+    again = orpo_ray("submit", "recipes/tiny.yaml", "--no-cost", "--address", dashboard, cwd=project)
     assert again.returncode == 0, again.stdout + again.stderr
-    job = again.stdout.strip()  # nothing else on stdout
-    assert re.fullmatch(r"raysubmit_\w+", job), again.stdout
-    assert re.search(r"^cost +about .* and .*\$[\d.]+ on 1 x ", again.stderr, re.MULTILINE), again.stderr
-    assert re.search(r"^job +" + job, again.stderr, re.MULTILINE)
-    assert "training, last step" in again.stderr  # the end of the job's log
     reference = run(tiny_recipe(tmp_path / "runs", "reference", optim=OPTIM))
     assert losses(run_dir) == pytest.approx(losses(Path(reference.run_uri)), abs=1e-4)
-    # What everyone with access to the dashboard can read.
-    from ray.job_submission import JobSubmissionClient
-
-    found = JobSubmissionClient(dashboard).get_job_info(job)
-    assert found.entrypoint == "python -m orpo_ray train recipes/tiny.yaml"
-    assert "not-a-real-key" not in str(found)
 
 
 def test_a_job_without_the_token_is_refused_before_the_upload(dashboard: str, project: Path, tmp_path: Path) -> None:
