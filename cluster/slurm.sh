@@ -25,6 +25,7 @@ head_ip="$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" python -c 'import r
 port=$((20000 + SLURM_JOB_ID % 10000))
 cpus="${SLURM_CPUS_PER_TASK:-1}"
 
+# shellcheck disable=SC2329 # called by the trap
 stop() {
   if [[ -n "${train:-}" ]]; then
     kill -TERM "$train" 2>/dev/null || true # saves a checkpoint and ends
@@ -36,7 +37,7 @@ trap stop TERM INT
 # `--overlap` lets the command below share the head's node with this step.
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" \
   ray start --head --block --node-ip-address="$head_ip" --port="$port" --dashboard-host=127.0.0.1 \
-  --dashboard-port=$((port + 10000)) --ray-client-server-port=0 --num-cpus="$cpus" --disable-usage-stats &
+  --dashboard-port=$((port + 10000)) --ray-client-server-port=$((port + 20000)) --num-cpus="$cpus" --disable-usage-stats &
 nodes="${SLURM_JOB_NUM_NODES:-1}"
 if ((nodes > 1)); then
   srun --overlap --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --ntasks-per-node=1 --exclude="$head_node" \

@@ -94,7 +94,7 @@ def _first_parquet_rows(shard: Shard) -> tuple[list[str], list[Row]]:
 def origins(uri: str) -> list[str]:
     """Return the sources that a folder of `orpo-ray data prepare` was made from; for any other source, itself."""
     folder, _, split = uri.rstrip("/").rpartition("/")
-    if not folder or uri.startswith((HUB, EASY_VQA)):
+    if not folder or uri.startswith((HUB, EASY_VQA)) or has_data_suffix(uri):
         return [uri]
     try:
         data = json.loads(read_bytes(f"{folder}/{MANIFEST_FILE}"))["data"]
