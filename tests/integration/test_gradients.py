@@ -41,7 +41,7 @@ def norms(rank: int, num_workers: int, stages: list[int]) -> list[tuple[float, f
 
 
 # Stages 1 and 2 share their code.
-@pytest.mark.parametrize("stages", [[0, 2], pytest.param([1, 3], marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("stages", [[2], pytest.param([0, 1, 3], marks=pytest.mark.nightly)])
 def test_many_small_gradients_are_not_lost(stages: list[int]) -> None:
     """In bfloat16, 64 additions of 1/640 to 1 would leave 1."""
     for stage, (one, sum_) in zip(stages, worker_group(1).run(norms, stages)[0], strict=True):

@@ -74,6 +74,7 @@ def test_every_good_row_once_an_epoch_for_any_number_of_workers(tmp_path: Path, 
         assert bad == dict.fromkeys(broken[1], epochs)
 
 
+@pytest.mark.nightly
 def test_a_lost_worker_and_another_number_of_workers_change_nothing(tmp_path: Path, broken: Broken) -> None:
     whole = recipe_of(tmp_path, "whole", broken, 1)
     run(whole)

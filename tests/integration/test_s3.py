@@ -193,7 +193,8 @@ def test_a_run_folder_in_s3_has_one_writer(s3: Faults) -> None:
     assert not folders[0].has(LEASE_FILE)
 
 
-def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path, is_killed: bool) -> None:
     """Read data from S3, write checkpoints and model to S3, resume and evaluate, while the server fails at times."""
     write_pairs(tmp_path / "data", 64)
     write_pairs(tmp_path / "data", 16, "test")
@@ -209,13 +210,14 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path) -> Non
     s3.active = True
     folder = RunFolder(f"s3://{BUCKET}/runs/remote")
     whole = [sys.executable, "-m", "orpo_ray", "train", str(path)]
-    first = subprocess.Popen(whole, env=without_cluster(), stderr=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: pushed_step(folder) >= 4, "the first checkpoint")
-    finally:
-        first.kill()
-        first.wait()
-    assert not folder.has("final/config.json")
+    if is_killed:
+        first = subprocess.Popen(whole, env=without_cluster(), stderr=subprocess.DEVNULL)
+        try:
+            wait_until(lambda: pushed_step(folder) >= 4, "the first checkpoint")
+        finally:
+            first.kill()
+            first.wait()
+        assert not folder.has("final/config.json")
     again = subprocess.run(whole, env=without_cluster(), capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert f"s3://{BUCKET}/runs/remote" in again.stderr
