@@ -29,6 +29,15 @@ def test_a_probe_of_this_machine_says_what_this_process_has() -> None:
     assert facts["versions"] == own
 
 
+def test_other_versions_and_a_node_without_the_package() -> None:
+    own = own_versions()
+    nodes = [node("a"), node("b", orpo_ray="0.0.1"), node("c", orpo_ray=None)]
+    found = {each.check: each for each in checks.check_versions(nodes, own)}
+    assert found["version of orpo-ray"].status == "fix"
+    assert found["version of orpo-ray"].value == f"{own['orpo-ray']} here, 0.0.1 on b, missing on c"
+    assert {each.status for name, each in found.items() if name != "version of orpo-ray"} == {"ok"}
+
+
 def test_gpus_without_a_driver_and_two_drivers() -> None:
     gpu = {"name": "H200", "driver": "570.1", "memory": "141 GiB"}
     with_gpu = {"GPU": 1.0}
