@@ -53,7 +53,7 @@ def storage() -> Iterator[Path]:
 def cluster(tmp_path: Path, storage: Path) -> Iterator[str]:
     """Two nodes: a head whose dashboard is open to all, and a node to which the storage is read-only.
 
-    Returns the address. On one machine, both import the driver's orpo-ray: tests/unit/doctor has nodes with another one.
+    Returns the address. On one machine, both import the driver's orpo-ray; a unit test has nodes with another one.
     """
     allowed = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
     if allowed.returncode:
