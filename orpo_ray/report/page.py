@@ -50,19 +50,17 @@ def write_report(uris: Sequence[str], output: str | None = None) -> str:
     """
     runs = [read_run(RunFolder(uri.rstrip("/"))) for uri in uris]
     page = render_report(runs)
-    if output is None and len(runs) == 1:
-        folder = runs[0].folder
-        (folder.path / REPORT_FILE).write_text(page, encoding="utf-8")
-        folder.push(REPORT_FILE)
-        return f"{folder.uri}/{REPORT_FILE}"
-    path = Path(output or REPORT_FILE)
+    folder = runs[0].folder if output is None and len(runs) == 1 else None
+    path = Path(output or REPORT_FILE) if folder is None else folder.path / REPORT_FILE
+    uri = str(path) if folder is None else f"{folder.uri}/{REPORT_FILE}"
     try:
         path.write_text(page, encoding="utf-8")
+        if folder is not None:
+            folder.push(REPORT_FILE)
     except OSError as error:
-        raise UserError(
-            f"cannot write the report: {error}", field="--output", value=str(path), fix="choose another path"
-        ) from None
-    return str(path)
+        fix = "make room there, or write it elsewhere: orpo-ray report RUN --output FILE"
+        raise UserError(f"cannot write the report: {error}", field=uri, fix=fix) from None
+    return uri
 
 
 def render_report(runs: Sequence[RunData]) -> str:

@@ -73,6 +73,7 @@ class _RunTrainer(DataParallelTrainer):
 
     def __init__(self, *arguments: Any, is_trial: bool, together: int, **options: Any) -> None:
         self._together = together
+        self._controller: Any = None
         self._without = {DatasetsCallback} if is_trial else {DatasetsCallback, PlacementGroupCleanerCallback}
         super().__init__(*arguments, **options)
 
@@ -86,6 +87,12 @@ class _RunTrainer(DataParallelTrainer):
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leave signals to `StopSignals`; Ray Train's own handler ends a run without a checkpoint."""
+        self._controller = controller
+
+    def end(self) -> None:
+        """End the controller, and with it the workers, which would otherwise go on in a notebook."""
+        if self._controller is not None:
+            ray.kill(self._controller)
 
 
 def launch_training(
@@ -255,7 +262,8 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
             f"Ray Train's controller was lost: {str(error).splitlines()[0]}\n"
             "  fix: run the same command again, which resumes from the latest checkpoint"
         ) from error
-    except BaseException:  # a signal ended the wait, and the controller ends with this process
+    except BaseException:  # a signal or a lost lease ended the wait
+        trainer.end()
         give_back(lease.id)
         raise
     fatal = ray.get(status.fatal.remote())
