@@ -13,6 +13,7 @@ from rich.console import Console
 from orpo_ray.errors import UserError
 from orpo_ray.training.launch import launch_training
 from support.commands import orpo_ray
+from support.runs import wait_until
 from support.tiny_runs import tiny_recipe
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(180)]
@@ -50,3 +51,21 @@ def test_nodes_that_never_come_end_the_run_within_its_limit(tmp_path: Path) -> N
     assert "no room for 2 worker(s) with 1 CPU(s), 1 GPU(s) each, an accelerator H100" in done.stderr
     assert "within 5 s; it has 1 node(s) with" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_ended_leaves_no_controller(tmp_path: Path) -> None:
+    """In a process that goes on, such as a notebook."""
+    import ray
+    from ray.util.state import list_actors
+
+    address = ray.get_runtime_context().gcs_address
+
+    def controllers() -> list[str]:
+        alive = [("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]
+        return [actor.actor_id for actor in list_actors(address, filters=alive)]
+
+    before = controllers()
+    scaling = {"nodes_timeout_s": 5, "accelerator_type": "H100"}
+    with pytest.raises(UserError, match="no room for 1 worker"):
+        launch_training(tiny_recipe(tmp_path, "ended", scaling=scaling), Console(file=io.StringIO()))
+    wait_until(lambda: set(controllers()) <= set(before), "the end of its controller", 30)
