@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import partialmethod
 
@@ -33,6 +35,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with four logical CPUs, for the whole session."""
     import ray
     from ray._private.parameter import RayParams
+    from ray._private.utils import write_ray_address
 
     from orpo_ray.fork_server.control import forked_workers, start_fork_server
     from orpo_ray.ray_cluster.private import on_loopback
@@ -50,16 +53,21 @@ def ray_cluster() -> Iterator[None]:
     own_port = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
     with pytest.MonkeyPatch.context() as patch, on_loopback(), own_address(), forked_workers():
         patch.setattr(RayParams, "__init__", own_port)
+        sessions = tempfile.mkdtemp(prefix="ray-")  # a short path, as it is part of the names of sockets
         ray.init(
             "local",
             num_cpus=4,
+            _temp_dir=sessions,
             runtime_env=variables,
             dashboard_host="127.0.0.1",  # `ray job submit` needs the dashboard
             log_to_driver=False,
             logging_level="warning",
         )
+    # Otherwise the driver of a submitted job joins any Ray on the machine, such as that of the other test process.
+    write_ray_address(ray.get_runtime_context().gcs_address, sessions)
     yield
     ray.shutdown()
+    shutil.rmtree(sessions, ignore_errors=True)  # a process of Ray may still write
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.placement import NodesWait, TellPlaced, fitting_nodes, waiting_variables
 from orpo_ray.training.process_group import SharedDevices
 from orpo_ray.training.progress import STARTING, ProgressDisplay
-from orpo_ray.training.reservation import give_back
+from orpo_ray.training.reservation import give_back, remove_groups
 from orpo_ray.training.resources import Resources, too_many_workers, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
 from orpo_ray.training.run_status import start_status
@@ -47,6 +47,10 @@ START_FAILURES = 3
 """Failed starts of workers, of a minute each, after which a run ends."""
 ELASTIC_START_FAILURES = 30
 """The same for a number of workers that changes. One fails whenever a node is lost while workers start."""
+
+
+END_SECONDS = 10.0
+"""How long to wait for the end of a controller that was killed."""
 
 
 class TrainingFailed(OrpoRayError):
@@ -90,9 +94,12 @@ class _RunTrainer(DataParallelTrainer):
         self._controller = controller
 
     def end(self) -> None:
-        """End the controller, and with it the workers, which would otherwise go on in a notebook."""
-        if self._controller is not None:
-            ray.kill(self._controller)
+        """End the controller, its workers and its placement group, which would otherwise go on in a notebook."""
+        if self._controller is None:
+            return
+        ray.kill(self._controller)
+        ray.wait([self._controller.get_state.remote()], timeout=END_SECONDS)  # its death, as an error
+        remove_groups(self._controller)
 
 
 def launch_training(

@@ -1,12 +1,17 @@
 """The CPUs and GPUs that Ray keeps for a run: given back when a run ends in whatever way.
 
 Ray's AutoscalingCoordinator outlives a run. It keeps the room of one that was killed for three minutes, in which a run
-with a range of workers finds none.
+with a range of workers finds none. Placement groups outlive the actor that made them until its driver ends.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import ray
+from ray._private import state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 _COORDINATOR = "AutoscalingCoordinator"  # name and namespace
 
@@ -22,3 +27,16 @@ def give_back(run_id: str) -> None:
     except ValueError:  # no run has asked for room yet
         return
     coordinator.cancel_request.remote(f"train-{run_id}")
+
+
+def remove_groups(actor: Any) -> None:
+    """Remove the placement groups that an actor has made, also those that wait for room.
+
+    Args:
+        actor: the handle of a dead actor.
+    """
+    accessor = state.state._connect_and_get_accessor()
+    for raw in accessor.get_placement_group_table():
+        group = PlacementGroupTableData.FromString(raw)
+        if group.creator_actor_id == actor._actor_id.binary() and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

@@ -53,7 +53,7 @@ def test_nodes_that_never_come_end_the_run_within_its_limit(tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_that_is_ended_leaves_no_controller(tmp_path: Path) -> None:
+def test_a_run_that_is_ended_leaves_nothing_on_the_cluster(tmp_path: Path) -> None:
     """In a process that goes on, such as a notebook."""
     import ray
     from ray.util.state import list_actors
@@ -69,3 +69,8 @@ def test_a_run_that_is_ended_leaves_no_controller(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no room for 1 worker"):
         launch_training(tiny_recipe(tmp_path, "ended", scaling=scaling), Console(file=io.StringIO()))
     wait_until(lambda: set(controllers()) <= set(before), "the end of its controller", 30)
+    wait_until(
+        lambda: all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()),
+        "the end of its group",
+        10,
+    )
