@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import glob
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def _start(modules: tuple[str, ...]) -> Path:
             stderr=log,
             start_new_session=True,  # Ctrl-C is for this process
         )
-    atexit.register(_end, server)
+    atexit.register(_end, server, folder)
     python = folder / PYTHON
     launcher = Path(__file__).with_name("launcher.py")
     # -I and -S: the launcher imports next to nothing, and starts within 20 ms.
@@ -95,7 +96,7 @@ def _start(modules: tuple[str, ...]) -> Path:
     return python
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
-    if server.stdin is not None:
-        server.stdin.close()
+def _end(server: subprocess.Popen[bytes], folder: Path) -> None:
+    server.terminate()  # does not wait for its imports, as after an error in a recipe
     server.wait()
+    shutil.rmtree(folder, ignore_errors=True)

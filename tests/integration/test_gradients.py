@@ -15,7 +15,7 @@ from support.engine_memory import end_engine
 from support.engines_by_hand import Training, recipe_of
 from support.worker_group import worker_group
 
-SMALL, REPEATS = 1 / 640, 64  # each addition is below half the distance of two bfloat16 numbers
+SMALL, REPEATS = 1 / 640, 16  # each addition is below half the distance of two bfloat16 numbers
 
 
 def recipe_in_bfloat16(stage: int, **sections: Any) -> Any:
@@ -43,7 +43,7 @@ def norms(rank: int, num_workers: int, stages: list[int]) -> list[tuple[float, f
 # Stages 1 and 2 share their code.
 @pytest.mark.parametrize("stages", [[2], pytest.param([0, 1, 3], marks=pytest.mark.nightly)])
 def test_many_small_gradients_are_not_lost(stages: list[int]) -> None:
-    """In bfloat16, 64 additions of 1/640 to 1 would leave 1."""
+    """In bfloat16, additions of 1/640 to 1 would leave 1."""
     for stage, (one, sum_) in zip(stages, worker_group(1).run(norms, stages)[0], strict=True):
         assert sum_ == pytest.approx(one * (1 + REPEATS * SMALL), rel=2e-3), stage
 
@@ -62,9 +62,9 @@ def collectives_of_a_step(rank: int, num_workers: int, stages: list[int]) -> lis
     return found
 
 
-def test_gradients_travel_in_float32() -> None:
+@pytest.mark.parametrize("stages", [[0, 3], pytest.param([1, 2], marks=pytest.mark.nightly)])
+def test_gradients_travel_in_float32(stages: list[int]) -> None:
     """Between two workers; weights are gathered in bfloat16."""
-    stages = [0, 1, 2, 3]
     reductions = ("allreduce_", "reduce_", "reduce_scatter_", "_reduce_scatter_base_")
     for stage, (calls, size) in zip(stages, worker_group(2).run(collectives_of_a_step, stages)[0], strict=True):
         reduced = [call for call in calls if call.name in reductions and call.bytes > 64]

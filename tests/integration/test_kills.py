@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from orpo_ray.config.recipe import Recipe
-from support.commands import orpo_ray_here
+from support.commands import on_this_cluster, orpo_ray_here, without_cluster
 from support.kills import one_worker_killed
 from support.runs import last_step, run, wait_until
 from support.tiny_runs import LONG, losses, same_curve, tiny_recipe
@@ -51,11 +50,12 @@ def command(recipe: Recipe, folder: Path) -> list[str]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("is_on_a_cluster", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
-    reference: dict[int, float], tmp_path: Path
+    reference: dict[int, float], tmp_path: Path, is_on_a_cluster: bool
 ) -> None:
-    """Killing the driver ends its Ray cluster; the same command in the same folder resumes from a checkpoint."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    """Killing the driver ends its Ray, or its job on a cluster; the same command resumes from a checkpoint."""
+    environment = on_this_cluster() if is_on_a_cluster else without_cluster()
     recipe = tiny_recipe(tmp_path, "driver-killed", optim=LONG, checkpoint={"every_steps": 3})
     first = subprocess.Popen(command(recipe, tmp_path), env=environment, stderr=subprocess.DEVNULL)
     try:
@@ -72,7 +72,16 @@ def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
     assert "finished already" in third.stderr
 
 
-def test_lora_trains_resumes_and_leaves_adapters(ray_cluster: None, tmp_path: Path) -> None:
+OFFLOADED: dict[str, Any] = {
+    "zero_stage": 3,
+    "offload_optimizer": "cpu",
+    "offload_param": "cpu",
+    "config": {"zero_optimization": {"sub_group_size": 10_000}},
+}
+
+
+@pytest.mark.parametrize("deepspeed", [{}, pytest.param(OFFLOADED, marks=pytest.mark.nightly)], ids=["", "offloaded"])
+def test_lora_trains_resumes_and_leaves_adapters(ray_cluster: None, tmp_path: Path, deepspeed: dict[str, Any]) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
 
@@ -83,8 +92,6 @@ def test_lora_trains_resumes_and_leaves_adapters(ray_cluster: None, tmp_path: Pa
     held_out: dict[str, Any] = {
         "data": {"eval": "easy-vqa:test"}, "eval": {"max_pairs": 8, "every_steps": 12, "grounding": True}
     }  # fmt: skip
-    deepspeed: dict[str, Any] = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}
-    deepspeed |= {"config": {"zero_optimization": {"sub_group_size": 10_000}}}
     whole = run(tiny_recipe(tmp_path, "whole", model=section, optim=optim, deepspeed=deepspeed, **held_out))
     assert {"eval/grounding_gap", "eval/rewards/margins"} <= set(whole.metrics)
     killed = tiny_recipe(tmp_path, "killed", model=section, optim=optim, checkpoint={"every_steps": 3})

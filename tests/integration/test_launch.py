@@ -12,7 +12,7 @@ from rich.console import Console
 
 from orpo_ray.errors import UserError
 from orpo_ray.training.launch import launch_training
-from support.commands import orpo_ray
+from support.commands import on_this_cluster, orpo_ray
 from support.runs import wait_until
 from support.tiny_runs import tiny_recipe
 
@@ -45,7 +45,7 @@ def test_nodes_that_never_come_end_the_run_within_its_limit(tmp_path: Path) -> N
     scaling = {"nodes_timeout_s": 5, "accelerator_type": "H100", "num_workers": 2}
     (tmp_path / "recipe.yaml").write_text(tiny_recipe(tmp_path, "none", scaling=scaling).to_yaml())
     started = time.monotonic()
-    done = orpo_ray("train", str(tmp_path / "recipe.yaml"))
+    done = orpo_ray("train", str(tmp_path / "recipe.yaml"), env=on_this_cluster())
     assert done.returncode == 2, done.stderr
     assert time.monotonic() - started < 90
     assert "no room for 2 worker(s) with 1 CPU(s), 1 GPU(s) each, an accelerator H100" in done.stderr

@@ -14,7 +14,9 @@ from support.paths import ROOT
 MEMORY = re.compile(r"# Memory: ([0-9.]+) GiB")
 
 
-@pytest.mark.parametrize("name", ["smolvlm-256m-full", "llava-1.6-mistral-7b-qlora"])
+@pytest.mark.parametrize(
+    "name", ["smolvlm-256m-full", pytest.param("llava-1.6-mistral-7b-qlora", marks=pytest.mark.nightly)]
+)
 def test_its_memory_is_the_plan_s(name: str, tmp_path: Path) -> None:
     path = ROOT / "recipes" / f"{name}.yaml"
     stated = MEMORY.search(path.read_text())

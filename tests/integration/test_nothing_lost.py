@@ -1,4 +1,4 @@
-"""Of 800 rows, 20 are bad in ten ways: these are recorded, and all others are used once per epoch."""
+"""Of 400 rows, 20 are bad in ten ways: these are recorded, and all others are used once per epoch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.tiny_runs import losses, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-ROWS, OF_EACH, PER_STEP = 800, 2, 40
+ROWS, OF_EACH, PER_STEP = 400, 2, 20
 
 Broken = tuple[Path, dict[str, str]]
 
@@ -35,7 +35,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Broken:
 
 def recipe_of(storage: Path, name: str, broken: Broken, workers: int, epochs: int = 1) -> Recipe:
     sections: dict[str, Any] = {
-        "data": {"train": str(broken[0]), "shuffle_window": 256},
+        "data": {"train": str(broken[0]), "shuffle_window": 128},
         "optim": {"epochs": epochs, "max_steps": None, "pairs_per_step": PER_STEP},
         "checkpoint": {"every_steps": 4},
         "scaling": {"num_workers": workers},

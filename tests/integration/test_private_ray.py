@@ -26,7 +26,7 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.mark.timeout(240)
 def test_a_run_opens_no_port_to_the_network_and_no_secret_to_others(tmp_path: Path, short_folder: Path) -> None:
-    recipe = tiny_recipe(tmp_path / "runs", "private", optim={"max_steps": 6}, scaling={"num_workers": 2})
+    recipe = tiny_recipe(tmp_path / "runs", "private", optim={"max_steps": 2}, scaling={"num_workers": 2})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     variables = {"HOME": str(tmp_path), "RAY_TMPDIR": str(short_folder)}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables

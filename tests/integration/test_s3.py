@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from orpo_ray.storage.lease import LEASE_FILE, Lease
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.training.checkpoint_choice import checkpoint_names, choose_by_hand, choose_newest, clean, inspect
 from orpo_ray.training.launch import launch_training
+from support.commands import without_cluster
 from support.endless_saves import save_step, saver_of
 from support.finished_runs import finished_run
 from support.runs import last_step, wait_until
@@ -170,10 +170,6 @@ def test_a_run_in_s3_is_exported_there(s3: Faults, tmp_path: Path) -> None:
         assert "1,234 pairs" in (again.path / name / "README.md").read_text()
     with pytest.raises(UserError, match="already exists"):
         export_run(folder.uri, ExportOptions(), Console(file=io.StringIO()))
-
-
-def without_cluster() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
 def pushed_step(folder: RunFolder) -> int:

@@ -19,6 +19,7 @@ from support.runs import last_step, wait_until
 from support.tiny_runs import tiny_recipe
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(240)
 def test_a_slowed_worker_is_named(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(

@@ -20,7 +20,7 @@ from support.commands import orpo_ray_here
 from support.runs import last_step, run, wait_until
 from support.tiny_runs import losses, tiny_recipe
 
-STEPS = 45
+STEPS = 30
 SECTIONS: dict[str, Any] = {"optim": {"max_steps": STEPS}, "scaling": {"num_workers": 2}}
 
 
@@ -60,7 +60,7 @@ def test_two_runs_in_one_folder_and_a_dead_status_actor(ray_cluster: None, tmp_p
     import ray
     from ray.util.state import list_actors
 
-    recipe = tiny_recipe(tmp_path, "one-writer", optim={"max_steps": 150})
+    recipe = tiny_recipe(tmp_path, "one-writer", optim={"max_steps": 100})
     said: list[str] = []
 
     def disturb() -> None:
@@ -80,6 +80,6 @@ def test_two_runs_in_one_folder_and_a_dead_status_actor(ray_cluster: None, tmp_p
     run(recipe)
     thread.join()
     assert f"another run writes to this run folder: process {os.getpid()} on" in said[0]
-    assert said[1] != "killed before step 150"
-    assert sorted(losses(Path(recipe.run_uri))) == list(range(1, 151))
+    assert said[1] != "killed before step 100"
+    assert sorted(losses(Path(recipe.run_uri))) == list(range(1, 101))
     assert not (Path(recipe.run_uri) / "lease.json").exists()

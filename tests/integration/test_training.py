@@ -21,12 +21,10 @@ from support.runs import run
 from support.tiny_runs import LONG, losses, same_curve, tiny_recipe, write_pairs
 
 
-# Engines without Ray are compared on every stage in test_tuning_engines.py, and runs of two workers without sharding in
-# test_kills.py.
-@pytest.mark.parametrize(
-    ("workers", "stage"),
-    [(2, 3), *(pytest.param(2, stage, marks=pytest.mark.nightly) for stage in (0, 1, 2))],
-)
+# By default, engines without Ray are compared on every stage (test_tuning_engines.py), runs of two workers without
+# sharding (test_kills.py), and a sharded run that changes its number of workers (below).
+@pytest.mark.nightly
+@pytest.mark.parametrize(("workers", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3)])
 def test_workers_and_zero_stages_give_one_curve(
     reference: dict[int, float], storage: Path, workers: int, stage: int
 ) -> None:
@@ -97,6 +95,7 @@ def test_final_loads_in_plain_transformers_and_differs_from_the_start(
     assert model.dtype == torch.float32
 
 
+@pytest.mark.nightly
 def test_bfloat16_trains_too(ray_cluster: None, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 

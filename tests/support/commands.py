@@ -23,6 +23,18 @@ def orpo_ray(
     )  # fmt: skip
 
 
+def without_cluster() -> dict[str, str]:
+    """Return an environment in which a command starts a Ray of its own."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def on_this_cluster() -> dict[str, str]:
+    """Return an environment in which a command joins the Ray of this process."""
+    import ray
+
+    return os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
 def orpo_ray_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command in this process, which has all modules loaded."""
     out, err = io.StringIO(), io.StringIO()

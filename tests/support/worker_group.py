@@ -5,6 +5,7 @@ DeepSpeed again takes longer than most cases.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import sys
@@ -109,6 +110,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # DeepSpeed collects garbage for each engine, which takes a second with all that was imported
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
     # A file instead of a port: two tests cannot take the same, and no rank loses it when another one ends first.

@@ -142,6 +142,16 @@ def test_the_server_ends_with_its_driver_and_launchers_go_on_without_a_server(tm
     assert "can't open file '/no/setup_worker.py'" in orphan.stderr
 
 
+def test_a_driver_that_ends_at_once_does_not_wait_for_the_imports(tmp_path: Path) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(600)")
+    code = CONTROL.replace("xml.dom.pulldom", "slow_to_import").replace("sys.stdin.read()", "")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not Path(done.stdout.strip()).parent.exists()
+
+
 DRAWS_IDENTIFIERS = """
 import os, threading
 from orpo_ray.fork_server.server import preload_ray
