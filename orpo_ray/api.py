@@ -23,7 +23,7 @@ from orpo_ray.console import console
 if TYPE_CHECKING:
     from orpo_ray.evaluation.evaluate_run import Evaluation as Scored
     from orpo_ray.exporting.export import Exported
-    from orpo_ray.training.sweep import Sweep
+    from orpo_ray.sweep.run import Sweep
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 Overrides = Mapping[str, Any]
@@ -137,7 +137,7 @@ def tune(recipe: RecipeLike, overrides: Overrides | None = None) -> Sweep:
         UserError: the search, the data or the cluster do not work.
         TrainingFailed: no trial was evaluated.
     """
-    from orpo_ray.training.sweep import run_sweep
+    from orpo_ray.sweep.run import run_sweep
 
     return run_sweep(as_recipe(recipe, overrides), console)
 

@@ -129,7 +129,7 @@ def tune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Search hyperparameters with Ray Tune; every trial is an ordinary training run."""
     loaded = _load_for_ray(recipe, overrides)
     searched = list(loaded.search)
-    from orpo_ray.training.sweep import run_sweep
+    from orpo_ray.sweep.run import run_sweep
 
     print_sweep(run_sweep(loaded, console), searched, loaded.tune.metric)
 

@@ -103,7 +103,7 @@ def test_a_search_is_over_the_options_of_the_objective() -> None:
 
 
 def test_a_trial_trains_with_the_options_it_was_given() -> None:
-    from orpo_ray.training.sweep import _with_params
+    from orpo_ray.sweep.run import _with_params
 
     params = {"objective.beta": 0.4, "optim.learning_rate": 1e-5}
     assert load_objective(_with_params(recipe_of(objective="cpo"), params, "a/trials/1")) == CPO(0.4)
