@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # `orpo-ray --help` must not import these
     from orpo_ray.data_report.prepare import Prepared
     from orpo_ray.doctor.finding import Finding
     from orpo_ray.exporting.export import Exported
-    from orpo_ray.training.launch import RunSummary
     from orpo_ray.sweep.run import Sweep
+    from orpo_ray.training.launch import RunSummary
 
 console = Console(stderr=True)
 

@@ -12,8 +12,8 @@ import orpo_ray.console as console_module
 from orpo_ray.console import print_check, print_error, print_prepared, print_sweep, print_trained
 from orpo_ray.data_report.prepare import Prepared
 from orpo_ray.errors import UserError
-from orpo_ray.training.launch import RunSummary
 from orpo_ray.sweep.run import Sweep, Trial
+from orpo_ray.training.launch import RunSummary
 from support.data_reports import a_report
 
 
