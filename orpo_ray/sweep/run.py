@@ -1,78 +1,95 @@
-"""`orpo-ray tune`: a random search with Ray Tune and ASHA; every trial is a training run with its own run folder."""
+"""`orpo-ray tune`: search the fields of a recipe; every trial is a training run with its own run folder.
+
+From the top: check the space and the data, divide the cluster, run the trials under Ray Tune, write the outcome.
+"""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import ray
-from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import BasicVariantGenerator
 from rich.console import Console
 
-from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.config.schema import SearchRange
+from orpo_ray.config.tune_schema import GROUNDING_GAP
 from orpo_ray.data.from_recipe import run_data
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.pair_scores import read_pair_scores
-from orpo_ray.evaluation.summary import doubt_between
 from orpo_ray.ray_cluster.start import start_ray
-from orpo_ray.storage.run_folder import BEST_RECIPE_FILE, EVAL_PAIRS_FILE, TRIALS, RunFolder
-from orpo_ray.training.launch import TrainingFailed, launch_training, storage_of
+from orpo_ray.storage.lease import Lease, LeaseLost
+from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.sweep.board import Board
+from orpo_ray.sweep.budget import price_of
+from orpo_ray.sweep.concurrency import divide_cluster
+from orpo_ray.sweep.live import SweepDisplay
+from orpo_ray.sweep.outcome import BEST, Sweep, write_outcome
+from orpo_ray.sweep.population import Population, check_population
+from orpo_ray.sweep.record import Record, resume_or_begin
+from orpo_ray.sweep.schedulers import make_scheduler
+from orpo_ray.sweep.searchers import make_sampler
+from orpo_ray.sweep.space import Space, make_space, with_params
+from orpo_ray.sweep.tuner import run_trials
 from orpo_ray.training.placement import fitting_nodes
-from orpo_ray.training.resources import worker_resources
 
-# The driver of a trial only waits for its workers, so it leaves them the CPUs.
-DRIVER_CPUS = 0.01
-BEST = "-best"  # ends the name of the recipe that a sweep writes
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial, as the table shows it."""
-
-    name: str
-    """Tune's id of the trial."""
-    params: dict[str, float]
-    """Recipe field -> value of this trial."""
-    metric: float | None
-    """Last value of `tune.metric`; None if the trial was never evaluated."""
-    steps: int
-    """Steps done."""
-    status: str
-    """`finished`, `stopped early`, or `failed: ...`."""
+EVALUATIONS = 4
+"""Of a trial, if the recipe does not say how often."""
+# Fields that decide which rows a trial reads. Trials that differ in none of them share what was read and checked once.
+DECIDES_ROWS = ("optim.epochs", "optim.max_steps", "optim.pairs_per_step", "orpo.image_beta", "orpo.other_image")
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """The result of a search."""
+def run_sweep(recipe: Recipe, console: Console, prices: Sequence[str] = ()) -> Sweep:
+    """Run the search of the recipe's `tune` section, or go on with one that was interrupted.
 
-    trials: list[Trial]
-    """All trials, best first."""
-    best: str
-    """Name of the best trial."""
-    best_recipe: str
-    """Path or URI of the recipe of the best trial."""
-    doubt: str | None = None
-    """Why the best trial may not be the best; None if the held-out pairs tell it from the next one."""
+    The run folders of the trials are in `<run folder>/trials/`.
 
-
-def run_sweep(recipe: Recipe, console: Console) -> Sweep:
-    """Run the search of the recipe's `tune` section; the run folders of the trials are in `<run folder>/trials/`.
+    Args:
+        recipe: the recipe.
+        console: where to print.
+        prices: of GPUs, as in `orpo-ray plan --price-per-hour`.
 
     Raises:
-        UserError: the search does not fit the objective, there are no held-out pairs, or the trials would fail on
-            their data or do not fit the cluster.
+        UserError: the search does not fit the recipe, there are no held-out pairs, the trials would fail on their data
+            or do not fit the cluster, or another process runs this sweep.
         TrainingFailed: no trial was evaluated.
     """
     recipe = recipe.with_absolute_paths()
-    section, search = recipe.tune, recipe.search
-    _with_params(recipe, {}, f"{recipe.name}{BEST}")  # refuses a name that is too long for it before the trials run
+    space = _checked_space(recipe)
+    # Check the data once before the trials start, since an error would make all of them fail.
+    data = run_data(recipe)
+    num_steps = -(-data[0].end_sample // recipe.optim.pairs_per_step)
+    every = recipe.eval.every_steps or max(1, num_steps // EVALUATIONS)
+    shares_rows = not any(key.startswith("data.") or key in DECIDES_ROWS for key in space.keys)
+    num_trials = len(space.grid()) if recipe.tune.searcher == "grid" else recipe.tune.num_trials
+    folder = RunFolder(recipe.run_uri)
+    if _is_over(record := resume_or_begin(recipe, folder), num_trials):
+        console.print("This sweep is over already. More trials: tune.num_trials=...", highlight=False)
+        return write_outcome(record, space, folder)
+    start_ray(state_api=True)
+    nodes = fitting_nodes(recipe.scaling, ray.nodes())
+    together, resources = divide_cluster(recipe, num_trials, ray.cluster_resources(), nodes)
+    gpus = resources.gpus * recipe.scaling.max_workers
+    price = price_of(recipe.tune, prices, nodes, gpus)
+    folder.make()
+    lost: list[LeaseLost] = []
+    with Lease(folder, on_lost=lost.append, wait=console.print):
+        record = resume_or_begin(recipe, folder)
+        record.num_steps, record.gpus_per_trial, record.price_per_hour = num_steps, gpus, price
+        sampler = make_sampler(recipe.tune, space, recipe.name, folder, record.trials)
+        population = Population(space, record) if recipe.tune.scheduler == "pbt" else None
+        board = Board(record, folder, sampler, together, num_trials, population, lost)
+        console.print(_headline(board, every), highlight=False, soft_wrap=True)
+        scheduler = make_scheduler(recipe.tune, every, num_steps, shares_rows, board)
+        with SweepDisplay(board, space, recipe.run_uri, console) as display:
+            run_trials(_base(recipe, every, resources.cpus, num_steps), board, scheduler, data if shares_rows else None,
+                       display)  # fmt: skip
+        if lost:
+            raise lost[0]
+        return write_outcome(record, space, folder, board.stopped_by)
+
+
+def _checked_space(recipe: Recipe) -> Space:
+    """Return the space of a search that can run. Raises UserError."""
+    space = make_space(recipe)
+    with_params(recipe, {}, f"{recipe.name}{BEST}")  # refuses a name that is too long for it before the trials run
     if not recipe.has_held_out:
         fix = "name held-out pairs in data.eval, or set data.eval_fraction"
         raise UserError("a search needs held-out pairs to rank its trials", field="data.eval", fix=fix)
@@ -84,138 +101,41 @@ def run_sweep(recipe: Recipe, console: Console) -> Sweep:
             value=recipe.scaling.num_workers,
             fix=fix,
         )
-    # Check the data once before the trials start, since an error would make all of them fail.
-    num_steps = -(-run_data(recipe)[0].end_sample // recipe.optim.pairs_per_step)
-    # Tune would print a screenful every few seconds; `TrialLogger` prints one line per evaluation.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    start_ray(state_api=True)
-    together = min(section.max_concurrent, section.num_trials)
-    nodes = fitting_nodes(recipe.scaling, ray.nodes())
-    reserved = together * DRIVER_CPUS
-    resources = worker_resources(recipe, ray.cluster_resources(), runs=together, reserved=reserved, nodes=nodes)
-    every = recipe.eval.every_steps or max(1, num_steps // 4)
-    base = recipe.model_copy(
+    if GROUNDING_GAP in (recipe.tune.metric, recipe.tune.second_metric) and not recipe.eval.grounding:
+        raise UserError(
+            f"the search needs {GROUNDING_GAP}, which is not measured", field="eval.grounding", fix="set it to true"
+        )
+    if recipe.tune.scheduler == "pbt":
+        check_population(recipe, space)
+    return space
+
+
+def _is_over(record: Record, num_trials: int) -> bool:
+    """Whether all trials of a sweep are over."""
+    begun = sum(trial.parent is None for trial in record.trials)
+    return begun >= num_trials and all(trial.is_over for trial in record.trials)
+
+
+def _base(recipe: Recipe, every: int, cpus: float, num_steps: int) -> Recipe:
+    """Fill in what all trials have in common."""
+    checkpoint = recipe.checkpoint
+    if recipe.tune.scheduler == "pbt":  # a trial may go on from any evaluation of another one
+        kept = {"every_steps": every, "keep": max(checkpoint.keep, num_steps // every + 1)}
+        checkpoint = checkpoint.model_copy(update=kept)
+    return recipe.model_copy(
         update={
             "eval": recipe.eval.model_copy(update={"every_steps": every}),
-            "scaling": recipe.scaling.model_copy(update={"cpus_per_worker": resources.cpus}),
+            "scaling": recipe.scaling.model_copy(update={"cpus_per_worker": cpus}),
+            "checkpoint": checkpoint,
         }
     )
-    console.print(
-        f"[bold]{recipe.name}[/bold]  {section.num_trials} trials of {num_steps:,} steps, {together} at a time; "
-        f"{section.metric} every {every} steps",
-        highlight=False,
-        soft_wrap=True,
+
+
+def _headline(board: Board, every: int) -> str:
+    record, tune = board.record, board.record.tune
+    earlier = f"; goes on after {sum(trial.is_over for trial in record.trials)} of them" if record.trials else ""
+    metrics = tune.metric + (f" and {tune.second_metric}" if tune.second_metric else "")
+    return (
+        f"[bold]{record.recipe.name}[/bold]  {board.num_trials} trials of {record.num_steps:,} steps, {board.together} "
+        f"at a time, by {tune.searcher} search with {tune.scheduler}; {metrics} every {every} steps{earlier}"
     )
-    results = _tuner(base, search, num_steps, every, together).fit()
-    trials = sorted((_trial(base, result) for result in results), key=lambda trial: _rank(trial, section.mode))
-    if not trials or trials[0].metric is None:
-        raise TrainingFailed("no trial was evaluated: " + "; ".join(f"{trial.name} {trial.status}" for trial in trials))
-    best = trials[0]
-    folder = RunFolder(recipe.run_uri)
-    text = _with_params(recipe, best.params, f"{recipe.name}{BEST}").to_yaml()
-    (folder.path / BEST_RECIPE_FILE).write_text(text, encoding="utf-8")
-    folder.push(BEST_RECIPE_FILE)
-    return Sweep(trials, best.name, f"{recipe.run_uri}/{BEST_RECIPE_FILE}", _doubt(recipe, trials))
-
-
-def _doubt(recipe: Recipe, trials: list[Trial]) -> str | None:
-    """Compare the best trial with the next one that was evaluated to its end, pair by pair."""
-    scored = []
-    for trial in trials:
-        pairs = read_pair_scores(RunFolder(f"{recipe.run_uri}/{TRIALS}/{trial.name}"), EVAL_PAIRS_FILE)
-        if pairs is not None:
-            scored.append((trial.name, pairs))
-    if len(scored) < 2 or scored[0][0] != trials[0].name:
-        return None
-    return doubt_between(scored[0], scored[1], recipe.tune.metric)
-
-
-def _tuner(base: Recipe, search: dict[str, SearchRange], num_steps: int, every: int, together: int) -> tune.Tuner:
-    section = base.tune
-    scheduler: TrialScheduler = FIFOScheduler()
-    if section.scheduler == "asha":
-        scheduler = ASHAScheduler(
-            time_attr="step",
-            max_t=num_steps,
-            grace_period=min(section.grace_evals * every, num_steps),
-            reduction_factor=3,
-        )
-    return tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(_run_trial, recipe=base.model_dump(mode="json")), {"cpu": DRIVER_CPUS}
-        ),
-        param_space={key: _domain(values) for key, values in search.items()},
-        tune_config=tune.TuneConfig(
-            metric=section.metric,
-            mode=section.mode,
-            scheduler=scheduler,
-            # Tune does not count the resources of the trials' workers, so this limits how many run at a time.
-            search_alg=BasicVariantGenerator(max_concurrent=together, random_state=section.seed),
-            num_samples=section.num_trials,
-            trial_dirname_creator=lambda trial: f"tune-{trial.trial_id}",
-        ),
-        run_config=tune.RunConfig(
-            **storage_of(base),
-            verbose=0,
-            log_to_file=False,
-            callbacks=[TrialLogger(section.metric)],
-        ),
-    )
-
-
-class TrialLogger(tune.Callback):
-    """Prints one line for every evaluation of every trial."""
-
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if self.metric in result:
-            line = f"{trial.trial_id}  step {result['step']}  {self.metric} {result[self.metric]:.4f}"
-            # Made here because Tune pickles its callbacks and a console cannot be pickled.
-            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
-
-
-def _run_trial(params: dict[str, float], recipe: dict[str, Any]) -> None:
-    """Train one trial under its own name and report its evaluations to Tune."""
-    parsed = parse_recipe(recipe)
-    name = f"{parsed.name}/{TRIALS}/{tune.get_context().get_trial_id()}"
-    launch_training(_with_params(parsed, params, name), Console(quiet=True), callbacks=[TuneReportCallback()])
-
-
-def _with_params(recipe: Recipe, params: dict[str, float], name: str) -> Recipe:
-    raw = recipe.model_dump(mode="json") | {"name": name}
-    for key, value in params.items():
-        section, _, field = key.partition(".")
-        raw[section][field] = value
-    return parse_recipe(raw)
-
-
-def _domain(search: SearchRange) -> Any:
-    if search.choices:
-        return tune.choice(search.choices)
-    assert search.low is not None
-    assert search.high is not None
-    return (tune.loguniform if search.log else tune.uniform)(search.low, search.high)
-
-
-def _trial(base: Recipe, result: Any) -> Trial:
-    metrics = result.metrics or {}
-    if result.error is not None:
-        status = f"failed: {str(result.error).strip().splitlines()[-1]}"
-    else:
-        status = "finished" if metrics.get("done") and "final" in metrics else "stopped early"
-    config = result.config or {}
-    return Trial(
-        name=str(metrics.get("trial_id", Path(result.path).name)),
-        params={key: config[key] for key in base.search},
-        metric=metrics.get(base.tune.metric),
-        steps=int(metrics.get("step", 0)),
-        status=status,
-    )
-
-
-def _rank(trial: Trial, mode: str) -> float:
-    if trial.metric is None:
-        return float("inf")
-    return -trial.metric if mode == "max" else trial.metric

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.data.from_recipe import encoder_of, run_data
+from orpo_ray.data.from_recipe import RunRows, encoder_of, run_data
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.ray_cluster.start import start_ray
@@ -103,7 +103,12 @@ class _RunTrainer(DataParallelTrainer):
 
 
 def launch_training(
-    recipe: Recipe, console: Console, callbacks: list[Any] | None = None, from_checkpoint: str | None = None
+    recipe: Recipe,
+    console: Console,
+    callbacks: list[Any] | None = None,
+    from_checkpoint: str | None = None,
+    data: RunRows | None = None,
+    together: int = 1,
 ) -> RunSummary:
     """Train a recipe to its end. If its run folder holds a whole checkpoint, resume from the newest.
 
@@ -112,6 +117,8 @@ def launch_training(
         console: where to print.
         callbacks: callbacks for Ray Train.
         from_checkpoint: name, path or URI of the checkpoint to resume from instead; newer ones are deleted.
+        data: what `run_data` returns for the recipe, if it is known already.
+        together: number of such runs that share the cluster.
 
     Raises:
         UserError: the recipe, its data, model or cluster do not work, or another run writes to the run folder.
@@ -125,9 +132,9 @@ def launch_training(
     saved = check_run_folder(recipe, folder)
     if saved and folder.has_model(FINAL):
         return _finished(folder, from_checkpoint)
-    read, held_out = run_data(recipe)
+    read, held_out = data or run_data(recipe)
     folder.make()
-    resources = _divide_cluster(recipe, folder, console)
+    resources = _divide_cluster(recipe, folder, console, together)
     status = start_status()
     display = ProgressDisplay(status, console)
     checked = start_model_check(recipe, saved)
@@ -190,7 +197,7 @@ def _finished(folder: RunFolder, from_checkpoint: str | None) -> RunSummary:
     return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
 
 
-def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console) -> Resources:
+def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console, together: int) -> Resources:
     """Start or join Ray, and divide its cluster among the workers and the data."""
     try:
         start_ray()
@@ -198,7 +205,7 @@ def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console) -> Reso
         folder.drop_if_empty()
         raise
     nodes = fitting_nodes(recipe.scaling, ray.nodes())
-    resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
+    resources = worker_resources(recipe, ray.cluster_resources(), runs=together, nodes=nodes)
     if (crowd := too_many_workers(recipe, ray.cluster_resources())) is not None:
         console.print(f"[yellow]warning:[/yellow] {crowd}", highlight=False, soft_wrap=True)
     return resources
