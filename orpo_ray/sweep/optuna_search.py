@@ -53,8 +53,7 @@ class OptunaSampler:
                 study_name=name,
                 directions=[DIRECTIONS[mode] for mode in modes],
             )
-        names = [tune.metric, *([tune.second_metric] if tune.second_metric else [])]
-        self._study.set_metric_names(names)
+            self._study.set_metric_names([tune.metric, *([tune.second_metric] if tune.second_metric else [])])
         self._distributions = {each.key: _distribution(each) for each in space}
         self._asked: dict[int, Any] = {}
         """Number of a trial that is not over -> Optuna's trial."""

@@ -96,9 +96,7 @@ def test_optunas_storage_has_every_trial_with_its_values_and_state(tmp_path: Pat
 
 
 def test_two_metrics_leave_the_trials_that_no_other_beats(tmp_path: Path) -> None:
-    recipe = sweep_recipe(
-        tmp_path, searcher="tpe", num_trials=12, scheduler="none", second_metric="eval/grounding_gap"
-    )
+    recipe = sweep_recipe(tmp_path, searcher="tpe", num_trials=12, scheduler="none", second_metric="eval/grounding_gap")
     record = search(recipe)
     front = record.front()
     assert record.ranked()[0] in front
