@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,8 @@ def make_scheduler(tune: TuneConfig, every: int, num_steps: int, is_length_fixed
         longest = num_steps if is_length_fixed else LONGER * num_steps
         scheduler = ASHAScheduler(max_t=longest, reduction_factor=REDUCTION, **options)
     elif tune.scheduler == "median":
-        scheduler = MedianStoppingRule(min_samples_required=MEDIAN_OF, **options)
+        # Without a time slice that ends, Tune would pause a trial for others to begin, and a run cannot be paused.
+        scheduler = MedianStoppingRule(min_samples_required=MEDIAN_OF, min_time_slice=math.inf, **options)
     elif tune.scheduler == "pbt":
         return PopulationScheduler(board)
     else:

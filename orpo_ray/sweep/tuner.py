@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ UNLIMITED = 1_000_000
 """Trials, for Tune; the board says when there are no more."""
 # Tune would print a screenful every few seconds; and it would refuse reports without the metric, as those of a
 # checkpoint are.
+TRACEBACKS = ("Traceback", "ray::", "Failure #")
 VARIABLES = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
 
 
@@ -124,9 +126,10 @@ def error_text(error: BaseException | None) -> str:
     """Return the first line of what an error says, without the traceback that Ray puts before it."""
     cause = getattr(error, "cause", None)
     found = cause if isinstance(cause, BaseException) else error
-    lines = [line.strip() for line in str(found).strip().splitlines() if line.strip()]
+    lines = [line.rstrip() for line in str(found).splitlines() if line.strip()]
     if not lines:
         return type(found).__name__
-    if lines[0].startswith(("Traceback", "ray::", "Failure #")):
-        lines = [line for line in lines if line[:1].isalpha() and not line.startswith(("Traceback", "ray::"))][-1:]
-    return (lines or [type(found).__name__])[0]
+    if not lines[0].startswith(TRACEBACKS):
+        return lines[0].strip()
+    said = [line for line in lines if line[0].isalpha() and not line.startswith(TRACEBACKS)]
+    return re.sub(r"^(\w+\.)+", "", said[-1] if said else type(found).__name__)
