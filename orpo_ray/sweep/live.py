@@ -20,6 +20,8 @@ from orpo_ray.sweep.record import STEP, Trial
 from orpo_ray.sweep.space import Space, short_keys
 
 REFRESH_SECONDS = 1.0
+OVERDUE = 0.1
+"""Of the mean time of a trial: what is left of one that takes longer than the mean."""
 ROWS = 20
 """Of the live table."""
 TAIL_BYTES = 1 << 14
@@ -137,8 +139,8 @@ class SweepDisplay:
         text = f"{len(over)} of {total} trials over"
         if over:
             mean = sum(trial.seconds for trial in over) / len(over)
-            spent = sum(trial.seconds for trial in record.trials if not trial.is_over)
-            left = max(0.0, (total - len(over)) * mean - spent) / board.together
+            begun = [max(mean - trial.seconds, OVERDUE * mean) for trial in record.trials if not trial.is_over]
+            left = (sum(begun) + (total - len(record.trials)) * mean) / board.together
             if record.tune.max_hours is not None:
                 left = min(left, max(0.0, 3600 * record.tune.max_hours - board.seconds))
             text += f", about {duration(left)} left"

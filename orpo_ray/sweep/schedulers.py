@@ -53,7 +53,8 @@ def replay(scheduler: TrialScheduler, trials: Sequence[Trial]) -> None:
             known: Any = EarlierTrial(trial_id=f"earlier-{trial.name}")
             scheduler.on_trial_add(None, known)
             for line in trial.history:
-                scheduler.on_trial_result(None, known, dict(line))
+                if scheduler.on_trial_result(None, known, dict(line)) == TrialScheduler.STOP:
+                    break
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from orpo_ray.training.launch import storage_of
 
 UNLIMITED = 1_000_000
 """Trials, for Tune; the board says when there are no more."""
+TRACEBACKS = ("Traceback", "ray::", "Failure #")
 # Tune would print a screenful every few seconds; and it would refuse reports without the metric, as those of a
 # checkpoint are.
-TRACEBACKS = ("Traceback", "ray::", "Failure #")
 VARIABLES = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
 
 

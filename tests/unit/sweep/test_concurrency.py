@@ -29,7 +29,7 @@ from support.planted_sweeps import METRIC, folder_of, sweep_recipe
         ([{"CPU": 32.0, "GPU": 2.0}], {"gpus_per_worker": 0.3}, 6),
         ([{"CPU": 16.0, "GPU": 1.0}, {"CPU": 16.0, "GPU": 1.0}], {"gpus_per_worker": 0.5}, 4),
         ([{"CPU": 32.0, "GPU": 4.0}], {"gpus_per_worker": 0}, 8),
-        ([{"CPU": 3.0, "GPU": 8.0}], {"cpus_per_worker": 1}, 1),
+        ([{"CPU": 3.0, "GPU": 8.0}], {"cpus_per_worker": 1}, 2),
     ],
     ids=str,
 )

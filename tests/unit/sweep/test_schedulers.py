@@ -83,5 +83,5 @@ def test_the_error_of_a_trial_is_its_first_line_without_the_traceback() -> None:
 
     assert error_text(Wrapped("ray::f() ...\nTraceback")) == "the loss is not finite"
     text = "Traceback (most recent call last):\n  File x\n    y()\norpo_ray.errors.UserError: a: wrong\n  fix: b"
-    assert error_text(RuntimeError(text)) == "orpo_ray.errors.UserError: a: wrong"
+    assert error_text(RuntimeError(text)) == "UserError: a: wrong"
     assert error_text(RuntimeError("")) == "RuntimeError"
