@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,8 @@ TRACEBACKS = ("Traceback", "ray::", "Failure #")
 # Tune would print a screenful every few seconds; and it would refuse reports without the metric, as those of a
 # checkpoint are.
 VARIABLES = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
+SLOW_STEPS = "ray.tune.utils.util"
+"""The logger with which Tune warns of its own slowness, as on a busy machine."""
 
 
 def run_trials(
@@ -41,6 +44,7 @@ def run_trials(
         display: shows them.
     """
     os.environ.update(VARIABLES)
+    logging.getLogger(SLOW_STEPS).setLevel(logging.ERROR)
     function = tune.with_parameters(
         trainable, recipe=recipe.model_dump(mode="json"), data=data, together=board.together
     )
