@@ -108,8 +108,7 @@ class Board:
             found = self._population.successor(trial)
             if found is None:
                 return False
-            params, donor = found
-            successor = self.record.new(params, donor, trial.step)
+            successor = self.record.new(*found)
             successor.state = "interrupted"
             self._waiting.append(successor)
             self._replaced.add(number)

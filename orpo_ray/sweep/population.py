@@ -13,7 +13,7 @@ import numpy as np
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.tune_schema import LEAST_POPULATION
 from orpo_ray.errors import UserError
-from orpo_ray.sweep.record import Record, Trial
+from orpo_ray.sweep.record import STEP, Record, Trial
 from orpo_ray.sweep.space import Dimension, Params, Space
 
 QUARTER = 0.25
@@ -62,25 +62,35 @@ class Population:
     def __init__(self, space: Space, record: Record) -> None:
         self._space, self._record = space, record
 
-    def successor(self, trial: Trial) -> tuple[Params, Trial] | None:
-        """Return the values of a trial's successor and the trial whose checkpoint it begins with; None to go on.
+    def successor(self, trial: Trial) -> tuple[Params, Trial, int] | None:
+        """Return the values of a trial's successor, the trial whose checkpoint it begins with and the step of that.
+
+        None if the trial should go on.
 
         Args:
-            trial: was evaluated just now. Others may have been evaluated at the same step before it; they are
-                compared, whether they still run or not.
+            trial: was evaluated just now. It is compared at the last of its evaluations at which enough others were
+                evaluated, whether they still run or not.
         """
-        metric, step = self._record.tune.metric, trial.step
-        sign = 1.0 if self._record.tune.direction == "max" else -1.0
-        scored = [(each, each.value_at(metric, step)) for each in self._record.trials if each.state != "failed"]
-        ranked = sorted(
-            (sign * value, -each.number, each) for each, value in scored if value is not None
-        )  # worst first
-        quarter = math.floor(QUARTER * len(ranked))
-        if len(ranked) < LEAST_POPULATION or trial.number not in [each.number for *_, each in ranked[:quarter]]:
+        for line in reversed(trial.history):
+            ranked = self._ranked_at(int(line[STEP]))
+            if len(ranked) >= LEAST_POPULATION:
+                break
+        else:
             return None
-        rng = np.random.default_rng([self._record.tune.seed, trial.number, step])
-        donor = ranked[len(ranked) - 1 - rng.integers(quarter)][-1]
-        return {each.key: _changed(each, donor.params[each.key], rng) for each in self._space}, donor
+        quarter = math.floor(QUARTER * len(ranked))
+        if trial.number not in [each.number for each in ranked[:quarter]]:
+            return None
+        rng = np.random.default_rng([self._record.tune.seed, trial.number, trial.step])
+        donor = ranked[len(ranked) - 1 - rng.integers(quarter)]
+        step = max(int(line[STEP]) for line in donor.history if line[STEP] <= trial.step)
+        return {each.key: _changed(each, donor.params[each.key], rng) for each in self._space}, donor, step
+
+    def _ranked_at(self, step: int) -> list[Trial]:
+        """Return the trials that were evaluated at a step, worst first."""
+        metric, sign = self._record.tune.metric, 1.0 if self._record.tune.direction == "max" else -1.0
+        scored = [(each, each.value_at(metric, step)) for each in self._record.trials if each.state != "failed"]
+        ranked = sorted((sign * value, -each.number, each) for each, value in scored if value is not None)
+        return [each for *_, each in ranked]
 
 
 def _changed(dimension: Dimension, value: object, rng: np.random.Generator) -> object:

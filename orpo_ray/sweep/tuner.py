@@ -18,6 +18,7 @@ from orpo_ray.sweep.board import Board
 from orpo_ray.sweep.budget import BudgetStopper
 from orpo_ray.sweep.concurrency import DRIVER_CPUS
 from orpo_ray.sweep.live import SweepDisplay
+from orpo_ray.sweep.record import STEP
 from orpo_ray.sweep.trial_run import TrialSpec, trainable
 from orpo_ray.training.launch import storage_of
 
@@ -109,8 +110,8 @@ class Watch(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A trial reports: an evaluation, or a checkpoint."""
         number = trial.config["number"]
-        before = self._board.record.trial(number).step
-        if self._board.result(number, result).step != before:
+        self._board.result(number, result)
+        if STEP in result:
             self._display.evaluated(number)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

@@ -76,7 +76,7 @@ def _is_in_the_middle(record: Path) -> bool:
 
 
 def test_population_based_training_exploits(tmp_path: Path) -> None:
-    path = sweep_recipe(tmp_path, "pbt", num_trials=4, scheduler="pbt", max_concurrent=2)
+    path = sweep_recipe(tmp_path, "pbt", steps=20, num_trials=4, scheduler="pbt", max_concurrent=4)
     result = orpo_ray("tune", str(path), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = table(tmp_path, "pbt")

@@ -77,6 +77,19 @@ def test_trials_one_after_another_are_compared_too(tmp_path: Path) -> None:
     assert board.is_replaced(3)
 
 
+def test_the_worst_is_replaced_though_it_was_evaluated_first(tmp_path: Path) -> None:
+    board = board_of(tmp_path)
+    for number, value in enumerate([0.1, 0.9, 0.7, 0.5]):
+        board.next_trial()
+        board.result(number, {"step": 10, METRIC: value})
+        assert not board.is_replaced(number)
+    board.result(1, {"step": 20, METRIC: 0.95})
+    board.result(0, {"step": 20, METRIC: 0.2})  # at step 20 there are two; at step 10, four
+    assert board.is_replaced(0)
+    successor = board.record.trials[-1]
+    assert (successor.parent, successor.parent_step) == (1, 20)
+
+
 @pytest.mark.parametrize(
     ("search", "sections", "expected"),
     [
