@@ -134,6 +134,10 @@ def test_what_a_run_writes_to_its_folder_is_reserved() -> None:
         run_folder.EVAL_PAIRS_START_FILE,
         run_folder.ENVIRONMENT_FILE,
         run_folder.REPORT_FILE,
+        run_folder.SWEEP_FILE,
+        run_folder.SWEEP_PAGE,
+        run_folder.TRIALS_TABLE,
+        run_folder.OPTUNA_FILE,
         lease.LEASE_FILE,
     )
     assert {*files, check.PAGE_FILE, prepare.PREPARED, export.EXPORT, f"{export.EXPORT}-adapter", "wandb"} == set(
