@@ -39,7 +39,7 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def test_a_sweep_whose_driver_is_killed_goes_on_and_has_the_same_best(tmp_path: Path) -> None:
-    options = {"num_trials": 4, "scheduler": "none"}
+    options = {"num_trials": 3, "scheduler": "none"}
     whole = orpo_ray("tune", str(sweep_recipe(tmp_path, "whole", **options)), cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     path, record = sweep_recipe(tmp_path, "killed", **options), tmp_path / "runs" / "killed" / "sweep.json"
