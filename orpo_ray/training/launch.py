@@ -47,6 +47,8 @@ START_FAILURES = 3
 """Failed starts of workers, of a minute each, after which a run ends."""
 ELASTIC_START_FAILURES = 30
 """The same for a number of workers that changes. One fails whenever a node is lost while workers start."""
+TRIAL_START_FAILURES = 120
+"""The same for a trial: the trials of another sweep may hold the cluster for as long as they take."""
 
 
 END_SECONDS = 10.0
@@ -233,6 +235,7 @@ def _or_fail(prepare: Callable[[], None], status: Any) -> None:
 def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any], lease: Lease) -> None:
     os.environ.update(waiting_variables(recipe.scaling))  # Ray Train reads them here, and gives them to its controller
     count = recipe.scaling.num_workers
+    start_failures = START_FAILURES if isinstance(count, int) else ELASTIC_START_FAILURES
     trainer = _RunTrainer(
         train_worker,
         is_trial=bool(callbacks),
@@ -254,7 +257,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
                 max_preemption_failures=-1
                 if recipe.scaling.max_preemptions is None
                 else recipe.scaling.max_preemptions,
-                controller_failure_limit=START_FAILURES if isinstance(count, int) else ELASTIC_START_FAILURES,
+                controller_failure_limit=TRIAL_START_FAILURES if callbacks else start_failures,
             ),
             callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s), TellPlaced(status)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
