@@ -23,7 +23,7 @@ from orpo_ray.console import console
 if TYPE_CHECKING:
     from orpo_ray.evaluation.evaluate_run import Evaluation as Scored
     from orpo_ray.exporting.export import Exported
-    from orpo_ray.training.sweep import Sweep
+    from orpo_ray.sweep.outcome import Sweep
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 Overrides = Mapping[str, Any]
@@ -126,20 +126,21 @@ def train(recipe: RecipeLike, overrides: Overrides | None = None, *, from_checkp
     return Run(summary.run_uri, summary.metrics, write_report([summary.run_uri]))
 
 
-def tune(recipe: RecipeLike, overrides: Overrides | None = None) -> Sweep:
-    """Search hyperparameters, as the recipe's section `tune` says.
+def tune(recipe: RecipeLike, overrides: Overrides | None = None, *, price_per_hour: Sequence[str] = ()) -> Sweep:
+    """Search recipe fields, as the recipe's section `tune` says, or go on with a search that was interrupted.
 
     Args:
         recipe: the recipe.
         overrides: fields to override.
+        price_per_hour: prices of GPUs for `tune.max_cost`, such as `H100=2.50`.
 
     Raises:
         UserError: the search, the data or the cluster do not work.
         TrainingFailed: no trial was evaluated.
     """
-    from orpo_ray.training.sweep import run_sweep
+    from orpo_ray.sweep.run import run_sweep
 
-    return run_sweep(as_recipe(recipe, overrides), console)
+    return run_sweep(as_recipe(recipe, overrides), console, price_per_hour)
 
 
 def evaluate(

@@ -125,13 +125,13 @@ def train(
 
 
 @app.command()
-def tune(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Search hyperparameters with Ray Tune; every trial is an ordinary training run."""
+def tune(recipe: RecipeFile, overrides: Overrides = None, price_per_hour: Prices = None) -> None:
+    """Search recipe fields with Ray Tune; run the same command again to go on. Every trial is an ordinary run."""
     loaded = _load_for_ray(recipe, overrides)
     searched = list(loaded.search)
-    from orpo_ray.training.sweep import run_sweep
+    from orpo_ray.sweep.run import run_sweep
 
-    print_sweep(run_sweep(loaded, console), searched, loaded.tune.metric)
+    print_sweep(run_sweep(loaded, console, price_per_hour or ()), searched, loaded.tune.metric)
 
 
 @app.command()

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # `orpo-ray --help` must not import these
     from orpo_ray.data_report.prepare import Prepared
     from orpo_ray.doctor.finding import Finding
     from orpo_ray.exporting.export import Exported
+    from orpo_ray.sweep.outcome import Sweep
     from orpo_ray.training.launch import RunSummary
-    from orpo_ray.training.sweep import Sweep
 
 console = Console(stderr=True)
 
@@ -109,13 +109,19 @@ def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:
         justify: Any = "left" if column in ("trial", "status") else "right"
         table.add_column(_header(column), justify=justify)
     for trial in sweep.trials:
-        figures = [f"{value:.3g}" for value in trial.params.values()]
+        figures = [escape(value) for value in trial.params.values()]
         metric = "-" if trial.metric is None else f"{trial.metric:.4f}"
         style = "green" if trial.name == sweep.best else None
         table.add_row(trial.name, *figures, metric, str(trial.steps), escape(trial.status), style=style)
     console.print(table)
+    if sweep.ended_by:
+        text = f"the search ended before its trials did: {sweep.ended_by}; the same command goes on"
+        console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+    if sweep.front:
+        print_line(f"not beaten in both metrics: {', '.join(sweep.front)}")
     if sweep.doubt:
         console.print(f"[yellow]warning:[/yellow] {escape(sweep.doubt)}", highlight=False, soft_wrap=True)
+    print_line(f"page         {sweep.page}")
     print_line(f"best recipe  {sweep.best_recipe}")
     print_line(f"train it     {shlex.join(['orpo-ray', 'train', sweep.best_recipe])}")
 

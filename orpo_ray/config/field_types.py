@@ -6,6 +6,7 @@ They raise ValueError, which pydantic reports.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from typing import Annotated, Any, Literal
@@ -20,7 +21,8 @@ MAX_NAME = 100  # characters of a run's name; the names of its trials and files 
 RESERVED_NAMES = (
     "best_recipe.yaml", "bad_rows.jsonl", "data", "data.json", "data_check.html", "data_check.json",
     "environment.json", "eval_pairs.parquet", "eval_pairs_start.parquet", "export", "export-adapter", "final",
-    "lease.json", "metrics.jsonl", "recipe.yaml", "report.html", "trials", "wandb",
+    "lease.json", "metrics.jsonl", "optuna.journal", "recipe.yaml", "report.html", "sweep.html", "sweep.json", "trials",
+    "trials.csv", "wandb",
 )  # fmt: skip
 PARTS = ("language", "connector", "vision")
 FORMATS = (
@@ -44,6 +46,17 @@ def as_number(value: Any) -> Any:
     if isinstance(value, int | float) and abs(value) > LARGEST:
         raise ValueError(f"Input should be a number of at most {LARGEST:g}")
     return value
+
+
+def as_choice(value: Any) -> Any:
+    """Convert text that is a number, as `as_number` does, and check the rest; its field decides the type."""
+    if isinstance(value, str):
+        return as_number(value) if len(value) <= 40 and _NUMBER.fullmatch(value) else _check_text(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if not math.isfinite(value):
+        raise ValueError("Input should be a finite number")
+    return as_number(value)
 
 
 def _check_text(value: str) -> str:

@@ -101,7 +101,20 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         )
     if key.count(".") >= MAX_DEPTH:
         raise UserError("no field has a name of so many parts", field="command line", value=key, fix=_FIX_NAME)
-    value = parse_yaml(text, field=preview(key).strip("'"))
+    set_field(raw, key, parse_yaml(text, field=preview(key).strip("'")))
+
+
+def set_field(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a field of a raw recipe, in place.
+
+    Args:
+        raw: the recipe as a mapping.
+        key: the field, such as `optim.learning_rate`. Sections that are missing are made.
+        value: its value.
+
+    Raises:
+        UserError: a part of the key is no section.
+    """
     *parents, last = key.split(".")
     section = raw
     for parent in parents:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from orpo_ray.config.field_types import NUMBER, Float, OtherImage
-from orpo_ray.config.schema import Config, SearchRange, TuneConfig
+from orpo_ray.config.schema import Config
+from orpo_ray.config.tune_schema import GROUNDING_GAP, SearchRange, TuneConfig
 from orpo_ray.errors import UserError
 
 
@@ -152,20 +153,46 @@ Objective = Annotated[
 ]
 
 
+# What a search may not change, with the reason.
+NOT_SEARCHED = {
+    "name": "it names the run",
+    "tune": "it is the search itself",
+    "checkpoint": "it does not change what a run learns",
+    "tracking": "it does not change what a run learns",
+    "scaling": "it does not change what a run learns",
+    "eval": "trials that are measured in different ways cannot be compared",
+    "data.eval": "trials that are measured on different pairs cannot be compared",
+    "data.eval_fraction": "trials that are measured on different pairs cannot be compared",
+    "objective.name": "trials with different losses cannot be compared",
+}
+
+
 def check_search(tune: TuneConfig, objective: ObjectiveOptions) -> None:
-    """Raise UserError if a search names an option or a metric that the objective does not have."""
-    floats = [name for name, field in objective.options().model_fields.items() if field.annotation is float]
-    keys = [*(f"{objective.section}.{name}" for name in floats), "optim.learning_rate"]
-    metrics = ["eval/rewards/accuracies", "eval/rewards/margins", "eval/loss", *objective.search_metrics]
-    for field, values, known in (("search", list(tune.search), keys), ("metric", [tune.metric], metrics)):
-        for value in values:
-            if value not in known:
-                near = difflib.get_close_matches(value, known, n=1, cutoff=0.8)
-                fix = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
-                if field == "search":
-                    fix += "; tune.search={} searches beta and the learning rate"
-                problem = f"'{value}' does not exist with the objective {objective.title}"
-                raise UserError(problem, field=f"tune.{field}", fix=fix)
+    """Raise UserError if a search names a field that it cannot change, or a metric that the objective does not have."""
+    metrics = ["eval/rewards/accuracies", "eval/rewards/margins", "eval/loss", GROUNDING_GAP, *objective.search_metrics]
+    for field, metric in (("metric", tune.metric), ("second_metric", tune.second_metric)):
+        if metric is not None and metric not in metrics:
+            problem = f"'{metric}' does not exist with the objective {objective.title}"
+            raise UserError(problem, field=f"tune.{field}", fix=_nearest(metric, metrics))
+    for key in tune.search:
+        section, _, option = key.partition(".")
+        for forbidden, reason in NOT_SEARCHED.items():
+            if key == forbidden or key.startswith(f"{forbidden}."):
+                raise UserError(f"'{key}' cannot be searched: {reason}", field="tune.search", fix="remove it")
+        if section in ("orpo", "objective") and (
+            section != objective.section or option not in objective.options().model_fields
+        ):
+            known = [f"{objective.section}.{name}" for name in objective.options().model_fields if name != "name"]
+            raise UserError(
+                f"'{key}' does not exist with the objective {objective.title}",
+                field="tune.search",
+                fix=f"{_nearest(key, known)}; tune.search={{}} searches beta and the learning rate",
+            )
+
+
+def _nearest(value: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(value, known, n=1, cutoff=0.8)
+    return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(known)}"
 
 
 def default_search(objective: ObjectiveOptions) -> dict[str, SearchRange]:

@@ -30,10 +30,9 @@ from orpo_ray.config.schema import (
     ModelConfig,
     OptimConfig,
     ScalingConfig,
-    SearchRange,
     TrackingConfig,
-    TuneConfig,
 )
+from orpo_ray.config.tune_schema import SearchRange, TuneConfig
 from orpo_ray.errors import UserError
 
 
@@ -124,13 +123,14 @@ class Recipe(Config):
 
     @property
     def search(self) -> dict[str, SearchRange]:
-        """The ranges that `orpo-ray tune` searches: a recipe key -> its range.
+        """What `orpo-ray tune` searches: a recipe key -> its values. `sweep/space.py` checks the values.
 
         Checked here and not when the recipe is read, so that other commands can switch the objective of a recipe that
         has a search.
 
         Raises:
-            UserError: the search names an option or a metric that the objective does not have.
+            UserError: the search names a field that cannot be searched, or an option or a metric that the objective
+                does not have.
         """
         check_search(self.tune, self.objective)
         return self.tune.search or default_search(self.objective)

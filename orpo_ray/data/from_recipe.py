@@ -22,8 +22,11 @@ WINDOW_ROWS = 4096
 WINDOW_BYTES = 128 << 20
 SMALLEST_WINDOW = 64
 
+RunRows = tuple[ReadSpec, ReadSpec | None]
+"""The training rows of a run, and its held-out rows if there are any."""
 
-def run_data(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
+
+def run_data(recipe: Recipe) -> RunRows:
     """Return all training rows of a run, and its held-out rows if there are any.
 
     Raises:

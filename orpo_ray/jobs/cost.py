@@ -9,6 +9,7 @@ from typing import Any
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
+from orpo_ray.planning.gpus import is_type
 from orpo_ray.planning.imports import uncollected
 
 
@@ -37,7 +38,7 @@ def cost_lines(recipe: Recipe, prices: Sequence[str]) -> list[str]:
 
 
 def _lines(report: Mapping[str, Any], accelerator: str | None) -> list[str]:
-    wanted = [each for each in report["gpus"] if accelerator is None or _is_type(each["gpu"], accelerator)]
+    wanted = [each for each in report["gpus"] if accelerator is None or is_type(each["gpu"], accelerator)]
     fitting = sorted((each for each in wanted if each["recipe"]), key=lambda each: float(each["recipe"]["cost"]))
     if not wanted:
         return [f"not estimated: `orpo-ray plan` knows no {accelerator}"]
@@ -58,10 +59,3 @@ def _line(each: Mapping[str, Any]) -> str:
     money = f"${cost:,.2f}" if cost >= 0.01 else "less than $0.01"
     price = f"${each['price_per_hour']:.2f} per GPU and hour"
     return f"about {time} and {money} on {estimate['workers']} x {each['gpu']} ({price})"
-
-
-def _is_type(name: str, accelerator: str) -> bool:
-    """Whether a GPU type of the plan is one of Ray's accelerator types, such as `A100-80G` or `H100`."""
-    plan, ray = (text.lower().replace("gb", "").removesuffix("g").split("-") for text in (name, accelerator))
-    plan[0], ray[0] = plan[0].removesuffix("g"), ray[0].removesuffix("g")  # A10G
-    return plan[0] == ray[0] and (len(ray) == 1 or len(plan) == 1 or plan[1:] == ray[1:])

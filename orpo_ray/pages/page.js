@@ -73,6 +73,20 @@
     apply();
   }
 
+  // Show one trial of a sweep in all plots: the one under the pointer or the focus, or else the selected one.
+  const trials = all("[data-trial]");
+  let selected = "";
+  const light = (name) => {
+    document.documentElement.classList.toggle("lighting", name !== "");
+    for (const mark of trials) mark.classList.toggle("lit", name !== "" && mark.dataset.trial === name);
+  };
+  for (const mark of trials) {
+    const name = mark.dataset.trial;
+    for (const event of ["pointerenter", "focus"]) mark.addEventListener(event, () => light(name));
+    for (const event of ["pointerleave", "blur"]) mark.addEventListener(event, () => light(selected));
+    mark.addEventListener("click", () => { selected = selected === name ? "" : name; light(selected); });
+  }
+
   // Enlarge images; the arrow keys go through all visible ones.
   const viewer = one("#viewer");
   const image = document.createElement("img");

@@ -73,3 +73,10 @@ def gpus_with_prices(prices: Sequence[str]) -> tuple[Gpu, ...]:
         key = name.lower() if name.lower() in known else found[0]
         known[key] = replace(known[key], price=price)
     return tuple(known.values())
+
+
+def is_type(name: str, accelerator: str) -> bool:
+    """Whether a GPU type of the plan is one of Ray's accelerator types, such as `A100-80G` or `H100`."""
+    plan, ray = (text.lower().replace("gb", "").removesuffix("g").split("-") for text in (name, accelerator))
+    plan[0], ray[0] = plan[0].removesuffix("g"), ray[0].removesuffix("g")  # A10G
+    return plan[0] == ray[0] and (len(ray) == 1 or len(plan) == 1 or plan[1:] == ray[1:])

@@ -31,6 +31,11 @@ EVAL_PAIRS_FILE = "eval_pairs.parquet"  # scores of each held-out pair by the fi
 EVAL_PAIRS_START_FILE = "eval_pairs_start.parquet"  # the same by the model before the first step
 BEST_RECIPE_FILE = "best_recipe.yaml"
 TRIALS = "trials"
+# Of a sweep.
+SWEEP_FILE = "sweep.json"  # what every trial was given and reached, from which an interrupted sweep goes on
+SWEEP_PAGE = "sweep.html"
+TRIALS_TABLE = "trials.csv"
+OPTUNA_FILE = "optuna.journal"
 # Report of `orpo-ray data check`, which `orpo-ray plan` reads.
 DATA_CHECK_FILE = "data_check.json"
 # Of a model folder and of an adapter folder, the file that is written last: if it exists, the folder is complete.

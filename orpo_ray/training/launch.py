@@ -18,7 +18,7 @@ from rich.console import Console
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.data.from_recipe import encoder_of, run_data
+from orpo_ray.data.from_recipe import RunRows, encoder_of, run_data
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.ray_cluster.start import start_ray
@@ -47,6 +47,8 @@ START_FAILURES = 3
 """Failed starts of workers, of a minute each, after which a run ends."""
 ELASTIC_START_FAILURES = 30
 """The same for a number of workers that changes. One fails whenever a node is lost while workers start."""
+TRIAL_START_FAILURES = 120
+"""The same for a trial: the trials of another sweep may hold the cluster for as long as they take."""
 
 
 END_SECONDS = 10.0
@@ -103,7 +105,12 @@ class _RunTrainer(DataParallelTrainer):
 
 
 def launch_training(
-    recipe: Recipe, console: Console, callbacks: list[Any] | None = None, from_checkpoint: str | None = None
+    recipe: Recipe,
+    console: Console,
+    callbacks: list[Any] | None = None,
+    from_checkpoint: str | None = None,
+    data: RunRows | None = None,
+    together: int = 1,
 ) -> RunSummary:
     """Train a recipe to its end. If its run folder holds a whole checkpoint, resume from the newest.
 
@@ -112,6 +119,8 @@ def launch_training(
         console: where to print.
         callbacks: callbacks for Ray Train.
         from_checkpoint: name, path or URI of the checkpoint to resume from instead; newer ones are deleted.
+        data: what `run_data` returns for the recipe, if it is known already.
+        together: number of such runs that share the cluster.
 
     Raises:
         UserError: the recipe, its data, model or cluster do not work, or another run writes to the run folder.
@@ -125,9 +134,9 @@ def launch_training(
     saved = check_run_folder(recipe, folder)
     if saved and folder.has_model(FINAL):
         return _finished(folder, from_checkpoint)
-    read, held_out = run_data(recipe)
+    read, held_out = data or run_data(recipe)
     folder.make()
-    resources = _divide_cluster(recipe, folder, console)
+    resources = _divide_cluster(recipe, folder, console, together)
     status = start_status()
     display = ProgressDisplay(status, console)
     checked = start_model_check(recipe, saved)
@@ -190,7 +199,7 @@ def _finished(folder: RunFolder, from_checkpoint: str | None) -> RunSummary:
     return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
 
 
-def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console) -> Resources:
+def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console, together: int) -> Resources:
     """Start or join Ray, and divide its cluster among the workers and the data."""
     try:
         start_ray()
@@ -198,7 +207,7 @@ def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console) -> Reso
         folder.drop_if_empty()
         raise
     nodes = fitting_nodes(recipe.scaling, ray.nodes())
-    resources = worker_resources(recipe, ray.cluster_resources(), nodes=nodes)
+    resources = worker_resources(recipe, ray.cluster_resources(), runs=together, nodes=nodes)
     if (crowd := too_many_workers(recipe, ray.cluster_resources())) is not None:
         console.print(f"[yellow]warning:[/yellow] {crowd}", highlight=False, soft_wrap=True)
     return resources
@@ -226,6 +235,7 @@ def _or_fail(prepare: Callable[[], None], status: Any) -> None:
 def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any], lease: Lease) -> None:
     os.environ.update(waiting_variables(recipe.scaling))  # Ray Train reads them here, and gives them to its controller
     count = recipe.scaling.num_workers
+    start_failures = START_FAILURES if isinstance(count, int) else ELASTIC_START_FAILURES
     trainer = _RunTrainer(
         train_worker,
         is_trial=bool(callbacks),
@@ -247,7 +257,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
                 max_preemption_failures=-1
                 if recipe.scaling.max_preemptions is None
                 else recipe.scaling.max_preemptions,
-                controller_failure_limit=START_FAILURES if isinstance(count, int) else ELASTIC_START_FAILURES,
+                controller_failure_limit=TRIAL_START_FAILURES if callbacks else start_failures,
             ),
             callbacks=[*callbacks, SaveBeforeTeardown(status, recipe.checkpoint.stop_timeout_s), TellPlaced(status)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),

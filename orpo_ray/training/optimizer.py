@@ -56,3 +56,22 @@ def schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: in
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, num_steps - warmup)))))
 
     return LambdaLR(optimizer, factor)
+
+
+def follow_recipe(optimizer: torch.optim.Optimizer, rates: LambdaLR, optim: OptimConfig) -> None:
+    """Set an optimizer whose state was loaded to the recipe's settings.
+
+    The state has others only where a run begins with a checkpoint of another run.
+
+    Args:
+        optimizer: from `adamw`.
+        rates: its schedule.
+        optim: the recipe's section.
+    """
+    rates.base_lrs = [optim.learning_rate] * len(rates.base_lrs)
+    for group, factor in zip(optimizer.param_groups, rates.lr_lambdas, strict=True):
+        group["initial_lr"] = optim.learning_rate
+        group["lr"] = optim.learning_rate * factor(rates.last_epoch)
+        group["betas"], group["eps"] = (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon
+        decays = any(len(whole_shape(weight)) >= 2 for weight in group["params"])
+        group["weight_decay"] = optim.weight_decay if decays else 0.0

@@ -24,7 +24,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.training.consolidated import consolidated
 from orpo_ray.training.divergence import all_finite
-from orpo_ray.training.optimizer import adamw, schedule, state_bytes
+from orpo_ray.training.optimizer import adamw, follow_recipe, schedule, state_bytes
 
 _FOLDER, _STATE_FILE = "engine", "replicated.pt"  # in a checkpoint
 _REDUCED_AT_ONCE = 2**28  # elements of one all-reduce
@@ -56,6 +56,7 @@ class ReplicatedEngine:
             if self._masters[name] is not weight:
                 weight.register_post_accumulate_grad_hook(_Accumulate(self._masters[name]))
         self._state_bytes = state_bytes(sum(weight.numel() for weight in self._trained.values()), recipe.optim)
+        self._optim = recipe.optim
         self.optimizer = adamw(list(self._masters.values()), recipe.optim)
         self._schedule = schedule(self.optimizer, recipe.optim, num_steps)
         self.updates = 0
@@ -135,6 +136,7 @@ class ReplicatedEngine:
         self._update_weights()
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+        follow_recipe(self.optimizer, self._schedule, self._optim)
 
     def consolidated_weights(self, trained_only: bool) -> dict[str, torch.Tensor]:
         """Copy the weights into the main memory of rank 0."""

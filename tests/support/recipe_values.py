@@ -58,6 +58,8 @@ def _good_values(schema: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
         return st.sampled_from(schema["enum"])
     if "const" in schema:
         return st.just(schema["const"])
+    if "type" not in schema:  # anything, such as a choice of a search
+        return ANYTHING
     return _of_type(schema, depth)
 
 

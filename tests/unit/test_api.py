@@ -16,7 +16,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.evaluation.evaluate_run import Evaluation as Scored
 from orpo_ray.evaluation.summary import summarize
 from orpo_ray.exporting.export import Exported
-from orpo_ray.training.sweep import Sweep
+from orpo_ray.sweep.outcome import Sweep
 from support.paths import ROOT
 from support.planted_runs import planted_run
 from support.planted_scores import planted

@@ -12,8 +12,8 @@ import orpo_ray.console as console_module
 from orpo_ray.console import print_check, print_error, print_prepared, print_sweep, print_trained
 from orpo_ray.data_report.prepare import Prepared
 from orpo_ray.errors import UserError
+from orpo_ray.sweep.outcome import Row, Sweep
 from orpo_ray.training.launch import RunSummary
-from orpo_ray.training.sweep import Sweep, Trial
 from support.data_reports import a_report
 
 
@@ -38,7 +38,7 @@ def test_a_report_has_a_column_for_each_split(capsys: pytest.CaptureFixture[str]
 def test_brackets_in_errors_and_results_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     print_error("error", UserError("no [red]such[/red] thing", field="a.b", value="[x]", fix="do [this]"))
     assert printed(capsys) == "error: a.b: no [red]such[/red] thing (found '[x]')\n  fix: do [this]\n"
-    trials = [Trial("one", {"orpo.beta": 0.25}, None, 0, "failed: [Errno 2]")]
+    trials = [Row("one", {"orpo.beta": "0.25"}, None, 0, "failed: [Errno 2]")]
     print_sweep(Sweep(trials, "one", "runs/[a]/best_recipe.yaml"), ["orpo.beta"], "eval/nll_loss")
     text = printed(capsys)
     assert "failed: [Errno 2]" in text
@@ -70,7 +70,7 @@ def test_the_command_after_prepare_names_each_field_once(capsys: pytest.CaptureF
 def test_headers_of_a_narrow_table_of_trials_are_whole_and_doubt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(console_module, "console", Console(file=out, width=60))
-    trials = [Trial("abc12_00000", {"optim.learning_rate": 1e-4, "optim.weight_decay": 0.1}, 0.5, 10, "finished")]
+    trials = [Row("abc12_00000", {"optim.learning_rate": "0.0001", "optim.weight_decay": "0.1"}, 0.5, 10, "finished")]
     doubt = "abc12_00000 cannot be told from def"
     print_sweep(
         Sweep(trials, "one", "best.yaml", doubt), ["optim.learning_rate", "optim.weight_decay"], "eval/nll_loss"

@@ -45,7 +45,7 @@ OVERRIDES = {
     "optim.max_steps=' 10 '": "optim.max_steps: Input should be a valid number (found ' 10 ')",
     "orpo.beta=true": "orpo.beta: Input should be a valid number, not true or false",
     "deepspeed.zero_stage=true": "deepspeed.zero_stage: Input should be a valid number, not true or false",
-    "tune.search={orpo.beta: {choices: [true]}}": "tune.search.orpo.beta.choices.0: Input should be a valid number",
+    "tune.search={orpo.beta: {choices: [.inf]}}": "tune.search.orpo.beta.choices.0: Input should be a finite number",
     "tune.search={orpo.beta: {low: '1_0', high: 20}}": "tune.search.orpo.beta.low: Input should be a valid number",
     "tune.search={orpo.beta: {choices: [" + "9" * 5000 + "]}}": "tune.search: not valid YAML",
     "data.train={a: true}": "data.train.a: Input should be a valid number",
@@ -134,6 +134,10 @@ def test_what_a_run_writes_to_its_folder_is_reserved() -> None:
         run_folder.EVAL_PAIRS_START_FILE,
         run_folder.ENVIRONMENT_FILE,
         run_folder.REPORT_FILE,
+        run_folder.SWEEP_FILE,
+        run_folder.SWEEP_PAGE,
+        run_folder.TRIALS_TABLE,
+        run_folder.OPTUNA_FILE,
         lease.LEASE_FILE,
     )
     assert {*files, check.PAGE_FILE, prepare.PREPARED, export.EXPORT, f"{export.EXPORT}-adapter", "wandb"} == set(

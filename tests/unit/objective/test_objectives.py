@@ -80,7 +80,7 @@ def test_errors_say_what_to_write(sections: dict[str, Any], expected: str) -> No
     [
         ("cpo", "orpo.beta", "eval/loss", "tune.search: 'orpo.beta' does not exist with the objective CPO"),
         ("cpo", "orpo.beta", "eval/loss", "; tune.search={} searches beta and the learning rate"),
-        ("orpo", "objective.beta", "eval/loss", "choose from orpo.beta, orpo.image_beta, optim.learning_rate"),
+        ("orpo", "objective.beta", "eval/loss", "choose from orpo.beta, orpo.nll, orpo.image_beta"),
         ("orpo", "orpo.bet", "eval/loss", "did you mean 'orpo.beta'?"),
         ("orpo", "orpo.beta", "eval/nll_los", "did you mean 'eval/nll_loss'?"),
         ("cpo", "objective.beta", "eval/log_odds_ratio", "tune.metric: 'eval/log_odds_ratio' does not exist with"),
@@ -103,11 +103,11 @@ def test_a_search_is_over_the_options_of_the_objective() -> None:
 
 
 def test_a_trial_trains_with_the_options_it_was_given() -> None:
-    from orpo_ray.training.sweep import _with_params
+    from orpo_ray.sweep.space import with_params
 
     params = {"objective.beta": 0.4, "optim.learning_rate": 1e-5}
-    assert load_objective(_with_params(recipe_of(objective="cpo"), params, "a/trials/1")) == CPO(0.4)
-    assert load_objective(_with_params(recipe_of(), {"orpo.beta": 0.4}, "a/trials/1")) == ORPO(0.4)
+    assert load_objective(with_params(recipe_of(objective="cpo"), params, "a/trials/1")) == CPO(0.4)
+    assert load_objective(with_params(recipe_of(), {"orpo.beta": 0.4}, "a/trials/1")) == ORPO(0.4)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,0 +1,140 @@
+"""Ray Tune around the trials of a sweep. Tune starts and stops them; the board knows and decides the rest."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.from_recipe import RunRows
+from orpo_ray.sweep.board import Board
+from orpo_ray.sweep.budget import BudgetStopper
+from orpo_ray.sweep.concurrency import DRIVER_CPUS
+from orpo_ray.sweep.live import SweepDisplay
+from orpo_ray.sweep.record import STEP
+from orpo_ray.sweep.trial_run import TrialSpec, trainable
+from orpo_ray.training.launch import storage_of
+
+UNLIMITED = 1_000_000
+"""Trials, for Tune; the board says when there are no more."""
+TRACEBACKS = ("Traceback", "ray::", "Failure #")
+# Tune would print a screenful every few seconds; and it would refuse reports without the metric, as those of a
+# checkpoint are.
+VARIABLES = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
+SLOW_STEPS = "ray.tune.utils.util"
+"""The logger with which Tune warns of its own slowness, as on a busy machine."""
+
+
+def run_trials(
+    recipe: Recipe, board: Board, scheduler: TrialScheduler, data: RunRows | None, display: SweepDisplay
+) -> None:
+    """Run the trials of a sweep until none is left or a budget is spent.
+
+    Args:
+        recipe: of the sweep, with what all trials have in common filled in.
+        board: of the sweep.
+        scheduler: ends trials early.
+        data: the rows of the trials; None if they differ.
+        display: shows them.
+    """
+    os.environ.update(VARIABLES)
+    logging.getLogger(SLOW_STEPS).setLevel(logging.ERROR)
+    function = tune.with_parameters(
+        trainable, recipe=recipe.model_dump(mode="json"), data=data, together=board.together
+    )
+    tune.Tuner(
+        tune.with_resources(function, {"cpu": DRIVER_CPUS}),
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler,
+            search_alg=BoardSearcher(board),
+            num_samples=UNLIMITED,
+            trial_name_creator=lambda trial: f"trial-{trial.config['number']:04d}",
+            trial_dirname_creator=lambda trial: f"tune-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            **storage_of(recipe),
+            verbose=0,
+            log_to_file=False,
+            stop=BudgetStopper(board),
+            callbacks=[Watch(board, display)],
+        ),
+    ).fit()
+    board.close()
+
+
+class BoardSearcher(Searcher):
+    """Offers Tune the trials of the board, as many as the cluster has room for; Tune does not count their workers."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__()
+        self._board = board
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the config of the next trial, None to wait, or that there are no more."""
+        trial = self._board.next_trial()
+        if trial is not None:
+            return TrialSpec.of(trial).as_config(trial.number)
+        return Searcher.FINISHED if self._board.is_exhausted else None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Do nothing: `Watch` tells the board."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write an empty file where Tune wants its state: the record is what a sweep resumes from."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing; see `save`."""
+
+
+class Watch(tune.Callback):
+    """Tells the board and the display what happens to the trials."""
+
+    def __init__(self, board: Board, display: SweepDisplay) -> None:
+        self._board, self._display = board, display
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks, and a console cannot be pickled
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial begins."""
+        self._display.began(trial.config["number"])
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """A trial reports: an evaluation, or a checkpoint."""
+        number = trial.config["number"]
+        self._board.result(number, result)
+        if STEP in result:
+            self._display.evaluated(number)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial is over, or was stopped."""
+        self._end(trial, None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial failed."""
+        self._end(trial, error_text(trial.get_pickled_error() or trial.get_error()))
+
+    def _end(self, trial: Any, error: str | None) -> None:
+        self._board.end(trial.config["number"], error)
+        self._display.ended(trial.config["number"])
+
+
+def error_text(error: BaseException | None) -> str:
+    """Return the first line of what an error says, without the traceback that Ray puts before it."""
+    cause = getattr(error, "cause", None)
+    found = cause if isinstance(cause, BaseException) else error
+    lines = [line.rstrip() for line in str(found).splitlines() if line.strip()]
+    if not lines:
+        return type(found).__name__
+    if not lines[0].startswith(TRACEBACKS):
+        return lines[0].strip()
+    said = [line for line in lines if line[0].isalpha() and not line.startswith(TRACEBACKS)]
+    return re.sub(r"^(\w+\.)+", "", said[-1] if said else type(found).__name__)
