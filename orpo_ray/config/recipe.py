@@ -75,6 +75,11 @@ class Recipe(Config):
             raise ValueError(
                 "eval.generate is set but there are no held-out pairs; set data.eval or data.eval_fraction"
             )
+        if self.eval.generate and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "eval.generate needs whole weights on each worker, and deepspeed.zero_stage 3 divides them; set "
+                "eval.generate=0, and after the run: orpo-ray evaluate RUN --generate N"
+            )
         if self.data.eval and self.data.eval_fraction:
             raise ValueError("data.eval and data.eval_fraction are both set; set data.eval_fraction=0 or data.eval={}")
         if conflicts := find_conflicts(self):

@@ -24,7 +24,8 @@ class EvalConfig(Config):
     """Also evaluate before the first step, so that the report shows which pairs improved."""
     generate: Int = Field(0, ge=0, le=1000)
     """Number of held-out pairs whose prompts the model answers at each evaluation and before the first step, greedily
-    and with a seed. The answers go to `generations.jsonl`, to the trackers and into the report."""
+    and with a seed. The answers go to `generations.jsonl`, to the trackers and into the report. Not with
+    `deepspeed.zero_stage` 3."""
     max_new_tokens: Int = Field(64, ge=1)
     """Most tokens of such an answer."""
 

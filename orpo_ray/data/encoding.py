@@ -28,6 +28,8 @@ from orpo_ray.processing.processor import load_processor
 from orpo_ray.processing.prompts import EncodedPrompt, PromptEncoder
 from orpo_ray.storage.files import image_folder
 
+# What processors raise on image sizes that they were not made for.
+REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
 Root = Path | ImageRoot | None  # what image paths are relative to
 
 
@@ -188,6 +190,13 @@ class PairEncoder:
         self._refuse_placeholders(pair)
         return self.render(pair.prompt, add_generation_prompt=True), self._load(pair.images, root)
 
+    def inputs_of(self, text: str, images: list[Image.Image]) -> dict[str, Any]:
+        """Return what the model's own `forward` takes for a rendered prompt. Raises RowError."""
+        try:
+            return self.prompts.model_inputs(text, images)
+        except REFUSALS as error:
+            raise RowError("refused_by_processor", f"{type(error).__name__}: {error}"[:300]) from None
+
     def _draft(self, pair: PreferencePair, root: Root) -> _Draft:
         self.bounds.check(pair)
         self._refuse_placeholders(pair)
@@ -235,8 +244,7 @@ class PairEncoder:
         """Encode prompts together. If the processor refuses, encode each alone; refused ones become a RowError."""
         try:
             return self.prompts.encode(rendered)
-        # What processors raise on image sizes that they were not made for.
-        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        except REFUSALS as error:
             if len(rendered) > 1:
                 return [found for one in rendered for found in self._encode_prompts([one])]
             sizes = ", ".join(f"{image.width} x {image.height}" for image in rendered[0][1])

@@ -34,21 +34,21 @@ _PLAIN: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
 class Answerer:
     """Generates answers with a model that is otherwise trained or scored."""
 
-    def __init__(
-        self, model: torch.nn.Module, encoder: PairEncoder, max_new_tokens: int, seed: int = 0, sharded: bool = False
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, encoder: PairEncoder, max_new_tokens: int, seed: int = 0) -> None:
         """Keep what all answers share.
 
         Args:
-            model: transformers' model, or peft's wrapper around one.
+            model: transformers' model, or peft's wrapper around one, with whole weights (not ZeRO-3).
             encoder: encodes prompts for it.
             max_new_tokens: most tokens of an answer.
             seed: of sampled answers.
-            sharded: whether the weights are divided among workers (ZeRO-3), so that an answer is a collective.
         """
-        self.base, self.encoder, self.sharded = without_adapters(model), encoder, sharded
+        self.base, self.encoder = without_adapters(model), encoder
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.endings = _end_tokens(self.base, encoder)
+        pad = encoder.tokenizer.pad_token_id
+        # Nothing is padded, but transformers warns without one.
+        self._pad = next(iter(self.endings), 0) if pad is None else pad
 
     def answer(self, text: str, images: list[Image.Image], seed: int | None = None, streamer: Any = None) -> str:
         """Answer a rendered prompt.
@@ -58,8 +58,13 @@ class Answerer:
             images: its images.
             seed: of a sampled answer; None for the most likely tokens.
             streamer: takes the tokens as they come, such as transformers' `TextStreamer`.
+
+        Raises:
+            RowError: the processor refuses the prompt.
         """
-        inputs = self.encoder.prompts.model_inputs(text, images)
+        return self._generate(self.encoder.inputs_of(text, images), seed, streamer)
+
+    def _generate(self, inputs: dict[str, Any], seed: int | None, streamer: Any = None) -> str:
         device, dtype = self.base.device, self.base.dtype
         inputs = {
             name: value.to(device, dtype if value.is_floating_point() else value.dtype)
@@ -75,10 +80,9 @@ class Answerer:
                 do_sample=seed is not None,
                 max_new_tokens=self.max_new_tokens,
                 use_cache=True,
-                eos_token_id=self.endings,
-                pad_token_id=self.encoder.tokenizer.pad_token_id or self.endings[0],
+                eos_token_id=self.endings or None,
+                pad_token_id=self._pad,
                 streamer=streamer,
-                synced_gpus=self.sharded,
             )
         prompt_tokens = inputs["input_ids"].shape[1]
         answer: str = self.encoder.tokenizer.decode(ids[0, prompt_tokens:], skip_special_tokens=True)
@@ -88,8 +92,10 @@ class Answerer:
         """Answer the prompt of a pair; None if the pair cannot be encoded."""
         pair, root = place.pair, place.root
         try:
-            text, images = self.encoder.prompt_of(pair, image_folder(root))
+            inputs = self.encoder.inputs_of(*self.encoder.prompt_of(pair, image_folder(root)))
         except RowError:
+            return None
+        if inputs["input_ids"].shape[1] > self.encoder.max_length:
             return None
         small = (small_jpeg(image, root, allow_http) for image in pair.images)
         return Generation(
@@ -99,8 +105,8 @@ class Answerer:
             text_of(pair.prompt),
             pair.chosen,
             pair.rejected,
-            greedy=self.answer(text, images),
-            sampled=self.answer(text, images, seed=place.sample_index),
+            greedy=self._generate(inputs, None),
+            sampled=self._generate(inputs, place.sample_index),
             images=tuple(each for each in small if each is not None),
         )
 
@@ -126,7 +132,7 @@ def generate_held_out(
         held_out: the held-out rows.
         count: number of rows.
         rank: of this worker.
-        num_workers: how many workers call this. With sharded weights, each of them answers all pairs.
+        num_workers: how many workers call this.
 
     Returns:
         The answers of all workers, in order of the pairs.
@@ -134,14 +140,13 @@ def generate_held_out(
     was_training = answerer.base.training
     answerer.base.eval()
     try:
-        share = slice(None) if answerer.sharded else slice(rank, None, num_workers)
-        places = _first_pairs(held_out, count)[share]
+        places = _first_pairs(held_out, count)[rank::num_workers]
         allow_http = answerer.encoder.allow_http
         own = [answerer.generation(place, held_out.digest, allow_http) for place in places]
     finally:
         answerer.base.train(was_training)
-    found = {each.sample_index: each for part in gather_objects(own) for each in part if each is not None}
-    return [found[index] for index in sorted(found)]
+    found = [each for part in gather_objects(own) for each in part if each is not None]
+    return sorted(found, key=lambda each: each.sample_index)
 
 
 def text_of(messages: Sequence[Message]) -> str:

@@ -377,9 +377,7 @@ class Worker:
         if not section.generate or held_out is None:
             return
         self._tell(phase="answering held-out pairs")
-        is_sharded = self.recipe.deepspeed.zero_stage == 3
-        seed = self.recipe.optim.seed
-        answerer = Answerer(self.model.model, self.encoder, section.max_new_tokens, seed, is_sharded)
+        answerer = Answerer(self.model.model, self.encoder, section.max_new_tokens, self.recipe.optim.seed)
         answers = generate_held_out(answerer, held_out, section.generate, self.rank, self.num_workers)
         self.tracker.log_generations(self.position.step, answers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoding import PairEncoder
 from orpo_ray.data.from_recipe import held_out_data
 from orpo_ray.data.pairs import PreferencePair
+from orpo_ray.errors import RowError
 from orpo_ray.evaluation.generation import Answerer, generate_held_out
 from orpo_ray.model.loading import load_model
 from orpo_ray.processing.processor import load_processor
@@ -129,3 +131,15 @@ def test_workers_divide_the_pairs_and_bad_rows_are_left_out(answerer: Answerer, 
     assert sorted([*halves[0], *halves[1]], key=lambda each: each.sample_index) == alone
     assert len(generate_held_out(answerer, held_out, 2)) <= 2
     assert answerer.base.training
+
+
+def test_prompts_that_do_not_fit_are_left_out(answerer: Answerer, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path, 3)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[0]["prompt"] = "word " * 600
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = held_out_data(tiny_recipe(tmp_path, "run", data={"train": "easy-vqa:train", "eval": str(data)}))
+    assert held_out is not None
+    assert len(generate_held_out(answerer, held_out, 3)) == 2
+    with pytest.raises(RowError, match="refused_by_processor"):
+        answerer.answer("two <image> <image>", [NOISE])
