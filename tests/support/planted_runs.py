@@ -80,6 +80,9 @@ def score_again(run: Path) -> None:
     pairs = len((run.parent / "data" / "test.jsonl").read_text().splitlines())
     _write_scores(recipe, run, planted(pairs, 0.9, exchanged=0.5), EVAL_PAIRS_FILE)
     _write_scores(recipe, run, planted(pairs, 0.5, seed=1), EVAL_PAIRS_START_FILE)
+    _write_tokens(recipe, run, pairs)
+    (run / "generations.jsonl").unlink()
+    _write_generations(recipe, run)
 
 
 def _write_tokens(recipe: Recipe, run: Path, pairs: int) -> None:
