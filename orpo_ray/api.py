@@ -149,6 +149,9 @@ def evaluate(
     *,
     base: str | Path | Run | None = None,
     by: Sequence[str] = (),
+    generate: int = 0,
+    benchmarks: Sequence[str] = (),
+    images: str | None = None,
 ) -> Evaluation:
     """Score held-out pairs, with their own, with exchanged and with blank images.
 
@@ -157,13 +160,16 @@ def evaluate(
         overrides: fields of its recipe to override, such as `{"data.eval": "pairs.jsonl"}`.
         base: a run, a model folder or a hub model to compare with on the same pairs.
         by: columns of the data by which the pairs are grouped.
+        generate: number of held-out pairs whose prompts the model answers, and the base.
+        benchmarks: yes/no benchmarks to answer, as `pope:FILE` or `amber:FILE`.
+        images: folder of their images; by default that of each file.
 
     Raises:
         UserError: the folder or the recipe cannot be used, or there are no held-out pairs.
     """
     from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
 
-    options = EvaluateOptions(None if base is None else _uri(base), by)
+    options = EvaluateOptions(None if base is None else _uri(base), by, generate, benchmarks, images)
     scored = evaluate_run(_uri(run_or_model), _as_options(overrides), console, options)
     return Evaluation(scored.metrics, scored)
 

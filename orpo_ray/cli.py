@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from orpo_ray import __version__
+from orpo_ray.commands import results
+from orpo_ray.commands.options import Address, AsJson, Overrides, Prices, RecipeFile
 from orpo_ray.config.load import load_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.console import (
@@ -41,38 +43,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Check a recipe's data, or write a clean copy of it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML); recipes/ has examples.", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="FIELD=VALUE",
-        help="Recipe fields to override, for example optim.learning_rate=1e-5 name=second-try.",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the result as one JSON object on stdout; everything else goes to stderr.")
-]
-
-Address = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL",
-        help="Address of the cluster (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine).",
-        show_default=False,
-    ),
-]
-Prices = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="GPU=PRICE",
-        help="Price of one GPU per hour, for example H100=2.50; repeat for other GPUs.",
-        show_default=False,
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -134,70 +104,7 @@ def tune(recipe: RecipeFile, overrides: Overrides = None, price_per_hour: Prices
     print_sweep(run_sweep(loaded, console, price_per_hour or ()), searched, loaded.tune.metric)
 
 
-@app.command()
-def evaluate(
-    run_or_model: Annotated[
-        str,
-        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, a model or peft adapters.", show_default=False),
-    ],
-    overrides: Overrides = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL_OR_RUN",
-            help="Compare with this run, model folder or hub model on the same pairs.",
-            show_default=False,
-        ),
-    ] = None,
-    by: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN", help="Also show groups of pairs by this column; repeat for others.",
-                     show_default=False),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Score a model on held-out pairs, with their own, with exchanged and with blank images."""
-    from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
-    from orpo_ray.evaluation.table import print_evaluation
-
-    evaluation = evaluate_run(run_or_model, overrides or [], console, EvaluateOptions(base, by or ()))
-    if as_json:
-        print(json.dumps(evaluation.as_json()))
-    else:
-        print_evaluation(evaluation, console)
-
-
-@app.command()
-def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
-    output: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="File to write (default: report.html in the run's folder; for several runs, in this folder).",
-            show_default=False,
-        ),
-    ] = None,
-) -> None:
-    """Write a page about a run, or about several side by side: verdicts, curves, margins, pairs."""
-    from orpo_ray.report.page import write_report
-
-    print_line(f"page  {write_report(runs, output)}")
-
-
-@app.command("runs")
-def list_of_runs(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of runs.")] = "runs",
-    as_json: AsJson = False,
-) -> None:
-    """List the runs in a folder, with their states and main figures."""
-    from orpo_ray.report.run_list import list_runs, print_runs
-
-    found = list_runs(folder)
-    if as_json:
-        print(json.dumps({"runs": [asdict(run) for run in found]}))
-    else:
-        print_runs(found, console)
+results.add_to(app)
 
 
 @app.command()

@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from orpo_ray.errors import UserError
 
 # Module -> the extra that installs it. pyproject.toml lists the same extras.
-EXTRAS = {"easy_vqa": "quickstart", "optuna": "sweep", "sklearn": "text-baseline", "wandb": "wandb"}
+EXTRAS = {"easy_vqa": "quickstart", "optuna": "sweep", "sklearn": "text-baseline", "wandb": "wandb"} | {
+    name: name for name in ("tensorboard", "mlflow", "trackio")
+}
 
 
 def is_installed(module: str) -> bool:

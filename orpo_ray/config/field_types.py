@@ -20,9 +20,9 @@ MAX_NAME = 100  # characters of a run's name; the names of its trials and files 
 # What a run writes to its folder, so the folder of another run must not have these names.
 RESERVED_NAMES = (
     "best_recipe.yaml", "bad_rows.jsonl", "data", "data.json", "data_check.html", "data_check.json",
-    "environment.json", "eval_pairs.parquet", "eval_pairs_start.parquet", "export", "export-adapter", "final",
-    "lease.json", "metrics.jsonl", "optuna.journal", "recipe.yaml", "report.html", "sweep.html", "sweep.json", "trials",
-    "trials.csv", "wandb",
+    "environment.json", "eval_pairs.parquet", "eval_pairs_start.parquet", "eval_tokens.json", "export",
+    "export-adapter", "final", "generations.jsonl", "lease.json", "metrics.jsonl", "optuna.journal", "recipe.yaml",
+    "report.html", "sweep.html", "sweep.json", "tensorboard", "trials", "trials.csv", "wandb",
 )  # fmt: skip
 PARTS = ("language", "connector", "vision")
 FORMATS = (

@@ -20,17 +20,16 @@ from pydantic import (
 
 from orpo_ray.config.field_types import OtherImage, RunName
 from orpo_ray.config.objectives import Objective, OrpoConfig, OrpoObjective, check_search, default_search
+from orpo_ray.config.results import EvalConfig, TrackingConfig
 from orpo_ray.config.rules import find_conflicts
 from orpo_ray.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     DeepspeedConfig,
-    EvalConfig,
     ModelConfig,
     OptimConfig,
     ScalingConfig,
-    TrackingConfig,
 )
 from orpo_ray.config.tune_schema import SearchRange, TuneConfig
 from orpo_ray.errors import UserError
@@ -70,6 +69,15 @@ class Recipe(Config):
         if self.eval.every_steps and not self.has_held_out:
             raise ValueError(
                 "eval.every_steps is set but there are no held-out pairs; set data.eval or data.eval_fraction"
+            )
+        if self.eval.generate and not self.has_held_out:
+            raise ValueError(
+                "eval.generate is set but there are no held-out pairs; set data.eval or data.eval_fraction"
+            )
+        if self.eval.generate and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "eval.generate needs whole weights on each worker, and deepspeed.zero_stage 3 divides them; set "
+                "eval.generate=0, and after the run: orpo-ray evaluate RUN --generate N"
             )
         if self.data.eval and self.data.eval_fraction:
             raise ValueError("data.eval and data.eval_fraction are both set; set data.eval_fraction=0 or data.eval={}")

@@ -317,37 +317,3 @@ class CheckpointConfig(Config):
         if "://" in value and not re.match(r"(s3|gs)://[^/]", value):
             raise ValueError("must be a folder that every node can access, s3://bucket/... or gs://bucket/...")
         return value
-
-
-class EvalConfig(Config):
-    """Evaluation on the held-out pairs."""
-
-    every_steps: Annotated[int, Field(ge=1), NUMBER] | None = None
-    """Steps between evaluations during training. By default, evaluation runs only at the end."""
-    max_pairs: Annotated[int, Field(ge=2), NUMBER] | None = None
-    """Maximum number of held-out pairs to evaluate, taken from the start of the shuffled set. By default, all."""
-    grounding: bool = True
-    """At the end of training, also score the pairs with images exchanged between pairs. The drop in accuracy
-    (`eval/grounding_gap`) shows whether the model uses the images."""
-    on_start: bool = False
-    """Also evaluate before the first step, so that the report shows which pairs improved."""
-
-
-class WandbConfig(Config):
-    """Weights & Biases. The API key is read from `WANDB_API_KEY` or `wandb login`, never from a recipe."""
-
-    enabled: bool | Literal["auto"] = "auto"
-    """Whether to log to W&B. `auto` does if `WANDB_API_KEY` is set."""
-    mode: Literal["online", "offline"] = "online"
-    """`online` uploads during the run. `offline` writes to the run folder; upload later with `wandb sync`."""
-    project: Text = "orpo-ray"
-    """W&B project."""
-    entity: Text | None = None
-    """W&B team or user. By default, the default entity of the account."""
-
-
-class TrackingConfig(Config):
-    """Trackers that receive metrics in addition to `metrics.jsonl`."""
-
-    wandb: WandbConfig = Field(default_factory=WandbConfig)
-    """Weights & Biases."""

@@ -28,6 +28,8 @@ from orpo_ray.processing.processor import load_processor
 from orpo_ray.processing.prompts import EncodedPrompt, PromptEncoder
 from orpo_ray.storage.files import image_folder
 
+# What processors raise on image sizes that they were not made for.
+REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
 Root = Path | ImageRoot | None  # what image paths are relative to
 
 
@@ -182,6 +184,19 @@ class PairEncoder:
             )
         return encoded
 
+    def prompt_of(self, pair: PreferencePair, root: Root) -> tuple[str, list[Image.Image]]:
+        """Render the prompt of a pair and load its images, for a model that answers it. Raises RowError."""
+        self.bounds.check(pair)
+        self._refuse_placeholders(pair)
+        return self.render(pair.prompt, add_generation_prompt=True), self._load(pair.images, root)
+
+    def inputs_of(self, text: str, images: list[Image.Image]) -> dict[str, Any]:
+        """Return what the model's own `forward` takes for a rendered prompt. Raises RowError."""
+        try:
+            return self.prompts.model_inputs(text, images)
+        except REFUSALS as error:
+            raise RowError("refused_by_processor", f"{type(error).__name__}: {error}"[:300]) from None
+
     def _draft(self, pair: PreferencePair, root: Root) -> _Draft:
         self.bounds.check(pair)
         self._refuse_placeholders(pair)
@@ -214,12 +229,12 @@ class PairEncoder:
 
     def _texts(self, pair: PreferencePair) -> tuple[str, str, str]:
         """The prompt as the chat template renders it, and what the template adds to it for each answer."""
-        prompt = self._render(pair.prompt, add_generation_prompt=True)
+        prompt = self.render(pair.prompt, add_generation_prompt=True)
         return prompt, self._answer(pair, prompt, pair.chosen), self._answer(pair, prompt, pair.rejected)
 
     def _answer(self, pair: PreferencePair, prompt: str, answer: str) -> str:
         turn: Message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        full = self._render([*pair.prompt, turn], add_generation_prompt=False)
+        full = self.render([*pair.prompt, turn], add_generation_prompt=False)
         if full.startswith(prompt):
             return full[len(prompt) :]
         # This template renders a finished turn differently from an open one.
@@ -229,8 +244,7 @@ class PairEncoder:
         """Encode prompts together. If the processor refuses, encode each alone; refused ones become a RowError."""
         try:
             return self.prompts.encode(rendered)
-        # What processors raise on image sizes that they were not made for.
-        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        except REFUSALS as error:
             if len(rendered) > 1:
                 return [found for one in rendered for found in self._encode_prompts([one])]
             sizes = ", ".join(f"{image.width} x {image.height}" for image in rendered[0][1])
@@ -279,7 +293,8 @@ class PairEncoder:
             f"{len(pair.chosen_ids)} and {len(pair.rejected_ids)}; data.max_length is {self.max_length}",
         )
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """Write messages as the chat template does. Raises RowError if the template refuses them."""
         try:
             return self.processor.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, tokenize=False

@@ -1,18 +1,50 @@
-"""Values of a column of the source rows, by which held-out pairs are grouped."""
+"""By what held-out pairs are grouped: values of a column of the source rows, or the script of their texts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from orpo_ray.data.reading import ReadSpec
+from orpo_ray.data.reading import ReadSpec, read_windows
 from orpo_ray.data.shards import ShardReader
 from orpo_ray.errors import RowError, UserError
+from orpo_ray.evaluation.scripts import script_of
 
 CHARACTERS = 60
+SCRIPT = "script"
+
+
+def groups_by(read: ReadSpec, name: str) -> dict[int, str]:
+    """Group the rows by a column, or by the script of their texts if the name is `script` and no column is called so.
+
+    Returns:
+        Sample index -> group.
+
+    Raises:
+        UserError: no row has the column.
+    """
+    try:
+        return column_values(read, name)
+    except UserError:
+        if name != SCRIPT:
+            raise
+    return script_values(read)
+
+
+def script_values(read: ReadSpec) -> dict[int, str]:
+    """Return sample index -> script of prompt and chosen answer together."""
+    plain = replace(read, other_image=None)
+    found: dict[int, str] = {}
+    for table in read_windows(plain, read.order.windows(read.first_sample, read.end_sample)):
+        for row in table.select(["sample_index", "prompt", "chosen"]).to_pylist():
+            if row["chosen"] is not None:
+                parts = [part.get("text") or "" for turn in row["prompt"] for part in turn["content"]]
+                found[row["sample_index"]] = script_of(" ".join([*parts, row["chosen"]]))
+    return found
 
 
 def column_values(read: ReadSpec, column: str) -> dict[int, str]:
@@ -42,7 +74,10 @@ def column_values(read: ReadSpec, column: str) -> dict[int, str]:
                     found[sample_index] = value
     if not found:
         raise UserError(
-            "no held-out row has this column", field="--by", value=column, fix=f"give one of: {', '.join(columns)}"
+            "no held-out row has this column",
+            field="--by",
+            value=column,
+            fix=f"give {SCRIPT}, or one of: {', '.join(columns)}",
         )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -16,18 +16,23 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import held_out_data
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.categories import column_values
+from orpo_ray.evaluation.benchmarks import Benchmark, BenchmarkScores, read_benchmark, score_benchmark
+from orpo_ray.evaluation.categories import groups_by
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, Scores, with_prefix
-from orpo_ray.evaluation.pair_scores import write_pair_scores
+from orpo_ray.evaluation.generation import Answerer, generate_held_out
+from orpo_ray.evaluation.judge import Judge, Judged, judge_answers
+from orpo_ray.evaluation.pair_scores import read_pair_scores, write_pair_scores
 from orpo_ray.evaluation.summary import Summary, summarize
 from orpo_ray.evaluation.targets import Target, find_base, find_target
+from orpo_ray.evaluation.token_scores import Tokens, pairs_to_show, score_tokens, write_tokens
 from orpo_ray.model.loading import concatenated_because, pick_attention
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.ray_cluster.start import start_ray
-from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, RECIPE_FILE, RunFolder
+from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, EVAL_PAIRS_START_FILE, RECIPE_FILE, RunFolder
+from orpo_ray.tracking.generations import Generation
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,36 @@ class EvaluateOptions:
     """A run, a model folder or a hub model to compare with, on the same pairs."""
     by: Sequence[str] = ()
     """Columns of the data by whose values the pairs are grouped."""
+    generate: int = 0
+    """Number of held-out pairs whose prompts the models answer."""
+    benchmarks: Sequence[str] = ()
+    """Yes/no benchmarks: `pope:FILE` or `amber:FILE`."""
+    images: str | None = None
+    """Folder of the benchmarks' images; by default that of each file."""
+    judge: Judge | None = None
+    """Compares the answers with those of the base, or with the chosen ones of the data."""
+
+    def check(self) -> None:
+        """Check what can be checked before a model is loaded. Raises UserError."""
+        if self.judge is not None:
+            self.judge.check()
+            if not self.generate:
+                raise UserError("there are no answers to judge", field="--judge", fix="add --generate N")
+        if self.images is not None and not self.benchmarks:
+            raise UserError("there is no benchmark", field="--images", value=self.images,
+                            fix="add --benchmark pope:FILE")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model was measured by."""
+
+    scores: Scores | None
+    """Of the held-out pairs; None without any."""
+    answers: list[Generation]
+    benchmarks: list[BenchmarkScores]
+    tokens: dict[int, dict[str, Tokens]]
+    """Log-probs of single tokens, of the pairs that a report shows."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +81,41 @@ class Evaluation:
 
     metrics: dict[str, float]
     """The objective's metrics as `eval/...`, and those of grounding unless the recipe leaves it out."""
-    summary: Summary
+    summary: Summary | None
+    """None without held-out pairs."""
+    answers: list[Generation] = field(default_factory=list)
+    """The model's own answers to held-out prompts."""
+    base_answers: list[Generation] = field(default_factory=list)
+    """Those of the model that it was compared with."""
+    judged: Judged | None = None
+    benchmarks: list[BenchmarkScores] = field(default_factory=list)
+    base_benchmarks: list[BenchmarkScores] = field(default_factory=list)
+    """Those of the model that it was compared with."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
-        return self.metrics | self.summary.as_json()
+        found: dict[str, Any] = dict(self.metrics)
+        if self.summary is not None:
+            found |= self.summary.as_json()
+        if self.benchmarks:
+            base: list[BenchmarkScores | None] = [*self.base_benchmarks] or [None] * len(self.benchmarks)
+            found["benchmarks"] = [
+                own.as_json() | {"base": other and other.as_json()}
+                for own, other in zip(self.benchmarks, base, strict=True)
+            ]
+        if self.judged is not None:
+            found["judged"] = self.judged.as_json()
+        if self.answers:
+            others = {each.sample_index: each for each in self.base_answers}
+            found["answers"] = [
+                each.as_line() | {"base": both_answers(others.get(each.sample_index))} for each in self.answers
+            ]
+        return found
+
+
+def both_answers(generation: Generation | None) -> dict[str, str] | None:
+    """Return the two answers alone."""
+    return None if generation is None else {"greedy": generation.greedy, "sampled": generation.sampled}
 
 
 def evaluate_run(
@@ -72,35 +137,101 @@ def evaluate_run(
         UserError: The folder or the recipe cannot be used, or there are no held-out pairs.
     """
     with contextlib.redirect_stdout(sys.stderr):
+        options.check()
         folder = RunFolder(uri.rstrip("/"))  # the local copy of a remote run is deleted with this object
         target = find_target(folder, overrides)
         recipe, held_out = target.recipe, held_out_data(target.recipe)
-        if held_out is None:
+        benchmarks = [read_benchmark(each, options.images) for each in options.benchmarks]
+        if held_out is None and (not benchmarks or options.generate or options.by):
             raise UserError("there are no held-out pairs", field="data.eval", fix="add data.eval=FILE to the command")
-        categories = {name: column_values(held_out, name) for name in options.by}
+        categories = {} if held_out is None else {name: groups_by(held_out, name) for name in options.by}
         base_folder = None if options.base is None else RunFolder(options.base.rstrip("/"))
         base = None if base_folder is None or options.base is None else find_base(options.base, base_folder)
-        start_ray()
-        scores = _score(target, recipe, held_out, console, recipe.eval.grounding)
-        if folder.has(RECIPE_FILE) and not any(each.startswith(("data.", "eval.")) for each in overrides):
-            write_pair_scores(folder, EVAL_PAIRS_FILE, scores.pairs, data=held_out.digest)
-        compared = None
-        if base is not None:
-            compared = (base.name, _score(base, recipe, held_out, console, False).pairs)
-        summary = summarize(scores.pairs, categories, compared)
-        return Evaluation(with_prefix(scores.metrics, "eval"), summary)
+        if held_out is not None:
+            start_ray()
+        kept = folder.has(RECIPE_FILE) and not any(each.startswith(("data.", "eval.")) for each in overrides)
+        work = Work(recipe, held_out, benchmarks, options.generate)
+        own = measure(target, work, console, recipe.eval.grounding, folder if kept else None)
+        other = None if base is None else measure(base, work, console, grounding=False)
+        if kept and held_out is not None and own.scores is not None:
+            write_pair_scores(folder, EVAL_PAIRS_FILE, own.scores.pairs, data=held_out.digest)
+            write_tokens(folder, own.tokens, held_out.digest)
+        judged = None
+        if options.judge is not None and own.answers:
+            judged = _judge(options.judge, own.answers, None if other is None else other.answers, base)
+        compared = None if base is None or other is None or other.scores is None else (base.name, other.scores.pairs)
+        return Evaluation(
+            {} if own.scores is None else with_prefix(own.scores.metrics, "eval"),
+            None if own.scores is None else summarize(own.scores.pairs, categories, compared),
+            own.answers,
+            [] if other is None else other.answers,
+            judged,
+            own.benchmarks,
+            [] if other is None else other.benchmarks,
+        )
 
 
-def _score(target: Target, recipe: Recipe, held_out: ReadSpec, console: Console, grounding: bool) -> Scores:
-    """Score the pairs of a recipe with a model; with `grounding`, also with exchanged and with blank images."""
+@dataclass(frozen=True)
+class Work:
+    """What each model is measured by."""
+
+    recipe: Recipe
+    held_out: ReadSpec | None
+    benchmarks: list[Benchmark]
+    generate: int
+    """Number of held-out pairs to answer."""
+
+
+def measure(target: Target, work: Work, console: Console, grounding: bool, run: RunFolder | None = None) -> Measured:
+    """Load a model and measure it.
+
+    Args:
+        target: the model.
+        work: by what.
+        console: gets a line about each part.
+        grounding: whether to score the held-out pairs with exchanged and with blank images too.
+        run: folder of the run, if single tokens are to be scored for its report.
+
+    Raises:
+        UserError: the model cannot be loaded, or nothing can be scored.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    recipe, held_out = work.recipe, work.held_out
     if why := pick_attention(target.model).why:
-        console.print(concatenated_because(why), highlight=False, soft_wrap=True)
-    console.print(f"scoring {held_out.end_sample:,} pairs with {target.title}", highlight=False, soft_wrap=True)
+        say(concatenated_because(why))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = target.encoder(recipe)
     encoder = spec.build()
     model = PairModel(target.load(device, recipe.optim.seed), PixelNorm.of(encoder.processor)).eval()
     planner = StepPlanner.of(load_objective(recipe), recipe.optim.tokens_per_microbatch, encoder, model, device)
-    max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
-    evaluator = Evaluator(model, HeldOut(held_out, spec, max_encoders), planner)
-    return evaluator.evaluate(grounding, blank=grounding)
+    scores, answers, found = None, list[Generation](), list[BenchmarkScores]()
+    tokens: dict[int, dict[str, Tokens]] = {}
+    if held_out is not None:
+        say(f"scoring {held_out.end_sample:,} pairs with {target.title}")
+        max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+        scores = Evaluator(model, HeldOut(held_out, spec, max_encoders), planner).evaluate(grounding, blank=grounding)
+        if run is not None:
+            rows = pairs_to_show(scores.pairs, read_pair_scores(run, EVAL_PAIRS_START_FILE))
+            tokens = score_tokens(model, model, encoder, planner, held_out, [row["sample_index"] for row in rows])
+    if held_out is not None and work.generate:
+        say(f"answering {work.generate:,} prompts with {target.title}")
+        answerer = Answerer(model.model, encoder, recipe.eval.max_new_tokens, recipe.optim.seed)
+        answers = generate_held_out(answerer, held_out, work.generate)
+    for benchmark in work.benchmarks:
+        say(f"asking {len(benchmark.questions):,} questions of {benchmark.name}")
+        found.append(score_benchmark(benchmark, model, encoder, planner))
+    return Measured(scores, answers, found, tokens)
+
+
+def _judge(
+    judge: Judge, answers: Sequence[Generation], base_answers: Sequence[Generation] | None, base: Target | None
+) -> Judged:
+    """Compare the answers with the base's, or with the chosen ones of the data."""
+    if base_answers is None or base is None:
+        return judge_answers(judge, answers, [each.chosen for each in answers], "the chosen answers of the data")
+    others = {each.sample_index: each.greedy for each in base_answers}
+    both = [each for each in answers if each.sample_index in others]
+    return judge_answers(judge, both, [others[each.sample_index] for each in both], base.name)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from orpo_ray.evaluation.evaluate_run import Evaluation
 from orpo_ray.evaluation.statistics import Estimate
-from orpo_ray.evaluation.summary import Group
+from orpo_ray.evaluation.summary import Group, Summary
 
 _COLORS = {"good": "green", "warning": "yellow", "problem": "red", "none": "default"}
 # Shown in this order; the others follow in alphabetical order. `--json` has all.
@@ -20,10 +20,22 @@ _FIRST = (
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print verdicts and tables."""
-    summary = evaluation.summary
+    if evaluation.summary is not None:
+        _print_summary(evaluation.summary, int(evaluation.metrics["eval/pairs"]), console)
+    _print_benchmarks(evaluation, console)
+    _print_answers(evaluation, console)
+    if (judged := evaluation.judged) is not None:
+        wins, losses, ties = (judged.verdicts.count(name) for name in ("win", "loss", "tie"))
+        console.print(
+            f"judged against {judged.against}: {wins:,} wins, {losses:,} losses, {ties:,} ties, of which "
+            f"{judged.swapped:,} by position; win rate {' ('.join(_cells(judged.win_rate))})",
+            highlight=False, markup=False,
+        )  # fmt: skip
+
+
+def _print_summary(summary: Summary, pairs: int, console: Console) -> None:
     for verdict in summary.verdicts:
         console.print(escape(verdict.text), style=_COLORS[verdict.level], highlight=False)
-    pairs = int(evaluation.metrics["eval/pairs"])
     table = _table(f"{pairs:,} held-out pairs", ("average", "95 % interval"))
     for name in [*filter(summary.figures.__contains__, _FIRST), *sorted(summary.figures.keys() - set(_FIRST))]:
         table.add_row(f"eval/{name}", *_cells(summary.figures[name]))
@@ -37,6 +49,36 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for title, groups in summary.breakdowns.items():
         if len(groups) > 1:
             console.print(_breakdown(title, groups))
+
+
+def _print_benchmarks(evaluation: Evaluation, console: Console) -> None:
+    base = {each.name: each for each in evaluation.base_benchmarks}
+    for own in evaluation.benchmarks:
+        other = base.get(own.name)
+        questions = own.figures["accuracy"].pairs
+        title = f"{questions:,} questions of {escape(own.name)}" + (
+            f", {own.bad:,} could not be asked" if own.bad else ""
+        )
+        columns = ("average", "95 % interval", *(["base", "95 % interval"] if other else []))
+        table = _table(title, columns)
+        for name, estimate in own.figures.items():
+            label = "share of yes" if name == "yes" else name
+            table.add_row(label, *_cells(estimate), *(_cells(other.figures[name]) if other else ()))
+        for kind, estimate in own.kinds.items():
+            table.add_row(f"  {escape(kind)}", *_cells(estimate), *(_cells(other.kinds[kind]) if other else ()))
+        console.print(table)
+
+
+def _print_answers(evaluation: Evaluation, console: Console) -> None:
+    base = {each.sample_index: each for each in evaluation.base_answers}
+    for own in evaluation.answers:
+        table = Table(title=escape(f"{own.id}: {own.prompt}"), title_justify="left", box=None, padding=(0, 2))
+        rows = [("chosen", own.chosen), ("rejected", own.rejected)]
+        if (before := base.get(own.sample_index)) is not None:
+            rows += [("base, greedy", before.greedy), ("base, sampled", before.sampled)]
+        for name, text in (*rows, ("greedy", own.greedy), ("sampled", own.sampled)):
+            table.add_row(name, escape(text) or "(nothing)")
+        console.print(table)
 
 
 def _breakdown(title: str, groups: list[Group]) -> Table:

@@ -45,6 +45,10 @@ class PairModel(nn.Module):
     """Layout of the batches, which depends on the attention that the model was loaded with."""
     group: SequenceGroup | None = None
     """The workers that compute each batch together with this one; None if there are none."""
+    keeps_tokens: bool = False
+    """Whether `forward` keeps the log-prob of each target token, for a report."""
+    token_logps: torch.Tensor | None = None
+    """[M], of the latest batch, if they are kept."""
     head_device: str | None = None
     """Type of the device whose chunks the output head takes, if not the one that it runs on."""
 
@@ -88,6 +92,8 @@ class PairModel(nn.Module):
         hidden = self.family.hidden_states(base, batch, images)
         selected = hidden.flatten(0, 1).index_select(0, batch.target_position)  # [M, D]
         logps = self._logps(base, selected, batch.target_ids)
+        if self.keeps_tokens:
+            self.token_logps = logps.detach()
         targets = (batch.target_answer, batch.target_in_response)
         return sum_by_pair(logps, *targets, batch.num_pairs, batch.answers_per_pair)
 

@@ -61,6 +61,20 @@ class PromptEncoder:
         """int32 ids of each text, without special tokens added."""
         return [np.asarray(ids, np.int32) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
+    def model_inputs(self, text: str, images: list[Image.Image]) -> dict[str, Any]:
+        """The arguments of the model's own `forward` and `generate` for one prompt: torch tensors, [1, P] and so on."""
+        import torch
+
+        if images and not self.is_idefics:
+            return dict(self.processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt"))
+        ids = torch.from_numpy(self.tokenize([text])[0].astype(np.int64)).unsqueeze(0)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if images:
+            mask = self._encode_idefics(text, images).images["image_attention_mask"]
+            inputs["image_attention_mask"] = torch.from_numpy(mask.astype(np.int64)).unsqueeze(0)
+            inputs["pixel_values"] = self.processor.image_processor(images, return_tensors="pt").unsqueeze(0)
+        return inputs
+
     def _encode_together(self, prompts: Sequence[tuple[str, list[Image.Image]]]) -> list[EncodedPrompt]:
         images = [images for _, images in prompts]
         out = self.processor(text=[text for text, _ in prompts], images=images, add_special_tokens=False, **_RAW)

@@ -15,6 +15,7 @@ from orpo_ray.evaluation.summary import ACCURACIES, ACCURATE, GAP, MARGINS, Summ
 from orpo_ray.pages.curves import short
 from orpo_ray.pages.environment import page_template
 from orpo_ray.report.charts import color, curves_of, margins_of
+from orpo_ray.report.generations import shown_generations
 from orpo_ray.report.pairs import shown_pairs
 from orpo_ray.report.run_data import RunData, read_run
 from orpo_ray.storage.run_folder import DATA_FILE, REPORT_FILE, RunFolder
@@ -84,6 +85,7 @@ def render_report(runs: Sequence[RunData]) -> str:
         margins=margins_of(single) if len(runs) == 1 else None,
         pairs=pairs,
         no_pairs=no_pairs,
+        generations=shown_generations(single) if len(runs) == 1 else [],
         whys=[(why, sum(pair["why"] == why for pair in pairs)) for why in dict.fromkeys(pair["why"] for pair in pairs)],
         breakdowns=summary.breakdowns if summary and len(runs) == 1 else {},
         estimate=_estimate_text,

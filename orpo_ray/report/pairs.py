@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from orpo_ray.data.from_recipe import held_out_data
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_at
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.evaluation.pair_scores import CORRECT, facts_of_table
-from orpo_ray.evaluation.summary import MARGINS, common
+from orpo_ray.evaluation.summary import MARGINS
+from orpo_ray.evaluation.token_scores import Tokens, pairs_to_show, read_tokens
 from orpo_ray.pages.thumbnails import thumbnail
 from orpo_ray.report.run_data import RunData
 
-SHOWN = 6
-"""Pairs of each kind."""
+# Log-probs below which the shading of a token becomes stronger: probabilities of 50, 14 and 2 %.
+SHADES = (-0.7, -2.0, -4.0)
 
 
 def shown_pairs(run: RunData) -> tuple[list[dict[str, Any]], str | None]:
@@ -29,36 +27,22 @@ def shown_pairs(run: RunData) -> tuple[list[dict[str, Any]], str | None]:
     """
     if run.pairs is None or MARGINS not in run.pairs.column_names:
         return [], "The run kept no scores of single pairs. orpo-ray evaluate RUN writes them."
-    rows = list(_chosen_rows(run.pairs, run.start_pairs))
+    rows = list(pairs_to_show(run.pairs, run.start_pairs))
     try:
         read = held_out_data(run.recipe)
     except (OrpoRayError, OSError) as error:
         return [], f"The held-out data cannot be read any longer: {error}"
     if read is None or read.digest != facts_of_table(run.pairs).get("data"):
         return [], "The held-out data has changed since the pairs were scored."
-    return [entry for row in rows if (entry := _entry(run, read, row)) is not None], None
+    digest, tokens = read_tokens(run.folder)
+    if digest != read.digest:
+        tokens = {}
+    return [entry for row in rows if (entry := _entry(run, read, row, tokens)) is not None], None
 
 
-def _chosen_rows(pairs: pa.Table, start: pa.Table | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the pairs to show, with `why` and the margins before and after."""
-    if start is not None and MARGINS in start.column_names:
-        pairs, before = common(pairs, start)
-        change = pairs[MARGINS].to_numpy() - before[MARGINS].to_numpy()
-        names = ("improved most", "improved least")
-        start_margins = before[MARGINS].to_pylist()
-    else:
-        change, names = pairs[MARGINS].to_numpy(), ("clearest", "most wrong")
-        start_margins = [None] * pairs.num_rows
-    order = np.argsort(change)
-    order = order[np.isfinite(change[order])]
-    count = min(SHOWN, len(order) // 2)
-    for name, places in ((names[0], order[::-1][:count]), (names[1], order[:count])):
-        for place in places.tolist():
-            (row,) = pairs.slice(place, 1).to_pylist()
-            yield row | {"why": name, "start": start_margins[place]}
-
-
-def _entry(run: RunData, read: ReadSpec, row: dict[str, Any]) -> dict[str, Any] | None:
+def _entry(
+    run: RunData, read: ReadSpec, row: dict[str, Any], tokens: Mapping[int, Mapping[str, Tokens]]
+) -> dict[str, Any] | None:
     """Return a pair for the page's template; None if its row cannot be read."""
     shard, pair = pair_at(read, row["sample_index"])
     if not isinstance(pair, PreferencePair):
@@ -78,9 +62,15 @@ def _entry(run: RunData, read: ReadSpec, row: dict[str, Any]) -> dict[str, Any] 
         ],
         "chosen": pair.chosen,
         "rejected": pair.rejected,
+        "pieces": {side: _shaded(found) for side, found in tokens.get(row["sample_index"], {}).items()},
         "tokens": {"chosen": row["chosen_tokens"], "rejected": row["rejected_tokens"]},
         "logps": logps,
         "margin": row[MARGINS],
         "start": row["start"],
         "exchanged": row.get(f"exchanged/{MARGINS}"),
     }
+
+
+def _shaded(tokens: Tokens) -> list[tuple[str, int, str]]:
+    """Return the text of each token, how strong its shading is (0 to 3), and its log-prob as text."""
+    return [(text, sum(logp < shade for shade in SHADES), f"{logp:.2f}") for text, logp in tokens if text]

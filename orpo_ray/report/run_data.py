@@ -26,6 +26,7 @@ from orpo_ray.storage.run_folder import (
     RECIPE_FILE,
     RunFolder,
 )
+from orpo_ray.tracking.generations import read_generations
 from orpo_ray.tracking.jsonl import read_jsonl
 
 State = Literal["finished", "running", "stopped", "not started"]
@@ -48,6 +49,8 @@ class RunData:
     """Scores of the held-out pairs by the final model."""
     start_pairs: pa.Table | None = None
     """The same by the model before the first step."""
+    generations: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    """Sample index -> step -> line of `generations.jsonl`."""
 
     @property
     def name(self) -> str:
@@ -106,6 +109,7 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
         _read_environment(folder),
         read_pair_scores(folder, EVAL_PAIRS_FILE),
         read_pair_scores(folder, EVAL_PAIRS_START_FILE),
+        read_generations(folder),
     )
 
 

@@ -29,6 +29,8 @@ REPORT_FILE = "report.html"
 FINAL = "final"
 EVAL_PAIRS_FILE = "eval_pairs.parquet"  # scores of each held-out pair by the final model
 EVAL_PAIRS_START_FILE = "eval_pairs_start.parquet"  # the same by the model before the first step
+EVAL_TOKENS_FILE = "eval_tokens.json"  # log-probs of single tokens, for the pairs that the report shows
+GENERATIONS_FILE = "generations.jsonl"  # the model's own answers to some held-out pairs
 BEST_RECIPE_FILE = "best_recipe.yaml"
 TRIALS = "trials"
 # Of a sweep.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE, METRICS_FILE, RunFolder
+from orpo_ray.tracking.generations import Generation
 from orpo_ray.tracking.jsonl import keep_lines, read_jsonl
 
 
@@ -37,6 +38,9 @@ class BadRowsFile:
                 if row.source not in self._sources:
                     self._sources.add(row.source)
                     file.write(_line(row))
+
+    def log_generations(self, step: int, generations: Sequence[Generation]) -> None:
+        """Do nothing: generations have their own file."""
 
     def flush(self) -> None:
         """Push the file to a remote run folder."""

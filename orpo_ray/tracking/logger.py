@@ -9,6 +9,7 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.tracking.generations import Generation
 
 
 class TrackerError(OrpoRayError):
@@ -37,6 +38,9 @@ class Logger(Protocol):
 
     def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
         """Log bad rows. A row comes once per epoch, and again after a resume."""
+
+    def log_generations(self, step: int, generations: Sequence[Generation]) -> None:
+        """Log the model's answers to held-out pairs, once per evaluation if the recipe has `eval.generate`."""
 
     def flush(self) -> None:
         """Store everything logged so far where it survives this machine. Called before every checkpoint."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import METRICS_FILE, RunFolder
+from orpo_ray.tracking.generations import Generation
 from orpo_ray.tracking.jsonl import keep_lines, read_jsonl
 
 RESTARTS = "train/restarts"
@@ -46,6 +47,9 @@ class MetricsFile:
 
     def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
         """Do nothing: bad rows have their own file."""
+
+    def log_generations(self, step: int, generations: Sequence[Generation]) -> None:
+        """Do nothing: generations have their own file."""
 
     def flush(self) -> None:
         """Push the file to a remote run folder."""

@@ -8,14 +8,22 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.bad_rows_file import BadRowsFile
+from orpo_ray.tracking.generations import Generation, GenerationsFile
 from orpo_ray.tracking.logger import Logger, TrackerError
 from orpo_ray.tracking.metrics_file import MetricsFile
+from orpo_ray.tracking.mlflow import MlflowLogger
+from orpo_ray.tracking.tensorboard import TensorboardLogger
+from orpo_ray.tracking.trackio import TrackioLogger
 from orpo_ray.tracking.weights_and_biases import WandbLogger
 
 TRACKERS: dict[str, type[Logger]] = {
     "metrics.jsonl": MetricsFile,
     "bad_rows.jsonl": BadRowsFile,
+    "generations.jsonl": GenerationsFile,
     "wandb": WandbLogger,
+    "tensorboard": TensorboardLogger,
+    "mlflow": MlflowLogger,
+    "trackio": TrackioLogger,
 }
 
 
@@ -61,6 +69,10 @@ class MultiLogger:
     def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
         """Log bad rows to every tracker."""
         self._each(lambda logger: logger.log_bad_rows(rows))
+
+    def log_generations(self, step: int, generations: Sequence[Generation]) -> None:
+        """Log a model's answers to every tracker."""
+        self._each(lambda logger: logger.log_generations(step, generations))
 
     def flush(self) -> None:
         """Flush every tracker."""

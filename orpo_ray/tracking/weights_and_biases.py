@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.extras import require
 from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.tracking.generations import Generation
 from orpo_ray.tracking.logger import TrackerError
 
 # Seconds that the start of a run waits for the service, unless WANDB_INIT_TIMEOUT says otherwise.
@@ -19,6 +23,8 @@ INIT_TIMEOUT = 30.0
 # Seconds that the end of a run waits for uploads. Whatever is not uploaded by then stays in the run folder, and
 # `wandb sync` uploads it later.
 FINISH_TIMEOUT = 120.0
+TABLE = "eval/generations"
+DATA_DIR = "WANDB_DATA_DIR"
 
 
 class WandbLogger:
@@ -28,6 +34,7 @@ class WandbLogger:
         import wandb
 
         section = recipe.tracking.wandb
+        self._staging = run_dir / "wandb" if section.mode == "offline" else None
         with _service_errors():
             self._run: Any = wandb.init(
                 project=section.project,
@@ -72,6 +79,20 @@ class WandbLogger:
     def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
         """Do nothing: rows of the data do not leave the run folder."""
 
+    def log_generations(self, step: int, generations: Sequence[Generation]) -> None:
+        """Queue a table with the images."""
+        import wandb
+
+        columns = ["step", "id", "image", "prompt", "chosen", "rejected", "greedy", "sampled"]
+        table = wandb.Table(columns=columns)
+        with _service_errors(), _staged_in(self._staging):
+            for each in generations:
+                images = [wandb.Image(PIL.Image.open(io.BytesIO(data))) for data in each.images]
+                image = images[0] if len(images) == 1 else images or None
+                texts = (each.prompt, each.chosen, each.rejected, each.greedy, each.sampled)
+                table.add_data(step, each.id, image, *texts)
+            self._run.log({TABLE: table}, step=step)
+
     def flush(self) -> None:
         """Do nothing: W&B uploads by itself."""
 
@@ -90,3 +111,16 @@ def _service_errors() -> Iterator[None]:
         yield
     except (wandb.Error, OSError) as error:
         raise TrackerError(f"W&B: {error}") from error
+
+
+@contextmanager
+def _staged_in(folder: Path | None) -> Iterator[None]:
+    """Keep the images of a table in the run folder until `wandb sync`: W&B would keep them in the home folder."""
+    before = os.environ.get(DATA_DIR)
+    if folder is not None and before is None:
+        os.environ[DATA_DIR] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(DATA_DIR, None)

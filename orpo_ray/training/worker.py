@@ -18,8 +18,11 @@ from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, refuse_rows
 from orpo_ray.data.balance import StepShare
 from orpo_ray.data.order import step_samples
-from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, with_prefix
-from orpo_ray.evaluation.pair_scores import write_pair_scores
+from orpo_ray.data.reading import ReadSpec
+from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, Scores, with_prefix
+from orpo_ray.evaluation.generation import Answerer, generate_held_out
+from orpo_ray.evaluation.pair_scores import read_pair_scores, write_pair_scores
+from orpo_ray.evaluation.token_scores import pairs_to_show, score_tokens, write_tokens
 from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.collectives import add_sums, gather_objects, gather_step
@@ -68,7 +71,7 @@ class Worker:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, config.cpu_threads // self.num_workers))
-        encoder = config.encoder.build()
+        self.encoder = encoder = config.encoder.build()
         model_config = with_checkpointing(self.recipe, self.device)
         model = load_for_training(self.recipe.model_copy(update={"model": model_config}), self.device)
         bounded = model_config.gradient_checkpointing != "none" and self.recipe.deepspeed.zero_stage < 3
@@ -119,6 +122,8 @@ class Worker:
         recipe = self.recipe
         if recipe.eval.on_start and self.config.held_out is not None and not self.position.step:
             self._evaluate(grounding=False, keep_as=EVAL_PAIRS_START_FILE)
+        elif not self.position.step:
+            self._generate()
         self.model.train()
         with contextlib.closing(self._steps()) as steps:
             self._train(steps)
@@ -349,7 +354,32 @@ class Worker:
         self.tracker.log(line.step, line.metrics)
         if keep_as is not None and self.rank == 0:
             write_pair_scores(RunFolder(self.recipe.run_uri), keep_as, scores.pairs, data=config.held_out.digest)
+        if keep_as == EVAL_PAIRS_FILE:
+            self._score_tokens(scores, config.held_out)
+        self._generate()
         return scores.metrics
+
+    def _score_tokens(self, scores: Scores, held_out: ReadSpec) -> None:
+        """Keep the log-probs of single tokens, for the pairs that the report shows. A collective."""
+        folder = RunFolder(self.recipe.run_uri)
+        wanted: list[int] = []
+        if self.rank == 0:
+            start = read_pair_scores(folder, EVAL_PAIRS_START_FILE)
+            wanted = [row["sample_index"] for row in pairs_to_show(scores.pairs, start)]
+        wanted = gather_objects(wanted)[0]
+        tokens = score_tokens(self.model, self.engine.forward, self.encoder, self.planner, held_out, wanted)
+        if self.rank == 0:
+            write_tokens(folder, tokens, held_out.digest)
+
+    def _generate(self) -> None:
+        """Let the model answer some held-out pairs and log the answers, if the recipe asks for it."""
+        section, held_out = self.recipe.eval, self.config.held_out
+        if not section.generate or held_out is None:
+            return
+        self._tell(phase="answering held-out pairs")
+        answerer = Answerer(self.model.model, self.encoder, section.max_new_tokens, self.recipe.optim.seed)
+        answers = generate_held_out(answerer, held_out, section.generate, self.rank, self.num_workers)
+        self.tracker.log_generations(self.position.step, answers)
 
     def _report(self, metrics: dict[str, float]) -> None:
         """Report an evaluation before the end to Ray Train, without a checkpoint, for a scheduler of Ray Tune."""

@@ -39,7 +39,8 @@ def dead_cluster() -> Iterator[dict[str, str]]:
 @pytest.mark.timeout(400)
 def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: dict[str, str]) -> None:
     quickstart = str(ROOT / "recipes/quickstart.yaml")
-    trained = orpo_ray("train", quickstart, *TINY_OVERRIDES, "eval.on_start=true", cwd=tmp_path, env=dead_cluster)
+    options = [*TINY_OVERRIDES, "eval.on_start=true", "eval.generate=2", "eval.max_new_tokens=4"]
+    trained = orpo_ray("train", quickstart, *options, cwd=tmp_path, env=dead_cluster)
     assert trained.returncode == 0, trained.stderr
     run_dir = tmp_path / "runs" / "quickstart"
     assert str(run_dir) in trained.stderr
@@ -48,6 +49,10 @@ def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: di
     page = (run_dir / "report.html").read_text()
     assert "the model before training" in page
     assert page.count('<article class="pair"') == 12
+    assert page.count('<p class="text tokens"') == 24
+    assert page.count('<article class="exchange">') == 2
+    said = [json.loads(line) for line in (run_dir / "generations.jsonl").open()]
+    assert [line["step"] for line in said] == [0, 0, 8, 8]
     assert "eval/grounding_gap" in trained.stderr
     keys = {
         "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/grounding_gap",
@@ -56,11 +61,14 @@ def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: di
     results = []
     for target in (run_dir, run_dir / "final"):
         data = ["data.eval=easy-vqa:test", "data.shuffle_window=64"] if target.name == "final" else []
-        evaluated = orpo_ray_here("evaluate", str(target), *data, "eval.max_pairs=24", "--json", cwd=tmp_path)
+        options = [*data, "eval.max_pairs=24", "eval.max_new_tokens=4", "--generate", "2", "--json"]
+        evaluated = orpo_ray_here("evaluate", str(target), *options, cwd=tmp_path)
         assert evaluated.returncode == 0, evaluated.stderr
         results.append(json.loads(evaluated.stdout))
         assert keys <= set(results[-1])
         assert results[-1]["eval/pairs"] == 24
+        answers = [(each["greedy"], each["sampled"]) for each in results[-1]["answers"]]
+        assert answers == [(each["greedy"], each["sampled"]) for each in said[2:]]
     logged = [line for line in map(json.loads, (run_dir / "metrics.jsonl").open()) if "eval/loss" in line][-1]
     for name in ("eval/rewards/accuracies", "eval/nll_loss", "eval/grounding_gap"):
         assert results[0][name] == pytest.approx(logged[name], abs=1e-5)

@@ -56,6 +56,12 @@ def hostile_run(folder: Path) -> Path:
     bad = [{"id": text, "source": text, "reason": text, "detail": text} for text in texts]
     (run / "bad_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
     (run / "environment.json").write_text(json.dumps(dict(zip(texts, texts, strict=True))))
+    for name in ("generations.jsonl", "eval_tokens.json"):
+        path = run / name
+        hostile = json.dumps(texts[1] + texts[0] + texts[8])[1:-1]
+        path.write_text(
+            path.read_text().replace("greedy at", hostile).replace("Yes", hostile).replace("answered", hostile)
+        )
     return run
 
 
@@ -82,6 +88,8 @@ def test_every_plot_is_drawn_and_nothing_overflows(
         assert len(heights) > 10
         assert max(heights) > 100
         assert len(one.shown()) == 12
+        assert one.page.locator(".said").count() == 2
+        assert one.page.locator(".tokens span").count() > 12
         one.page.wait_for_function("[...document.images].every((image) => image.complete)")
         assert one.page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
     assert one.page.evaluate("window.hacked === undefined && document.compatMode === 'CSS1Compat'")

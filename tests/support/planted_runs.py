@@ -14,7 +14,9 @@ from orpo_ray.config.load import parse_recipe, read_mapping
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import held_out_data
 from orpo_ray.evaluation.pair_scores import write_pair_scores
+from orpo_ray.evaluation.token_scores import write_tokens
 from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, EVAL_PAIRS_START_FILE, RunFolder
+from orpo_ray.tracking.generations import Generation, GenerationsFile
 from support.planted_scores import planted
 from support.tiny_runs import tiny_recipe, write_pairs
 
@@ -64,6 +66,8 @@ def planted_run(
     _write_scores(recipe, run, planted(pairs, accuracy, exchanged=0.5, seed=seed), EVAL_PAIRS_FILE)
     if on_start:
         _write_scores(recipe, run, planted(pairs, 0.5, seed=seed + 1), EVAL_PAIRS_START_FILE)
+    _write_generations(recipe, run)
+    _write_tokens(recipe, run, pairs)
     if finished:
         (run / "final").mkdir()
         (run / "final" / "config.json").write_text("{}")
@@ -76,6 +80,39 @@ def score_again(run: Path) -> None:
     pairs = len((run.parent / "data" / "test.jsonl").read_text().splitlines())
     _write_scores(recipe, run, planted(pairs, 0.9, exchanged=0.5), EVAL_PAIRS_FILE)
     _write_scores(recipe, run, planted(pairs, 0.5, seed=1), EVAL_PAIRS_START_FILE)
+    _write_tokens(recipe, run, pairs)
+    (run / "generations.jsonl").unlink()
+    _write_generations(recipe, run)
+
+
+def _write_tokens(recipe: Recipe, run: Path, pairs: int) -> None:
+    """Write log-probs of tokens, of all pairs but every fourth."""
+    held_out = held_out_data(recipe)
+    assert held_out is not None
+    tokens = {
+        index: {
+            "chosen": [("Yes", -0.1), (",", -1.5), (" <b>it</b>", -3.0), (" is.", -6.0)],
+            "rejected": [("No.", -2.5)],
+        }
+        for index in range(pairs)
+        if index % 4
+    }
+    write_tokens(RunFolder(str(run)), tokens, held_out.digest)  # type: ignore[arg-type]
+
+
+def _write_generations(recipe: Recipe, run: Path) -> None:
+    """Write answers to two pairs at seven steps."""
+    held_out = held_out_data(recipe)
+    assert held_out is not None
+    tracker = GenerationsFile(RunFolder(str(run)), 0)
+    for step in range(0, STEPS + 1, 20):
+        answers = [
+            Generation(place, f"answered {place}", held_out.digest, "Is it red?", "Yes.", "No.",
+                       f"greedy at {step}", f"<b>sampled</b> at {step} " + "word " * 40)
+            for place in (0, 3)
+        ]  # fmt: skip
+        tracker.log_generations(step, answers)
+    tracker.close()
 
 
 def _write_scores(recipe: Recipe, run: Path, scores: pa.Table, name: str) -> None:

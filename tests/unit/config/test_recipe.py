@@ -79,6 +79,11 @@ def test_defaults_are_trls() -> None:
         ({"scaling": {"num_workers": [1.5, 2]}}, "Input should be a whole number of at least 1"),
         ({"model": {"id": "m", "freeze": ["vision", "connector", "language"]}}, "nothing would be trained"),
         ({"eval": {"every_steps": 5}}, "eval.every_steps is set but there are no held-out pairs"),
+        ({"eval": {"generate": 5}}, "eval.generate is set but there are no held-out pairs"),
+        (
+            {"eval": {"generate": 5}, "data": {"train": "x", "eval_fraction": 0.1}, "deepspeed": {"zero_stage": 3}},
+            "eval.generate needs whole weights on each worker",
+        ),
         ({"name": "../up"}, "must consist of letters"),
         ({"data": {"train": "a", "format": "sharegtp"}}, "unknown format; did you mean 'sharegpt'?"),
         (

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from orpo_ray.errors import UserError
+from orpo_ray.evaluation.token_scores import read_tokens, write_tokens
 from orpo_ray.report.charts import margins_of
+from orpo_ray.report.generations import shown_generations
 from orpo_ray.report.page import render_report, write_report
 from orpo_ray.report.pairs import shown_pairs
 from orpo_ray.report.run_data import read_run
@@ -51,6 +53,33 @@ def test_pairs_that_improved_most_come_first(tmp_path: Path) -> None:
     assert changes[0] == everything.max()
     assert changes[6] == everything.min()
     assert all(pair["images"][0].startswith("data:image/jpeg;base64,") for pair in pairs)
+
+
+def test_tokens_are_shaded_by_their_log_probs(tmp_path: Path) -> None:
+    run = read_run(RunFolder(str(planted_run(tmp_path))))
+    pairs, _ = shown_pairs(run)
+    assert {bool(pair["pieces"]) for pair in pairs} == {True, False}
+    found = next(pair["pieces"] for pair in pairs if pair["pieces"])
+    assert [shade for _, shade, _ in found["chosen"]] == [0, 1, 2, 3]
+    page = render_report([run])
+    assert '<span class="t2" title="log-prob -3.00"> &lt;b&gt;it&lt;/b&gt;</span>' in page
+    assert "The darker a token" in page
+    write_tokens(run.folder, read_tokens(run.folder)[1], "of other data")
+    assert not any(pair["pieces"] for pair in shown_pairs(run)[0])
+
+
+def test_answers_stand_side_by_side_over_the_steps(tmp_path: Path) -> None:
+    run = read_run(RunFolder(str(planted_run(tmp_path))))
+    shown = shown_generations(run)
+    assert [pair["id"] for pair in shown] == ["answered 0", "answered 3"]
+    assert [each["step"] for each in shown[0]["steps"]] == [0, 40, 60, 80, 120]
+    assert shown[0]["steps"][-1]["greedy"] == "greedy at 120"
+    assert shown[0]["images"][0].startswith("data:image/jpeg;base64,")
+    page = render_report([run])
+    assert page.count('class="exchange"') == 2
+    assert "&lt;b&gt;sampled&lt;/b&gt; at 120" in page
+    (tmp_path / "data" / "test.jsonl").unlink()
+    assert shown_generations(run)[0]["images"] == []
 
 
 def test_data_that_changed_or_is_gone_is_said(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from support.paths import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
 BLOCK = re.compile(r"^ *```(\w+)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 WITH_RECIPE = ("train", "tune", "plan", "submit", "data check", "data prepare")
-OTHERS = ("evaluate", "export", "report", "runs", "init", "convert", "schema", "doctor")
+OTHERS = ("chat", "evaluate", "export", "report", "runs", "init", "convert", "schema", "doctor")
 
 
 def commands() -> list[tuple[str, str]]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.tracking.generations import Generation, read_generations
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.tracking.trackers import MultiLogger
 from support.tiny_runs import tiny_recipe
+from support.wandb_files import wandb_records
 
 
 def test_metrics_after_the_resumed_step_are_taken_back(tmp_path: Path) -> None:
@@ -86,6 +90,47 @@ def test_wandb_offline_keeps_the_key_out_of_every_file(tmp_path: Path, monkeypat
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_generations_of_steps_that_are_repeated_are_replaced(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run", data={"eval": "easy-vqa:test"}, eval={"generate": 2})
+    answer = Generation(0, "7", "digest", "Was ist das?", "ä", "b", greedy="c", sampled="d", images=(b"jpeg",))
+    first = MultiLogger.open(recipe, step=0, warn=pytest.fail)
+    for step in (0, 5, 10):
+        first.log_generations(step, [answer, replace(answer, sample_index=3)])
+    first.close()
+    second = MultiLogger.open(recipe, step=5, warn=pytest.fail)
+    second.log_generations(10, [replace(answer, greedy="later")])
+    second.close()
+    found = read_generations(RunFolder(recipe.run_uri))
+    assert {index: list(lines) for index, lines in found.items()} == {0: [0, 5, 10], 3: [0, 5]}
+    assert (found[0][5]["greedy"], found[0][10]["greedy"]) == ("c", "later")
+    assert "images" not in found[0][0]
+    without = tiny_recipe(tmp_path, "without")
+    MultiLogger.open(without, step=0, warn=pytest.fail).close()
+    assert not (Path(without.run_uri) / "generations.jsonl").exists()
+
+
+def test_wandb_offline_holds_a_table_with_images(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run", tracking={"wandb": {"enabled": True, "mode": "offline"}})
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 6), "red").save(buffer, "JPEG")
+    answer = Generation(0, "7", "digest", "What?", "a", "b", greedy="one", sampled="two", images=(buffer.getvalue(),))
+    tracker = MultiLogger.open(recipe, step=0, warn=pytest.fail)
+    tracker.log(5, {"eval/loss": 1.0})
+    tracker.log_generations(5, [answer])
+    tracker.close()
+    (file,) = tmp_path.rglob("*.wandb")
+    items = [item for record in wandb_records(file) for item in record.history.item]
+    logged = {"/".join([item.key, *item.nested_key]).strip("/"): json.loads(item.value_json) for item in items}
+    assert logged["eval/loss"] == 1.0
+    assert (logged["eval/generations/_type"], logged["eval/generations/nrows"]) == ("table-file", 1)
+    (table,) = tmp_path.rglob("media/**/*.table.json")
+    (row,) = json.loads(table.read_text())["data"]
+    assert [row[place] for place in (0, 1, 3, 4, 5, 6, 7)] == [5, "7", "What?", "a", "b", "one", "two"]
+    # The images lie beside the table, and `wandb sync` uploads them with it.
+    staged = [path.read_bytes() for path in tmp_path.rglob("wandb/artifacts/staging/*")]
+    assert any(data.startswith(b"\x89PNG") for data in staged)
 
 
 def test_jsonl_lines_are_plain_json(tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.tracking.generations import Generation
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.tracking.logger import TrackerError
 from orpo_ray.tracking.trackers import TRACKERS, MultiLogger
 from support.tiny_runs import tiny_recipe
+
+ANSWER = Generation(0, "0", "digest", "What?", "a", "b", greedy="c", sampled="d")
 
 
 class Recorder:
@@ -38,6 +41,9 @@ class Recorder:
 
     def log_bad_rows(self, rows: Sequence[BadRow]) -> None:
         self.calls.append(tuple(rows))
+
+    def log_generations(self, step: int, generations: Sequence[Generation]) -> None:
+        self.calls.append((step, *generations))
 
     def flush(self) -> None:
         self.calls.append(("flush",))
@@ -66,9 +72,10 @@ def test_a_new_tracker_is_one_class_and_one_entry(tmp_path: Path) -> None:
     logger = MultiLogger.open(recipe, 0, pytest.fail, TRACKERS | {"recorder": Recorder})
     logger.log(1, {"train/loss": 1.0})
     logger.log_bad_rows([row])
+    logger.log_generations(1, [ANSWER])
     logger.flush()
     logger.close()
-    assert Recorder.calls == [(1, {"train/loss": 1.0}), (row,), ("flush",), ("close",)]
+    assert Recorder.calls == [(1, {"train/loss": 1.0}), (row,), (1, ANSWER), ("flush",), ("close",)]
     assert read_jsonl(Path(recipe.run_uri) / "metrics.jsonl") == [{"step": 1, "train/loss": 1.0}]
     assert [line["source"] for line in read_jsonl(Path(recipe.run_uri) / "bad_rows.jsonl")] == ["a:3"]
 

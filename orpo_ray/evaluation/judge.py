@@ -1,0 +1,163 @@
+"""Answers judged by a vision-language model behind an OpenAI-compatible address.
+
+The judge sees image, prompt and two answers, twice with their positions swapped. An answer wins if it wins in both; all
+else is a tie.
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import requests
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from orpo_ray.errors import UserError, preview
+from orpo_ray.evaluation.statistics import Estimate, mean_estimate
+from orpo_ray.tracking.generations import Generation
+
+KEY = "OPENAI_API_KEY"
+OPTION = "--judge"
+TIMEOUT = 120.0  # seconds for one verdict
+ATTEMPTS = 4
+RETRIED = {408, 429, 500, 502, 503, 504}
+QUESTION = (
+    "You compare two answers to a question about the image. Judge which is more correct and helpful; do not prefer an "
+    "answer for its length or position.\n\nQuestion: {prompt}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\n"
+    "Reply with one word: A, B or TIE."
+)
+Verdict = Literal["win", "loss", "tie"]
+
+
+class _Busy(Exception):
+    """The judge should be asked again."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge."""
+
+    url: str
+    """Up to and including the version, such as `http://localhost:8000/v1`."""
+    model: str
+
+    def check(self) -> None:
+        """Check the address, and that a key would not travel in the clear. Raises UserError."""
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError("not an address", field=OPTION, value=self.url, fix="give http(s)://HOST[:PORT]/v1")
+        if parts.username or parts.password or parts.query:
+            raise UserError("an address with a key in it", field=OPTION, fix=f"set {KEY} in the environment instead")
+        if parts.scheme == "http" and os.environ.get(KEY) and not _is_own_machine(parts.hostname):
+            raise UserError(
+                f"{KEY} would be sent to another machine without encryption",
+                field=OPTION,
+                value=self.url,
+                fix=f"use https, or unset {KEY}",
+            )
+
+    def better(self, generation: Generation, first: str, second: str) -> Literal["A", "B", "TIE"]:
+        """Ask which answer is better. Raises UserError."""
+        text = QUESTION.format(prompt=generation.prompt, first=first or "(nothing)", second=second or "(nothing)")
+        images = [
+            {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(image).decode()}}
+            for image in generation.images
+        ]
+        message = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+        body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 256}
+        try:
+            for attempt in Retrying(
+                retry=retry_if_exception_type(_Busy), stop=stop_after_attempt(ATTEMPTS),
+                wait=wait_exponential(max=30), reraise=True,
+            ):  # fmt: skip
+                with attempt:
+                    reply = self._post(body)
+        except _Busy as error:
+            raise self._failed(str(error)) from None
+        return verdict_of(reply)
+
+    def _post(self, body: dict[str, Any]) -> str:
+        key = os.environ.get(KEY)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        address = self.url.rstrip("/") + "/chat/completions"
+        try:
+            # A redirect could lead the key elsewhere.
+            found = requests.post(address, json=body, headers=headers, timeout=TIMEOUT, allow_redirects=False)
+        except requests.RequestException as error:
+            raise self._failed(type(error).__name__) from None
+        if found.status_code in RETRIED:
+            raise _Busy(f"status {found.status_code}")
+        if found.status_code != 200:
+            raise self._failed(f"status {found.status_code}: {preview(found.text)}")
+        try:
+            return str(found.json()["choices"][0]["message"]["content"] or "")
+        except (ValueError, LookupError, TypeError):
+            raise self._failed(f"not a chat completion: {preview(found.text)}") from None
+
+    def _failed(self, why: str) -> UserError:
+        return UserError(f"the judge does not answer: {why}", field=OPTION, value=self.url,
+                         fix="check address, model and key; the server must offer /chat/completions")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge found."""
+
+    against: str
+    """Whose answers the model's were compared with."""
+    verdicts: list[Verdict]
+    """By pair."""
+    win_rate: Estimate
+    """Wins, with a tie as half of one."""
+    swapped: int
+    """Pairs of which the judge preferred the same position twice."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        counts = {f"{name}": self.verdicts.count(name) for name in ("win", "loss", "tie")}
+        return {"against": self.against, **counts, "swapped": self.swapped, "win_rate": self.win_rate.as_json()}
+
+
+def judge_answers(judge: Judge, answers: Sequence[Generation], others: Sequence[str], against: str) -> Judged:
+    """Judge the greedy answers of a model against others to the same prompts.
+
+    Args:
+        judge: the judge.
+        answers: of the model.
+        others: an answer for each.
+        against: whose answers the others are.
+
+    Raises:
+        UserError: the judge does not answer.
+    """
+    verdicts: list[Verdict] = []
+    swapped = 0
+    for answer, other in zip(answers, others, strict=True):
+        if answer.greedy == other:
+            verdicts.append("tie")
+            continue
+        one, two = judge.better(answer, answer.greedy, other), judge.better(answer, other, answer.greedy)
+        swapped += one == two != "TIE"
+        verdicts.append("win" if (one, two) == ("A", "B") else "loss" if (one, two) == ("B", "A") else "tie")
+    points = np.array([{"win": 1.0, "loss": 0.0, "tie": 0.5}[each] for each in verdicts])
+    return Judged(against, verdicts, mean_estimate(points), swapped)
+
+
+def verdict_of(reply: str) -> Literal["A", "B", "TIE"]:
+    """Read the judge's reply: its last A, B or TIE that stands alone; a reply without one is a tie."""
+    found = re.findall(r"\b(A|B|TIE)\b", re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).upper())
+    return found[-1] if found else "TIE"
+
+
+def _is_own_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,29 @@
+"""Read back what W&B wrote to disk: its `.wandb` file is a LevelDB log of protocol buffers."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_BLOCK, _FILE_HEADER = 32768, 7
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """Yield the records of a `.wandb` file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = file.read_bytes(), _FILE_HEADER, b""
+    while at + 7 <= len(data):
+        if _BLOCK - at % _BLOCK < 7:  # the end of a block that no header fits in
+            at += _BLOCK - at % _BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts = (b"" if kind in (_WHOLE, _FIRST) else parts) + data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (_WHOLE, _LAST):
+            record = Record()
+            record.ParseFromString(parts)
+            yield record

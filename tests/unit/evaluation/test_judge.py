@@ -1,0 +1,143 @@
+"""A judge behind a server that speaks the protocol."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from orpo_ray.errors import UserError
+from orpo_ray.evaluation.evaluate_run import EvaluateOptions
+from orpo_ray.evaluation.judge import Judge, judge_answers, verdict_of
+from orpo_ray.tracking.generations import Generation
+
+KEY = "sk-test"
+
+
+class Server(ThreadingHTTPServer):
+    """Replies by a function of the two answers; `statuses` come first."""
+
+    def __init__(self, reply: Callable[[str, str], str]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.reply, self.statuses, self.seen = reply, list[int](), list[dict[str, Any]]()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
+        text = body["messages"][0]["content"][-1]["text"]
+        first, _, second = text.partition("Answer A: ")[2].partition("\n\nAnswer B: ")
+        status = self.server.statuses.pop(0) if self.server.statuses else 200
+        reply = {"choices": [{"message": {"role": "assistant", "content": self.server.reply(first, second)}}]}
+        data = json.dumps(reply if status == 200 else {"error": "no"}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[str, str], str]], Server]]:
+    started: list[Server] = []
+
+    def start(reply: Callable[[str, str], str]) -> Server:
+        server = Server(reply)
+        started.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def answer(index: int, greedy: str) -> Generation:
+    return Generation(index, str(index), "", "What?", "chosen", "rejected", greedy, "", images=(b"jpeg",))
+
+
+def test_positions_are_swapped_and_a_preference_for_one_is_a_tie(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reply(first: str, second: str) -> str:
+        if "same" in first + second:
+            return "A"  # whatever stands first
+        if "equal" in first + second:
+            return "Tie."
+        return "A" if len(first) > len(second.split("\n")[0]) else "The better one is: B"
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(reply)
+    answers = [
+        answer(0, "a long answer"),
+        answer(1, "x"),
+        answer(2, "same"),
+        answer(3, "equal"),
+        answer(4, "identical"),
+    ]
+    others = ["short", "longer", "other", "another", "identical"]
+    judge = Judge(server.url, "judge")
+    judge.check()
+    found = judge_answers(judge, answers, others, "the base")
+    assert found.verdicts == ["win", "loss", "tie", "tie", "tie"]
+    assert found.swapped == 1
+    assert found.win_rate.value == pytest.approx(0.5)
+    assert len(server.seen) == 8, "equal answers need no judge"
+    assert {each["path"] for each in server.seen} == {"/v1/chat/completions"}
+    assert {each["key"] for each in server.seen} == {f"Bearer {KEY}"}
+    assert server.seen[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert found.as_json() | {"win_rate": None} == {
+        "against": "the base", "win": 1, "loss": 1, "tie": 3, "swapped": 1, "win_rate": None,
+    }  # fmt: skip
+
+
+def test_a_busy_judge_is_asked_again_and_a_broken_one_is_one_message(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    server = serve(lambda first, second: "A")
+    server.statuses = [429, 503]
+    assert Judge(server.url, "judge").better(answer(0, "a"), "a", "b") == "A"
+    assert {each["key"] for each in server.seen} == {None}
+    for statuses, said in (([401], "status 401"), ([500] * 9, "status 500"), ([302], "status 302")):
+        server.statuses = list(statuses)
+        with pytest.raises(UserError, match=said):
+            Judge(server.url, "judge").better(answer(0, "a"), "a", "b")
+    with pytest.raises(UserError, match="ConnectionError"):
+        Judge("http://127.0.0.1:9/v1", "judge").better(answer(0, "a"), "a", "b")
+
+
+def test_the_key_does_not_travel_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for url in ("https://judge.example/v1", "http://127.0.0.1:8000/v1", "http://[::1]:8000/v1", "http://localhost/v1"):
+        Judge(url, "judge").check()
+    with pytest.raises(UserError, match="without encryption"):
+        Judge("http://judge.example/v1", "judge").check()
+    with pytest.raises(UserError, match="key in it"):
+        Judge("https://user:secret@judge.example/v1", "judge").check()
+    with pytest.raises(UserError, match="not an address"):
+        Judge("judge.example", "judge").check()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    Judge("http://judge.example/v1", "judge").check()
+    with pytest.raises(UserError, match="no answers to judge"):
+        EvaluateOptions(judge=Judge("http://judge.example/v1", "judge")).check()
+
+
+def test_replies_are_read_by_their_last_verdict() -> None:
+    for reply, verdict in {
+        "B": "B", "Answer A is better, so: A": "A", "<think>A? B!</think>\ntie": "TIE", "I cannot say.": "TIE",
+        "": "TIE", "**B**": "B",
+    }.items():  # fmt: skip
+        assert verdict_of(reply) == verdict, reply
