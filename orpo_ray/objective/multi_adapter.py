@@ -23,7 +23,7 @@ class MultiAdapterModel:
     activations does not grow with their number.
 
     Args:
-        model: with all adapters; its adapted layers run a stack of them from now on.
+        model: with one adapter; others may be added before `stack`.
         tokens_at_once: most tokens of all copies of a row together (`optim.tokens_per_microbatch`). A copy that is
             longer runs alone.
 
@@ -35,7 +35,11 @@ class MultiAdapterModel:
         if (why := why_not_side_by_side(model)) is not None:
             raise UserError(f"trials cannot share this model: {why}", field=PACK, fix="set it to off")
         self.model, self._tokens_at_once = model, tokens_at_once
-        self._stack = AdapterStack(model.model)
+        self._stack: AdapterStack | None = None
+
+    def stack(self) -> None:
+        """Let adapted layers run all adapters that the model has now. To be called once."""
+        self._stack = AdapterStack(self.model.model)
 
     def groups(self, batch: PairBatch, names: Sequence[str]) -> Iterator[dict[str, PairLogps]]:
         """Run a micro-batch through some adapters.
@@ -51,6 +55,7 @@ class MultiAdapterModel:
         images = self.model.encode_images(batch)
         for group in divided(names, batch.input_ids.numel(), self._tokens_at_once):
             copies = len(group)
+            assert self._stack is not None, "adapters are not stacked yet"
             self._stack.use(group)
             row = batch.repeated(
                 copies, self.model.family.repeated_images(batch.images, copies, batch.input_ids.numel())
@@ -106,8 +111,3 @@ def divided(names: Sequence[str], tokens: int, tokens_at_once: int) -> list[list
     return [
         list(names[number * len(names) // groups : (number + 1) * len(names) // groups]) for number in range(groups)
     ]
-
-
-def adapter_name(number: int) -> str:
-    """The name of a trial's adapter in a model with several; the first has peft's own."""
-    return "default" if number == 0 else f"trial{number}"

@@ -56,6 +56,7 @@ def check(model: PairModel, batch: PairBatch, tokens_at_once: int) -> None:
         loss_of(logps, number).backward()
         expected[name] = logps, [weight.grad for weight in adapter_weights(alone.model, name).values()]
     adapters = MultiAdapterModel(model, tokens_at_once)
+    adapters.stack()
     found: dict[str, PairLogps] = {}
     for group in adapters.groups(batch, NAMES):
         torch.stack([loss_of(logps, NAMES.index(name)) for name, logps in group.items()]).sum().backward()
@@ -87,6 +88,7 @@ def test_a_forward_pass_looks_at_the_images_once() -> None:
     vision.register_forward_hook(lambda *_: calls.append(1))
     batch = batch_of(model, "smolvlm")
     adapters = MultiAdapterModel(model, tokens_at_once=1)
+    adapters.stack()
     with torch.no_grad():
         found = [logps for group in adapters.groups(batch, NAMES) for logps in group.values()]
         assert len(found) == 3
