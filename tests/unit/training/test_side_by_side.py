@@ -17,10 +17,13 @@ from orpo_ray.training.side_by_side import SideBySide, tokens_for, why_not_side_
 from support.engines_by_hand import STEPS, Training, recipe_of
 
 LORA = {"lora": {"r": 4}}
+# AdamW divides a gradient by its size, so that rounding errors of tiny gradients count fully. A larger epsilon keeps
+# them small.
+CALM = {"learning_rate": 1e-2, "adam_epsilon": 1e-3}
 RECIPES = {
-    "plain": recipe_of(model=LORA),
-    "strong": recipe_of(model=LORA, orpo={"beta": 2.0}, optim={"learning_rate": 3e-2, "schedule": "cosine"}),
-    "wide": recipe_of(model={"lora": {"r": 8, "alpha": 4}}, optim={"seed": 3, "weight_decay": 0.1, "warmup": 2}),
+    "plain": recipe_of(model=LORA, optim=CALM),
+    "strong": recipe_of(model=LORA, orpo={"beta": 2.0}, optim=CALM | {"learning_rate": 3e-3, "schedule": "cosine"}),
+    "wide": recipe_of(model={"lora": {"r": 8, "alpha": 4}}, optim=CALM | {"seed": 3, "weight_decay": 0.1, "warmup": 2}),
 }
 
 
