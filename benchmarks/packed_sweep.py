@@ -105,7 +105,7 @@ class Bench:
                 batch = batch.to(self.device)
                 loss, _ = objective.loss(engine.forward(batch), batch.weights, plan.normaliser)
                 engine.backward(loss)
-                total += float(loss)
+                total += float(loss.detach())
             engine.step()
             losses.append(total)
         model.model.unload()  # type: ignore[operator]

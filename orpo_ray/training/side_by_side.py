@@ -54,6 +54,8 @@ class StepResult:
 
     metrics: dict[str, float]
     """The objective's, and `grad_norm`, `learning_rate` and `skipped_updates`; without a prefix."""
+    was_skipped: bool = False
+    """Whether the update was skipped, because the gradient is not finite."""
     diverged: TrainingDiverged | None = None
     """Why the run cannot go on; it has left then."""
 
@@ -84,6 +86,7 @@ class SideBySide:
             assert recipe.model.lora is not None
             add_adapter_beside(model.model, adapter, recipe.model.lora, recipe.optim.seed)
         self._model.stack()
+        self._images_checked = False
         self.runs = {name: self._run(name, recipe, num_steps) for name, recipe in recipes.items()}
 
     def train_step(self, plan: StepPlan) -> dict[str, StepResult]:
@@ -94,12 +97,18 @@ class SideBySide:
 
         Returns:
             The result of each run that trained. A run that diverged has left.
+
+        Raises:
+            ImageNotUsed: the losses of the first step with images do not depend on them.
         """
         sums: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.runs}
         rates = {name: run.engine.learning_rate for name, run in self.runs.items()}
         if not plan.pairs:
             return {name: StepResult({"learning_rate": rate, "grad_norm": 0.0}) for name, rate in rates.items()}
+        model = self._model.model
         for batch in on_device(plan.batches, self._device):
+            model.watch_images = batch.trains_on_images and not self._images_checked
+            is_watching = model.watch_images
             for group in self._groups(batch):
                 losses = []
                 for name, logps in group.items():
@@ -107,7 +116,14 @@ class SideBySide:
                     losses.append(loss)
                     sums[name] = add_sums(sums[name], more)
                 torch.stack(losses).sum().backward()  # no weight of a run has a gradient from another run's loss
+            if is_watching:
+                model.check_images_used()
+                self._images_checked = True
         return {name: self._update(name, plan, sums[name], rates[name]) for name in list(self.runs)}
+
+    def adapter_of(self, name: str) -> str:
+        """peft's name of a run's adapter."""
+        return self._adapters[name]
 
     def leave(self, name: str) -> None:
         """Let a run train no longer, and free its optimizer's memory."""
@@ -141,14 +157,14 @@ class SideBySide:
         run = self.runs[name]
         metrics = run.objective.metrics(reduce_sums(sums, self._device))
         grad_norm = run.engine.step()
-        diverged = None
+        diverged, was_skipped = None, False
         try:
-            run.guard.observe(plan.step + 1, metrics["loss"], grad_norm)
+            was_skipped = run.guard.observe(plan.step + 1, metrics["loss"], grad_norm)
         except TrainingDiverged as error:
             diverged = error
             self.leave(name)
         state = {"grad_norm": grad_norm, "learning_rate": rate, "skipped_updates": run.guard.skipped}
-        return StepResult(metrics | state, diverged)
+        return StepResult(metrics | state, was_skipped, diverged)
 
 
 def tokens_for(recipe: Recipe, runs: int) -> int:

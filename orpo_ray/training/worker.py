@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -21,14 +20,11 @@ from orpo_ray.evaluation.pair_scores import write_pair_scores
 from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.collectives import add_sums, gather_objects, gather_step
-from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner
-from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, EVAL_PAIRS_START_FILE, RunFolder
 from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
-from orpo_ray.training.auto_gradient_checkpointing import with_checkpointing
 from orpo_ray.training.checkpoint import Position, load_checkpoint, save_final
 from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.divergence import skipped_message
@@ -37,7 +33,7 @@ from orpo_ray.training.preemption import PreemptionNotice
 from orpo_ray.training.run_books import RunBooks
 from orpo_ray.training.run_status import StatusLine
 from orpo_ray.training.saving import SaveFailed, Saver
-from orpo_ray.training.sharded_loading import load_for_training
+from orpo_ray.training.sharded_loading import load_pair_model
 from orpo_ray.training.step_times import OwnTime, SlowWorkers, by_worker, memory_gb
 from orpo_ray.training.teardown import Held
 from orpo_ray.training.unlogged import log_missing
@@ -68,13 +64,7 @@ class Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, config.cpu_threads // self.num_workers))
         encoder = config.encoder.build()
-        model_config = with_checkpointing(self.recipe, self.device)
-        model = load_for_training(self.recipe.model_copy(update={"model": model_config}), self.device)
-        bounded = model_config.gradient_checkpointing != "none" and self.recipe.deepspeed.zero_stage < 3
-        pixels_at_once = PIXELS_AT_ONCE.get(self.device.type) if bounded else None
-        cache = self.recipe.model.vision_cache
-        cache_folder = Path(cache) if cache is not None else None
-        self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once, cache_folder)
+        self.model = load_pair_model(self.recipe, encoder.processor, self.device)
         self.objective = load_objective(self.recipe)
         self.together = self.recipe.scaling.sequence_parallel
         if self.together > 1:

@@ -107,6 +107,20 @@ def test_a_run_that_leaves_and_one_that_diverges_disturb_no_other() -> None:
     assert_equal(together.weights("strong"), weights_of(alone))
 
 
+def test_a_base_in_four_bits_serves_all() -> None:
+    recipes = {
+        name: recipe_of(model=LORA | {"quantization": {}}, orpo={"beta": beta}, optim=CALM)
+        for name, beta in (("low", 0.1), ("high", 1.0))
+    }
+    alone = {name: Training(recipe, 0, 1) for name, recipe in recipes.items()}
+    together = Together(recipes)
+    for _ in range(2):
+        found = together.step()
+        assert found == {name: pytest.approx(training.step(), rel=1e-4) for name, training in alone.items()}
+    for name, training in alone.items():
+        assert_equal(together.weights(name), weights_of(training))
+
+
 def test_held_out_pairs_are_scored_for_every_run_at_once() -> None:
     together = Together(RECIPES)
     before = together.step()
