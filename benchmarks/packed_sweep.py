@@ -2,8 +2,8 @@
 
     python benchmarks/packed_sweep.py [--shape NAME] [--trials N] [--steps N] [--pairs N] [--tiles N] [--json]
 
-Both run in one process, on the same pairs, through the product's own loss, engine and optimizer. Loading the model is
-part of neither, and (b) has its base model loaded already. The vision encoder is frozen. Trials differ in beta,
+Both run in one process, on the same pairs, through the product's own loss, engine and optimizer. Loading the model and
+making its adapters is part of neither. The vision encoder is frozen. Trials differ in beta,
 learning rate and seed. Memory is the peak of the process in (a), and in the first trial of (b), base model included. A
 micro-batch of one trial is the whole step, and (a) has as many tokens at once. Requires no Ray. Weights are random.
 
@@ -94,33 +94,40 @@ class Bench:
         planner = StepPlanner(load_objective(recipe), packing, dummy, dummy, self.device, model.collate)
         return [planner.plan(planner.share(pairs, step=step)) for step, pairs in enumerate(self.pairs)]
 
-    def alone(self, recipe: Recipe, steps: int) -> list[float]:
-        """(b): one trial; returns its losses."""
+    def alone(self, recipe: Recipe) -> tuple[PairModel, Callable[[int], list[list[float]]]]:
+        """(b): one trial, ready to train: number of steps -> its losses."""
         model = self.model(recipe)
         engine, objective = ReplicatedEngine(model, recipe, self.steps, 1), load_objective(recipe)
-        losses = []
-        for plan in self.plans(recipe, model, self.budget)[:steps]:
-            total = 0.0
-            for batch in plan.batches:
-                batch = batch.to(self.device)
-                loss, _ = objective.loss(engine.forward(batch), batch.weights, plan.normaliser)
-                engine.backward(loss)
-                total += float(loss.detach())
-            engine.step()
-            losses.append(total)
-        model.model.unload()  # type: ignore[operator]
-        return losses
+        plans = self.plans(recipe, model, self.budget)
 
-    def together(self, steps: int) -> list[list[float]]:
-        """(a): all trials; returns the losses of each."""
+        def train(steps: int) -> list[list[float]]:
+            losses = []
+            for plan in plans[:steps]:
+                total = 0.0
+                for batch in plan.batches:
+                    batch = batch.to(self.device)
+                    loss, _ = objective.loss(engine.forward(batch), batch.weights, plan.normaliser)
+                    engine.backward(loss)
+                    total += float(loss.detach())
+                engine.step()
+                losses.append(total)
+            return [losses]
+
+        return model, train
+
+    def together(self) -> tuple[PairModel, Callable[[int], list[list[float]]]]:
+        """(a): all trials, ready to train: number of steps -> the losses of each."""
         first = self.recipes[0]
         model = self.model(first)
         recipes = {str(number): recipe for number, recipe in enumerate(self.recipes)}
         runs = SideBySide(recipes, model, self.steps)
-        plans = self.plans(first, model, tokens_for(first, len(recipes)))[:steps]
-        results = [runs.train_step(plan) for plan in plans]
-        model.model.unload()  # type: ignore[operator]
-        return [[result[name].metrics["loss"] for result in results] for name in recipes]
+        plans = self.plans(first, model, tokens_for(first, len(recipes)))
+
+        def train(steps: int) -> list[list[float]]:
+            results = [runs.train_step(plan) for plan in plans[:steps]]
+            return [[result[name].metrics["loss"] for result in results] for name in recipes]
+
+        return model, train
 
     def flops(self) -> tuple[float, float]:
         """The FLOPs of a step's vision part, and of a forward pass of its language model."""
@@ -162,8 +169,14 @@ def _tokens(pair: EncodedPair) -> int:
     return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
-def measured(run: Callable[[], Any], device: torch.device) -> tuple[float, float, Any]:
-    """Seconds, peak memory in MiB of the process (on CUDA: of the allocator), and what was returned."""
+def measured(
+    ready: tuple[PairModel, Callable[[int], list[list[float]]]], steps: int, device: torch.device
+) -> tuple[float, float, list[list[float]]]:
+    """Train, and take the adapters off again.
+
+    Returns seconds, the peak memory in MiB of the process (on CUDA: of the allocator), and the losses.
+    """
+    model, train = ready
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -171,31 +184,33 @@ def measured(run: Callable[[], Any], device: torch.device) -> tuple[float, float
     else:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     started = time.perf_counter()
-    found = run()
+    losses = train(steps)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     if device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated() / 2**20, found
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return seconds, int(status["VmHWM"].split()[0]) / 1024, found
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peak = int(status["VmHWM"].split()[0]) / 1024
+    model.model.unload()  # type: ignore[operator]
+    return seconds, peak, losses
 
 
 def compare(bench: Bench) -> dict[str, Any]:
-    """Run one trial, then (a), then the other trials of (b), so that neither is only early or only late."""
+    """Run half of the trials of (b), then (a), then the other half, so that neither is only early or only late."""
     device, trials = bench.device, len(bench.recipes)
-    bench.alone(bench.recipes[0], 1)
-    bench.together(1)
+    measured(bench.alone(bench.recipes[0]), 1, device)
     half = trials // 2
-    singles = [measured(lambda r=recipe: bench.alone(r, bench.steps), device) for recipe in bench.recipes[:half]]
-    seconds, peak, losses = measured(lambda: bench.together(bench.steps), device)
-    singles += [measured(lambda r=recipe: bench.alone(r, bench.steps), device) for recipe in bench.recipes[half:]]
+    singles = [measured(bench.alone(recipe), bench.steps, device) for recipe in bench.recipes[:half]]
+    seconds, peak, losses = measured(bench.together(), bench.steps, device)
+    singles += [measured(bench.alone(recipe), bench.steps, device) for recipe in bench.recipes[half:]]
     vision, language = bench.flops()
     one_by_one = sum(single[0] for single in singles)
     differences = [
         abs(mine - other)
         for own, single in zip(losses, singles, strict=True)
-        for mine, other in zip(own, single[2], strict=True)
+        for mine, other in zip(own, single[2][0], strict=True)
     ]
     return {
         "trials": trials,

@@ -13,8 +13,8 @@ from orpo_ray.data.balance import Packing, StepShare
 from orpo_ray.data.encoding import PairEncoder
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.evaluation.evaluator import EXCHANGED, with_pass, with_prefix
-from orpo_ray.evaluation.pair_scores import write_pair_scores
+from orpo_ray.evaluation.evaluator import with_pass, with_prefix
+from orpo_ray.evaluation.pair_scores import EXCHANGED, write_pair_scores
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.multi_adapter import PACK
 from orpo_ray.objective.pair_model import PairModel

@@ -6,7 +6,7 @@ adapters share no weight that is trained, and no token of one run's copy of a ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +129,7 @@ class SideBySide:
         """Let a run train no longer, and free its optimizer's memory."""
         del self.runs[name]
 
-    def evaluate(self, shares: Iterator[StepShare], planner: StepPlanner) -> dict[str, Scores]:
+    def evaluate(self, shares: Iterable[StepShare], planner: StepPlanner) -> dict[str, Scores]:
         """Score held-out pairs for every run, in one pass over them."""
         model = self._model.model
         was_training = model.training
