@@ -43,7 +43,7 @@ class Listener(Protocol):
     def report(self, name: str, metrics: dict[str, float]) -> None:
         """Take an evaluation of a run, or the metrics of a checkpoint, with prefixes and `step`."""
 
-    def ended(self, name: str, error: OrpoRayError | None) -> None:
+    def ended(self, name: str, error: Exception | None) -> None:
         """Hear that a run has ended: at its end, or since it was asked to, or by an error of its own."""
 
     def asks_to_stop(self, name: str) -> bool:
@@ -230,7 +230,7 @@ class PackedRuns:
             if self._listener.asks_to_stop(name):
                 self._end(name, None)
 
-    def _end(self, name: str, error: OrpoRayError | None) -> None:
+    def _end(self, name: str, error: Exception | None) -> None:
         run = self._runs.pop(name)
         run.saver.end_upload()
         run.books.tracker.close()
@@ -240,8 +240,8 @@ class PackedRuns:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """Let an error of one run end that run only."""
+        """Let an error of one run, or of its folder, end that run only."""
         try:
             yield
-        except OrpoRayError as error:
+        except (OrpoRayError, OSError) as error:
             self._end(name, error)
