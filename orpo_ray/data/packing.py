@@ -86,6 +86,32 @@ class PairBatch:
         """The same batch on a device."""
         return self.map(partial(to_device, device=device))
 
+    def repeated(self, copies: int, images: dict[str, torch.Tensor]) -> PairBatch:
+        """A packed row of several copies of this one, behind each other. Pair b of copy k is pair k * B + b.
+
+        Args:
+            copies: how many.
+            images: the image tensors of the new row, as the model's family makes them (`Family.repeated_images`).
+        """
+        tokens, pairs = self.input_ids.shape[1], self.num_pairs
+        copy = torch.arange(copies, device=self.input_ids.device).unsqueeze(1)
+        answer = self.target_answer // pairs * (copies * pairs) + self.target_answer % pairs
+        return replace(
+            self,
+            input_ids=self.input_ids.repeat(1, copies),
+            token_kind=self.token_kind.repeat(1, copies),
+            position_ids=self.position_ids.repeat(1, copies),
+            spans=tuple(span.moved(number * tokens) for number in range(copies) for span in self.spans),
+            target_position=(self.target_position + copy * tokens).flatten(),
+            target_ids=self.target_ids.repeat(copies),
+            target_answer=(answer + copy * pairs).flatten(),
+            target_in_response=self.target_in_response.repeat(copies),
+            weights=self.weights.repeat(copies),
+            images=images,
+            sample_indices=self.sample_indices * copies,
+            varlen=None if self.varlen is None else self.varlen.repeated(copies, tokens),
+        )
+
 
 def build_batch(
     pairs: Sequence[EncodedPair],

@@ -17,6 +17,10 @@ class PairSpan:
     rejected: int
     end: int
 
+    def moved(self, tokens: int) -> PairSpan:
+        """The same pair further on in the row."""
+        return PairSpan(self.start + tokens, self.chosen + tokens, self.rejected + tokens, self.end + tokens)
+
     @property
     def is_single(self) -> bool:
         """Whether the prompt has only one answer."""

@@ -56,6 +56,25 @@ class VarlenIndex:
         keys, cu_queries, cu_keys = (change(each) for each in (self.keys, self.cu_queries, self.cu_keys))
         return replace(self, keys=keys, cu_queries=cu_queries, cu_keys=cu_keys)
 
+    def repeated(self, copies: int, tokens: int) -> VarlenIndex:
+        """The index of a row of several copies of this one. Made on the device, which nothing waits for.
+
+        Args:
+            copies: how many.
+            tokens: T.
+        """
+        copy = torch.arange(copies, device=self.keys.device).unsqueeze(1)
+
+        def starts(first: torch.Tensor, length: int) -> torch.Tensor:
+            return torch.cat([first[:1], (first[1:] + copy * length).flatten()]).to(first.dtype)
+
+        return replace(
+            self,
+            keys=(self.keys + copy * tokens).flatten(),
+            cu_queries=starts(self.cu_queries, tokens),
+            cu_keys=starts(self.cu_keys, len(self.keys)),
+        )
+
     def to(self, device: torch.device) -> VarlenIndex:
         """The same index on a device."""
         return self.map(partial(to_device, device=device))

@@ -124,44 +124,75 @@ class Evaluator:
         return score(forward if change is None else lambda batch: forward(change(batch)), shares, self.planner)
 
 
-@torch.no_grad()
 def score(forward: Forward, shares: Iterable[StepShare], planner: StepPlanner) -> Scores:
     """Run one pass over shares of steps; every worker must pass equally many.
 
     Metrics are the objective's, and `runtime` in seconds, `samples_per_second`, `steps_per_second`, `pairs`,
     `bad_rows`. Raises UserError if no row is usable.
     """
+    return score_each(lambda batch: {"": forward(batch)}, {"": planner.objective}, shares, planner)[""]
+
+
+@torch.no_grad()
+def score_each(
+    forward: Callable[[PairBatch], Mapping[str, PairLogps]],
+    objectives: Mapping[str, Objective],
+    shares: Iterable[StepShare],
+    planner: StepPlanner,
+) -> dict[str, Scores]:
+    """The same for several models that score the same pairs.
+
+    Args:
+        forward: micro-batch -> the log-probs of every model, by name.
+        objectives: of every model, by name.
+        shares: of steps.
+        planner: plans the steps.
+    """
     started, steps = time.perf_counter(), 0
-    objective: Objective = planner.objective
-    sums: dict[str, torch.Tensor] = {}
-    rows: list[dict[str, Any]] = []
+    tallies = {name: _Tally(objective, planner) for name, objective in objectives.items()}
     bad: list[BadRow] = []
     for share in shares:
         steps += 1
         bad += share.bad
         for batch, pairs in zip(planner.plan(share).batches, share.microbatches, strict=True):
-            logps = forward(batch.to(planner.device)).cpu()
-            # Averages within each pair, then over pairs: a token average over a step would depend on the step's size.
-            _, more = objective.loss(logps, batch.weights, Normaliser(1.0))
-            sums = add_sums(sums, more)
-            if planner.counts:
-                rows += iter_pair_scores(objective, logps, pairs)
-    totals = reduce_sums(sums, planner.device, planner.counts)
-    if not totals.get("pairs"):
-        raise UserError(
-            f"none of the {len(bad)} held-out rows can be used",
-            field="data.eval",
-            fix="run orpo-ray data check to see why",
-        )
-    runtime = time.perf_counter() - started
-    metrics = objective.metrics(totals) | {
-        "runtime": runtime,
-        "samples_per_second": totals["pairs"] / runtime,
-        "steps_per_second": steps / runtime,
-        "pairs": totals["pairs"],
-        "bad_rows": float(len(bad)),
-    }
-    return Scores(metrics, join_workers(gather_objects(rows)), bad)
+            for name, logps in forward(batch.to(planner.device)).items():
+                tallies[name].add(logps.cpu(), batch, pairs)
+    return {name: tally.scores(steps, time.perf_counter() - started, bad) for name, tally in tallies.items()}
+
+
+class _Tally:
+    """Adds up what one model makes of the pairs."""
+
+    def __init__(self, objective: Objective, planner: StepPlanner) -> None:
+        self._objective, self._planner = objective, planner
+        self._sums: dict[str, torch.Tensor] = {}
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, logps: PairLogps, batch: PairBatch, pairs: Sequence[EncodedPair]) -> None:
+        """Add a micro-batch, all in main memory."""
+        # Averages within each pair, then over pairs: a token average over a step would depend on the step's size.
+        _, more = self._objective.loss(logps, batch.weights, Normaliser(1.0))
+        self._sums = add_sums(self._sums, more)
+        if self._planner.counts:
+            self._rows += iter_pair_scores(self._objective, logps, pairs)
+
+    def scores(self, steps: int, runtime: float, bad: list[BadRow]) -> Scores:
+        """Add up over all workers. A collective. Raises UserError if no row is usable."""
+        totals = reduce_sums(self._sums, self._planner.device, self._planner.counts)
+        if not totals.get("pairs"):
+            raise UserError(
+                f"none of the {len(bad)} held-out rows can be used",
+                field="data.eval",
+                fix="run orpo-ray data check to see why",
+            )
+        metrics = self._objective.metrics(totals) | {
+            "runtime": runtime,
+            "samples_per_second": totals["pairs"] / runtime,
+            "steps_per_second": steps / runtime,
+            "pairs": totals["pairs"],
+            "bad_rows": float(len(bad)),
+        }
+        return Scores(metrics, join_workers(gather_objects(self._rows)), bad)
 
 
 def iter_pair_scores(objective: Objective, logps: PairLogps, pairs: Sequence[EncodedPair]) -> Iterator[dict[str, Any]]:

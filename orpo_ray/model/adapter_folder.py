@@ -19,6 +19,7 @@ from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import load_model
+from orpo_ray.model.lora import FIRST_ADAPTER
 from orpo_ray.model.quantization import quantization_config
 from orpo_ray.tiny_models.build import resolve
 
@@ -51,14 +52,18 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def save_adapter(model: Any, state: Mapping[str, torch.Tensor], model_config: ModelConfig, folder: Path) -> None:
+def save_adapter(
+    model: Any, state: Mapping[str, torch.Tensor], model_config: ModelConfig, folder: Path, adapter: str = FIRST_ADAPTER
+) -> None:
     """Write the adapters of a peft model, and the modules that were trained in full.
 
     Args:
         model: the peft model.
-        state: gathered tensors by the model's own names; weights of the base model may be missing.
+        state: gathered tensors by the names of a model whose only adapter this is; weights of the base model may be
+            missing.
         model_config: the recipe's, which names the base model.
         folder: made if it does not exist.
+        adapter: which of the model's adapters.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -68,7 +73,7 @@ def save_adapter(model: Any, state: Mapping[str, torch.Tensor], model_config: Mo
     # Copies, because safetensors refuses tensors that share memory.
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = copy.deepcopy(model.peft_config["default"])
+    config = copy.deepcopy(model.peft_config[adapter])
     config.inference_mode = True
     config.base_model_name_or_path, config.revision = resolve(model_config.id), model_config.revision
     config.save_pretrained(folder)

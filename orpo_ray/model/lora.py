@@ -6,6 +6,7 @@ path. Parts that `model.freeze` names get no adapters.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import Any
 
@@ -21,6 +22,8 @@ from orpo_ray.model.gradient_checkpointing import deprecated_names_allowed
 
 TARGETS = "model.lora.target_modules"
 SAVED = "model.lora.modules_to_save"
+FIRST_ADAPTER = "default"
+"""peft's name of a model's only adapter."""
 
 
 def add_adapters(model: Any, model_config: ModelConfig, family: Family, seed: int) -> Any:
@@ -68,6 +71,36 @@ def add_adapters(model: Any, model_config: ModelConfig, family: Family, seed: in
         if parameter.requires_grad:  # peft makes those beside 4-bit weights in float32
             parameter.data = parameter.data.to(model.dtype)
     return adapted
+
+
+def add_adapter_beside(adapted: Any, name: str, lora: LoraConfig, seed: int) -> None:
+    """Give every adapted layer another adapter, with the first weights that `add_adapters` would give it.
+
+    Args:
+        adapted: peft's wrapper around a model.
+        name: of the new adapter.
+        lora: its rank and scale; all else is as in the first adapter.
+        seed: of its first weights.
+    """
+    config = copy.deepcopy(adapted.peft_config[FIRST_ADAPTER])
+    config.r, config.lora_alpha = lora.r, lora.alpha
+    with torch.random.fork_rng(devices=[]), deprecated_names_allowed():
+        torch.manual_seed(seed)
+        adapted.add_adapter(name, config, autocast_adapter_dtype=False)
+    dtype = adapted.get_base_model().dtype
+    for parameter in adapter_weights(adapted, name).values():
+        parameter.data = parameter.data.to(dtype)
+
+
+def adapter_weights(adapted: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """One adapter's weights, by the names that they have where it is the only one."""
+    found: dict[str, nn.Parameter] = {}
+    for path, parameter in adapted.named_parameters():
+        layer, _, own = path.rpartition(".lora_")
+        matrix, _, rest = own.partition(f".{name}.")
+        if layer and rest:
+            found[f"{layer}.lora_{matrix}.{FIRST_ADAPTER}.{rest}"] = parameter
+    return found
 
 
 class _ModuleIndex:

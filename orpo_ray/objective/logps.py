@@ -45,6 +45,11 @@ class PairLogps:
         """The same in main memory, in one transfer."""
         return self.changed(torch.Tensor.cpu)
 
+    def split(self, copies: int) -> list[PairLogps]:
+        """The sums of each copy of a batch that was repeated (`PairBatch.repeated`)."""
+        parts = [[None] * copies if sums is None else sums.chunk(copies) for sums in vars(self).values()]
+        return [PairLogps(*each) for each in zip(*parts, strict=True)]
+
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PairLogps:
         """The same after a change of all sums at once: [6, B], or [8, B] with other images."""
         return PairLogps(*change(torch.stack([sums for sums in vars(self).values() if sums is not None])))

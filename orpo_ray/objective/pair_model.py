@@ -85,8 +85,15 @@ class PairModel(nn.Module):
 
     def forward(self, batch: PairBatch) -> PairLogps:
         """Sums of log-probs per pair, dummy pairs included."""
+        return self.logps(batch, self.encode_images(batch))
+
+    def encode_images(self, batch: PairBatch) -> ImageFeatures | None:
+        """Run vision encoder and connector once per image, or read their features from the cache; None for no image."""
+        return self._encode_images(without_adapters(self.model), batch) if batch.images else None
+
+    def logps(self, batch: PairBatch, images: ImageFeatures | None) -> PairLogps:
+        """Sums of log-probs per pair, given what `encode_images` made of the batch's images."""
         base = without_adapters(self.model)
-        images = self._encode_images(base, batch) if batch.images else None
         if self.group is not None:
             return self._forward_in_group(base, batch, images, self.group)
         hidden = self.family.hidden_states(base, batch, images)
@@ -175,7 +182,6 @@ class PairModel(nn.Module):
             )
 
     def _encode_images(self, base: Any, batch: PairBatch) -> ImageFeatures:
-        """Run vision encoder and connector once per image, or read their features from the cache."""
         inputs = self.family.vision_inputs(batch.images, self.pixel_norm, base.dtype)
         if self.vision_cache is not None:
             inputs = {name: inputs[name] for name in self.family.image_inputs if name in inputs}

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pickle import PickleError
 from typing import Any
 
-import ray
-import ray.train
 import torch
 
 from orpo_ray.config.recipe import Recipe
@@ -20,6 +18,7 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
 from orpo_ray.model.adapter_folder import save_adapter
 from orpo_ray.model.loading import is_adapted
+from orpo_ray.model.lora import FIRST_ADAPTER
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.storage.files import one_line
@@ -59,7 +58,9 @@ class Position:
     """Loss of the run's first step."""
 
 
-def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: ReadSpec) -> tuple[Position, list[LogLine]]:
+def load_checkpoint(
+    name: str | None, engine: Engine, recipe: Recipe, read: ReadSpec, node: str
+) -> tuple[Position, list[LogLine]]:
     """Load a checkpoint of the run into the engine. A collective.
 
     Args:
@@ -67,6 +68,7 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
         engine: the engine.
         recipe: the resolved recipe.
         read: the training rows.
+        node: identifies this worker's node.
 
     Returns:
         The checkpoint's position, or that of a new run; and what the checkpoint holds because it may not be logged.
@@ -75,11 +77,10 @@ def load_checkpoint(name: str | None, engine: Engine, recipe: Recipe, read: Read
         UserError: the checkpoint was written with other data, another model, another ZeRO stage or another version.
     """
     num_rows, stage = read.order.num_rows, recipe.deepspeed.zero_stage
-    num_workers = ray.train.get_context().get_world_size()
+    num_workers = torch.distributed.get_world_size()
     if name is None:
         return Position(num_rows=num_rows, data=read.digest, num_workers=num_workers, zero_stage=stage), []
     wanted = engine.files_to_load if isinstance(engine, LoadsPart) else all_files
-    node = ray.get_runtime_context().get_node_id()
     with fetched(RunFolder(recipe.run_uri), name, wanted, node, recipe.checkpoint.scratch) as folder:
         position = _parse_position((folder / POSITION_FILE).read_bytes(), f"{recipe.run_uri}/{name}")
         if stage != position.zero_stage:
@@ -159,10 +160,16 @@ def _mismatch_is_an_error_of_the_user(where: str) -> Iterator[None]:
         ) from error
 
 
-def save_final(engine: Engine, model: PairModel, recipe: Recipe) -> None:
+def save_final(engine: Engine, model: PairModel, recipe: Recipe, adapter: str = FIRST_ADAPTER) -> None:
     """Write `final/`: the processor with the whole model, or with its adapters alone. A collective.
 
     The folder appears whole or not at all.
+
+    Args:
+        engine: holds the weights.
+        model: the model.
+        recipe: the resolved recipe.
+        adapter: peft's name of the adapter that the engine trains.
 
     Raises:
         TrainingDiverged: a weight is not finite.
@@ -173,14 +180,14 @@ def save_final(engine: Engine, model: PairModel, recipe: Recipe) -> None:
         )
     adapted = is_adapted(model.model)
     state = engine.consolidated_weights(trained_only=adapted)
-    if ray.train.get_context().get_world_rank() != 0:
+    if torch.distributed.get_rank() != 0:
         return
     state = {name.removeprefix("model."): value for name, value in state.items()}
     folder = RunFolder(recipe.run_uri)
     scratch = folder.path / f".{FINAL}"
     shutil.rmtree(scratch, ignore_errors=True)
     if adapted:
-        save_adapter(model.model, state, recipe.model, scratch)
+        save_adapter(model.model, state, recipe.model, scratch, adapter)
     else:
         pretrained: Any = model.model
         pretrained.config.use_cache = True  # off during training only

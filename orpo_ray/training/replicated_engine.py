@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,30 @@ class ReplicatedEngine:
     """Implements `Engine` without sharding.
 
     Weights that are not float32 have a float32 copy, which AdamW updates. Gradients are added up in one float32 buffer.
-    The arguments are those of `make_engine`.
+    The first arguments are those of `make_engine`.
+
+    Args:
+        trained: the weights to train, by their names in checkpoints; by default all that require a gradient.
 
     Attributes:
         updates: number of updates that this engine has made.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, num_steps: int, num_workers: int) -> None:
-        self._model, self._num_workers = model, num_workers
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        num_steps: int,
+        num_workers: int,
+        trained: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        self._model, self._num_workers, self._is_part = model, num_workers, trained is not None
         self._max_norm = recipe.optim.max_grad_norm or math.inf
         if num_workers > 1:
             _copy_from_rank_0(model)
-        self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        if trained is None:
+            trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._trained = trained
         self._masters = {
             name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
             for name, weight in self._trained.items()
@@ -140,6 +152,8 @@ class ReplicatedEngine:
 
     def consolidated_weights(self, trained_only: bool) -> dict[str, torch.Tensor]:
         """Copy the weights into the main memory of rank 0."""
+        if self._is_part and trained_only:
+            return {name: weight.detach().cpu() for name, weight in self._trained.items()}
         return consolidated(self._model, trained_only)
 
     def _state(self) -> dict[str, Any]:

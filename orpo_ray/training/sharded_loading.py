@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.model.loading import load_model, pick_dtype
+from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
+from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.tiny_models.build import resolve
+from orpo_ray.training.auto_gradient_checkpointing import with_checkpointing
 from orpo_ray.training.quantized_loading import dividing_4bit
 
 
@@ -33,6 +38,25 @@ def load_for_training(recipe: Recipe, device: torch.device) -> torch.nn.Module:
     resolve(recipe.model.id)  # a tiny model is built whole, before its weights would be divided
     with _dividing(recipe, device):
         return load_model(recipe.model, device, recipe.optim.seed)
+
+
+def load_pair_model(recipe: Recipe, processor: Any, device: torch.device) -> PairModel:
+    """Load the model of a recipe, with checkpointing decided by the memory of the devices. A collective.
+
+    Args:
+        recipe: the recipe.
+        processor: the model's.
+        device: where to put the model.
+
+    Raises:
+        UserError: the model cannot be loaded, or the recipe does not fit it.
+    """
+    model_config = with_checkpointing(recipe, device)
+    model = load_for_training(recipe.model_copy(update={"model": model_config}), device)
+    bounded = model_config.gradient_checkpointing != "none" and recipe.deepspeed.zero_stage < 3
+    pixels_at_once = PIXELS_AT_ONCE.get(device.type) if bounded else None
+    cache = recipe.model.vision_cache
+    return PairModel(model, PixelNorm.of(processor), pixels_at_once, Path(cache) if cache is not None else None)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -15,9 +14,7 @@ import ray.train.torch
 import torch
 
 from orpo_ray.config.load import parse_recipe
-from orpo_ray.data.bad_rows import BAD_ROWS_SHOWN, BadRow, check_bad_fraction, refuse_rows
 from orpo_ray.data.balance import StepShare
-from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, Scores, with_prefix
 from orpo_ray.evaluation.generation import Answerer, generate_held_out
@@ -26,25 +23,23 @@ from orpo_ray.evaluation.token_scores import pairs_to_show, score_tokens, write_
 from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.collectives import add_sums, gather_objects, gather_step
-from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner
-from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, EVAL_PAIRS_START_FILE, RunFolder
 from orpo_ray.streaming.steps import Take, iter_shares, open_feed
 from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
-from orpo_ray.training.auto_gradient_checkpointing import with_checkpointing
-from orpo_ray.training.checkpoint import load_checkpoint, save_final
+from orpo_ray.training.checkpoint import Position, load_checkpoint, save_final
 from orpo_ray.training.deepspeed_config import without_effect
-from orpo_ray.training.divergence import DivergenceGuard, skipped_message
+from orpo_ray.training.divergence import skipped_message
 from orpo_ray.training.engine import Engine, SavesAlone, make_engine
 from orpo_ray.training.preemption import PreemptionNotice
+from orpo_ray.training.run_books import RunBooks
 from orpo_ray.training.run_status import StatusLine
 from orpo_ray.training.saving import SaveFailed, Saver
-from orpo_ray.training.sharded_loading import load_for_training
+from orpo_ray.training.sharded_loading import load_pair_model
 from orpo_ray.training.step_times import OwnTime, SlowWorkers, by_worker, memory_gb
 from orpo_ray.training.teardown import Held
-from orpo_ray.training.unlogged import LogLine, log_missing
+from orpo_ray.training.unlogged import log_missing
 from orpo_ray.training.worker_start import WorkerConfig
 
 # Names of requests that one worker makes and all workers follow, beside the figures of each worker.
@@ -72,13 +67,7 @@ class Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, config.cpu_threads // self.num_workers))
         self.encoder = encoder = config.encoder.build()
-        model_config = with_checkpointing(self.recipe, self.device)
-        model = load_for_training(self.recipe.model_copy(update={"model": model_config}), self.device)
-        bounded = model_config.gradient_checkpointing != "none" and self.recipe.deepspeed.zero_stage < 3
-        pixels_at_once = PIXELS_AT_ONCE.get(self.device.type) if bounded else None
-        cache = self.recipe.model.vision_cache
-        cache_folder = Path(cache) if cache is not None else None
-        self.model = PairModel(model, PixelNorm.of(encoder.processor), pixels_at_once, cache_folder)
+        self.model = load_pair_model(self.recipe, encoder.processor, self.device)
         self.objective = load_objective(self.recipe)
         self.together = self.recipe.scaling.sequence_parallel
         if self.together > 1:
@@ -87,17 +76,18 @@ class Worker:
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.get_local_world_size())
-        self.position, unlogged = load_checkpoint(checkpoint, self.engine, self.recipe, config.train)
+        node = ray.get_runtime_context().get_node_id()
+        position, unlogged = load_checkpoint(checkpoint, self.engine, self.recipe, config.train, node)
         is_first = self.rank == 0
-        self.tracker = MultiLogger.open(self.recipe, self.position.step, self._warn) if is_first else MultiLogger()
+        self.tracker = MultiLogger.open(self.recipe, position.step, self._warn) if is_first else MultiLogger()
         if is_first:
             log_missing(unlogged, self.tracker, RunFolder(self.recipe.run_uri))
-        self.guard = DivergenceGuard(self.position.first_loss, self.position.skipped)
+        self.books = RunBooks(self.recipe, config.train, config.num_steps, position, self.tracker, self._tell)
+        self.guard = self.books.guard
         self.status = StatusLine(config.status) if is_first else None
         self.is_stopping = self.is_torn_down = self.wants_teardown = False
         self.is_training = True
-        self.saved_step = self.position.step
-        self.unlogged: list[LogLine] = []
+        self.saved_step = position.step
         # Updates of the engine that belong to the position. Written last in a step, and read by another thread.
         self.updates = 0
         self.preemption = PreemptionNotice(self.rank)
@@ -109,7 +99,11 @@ class Worker:
         if is_first and (line := without_effect(self.recipe, self.device)) is not None:
             self._warn(line)
         self.images_checked = False
-        self.first_bad: list[BadRow] = []
+
+    @property
+    def position(self) -> Position:
+        """Where the run is."""
+        return self.books.position
 
     def run(self) -> None:
         """Train from the position to the end, then evaluate and write `final/`."""
@@ -130,7 +124,7 @@ class Worker:
         if self.is_stopping and self.position.step < self.config.num_steps:
             self.tracker.close()
             return
-        self._judge_bad_rows(at_end=True)
+        self.books.judge_bad_rows(at_end=True)
         final = self._evaluate(recipe.eval.grounding, EVAL_PAIRS_FILE) if self.config.held_out is not None else {}
         self._tell(phase="saving")
         save_final(self.engine, self.model, recipe)
@@ -173,7 +167,8 @@ class Worker:
 
     def _saved(self, step: int) -> None:
         """Note that the checkpoint of this step is whole."""
-        self.saved_step, self.unlogged = step, [line for line in self.unlogged if line.step > step]
+        self.saved_step = step
+        self.books.saved(step)
         self._tell(saved_at=step)
 
     def held(self) -> Held:
@@ -198,7 +193,7 @@ class Worker:
         deadline = time.monotonic() + SETTLE_SECONDS
         while self.updates != self.engine.updates and time.monotonic() < deadline:
             time.sleep(0.01)  # the training thread is between an update and the end of its step
-        position, lines = self.position, list(self.unlogged)
+        position, lines = self.position, list(self.books.unlogged)
         try:
             if not self.saver.save_alone(self.engine, position, self.updates, lines):
                 return False
@@ -305,33 +300,12 @@ class Worker:
 
     def _advance(self, plan: StepPlan, metrics: dict[str, float]) -> None:
         """Finish a step: move the position, log, report the progress, and handle bad rows."""
-        _, end_sample = step_samples(plan.step, self.recipe.optim.pairs_per_step, self.config.train.end_sample)
-        metrics |= {"epoch": end_sample / self.config.train.order.num_rows}
         if not isinstance(self.recipe.scaling.num_workers, int):
             metrics |= {"num_workers": self.num_workers}
-        line = LogLine(plan.step + 1, with_prefix(metrics | self.worker_figures, "train"), plan.bad)
-        old, bad = self.position, len(plan.bad)
-        self.unlogged.append(line)
-        self.position = replace(
-            old,
-            step=line.step,
-            bad=old.bad + bad,
-            seen=old.seen + bad + plan.pairs,
-            skipped=self.guard.skipped,
-            first_loss=self.guard.first_loss,
-        )
+        self.books.advance(plan, metrics, self.worker_figures)
         if isinstance(self.engine, SavesAlone):
             self.updates = self.engine.updates
-        if plan.bad:
-            self.tracker.log_bad_rows(plan.bad)
-            self.first_bad = [*self.first_bad, *plan.bad][:BAD_ROWS_SHOWN]
-            refuse_rows(self.recipe, plan.bad)
-        self.tracker.log(line.step, line.metrics)
-        self._tell(phase="training", step=self.position.step, num_steps=self.config.num_steps, **metrics)
-        self._judge_bad_rows(at_end=False)
-
-    def _judge_bad_rows(self, at_end: bool) -> None:
-        check_bad_fraction(self.recipe, self.position.bad, self.position.seen, self.first_bad, at_end)
+        self.books.log_step(plan.bad)
 
     def _evaluate(self, grounding: bool, keep_as: str | None = None) -> dict[str, float]:
         """Score the held-out pairs on all workers and log the metrics.
@@ -348,10 +322,7 @@ class Worker:
             self.model, held_out, self.planner, self.engine.forward, on_pass=lambda phase: self._tell(phase=phase)
         )
         scores = evaluator.evaluate(grounding)
-        line = LogLine(self.position.step, with_prefix(scores.metrics, "eval"), scores.bad)
-        self.unlogged.append(line)
-        self.tracker.log_bad_rows(line.bad)
-        self.tracker.log(line.step, line.metrics)
+        self.books.log_evaluation(scores)
         if keep_as is not None and self.rank == 0:
             write_pair_scores(RunFolder(self.recipe.run_uri), keep_as, scores.pairs, data=config.held_out.digest)
         if keep_as == EVAL_PAIRS_FILE:

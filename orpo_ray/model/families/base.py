@@ -72,6 +72,10 @@ class ImageFeatures:
         features.register_hook(hook)
         return replace(self, features=features)
 
+    def repeated(self, copies: int) -> ImageFeatures:
+        """The features of several copies of a packed row, for families that know where they go (`image_token`)."""
+        return replace(self, features=torch.cat([self.features] * copies))
+
     def as_output(self, copies: int) -> Any:
         """transformers' output with the features repeated: once for a packed row, twice for rows of both answers."""
         output, repeated = self.output, (self.features,) * copies
@@ -180,6 +184,20 @@ class Family:
         hidden: torch.Tensor = base.model(**self._forward_inputs(base, batch, images)).last_hidden_state
         return hidden
 
+    def repeated_images(self, images: Mapping[str, torch.Tensor], copies: int, tokens: int) -> ImageTensors:
+        """What the language model needs of a batch's image tensors, for a row of several copies of its packed row.
+
+        Args:
+            images: the batch's image tensors.
+            copies: how many.
+            tokens: T of one copy.
+        """
+        if IMAGE_POSITIONS not in images:
+            return {}
+        positions = images[IMAGE_POSITIONS]
+        copy = torch.arange(copies, device=positions.device).unsqueeze(1)
+        return {IMAGE_POSITIONS: (positions + copy * tokens).flatten()}
+
     def own_hidden_states(
         self, base: Any, batch: PairBatch, images: ImageFeatures | None, group: SequenceGroup
     ) -> torch.Tensor:
@@ -202,6 +220,12 @@ class Family:
         if self.image_token is None:
             return "the model itself puts image features into the row"
         return None
+
+    def why_not_beside_others(self, config: Any) -> str | None:
+        """Why the row of a model with this transformers config cannot run in several copies, one for each adapter."""
+        if why := self.why_not_divided(config):
+            return why
+        return None if self.can_cache_images(config) else "the first language layers take image features too"
 
     def packed_positions(self, base: Any, batch: PairBatch) -> torch.Tensor:
         """Positions in a packed row as the model itself would number each sequence: [1, T], or [axes, 1, T]."""

@@ -69,6 +69,11 @@ class QwenVL(Family):
         rows: list[int] = inputs[GRID].prod(-1).tolist()
         return rows
 
+    def repeated_images(self, images: Mapping[str, torch.Tensor], copies: int, tokens: int) -> ImageTensors:
+        """With the positions of every copy."""
+        repeated = super().repeated_images(images, copies, tokens)
+        return repeated | ({ROPE: images[ROPE].repeat(1, 1, copies)} if ROPE in images else {})
+
     def packed_positions(self, base: Any, batch: PairBatch) -> torch.Tensor:
         """The positions of the model's `get_rope_index`: [3, 1, T]."""
         if not batch.images:
