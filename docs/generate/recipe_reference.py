@@ -120,6 +120,8 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         return f"list of {_type(schema.get('items', {}), definitions)}"
     if schema.get("type") == "object":
         return _mapping(schema, definitions)
+    if "type" not in schema:
+        return "anything"
     name = {"string": "string", "integer": "integer", "number": "number", "boolean": "bool", "null": "null"}
     bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema)
     return escape(f"{name[schema['type']]} {bounds}".strip(), quote=False)
@@ -128,7 +130,7 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 def _mapping(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     keys = _type(schema["propertyNames"], definitions) if "propertyNames" in schema else "string"
     values = schema.get("additionalProperties", True)
-    return f"mapping of {keys} to " + ("anything" if values is True else _type(values, definitions))
+    return f"mapping of {keys} to {_type({} if values is True else values, definitions)}"
 
 
 def _default(field: FieldInfo) -> str:

@@ -17,7 +17,7 @@ from orpo_ray.errors import UserError, preview
 from orpo_ray.exporting import export
 from orpo_ray.storage import lease, run_folder
 
-SECONDS = 2
+SECONDS = 10
 BASE = "name: a\nmodel: {id: m}\ndata: {train: t.jsonl}\n"
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 10)
@@ -134,15 +134,23 @@ def test_what_a_run_writes_to_its_folder_is_reserved() -> None:
         run_folder.EVAL_PAIRS_START_FILE,
         run_folder.ENVIRONMENT_FILE,
         run_folder.REPORT_FILE,
+        run_folder.EVAL_TOKENS_FILE,
+        run_folder.GENERATIONS_FILE,
         run_folder.SWEEP_FILE,
         run_folder.SWEEP_PAGE,
         run_folder.TRIALS_TABLE,
         run_folder.OPTUNA_FILE,
         lease.LEASE_FILE,
     )
-    assert {*files, check.PAGE_FILE, prepare.PREPARED, export.EXPORT, f"{export.EXPORT}-adapter", "wandb"} == set(
-        RESERVED_NAMES
-    )
+    assert {
+        *files,
+        check.PAGE_FILE,
+        prepare.PREPARED,
+        export.EXPORT,
+        f"{export.EXPORT}-adapter",
+        "wandb",
+        "tensorboard",
+    } == set(RESERVED_NAMES)
     for name in ("final", "a/b", "a/trials/abc_00000"):
         assert parse_recipe({"name": name, "model": {"id": "m"}, "data": {"train": "t"}}).name == name
 

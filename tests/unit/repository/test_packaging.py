@@ -74,14 +74,18 @@ def test_all_installs_every_extra() -> None:
     assert Requirement(all_of_them).extras == set(EXTRAS.values())
 
 
-NEEDS = {
-    "easy_vqa": "from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows; easy_vqa_rows('train')",
-    "sklearn": "from orpo_ray.data_report.text_only_baseline import text_only_accuracy; text_only_accuracy([])",
-    "wandb": "from orpo_ray.extras import require; require('wandb', 'tracking.wandb.enabled')",
-} | {
-    name: f"from orpo_ray.extras import require; require('{name}', 'tracking.{name}.enabled')"
-    for name in ("tensorboard", "mlflow", "trackio")
-}
+NEEDS = (
+    {
+        "easy_vqa": "from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows; easy_vqa_rows('train')",
+        "sklearn": "from orpo_ray.data_report.text_only_baseline import text_only_accuracy; text_only_accuracy([])",
+        "wandb": "from orpo_ray.extras import require; require('wandb', 'tracking.wandb.enabled')",
+    }
+    | {
+        name: f"from orpo_ray.extras import require; require('{name}', 'tracking.{name}.enabled')"
+        for name in ("tensorboard", "mlflow", "trackio")
+    }
+    | {"optuna": "from orpo_ray.extras import require; require('optuna', 'tune.searcher')"}
+)
 
 
 @pytest.mark.parametrize("module", EXTRAS)
