@@ -3,9 +3,9 @@
     python benchmarks/packed_sweep.py [--shape NAME] [--trials N] [--steps N] [--pairs N] [--tiles N] [--json]
 
 Both run in one process, on the same pairs, through the product's own loss, engine and optimizer. Loading the model and
-making its adapters is part of neither. The vision encoder is frozen. Trials differ in beta,
-learning rate and seed. Memory is the peak of the process in (a), and in the first trial of (b), base model included. A
-micro-batch of one trial is the whole step, and (a) has as many tokens at once. Requires no Ray. Weights are random.
+making its adapters is part of neither. The vision encoder is frozen. Trials differ in beta, learning rate and seed.
+Memory is the peak of the process in (a), and in the first trial of (b), base model included. A micro-batch of one trial
+is the whole step, and (a) has as many tokens at once. Requires no Ray. Weights are random.
 
 The bound is arithmetic: with V the FLOPs of the vision part and L those of a forward pass of the language model, N
 trials side by side take at least (V + 2NL) / (N (V + 2L)) of the time of trials one after another.

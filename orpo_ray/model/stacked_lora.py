@@ -34,11 +34,11 @@ class AdapterStack:
 
         self._active: tuple[str, ...] = ()
         self._factors: dict[Any, torch.Tensor] = {}
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        for layer in layers:
+        self._layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        for layer in self._layers:
             if layer.lora_variant or not layer.lora_A or any(second.bias is not None for second in _linears(layer)):
                 raise OrpoRayError(f"{type(layer).__name__} is no plain LoRA layer, so it cannot have several adapters")
-        for layer in layers:
+        for layer in self._layers:
             layer.adapter_stack = self
             layer.forward = MethodType(_stacked, layer)
             for linear in _linears(layer):
@@ -47,6 +47,11 @@ class AdapterStack:
     def use(self, names: Sequence[str]) -> None:
         """Run these adapters from now on: the k-th on copy k. A backward pass must come before the next change."""
         self._active = tuple(names)
+
+    def drop(self, name: str) -> None:
+        """Free an adapter's weights, with their gradients and hooks."""
+        for layer in self._layers:
+            del layer.lora_A[name], layer.lora_B[name]
 
     @property
     def active(self) -> tuple[str, ...]:

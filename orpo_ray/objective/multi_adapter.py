@@ -41,6 +41,11 @@ class MultiAdapterModel:
         """Let adapted layers run all adapters that the model has now. To be called once."""
         self._stack = AdapterStack(self.model.model)
 
+    def drop(self, name: str) -> None:
+        """Free the weights of an adapter that runs no longer."""
+        assert self._stack is not None, "adapters are not stacked yet"
+        self._stack.drop(name)
+
     def groups(self, batch: PairBatch, names: Sequence[str]) -> Iterator[dict[str, PairLogps]]:
         """Run a micro-batch through some adapters.
 

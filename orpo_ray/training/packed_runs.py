@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from orpo_ray.config.recipe import Recipe
@@ -164,7 +164,7 @@ class PackedRuns:
 
     def _planned(self, share: StepShare) -> StepPlan:
         plan = self._planner.plan(share)
-        return StepPlan(plan.step, pinned(plan.batches, self._device), plan.normaliser, plan.pairs, plan.bad, plan.ids)
+        return replace(plan, batches=pinned(plan.batches, self._device))
 
     def _finish_step(self, name: str, plan: StepPlan, result: StepResult, started: float, waited: float) -> None:
         books = self._runs[name].books

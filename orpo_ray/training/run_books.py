@@ -56,11 +56,11 @@ class RunBooks:
 
         Args:
             plan: the step.
-            metrics: what the step measured, without a prefix.
+            metrics: what the step measured, without a prefix; `epoch` is added.
             figures: further metrics, which the driver does not show.
         """
         _, end_sample = step_samples(plan.step, self._recipe.optim.pairs_per_step, self._read.end_sample)
-        metrics = metrics | {"epoch": end_sample / self._read.order.num_rows}
+        metrics |= {"epoch": end_sample / self._read.order.num_rows}
         old, bad = self.position, len(plan.bad)
         self.unlogged.append(LogLine(plan.step + 1, with_prefix(metrics | figures, "train"), plan.bad))
         self._shown = metrics

@@ -126,8 +126,9 @@ class SideBySide:
         return self._adapters[name]
 
     def leave(self, name: str) -> None:
-        """Let a run train no longer, and free its optimizer's memory."""
+        """Let a run train no longer, and free the memory of its adapter and its optimizer."""
         del self.runs[name]
+        self._model.drop(self._adapters[name])
 
     def evaluate(self, shares: Iterable[StepShare], planner: StepPlanner) -> dict[str, Scores]:
         """Score held-out pairs for every run, in one pass over them."""

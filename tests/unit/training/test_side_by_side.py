@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,12 @@ def test_a_run_that_leaves_and_one_that_diverges_disturb_no_other() -> None:
         if "lost" in results and results["lost"].diverged is not None:
             assert "not finite" in str(results["lost"].diverged)
         if len(seen) == 2:
+            gone = weakref.ref(
+                next(iter(together.side_by_side.runs["plain"].engine.optimizer.param_groups[0]["params"]))
+            )
             together.side_by_side.leave("plain")
+            gc.collect()
+            assert gone() is None
     assert seen[0] == {"lost", *RECIPES}
     assert seen[2] == {"lost", "strong", "wide"}
     assert seen[-1] == {"strong", "wide"}
