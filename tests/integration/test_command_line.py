@@ -125,7 +125,7 @@ def test_a_sweep_leaves_nothing_behind(tmp_path: Path, dead_cluster: dict[str, s
     marker = {"ORPO_RAY_TEST_MARKER": str(session)}
     result = orpo_ray("tune", str(path), relative, cwd=tmp_path, env=marker | dead_cluster)
     assert result.returncode == 0, result.stderr
-    rows = re.findall(r"(?:finished|stopped early)", result.stderr.partition(f"{num_trials} trials")[2])
+    rows = re.findall(r"(?:finished|stopped early)", result.stderr.partition(f"{num_trials} trials by eval")[2])
     assert len(rows) == num_trials, result.stderr
     best = yaml.safe_load((tmp_path / "runs" / "sweep" / "best_recipe.yaml").read_text())
     assert best["name"] == "sweep-best"
