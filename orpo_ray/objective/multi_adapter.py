@@ -13,7 +13,7 @@ from orpo_ray.model.stacked_lora import AdapterStack
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.pair_model import PairModel
 
-PACK = "tune.pack"
+ALONE = "train them one after another"
 
 
 class MultiAdapterModel:
@@ -33,7 +33,7 @@ class MultiAdapterModel:
 
     def __init__(self, model: PairModel, tokens_at_once: int) -> None:
         if (why := why_not_side_by_side(model)) is not None:
-            raise UserError(f"trials cannot share this model: {why}", field=PACK, fix="set it to off")
+            raise UserError(f"runs cannot share this model: {why}", fix=ALONE)
         self.model, self._tokens_at_once = model, tokens_at_once
         self._stack: AdapterStack | None = None
 

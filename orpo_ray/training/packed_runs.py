@@ -16,7 +16,7 @@ from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.evaluation.evaluator import with_pass, with_prefix
 from orpo_ray.evaluation.pair_scores import EXCHANGED, write_pair_scores
 from orpo_ray.objective.base import load_objective
-from orpo_ray.objective.multi_adapter import PACK
+from orpo_ray.objective.multi_adapter import ALONE
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner
 from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, EVAL_PAIRS_START_FILE, RunFolder
@@ -110,9 +110,8 @@ class PackedRuns:
         steps = {run.books.position.step for run in self._runs.values()}
         if len(steps) > 1:
             raise UserError(
-                f"these trials cannot go on side by side: their checkpoints are of steps {sorted(steps)}",
-                field=PACK,
-                fix="set it to off",
+                f"these runs cannot go on side by side: their checkpoints are of steps {sorted(steps)}",
+                fix=ALONE,
             )
         (self._step,) = steps
 

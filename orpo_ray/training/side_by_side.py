@@ -21,7 +21,7 @@ from orpo_ray.model.lora import FIRST_ADAPTER, adapter_weights, add_adapter_besi
 from orpo_ray.objective.base import Objective, load_objective
 from orpo_ray.objective.collectives import add_sums, reduce_sums
 from orpo_ray.objective.logps import PairLogps
-from orpo_ray.objective.multi_adapter import PACK, MultiAdapterModel, OneAdapter
+from orpo_ray.objective.multi_adapter import ALONE, MultiAdapterModel, OneAdapter
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlan, StepPlanner
 from orpo_ray.training.ahead import on_device
@@ -77,7 +77,7 @@ class SideBySide:
 
     def __init__(self, recipes: Mapping[str, Recipe], model: PairModel, num_steps: int) -> None:
         if (why := why_not_side_by_side(list(recipes.values()))) is not None:
-            raise UserError(f"these trials cannot train side by side: {why}", field=PACK, fix="set it to off")
+            raise UserError(f"these runs cannot train side by side: {why}", fix=ALONE)
         first, *others = recipes.values()
         self._device = next(model.parameters()).device
         self._model = MultiAdapterModel(model, first.optim.tokens_per_microbatch)
