@@ -22,6 +22,8 @@ from orpo_ray.sweep.record import STEP
 from orpo_ray.sweep.trial_run import TrialSpec, trainable
 from orpo_ray.training.launch import storage_of
 
+TUNE = ".tune"
+"""Folder in the run folder of a sweep where Tune writes what nobody reads."""
 UNLIMITED = 1_000_000
 """Trials, for Tune; the board says when there are no more."""
 TRACEBACKS = ("Traceback", "ray::", "Failure #")
@@ -56,10 +58,10 @@ def run_trials(
             search_alg=BoardSearcher(board),
             num_samples=UNLIMITED,
             trial_name_creator=lambda trial: f"trial-{trial.config['number']:04d}",
-            trial_dirname_creator=lambda trial: f"tune-{trial.trial_id}",
+            trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            **storage_of(recipe),
+            **storage_of(recipe.model_copy(update={"name": f"{recipe.name}/{TUNE}"})),
             verbose=0,
             log_to_file=False,
             stop=BudgetStopper(board),
