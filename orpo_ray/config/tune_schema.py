@@ -56,7 +56,8 @@ class TuneConfig(Config):
     those of good trials (tree-structured Parzen estimator of Optuna; needs the extra `sweep`)."""
     metric: Text = "eval/rewards/accuracies"
     """Metric that ranks the trials: `eval/rewards/accuracies`, `eval/rewards/margins`, `eval/loss`, or where the
-    objective has them `eval/nll_loss` or `eval/log_odds_ratio`. `eval/grounding_gap` is measured at the end only, so
+    objective has them `eval/nll_loss` or `eval/log_odds_ratio`. Margins and the loss have beta as a factor, so they
+    cannot compare trials of different betas. `eval/grounding_gap` is measured at the end only, so
     it needs `scheduler: none`."""
     second_metric: Text | None = None
     """Search for this metric at the same time, with `searcher: tpe` and `scheduler: none`: for the trials that no other

@@ -9,6 +9,7 @@ import pytest
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.errors import UserError
+from orpo_ray.sweep.run import scaled_by
 from orpo_ray.sweep.space import Dimension, make_space, with_params
 from support.tiny_runs import tiny_recipe
 
@@ -106,3 +107,11 @@ def test_a_trial_has_the_values_that_it_was_given() -> None:
     assert trial.model.lora is not None
     assert trial.model.lora.r == 8
     assert trial.optim.learning_rate == 1e-5
+
+
+def test_a_metric_that_has_a_searched_field_as_a_factor_is_named() -> None:
+    keys = ["orpo.beta", "optim.learning_rate"]
+    assert "orpo.beta is a factor of eval/rewards/margins" in (scaled_by("eval/rewards/margins", keys) or "")
+    assert "orpo.beta is a factor of eval/loss" in (scaled_by("eval/loss", keys) or "")
+    assert scaled_by("eval/rewards/accuracies", keys) is None
+    assert scaled_by("eval/rewards/margins", ["optim.learning_rate", "optim.adam_beta1"]) is None
