@@ -126,8 +126,8 @@ def scaled_by(metric: str, keys: Sequence[str]) -> str | None:
     if not factors or metric not in SCALED:
         return None
     return (
-        f"{' and '.join(factors)} is a factor of {metric}, so that a trial can rank higher without having learned more; "
-        "to compare trials, set tune.metric to eval/rewards/accuracies"
+        f"{' and '.join(factors)} is a factor of {metric}, so a trial can rank higher without having learned more; to "
+        "compare trials, set tune.metric to eval/rewards/accuracies"
     )
 
 
