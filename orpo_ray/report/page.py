@@ -23,6 +23,7 @@ from orpo_ray.storage.run_folder import DATA_FILE, REPORT_FILE, RunFolder
 TEMPLATE = Path(__file__).with_name("report_page.html")
 START = "the model before training"
 BAD_ROWS_SHOWN = 20
+POINTS = "points of accuracy"
 
 
 @dataclass(frozen=True)
@@ -144,19 +145,19 @@ def _cards(run: RunData, summary: Summary | None) -> list[Card]:
     cards, latest = [], run.latest
     for title, name, unit in (
         ("Accuracy", ACCURACIES, "of held-out pairs"),
-        ("Grounding gap", GAP, "of accuracy"),
+        ("Grounding gap", GAP, POINTS),
         ("Margin", MARGINS, "mean"),
     ):
         estimate = summary.figures.get(name) if summary else None
         average = estimate.value if estimate else latest.get(f"eval/{name}")
         if average is not None:
-            value = f"{average:.3f}" if name == MARGINS else percent(average)
+            value = {MARGINS: f"{average:.3f}", GAP: f"{100 * average:.1f}"}.get(name, percent(average))
             text = f"95 % interval {_interval(estimate, name)}" if estimate else "Without interval: no scores of pairs."
             cards.append(Card(title, value, unit, text))
     if summary is not None and summary.comparison is not None:
         found = summary.comparison
         text = f"{found.better:,} pairs became right, {found.worse:,} became wrong."
-        cards.append(Card("Against the start", f"{100 * found.accuracy.value:+.1f}", "points of accuracy", text))
+        cards.append(Card("Against the start", f"{100 * found.accuracy.value:+.1f}", POINTS, text))
     speeds = run.series("train/pairs_per_second")[1]
     if speeds:
         middle = sorted(speeds)[len(speeds) // 2]
@@ -176,6 +177,8 @@ def _cards(run: RunData, summary: Summary | None) -> list[Card]:
 def _interval(estimate: Estimate, name: str) -> str:
     if name == MARGINS:
         return f"{estimate.low:.3f} to {estimate.high:.3f}"
+    if name == GAP:
+        return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
     return f"{percent(estimate.low)} to {percent(estimate.high)}"
 
 
