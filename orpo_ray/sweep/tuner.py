@@ -122,21 +122,29 @@ class Watch(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial failed."""
-        self._end(trial, error_text(trial.get_pickled_error() or trial.get_error()))
+        self._end(trial, error_text(trial))
 
     def _end(self, trial: Any, error: str | None) -> None:
         self._board.end(trial.config["number"], error)
         self._display.ended(trial.config["number"])
 
 
-def error_text(error: BaseException | None) -> str:
-    """Return the first line of what an error says, without the traceback that Ray puts before it."""
-    cause = getattr(error, "cause", None)
-    found = cause if isinstance(cause, BaseException) else error
-    lines = [line.rstrip() for line in str(found).splitlines() if line.strip()]
-    if not lines:
-        return type(found).__name__
-    if not lines[0].startswith(TRACEBACKS):
-        return lines[0].strip()
+def error_text(trial: Any) -> str:
+    """Return the first line of what a trial's error says, without the traceback that Ray puts before it.
+
+    Tune copies the errors of trials to the storage later, so this reads the file that it has written on this machine.
+
+    Args:
+        trial: Tune's trial, after its error.
+    """
+    file = trial.error_file
+    if file is None:
+        return "its process ended"
+    return last_message(Path(file).read_text(encoding="utf-8", errors="replace"))
+
+
+def last_message(text: str) -> str:
+    """Return the first line of the last message in a text with tracebacks."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines if line[0].isalpha() and not line.startswith(TRACEBACKS)]
-    return re.sub(r"^(\w+\.)+", "", said[-1] if said else type(found).__name__)
+    return re.sub(r"^(\w+\.)+", "", said[-1]) if said else "its process ended"

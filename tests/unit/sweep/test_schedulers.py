@@ -13,7 +13,7 @@ from orpo_ray.sweep.live import SweepDisplay
 from orpo_ray.sweep.schedulers import make_scheduler
 from orpo_ray.sweep.searchers import RandomSampler
 from orpo_ray.sweep.space import make_space
-from orpo_ray.sweep.tuner import error_text
+from orpo_ray.sweep.tuner import last_message
 from support.planted_sweeps import EVERY, METRIC, STEPS, folder_of, planted_record, sweep_recipe
 
 
@@ -78,10 +78,6 @@ def test_on_a_terminal_a_sweep_is_a_table_with_the_running_trials_first(tmp_path
 
 
 def test_the_error_of_a_trial_is_its_first_line_without_the_traceback() -> None:
-    class Wrapped(Exception):
-        cause = ValueError("the loss is not finite\n  fix: lower it")
-
-    assert error_text(Wrapped("ray::f() ...\nTraceback")) == "the loss is not finite"
-    text = "Traceback (most recent call last):\n  File x\n    y()\norpo_ray.errors.UserError: a: wrong\n  fix: b"
-    assert error_text(RuntimeError(text)) == "UserError: a: wrong"
-    assert error_text(RuntimeError("")) == "RuntimeError"
+    text = "Failure # 1\nray::f() ...\nTraceback (most recent call last):\n  File x\n    y()\n"
+    assert last_message(f"{text}orpo_ray.errors.UserError: a: wrong\n  fix: b\n") == "UserError: a: wrong"
+    assert last_message("") == "its process ended"
