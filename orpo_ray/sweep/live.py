@@ -21,7 +21,7 @@ from orpo_ray.sweep.space import Space, short_keys
 
 REFRESH_SECONDS = 1.0
 OVERDUE = 0.1
-"""Of the mean time of a trial: what is left of one that takes longer than the mean."""
+"""Assume that a trial that has taken longer than the mean needs this fraction of the mean time more."""
 ROWS = 20
 """Of the live table."""
 TAIL_BYTES = 1 << 14

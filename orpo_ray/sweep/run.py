@@ -32,9 +32,9 @@ from orpo_ray.training.placement import fitting_nodes
 
 EVALUATIONS = 4
 """Of a trial, if the recipe does not say how often."""
-# Rewards are beta times log-probs, and the loss has beta or a weight as a factor of a term.
-FACTORS = ("beta", "image_beta", "anchor", "cpo_alpha")
-SCALED = ("eval/loss", "eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected")
+# Rewards are beta times log-probs, and the terms of a loss have weights.
+FACTORS = {"eval/rewards/margins": ("beta",), "eval/loss": ("beta", "image_beta", "anchor", "cpo_alpha", "gamma")}
+"""Metric -> options of objectives that change the metric of one and the same model."""
 # Fields that decide which rows a trial reads. Trials that differ in none of them share what was read and checked once.
 DECIDES_ROWS = ("optim.epochs", "optim.max_steps", "optim.pairs_per_step", "orpo.image_beta", "orpo.other_image")
 
@@ -80,8 +80,8 @@ def run_sweep(recipe: Recipe, console: Console, prices: Sequence[str] = ()) -> S
         population = Population(space, record) if recipe.tune.scheduler == "pbt" else None
         board = Board(record, folder, sampler, together, num_trials, population, lost)
         console.print(_headline(board, every), highlight=False, soft_wrap=True)
-        if scaled := scaled_by(recipe.tune.metric, space.keys):
-            console.print(f"[yellow]warning:[/yellow] {scaled}", highlight=False, soft_wrap=True)
+        if why := why_not_comparable(recipe.tune.metric, space.keys):
+            console.print(f"[yellow]warning:[/yellow] {why}", highlight=False, soft_wrap=True)
         scheduler = make_scheduler(recipe.tune, every, num_steps, shares_rows, board)
         with SweepDisplay(board, space, recipe.run_uri, console) as display:
             run_trials(_base(recipe, every, resources.cpus, num_steps), board, scheduler, data if shares_rows else None,
@@ -115,19 +115,19 @@ def _checked_space(recipe: Recipe) -> Space:
     return space
 
 
-def scaled_by(metric: str, keys: Sequence[str]) -> str | None:
-    """Say that a searched field is a factor of the metric, so that trials differ without having learned more.
+def why_not_comparable(metric: str, keys: Sequence[str]) -> str | None:
+    """Say which searched fields change the metric of one and the same model; None if none does.
 
     Args:
         metric: that ranks the trials.
         keys: the fields that are searched.
     """
-    factors = [key for key in keys if key.split(".")[-1] in FACTORS]
-    if not factors or metric not in SCALED:
+    changing = [key for key in keys if key.rpartition(".")[2] in FACTORS.get(metric, ())]
+    if not changing:
         return None
     return (
-        f"{' and '.join(factors)} is a factor of {metric}, so a trial can rank higher without having learned more; to "
-        "compare trials, set tune.metric to eval/rewards/accuracies"
+        f"{metric} depends on {' and '.join(changing)} by its definition, so a trial can rank higher without having "
+        "learned more; to compare trials, set tune.metric to eval/rewards/accuracies"
     )
 
 

@@ -49,8 +49,6 @@ ELASTIC_START_FAILURES = 30
 """The same for a number of workers that changes. One fails whenever a node is lost while workers start."""
 TRIAL_START_FAILURES = 120
 """The same for a trial: the trials of another sweep may hold the cluster for as long as they take."""
-
-
 END_SECONDS = 10.0
 """How long to wait for the end of a controller that was killed."""
 

@@ -93,7 +93,7 @@ def test_commands_without_the_token_are_one_message_and_soon(
     environment = without_ray(HOME=str(tmp_path), RAY_ADDRESS=head.address, **own)
     command = [sys.executable, "-m", "orpo_ray", "train", QUICKSTART]
     # 5 s where nothing else runs, most of it imports; Ray itself would try for 40 s
-    limit = 35
+    limit = 30
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=limit
     )

@@ -9,7 +9,7 @@ import pytest
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.errors import UserError
-from orpo_ray.sweep.run import scaled_by
+from orpo_ray.sweep.run import why_not_comparable
 from orpo_ray.sweep.space import Dimension, make_space, with_params
 from support.tiny_runs import tiny_recipe
 
@@ -109,9 +109,10 @@ def test_a_trial_has_the_values_that_it_was_given() -> None:
     assert trial.optim.learning_rate == 1e-5
 
 
-def test_a_metric_that_has_a_searched_field_as_a_factor_is_named() -> None:
+def test_a_searched_field_that_the_metric_depends_on_by_definition_is_named() -> None:
     keys = ["orpo.beta", "optim.learning_rate"]
-    assert "orpo.beta is a factor of eval/rewards/margins" in (scaled_by("eval/rewards/margins", keys) or "")
-    assert "orpo.beta is a factor of eval/loss" in (scaled_by("eval/loss", keys) or "")
-    assert scaled_by("eval/rewards/accuracies", keys) is None
-    assert scaled_by("eval/rewards/margins", ["optim.learning_rate", "optim.adam_beta1"]) is None
+    assert "eval/rewards/margins depends on orpo.beta by" in (why_not_comparable("eval/rewards/margins", keys) or "")
+    assert "depends on orpo.beta and orpo.anchor by" in (why_not_comparable("eval/loss", [*keys, "orpo.anchor"]) or "")
+    assert why_not_comparable("eval/rewards/margins", ["orpo.anchor"]) is None
+    assert why_not_comparable("eval/rewards/accuracies", keys) is None
+    assert why_not_comparable("eval/rewards/margins", ["optim.learning_rate", "optim.adam_beta1"]) is None
