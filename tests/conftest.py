@@ -46,13 +46,16 @@ def ray_cluster() -> Iterator[None]:
     os.environ["RAY_worker_niceness"] = "0"
     os.environ["RAY_worker_maximum_startup_concurrency"] = "8"
     os.environ["RAY_prestart_worker_first_driver"] = "0"
+    # Seconds between two looks at all processes of the machine, which are 5 otherwise.
+    os.environ["METRICS_RECORD_INTERVAL_S"] = "60"
     variables = {"env_vars": train_variables()}
     # "local", because None would join a cluster that already runs on this machine.
     start_fork_server(["peft"])
     # Ray's job agent has one fixed port, and a Ray whose agent does not get it takes no jobs. `ray.init` cannot set it.
-    own_port = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
+    # No test reads what workers print, which Ray's log monitor looks for all the time.
+    own = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0, include_log_monitor=False)
     with pytest.MonkeyPatch.context() as patch, on_loopback(), own_address(), forked_workers():
-        patch.setattr(RayParams, "__init__", own_port)
+        patch.setattr(RayParams, "__init__", own)
         sessions = tempfile.mkdtemp(prefix="ray-")  # a short path, as it is part of the names of sockets
         ray.init(
             "local",

@@ -31,7 +31,18 @@ from orpo_ray.fork_server.launcher import ANSWER
 from orpo_ray.fork_server.request import Request, receive
 
 # What Ray's workers and Ray Train's controller import besides.
-WITH_RAY = ("ray.train", "ray.data", "orpo_ray.training.launch", "orpo_ray.training.worker")
+WITH_RAY = (
+    "ray.train",
+    "ray.tune",
+    "ray.data",
+    "ray.data._internal.execution.streaming_executor",
+    "ray.data._internal.planner.planner",
+    "pydantic.v1",
+    "pyarrow.json",
+    "orpo_ray.training.launch",
+    "orpo_ray.training.worker",
+    "orpo_ray.training.replicated_engine",
+)
 
 
 def main() -> None:
@@ -47,9 +58,14 @@ def main() -> None:
 
 def preload(modules: Iterable[str]) -> None:
     """Import modules, and take them out of the reach of the collector, which would make every fork copy them."""
+    gc.disable()  # it would look through all modules again and again: a seventh of the time
+    # DeepSpeed's autotuner, which no run uses, imports MLflow where it is installed: more than a second.
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
     for name in modules:
         importlib.import_module(name)
-    gc.collect()
+    if sys.modules["mlflow"] is None:
+        del sys.modules["mlflow"]
+    gc.enable()
     gc.freeze()
 
 

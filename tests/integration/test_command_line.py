@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from support.commands import orpo_ray, orpo_ray_here
 from support.paths import ROOT
+from support.ports import is_loopback, listening
 from support.tiny_runs import losses, tiny_recipe
 
+QUICKSTART = str(ROOT / "recipes/quickstart.yaml")
 TINY_OVERRIDES = [
     "optim.max_steps=8",
     "optim.pairs_per_step=4",
@@ -26,24 +32,74 @@ TINY_OVERRIDES = [
 ]
 
 
+class FirstRun(NamedTuple):
+    """A run as a new user has it, with its own Ray."""
+
+    folder: Path
+    """The run folder."""
+    home: Path
+    rays: Path
+    """The folder for Ray's sessions."""
+    ports: dict[tuple[str, int], str]
+    """What its processes listened on: address and port -> command."""
+    err: str
+
+
+def with_dead_cluster(folder: Path) -> dict[str, str]:
+    """Return an environment in which Ray finds the address of a cluster that no longer runs.
+
+    The folder's path must be short, since the paths of Ray's sockets may have 107 bytes.
+    """
+    (folder / "ray").mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    return {"RAY_TMPDIR": str(folder)}
+
+
 @pytest.fixture
-def dead_cluster() -> Iterator[dict[str, str]]:
-    """An environment in which Ray finds the address of a cluster that no longer runs."""
-    # Not in tmp_path, where the paths of Ray's sockets would exceed the limit of 107 bytes.
+def short_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "ray").mkdir()
-        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
-        yield {"RAY_TMPDIR": folder}
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FirstRun]:
+    """Train with the quickstart's recipe, and look at the open ports all the time."""
+    home = tmp_path_factory.mktemp("home")
+    with tempfile.TemporaryDirectory() as name:
+        variables = with_dead_cluster(Path(name)) | {"HOME": str(home)}
+        own = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | variables
+        options = [*TINY_OVERRIDES, "eval.on_start=true", "eval.generate=2", "eval.max_new_tokens=4"]
+        command = [sys.executable, "-m", "orpo_ray", "train", QUICKSTART, *options, "scaling.num_workers=2"]
+        ports: dict[tuple[str, int], str] = {}
+        with (
+            (home / "err").open("w") as err,
+            subprocess.Popen(command, cwd=home, env=own, stderr=err, umask=0o022) as run,
+        ):
+            while run.poll() is None:
+                ports |= listening(psutil.Process(run.pid))
+                time.sleep(0.3)
+        said = (home / "err").read_text()
+        assert run.returncode == 0, said
+        yield FirstRun(home / "runs" / "quickstart", home, Path(name), ports, said)
+
+
+@pytest.mark.timeout(240)
+def test_a_run_opens_no_port_to_the_network_and_no_secret_to_others(first_run: FirstRun) -> None:
+    # gcs_server, raylet, its agents, the driver, the controller, the workers, torch's store and gloo
+    assert len(first_run.ports) >= 12, first_run.ports
+    assert all(is_loopback(host) for host, _ in first_run.ports), first_run.ports
+    assert (first_run.home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+    (sessions,) = (path for path in first_run.rays.iterdir() if path.name != "ray")
+    assert list(sessions.glob("ray/session_*/logs"))
+    assert sessions.stat().st_mode & 0o777 == 0o700
+    # What is for others has one mode.
+    assert {path.stat().st_mode & 0o777 for path in (first_run.folder / "final").iterdir()} == {0o644}
 
 
 @pytest.mark.timeout(400)
-def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: dict[str, str]) -> None:
-    quickstart = str(ROOT / "recipes/quickstart.yaml")
-    options = [*TINY_OVERRIDES, "eval.on_start=true", "eval.generate=2", "eval.max_new_tokens=4"]
-    trained = orpo_ray("train", quickstart, *options, cwd=tmp_path, env=dead_cluster)
-    assert trained.returncode == 0, trained.stderr
-    run_dir = tmp_path / "runs" / "quickstart"
-    assert str(run_dir) in trained.stderr
+def test_train_then_evaluate(ray_cluster: None, first_run: FirstRun, tmp_path: Path) -> None:
+    run_dir = first_run.folder
+    assert str(run_dir) in first_run.err
     kept = {name: pq.read_table(run_dir / f"{name}.parquet") for name in ("eval_pairs", "eval_pairs_start")}
     assert {table.num_rows for table in kept.values()} == {24}
     page = (run_dir / "report.html").read_text()
@@ -53,7 +109,7 @@ def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: di
     assert page.count('<article class="exchange">') == 2
     said = [json.loads(line) for line in (run_dir / "generations.jsonl").open()]
     assert [line["step"] for line in said] == [0, 0, 8, 8]
-    assert "eval/grounding_gap" in trained.stderr
+    assert "eval/grounding_gap" in first_run.err
     keys = {
         "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/grounding_gap",
         "eval/rewards/accuracies_exchanged", "eval/samples_per_second", "eval/steps_per_second", "eval/pairs",
@@ -82,9 +138,8 @@ def test_train_then_evaluate(ray_cluster: None, tmp_path: Path, dead_cluster: di
 
 def test_train_adapters_then_export_them(ray_cluster: None, tmp_path: Path) -> None:
     """Train on a 4-bit base, then score the run, the merged export and the adapter export."""
-    quickstart = str(ROOT / "recipes/quickstart.yaml")
     options = [*TINY_OVERRIDES, "model.lora.r=4", "model.quantization={}", "optim.learning_rate=1e-2"]
-    trained = orpo_ray_here("train", quickstart, *options, cwd=tmp_path)
+    trained = orpo_ray_here("train", QUICKSTART, *options, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     run_dir = tmp_path / "runs" / "quickstart"
     assert f"orpo-ray export {run_dir}" in trained.stderr
@@ -107,32 +162,48 @@ def test_train_adapters_then_export_them(ray_cluster: None, tmp_path: Path) -> N
             assert scores[name] == pytest.approx(logged[name], abs=1e-4)
 
 
+def small_sweep(folder: Path, num_trials: int) -> Path:
+    """Write the recipe of a sweep with trials of 8 steps. Returns its path."""
+    recipe = tiny_recipe(
+        folder / "runs", "sweep", data={"eval": "easy-vqa:test"}, eval={"max_pairs": 16, "every_steps": 2},
+        optim={"max_steps": 8}, tune={"num_trials": num_trials, "max_concurrent": 2},
+    )  # fmt: skip
+    path = folder / "sweep.yaml"
+    path.write_text(recipe.to_yaml())
+    return path
+
+
+def check_sweep(folder: Path, err: str, num_trials: int) -> None:
+    rows = re.findall(r"(?:finished|stopped early)", err.partition(f"{num_trials} trials by eval")[2])
+    assert len(rows) == num_trials, err
+    best = yaml.safe_load((folder / "best_recipe.yaml").read_text())
+    assert best["name"] == "sweep-best"
+    assert best["orpo"]["beta"] != 0.5
+    trials = list((folder / "trials").iterdir())
+    assert len(trials) == num_trials
+    assert all(losses(trial) for trial in trials)
+
+
+@pytest.mark.timeout(300)
+def test_a_sweep_has_two_trials_and_a_best_one(ray_cluster: None, tmp_path: Path) -> None:
+    result = orpo_ray_here("tune", str(small_sweep(tmp_path, 2)), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    check_sweep(tmp_path / "runs" / "sweep", result.stderr, 2)
+
+
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("num_trials", [2, pytest.param(4, marks=pytest.mark.nightly)])
-def test_a_sweep_leaves_nothing_behind(tmp_path: Path, dead_cluster: dict[str, str], num_trials: int) -> None:
+def test_a_sweep_leaves_nothing_behind(tmp_path: Path, short_folder: Path) -> None:
     """Runs in a new process with its own Ray cluster, so that all processes can be counted afterwards.
 
     Trials that are stopped early must hand back their CPUs, whatever clusters there are or were on the machine.
     """
     session = tmp_path / "session"
-    recipe = tiny_recipe(
-        tmp_path / "runs", "sweep", data={"eval": "easy-vqa:test"}, eval={"max_pairs": 16, "every_steps": 2},
-        optim={"max_steps": 8}, tune={"num_trials": num_trials, "max_concurrent": 2},
-    )  # fmt: skip
-    path = tmp_path / "sweep.yaml"
-    path.write_text(recipe.to_yaml())
-    relative = f"checkpoint.storage={Path(recipe.checkpoint.storage).name}"
     marker = {"ORPO_RAY_TEST_MARKER": str(session)}
-    result = orpo_ray("tune", str(path), relative, cwd=tmp_path, env=marker | dead_cluster)
+    variables = marker | with_dead_cluster(short_folder)
+    result = orpo_ray("tune", str(small_sweep(tmp_path, 4)), "checkpoint.storage=runs", cwd=tmp_path, env=variables)
     assert result.returncode == 0, result.stderr
-    rows = re.findall(r"(?:finished|stopped early)", result.stderr.partition(f"{num_trials} trials by eval")[2])
-    assert len(rows) == num_trials, result.stderr
-    best = yaml.safe_load((tmp_path / "runs" / "sweep" / "best_recipe.yaml").read_text())
-    assert best["name"] == "sweep-best"
-    assert best["orpo"]["beta"] != recipe.orpo.beta
-    trials = list((tmp_path / "runs" / "sweep" / "trials").iterdir())
-    assert len(trials) == num_trials
-    assert all(losses(trial) for trial in trials)
+    check_sweep(tmp_path / "runs" / "sweep", result.stderr, 4)
     deadline = time.monotonic() + 30  # Ray's processes end some time after the driver
     while left := processes_with(str(session)):
         assert time.monotonic() < deadline, left

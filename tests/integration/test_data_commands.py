@@ -100,6 +100,7 @@ def _rows(path: Path) -> list[Any]:
     return [json.loads(line) if line.startswith('{"') else None for line in path.read_text().splitlines()]
 
 
+@pytest.mark.nightly
 def test_an_adapter_in_the_working_directory_works_in_every_process(tmp_path: Path) -> None:
     path = write_pairs(tmp_path, 30)
     rows = [

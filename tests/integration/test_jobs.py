@@ -15,7 +15,7 @@ import yaml
 
 from support.commands import orpo_ray
 from support.runs import last_step, run, wait_until
-from support.tiny_runs import losses, tiny_recipe
+from support.tiny_runs import losses, tiny_recipe, write_pairs
 
 SCRIPTS = Path(sys.executable).parent
 OPTIM = {"max_steps": 45}
@@ -35,7 +35,8 @@ def project(tmp_path: Path) -> Path:
     """A working directory with a recipe, and the runtime environment of nodes that have orpo-ray."""
     folder = tmp_path / "project"
     (folder / "recipes").mkdir(parents=True)
-    recipe = tiny_recipe(tmp_path / "runs", "job", optim=OPTIM)
+    data = {"train": str(write_pairs(tmp_path / "data", 40))}
+    recipe = tiny_recipe(tmp_path / "runs", "job", optim=OPTIM, data=data)
     (folder / "recipes" / "tiny.yaml").write_text(recipe.to_yaml())
     (folder / "cluster").mkdir()
     runtime_env = {"env_vars": {"PATH": f"{SCRIPTS}:${{PATH}}", "RAY_JOB_STOP_WAIT_TIME_S": "120"}}
@@ -59,12 +60,23 @@ def submit(dashboard: str, project: Path) -> str:
 
 
 @pytest.mark.timeout(300)
-def test_a_recipe_is_submitted_and_followed_to_its_end(dashboard: str, project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "end", "left"),
+    [
+        ("data check", "data_check.html", "data_check.html"),
+        pytest.param("train", "training, last step", "final/config.json", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_recipe_is_submitted_and_followed_to_its_end(
+    dashboard: str, project: Path, tmp_path: Path, what: str, end: str, left: str
+) -> None:
     command = (
         "submit",
         "recipes/tiny.yaml",
         "--address",
         dashboard,
+        "--command",
+        what,
         "--price-per-hour",
         "H100=1.5",
         "optim.max_steps=4",
@@ -75,13 +87,13 @@ def test_a_recipe_is_submitted_and_followed_to_its_end(dashboard: str, project: 
     assert re.fullmatch(r"raysubmit_\w+", job), done.stdout
     assert re.search(r"^cost +about .* and .*\$[\d.]+ on 1 x ", done.stderr, re.MULTILINE), done.stderr
     assert re.search(r"^job +" + job, done.stderr, re.MULTILINE)
-    assert "training, last step" in done.stderr  # the end of the job's log
-    assert (tmp_path / "runs" / "job" / "final" / "config.json").is_file()
+    assert end in done.stderr  # the end of the job's log
+    assert (tmp_path / "runs" / "job" / left).is_file()
     # What everyone with access to the dashboard can read.
     from ray.job_submission import JobSubmissionClient
 
     found = JobSubmissionClient(dashboard).get_job_info(job)
-    assert found.entrypoint == "python -m orpo_ray train recipes/tiny.yaml optim.max_steps=4"
+    assert found.entrypoint == f"python -m orpo_ray {what} recipes/tiny.yaml optim.max_steps=4"
     assert "not-a-real-key" not in str(found)
 
 
@@ -103,7 +115,9 @@ def test_a_stopped_job_saves_and_the_same_submission_resumes(dashboard: str, pro
 
     again = orpo_ray("submit", "recipes/tiny.yaml", "--no-cost", "--address", dashboard, cwd=project)
     assert again.returncode == 0, again.stdout + again.stderr
-    reference = run(tiny_recipe(tmp_path / "runs", "reference", optim=OPTIM))
+    reference = run(
+        tiny_recipe(tmp_path / "runs", "reference", optim=OPTIM, data={"train": str(tmp_path / "data" / "train.jsonl")})
+    )
     assert losses(run_dir) == pytest.approx(losses(Path(reference.run_uri)), abs=1e-4)
 
 

@@ -80,7 +80,8 @@ OFFLOADED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("deepspeed", [{}, pytest.param(OFFLOADED, marks=pytest.mark.nightly)], ids=["", "offloaded"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("deepspeed", [{}, OFFLOADED], ids=["", "offloaded"])
 def test_lora_trains_resumes_and_leaves_adapters(ray_cluster: None, tmp_path: Path, deepspeed: dict[str, Any]) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText

@@ -40,6 +40,7 @@ def test_a_model_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> No
     assert not (Path(recipe.run_uri) / "recipe.yaml").exists()
 
 
+@pytest.mark.nightly
 def test_nodes_that_never_come_end_the_run_within_its_limit(tmp_path: Path) -> None:
     """On a cluster that starts no nodes. In a process of its own, which a signal ends."""
     scaling = {"nodes_timeout_s": 5, "accelerator_type": "H100", "num_workers": 2}

@@ -72,7 +72,7 @@ def test_some_have_every_value() -> None:
 @pytest.mark.parametrize(
     ("workers", "named"),
     [
-        (1, cases_of(1)),
+        pytest.param(1, cases_of(1), marks=pytest.mark.nightly),
         (2, SOME),
         pytest.param(2, cases_of(2), marks=pytest.mark.nightly),
     ],

@@ -154,7 +154,7 @@ def test_checkpoints_in_s3_prove_themselves_too(s3: Faults) -> None:
 def test_a_run_in_s3_is_exported_there(s3: Faults, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "adapted", model={"lora": {"r": 4}})
     upload(finished_run(recipe, load_model(recipe.model, torch.device("cpu"), 0)), "runs/adapted")
-    s3.active = True
+    s3.active, s3.period = True, 30
     folder = RunFolder(f"s3://{BUCKET}/runs/adapted")
     over = ExportOptions(adapter=True, overwrite=True, output=f"{folder.uri}/export")
     for options, name in (
@@ -203,7 +203,7 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path, is_kil
     recipe = tiny_recipe(tmp_path, "remote", **sections)
     path = tmp_path / "remote.yaml"
     path.write_text(recipe.to_yaml())
-    s3.active = True
+    s3.active, s3.period = True, 30
     folder = RunFolder(f"s3://{BUCKET}/runs/remote")
     whole = [sys.executable, "-m", "orpo_ray", "train", str(path)]
     if is_killed:

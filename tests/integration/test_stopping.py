@@ -18,10 +18,10 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from support.commands import orpo_ray_here
 from support.runs import last_step, run, wait_until
-from support.tiny_runs import losses, tiny_recipe
+from support.tiny_runs import LONG, losses, same_curve, tiny_recipe
 
-STEPS = 30
-SECTIONS: dict[str, Any] = {"optim": {"max_steps": STEPS}, "scaling": {"num_workers": 2}}
+SECTIONS: dict[str, Any] = {"optim": LONG, "scaling": {"num_workers": 2}}
+STEPS = 60  # of a run that goes on while another one is refused
 
 
 def start(recipe: Recipe, folder: Path) -> subprocess.Popen[str]:
@@ -34,7 +34,7 @@ def start(recipe: Recipe, folder: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
-    ray_cluster: None, tmp_path: Path, number: int
+    reference: dict[int, float], tmp_path: Path, number: int
 ) -> None:
     recipe = tiny_recipe(tmp_path, "stopped", **SECTIONS)  # saves every 100 steps
     process = start(recipe, tmp_path)
@@ -46,13 +46,12 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
     assert process.returncode == 128 + number, err
     assert f"stopped: {signal.Signals(number).name} with a checkpoint of step {step};" in err
     assert "SIGTERM received" not in err  # the crash dump of Ray's native code
-    assert 8 <= step < STEPS
+    assert 8 <= step < LONG["max_steps"]
     wait_until(lambda: not any(child.is_running() for child in children), "the end of all its processes")
 
     again = orpo_ray_here("train", str(tmp_path / "recipe.yaml"))
     assert again.returncode == 0, again.stderr
-    reference = run(tiny_recipe(tmp_path, "reference", **SECTIONS | {"scaling": {"num_workers": 1}}))
-    assert losses(Path(recipe.run_uri)) == pytest.approx(losses(Path(reference.run_uri)), abs=1e-4)
+    same_curve(Path(recipe.run_uri), reference)
 
 
 def test_two_runs_in_one_folder_and_a_dead_status_actor(ray_cluster: None, tmp_path: Path) -> None:
@@ -60,7 +59,7 @@ def test_two_runs_in_one_folder_and_a_dead_status_actor(ray_cluster: None, tmp_p
     import ray
     from ray.util.state import list_actors
 
-    recipe = tiny_recipe(tmp_path, "one-writer", optim={"max_steps": 100})
+    recipe = tiny_recipe(tmp_path, "one-writer", optim={"max_steps": STEPS})
     said: list[str] = []
 
     def disturb() -> None:
@@ -80,6 +79,6 @@ def test_two_runs_in_one_folder_and_a_dead_status_actor(ray_cluster: None, tmp_p
     run(recipe)
     thread.join()
     assert f"another run writes to this run folder: process {os.getpid()} on" in said[0]
-    assert said[1] != "killed before step 100"
-    assert sorted(losses(Path(recipe.run_uri))) == list(range(1, 101))
+    assert said[1] != f"killed before step {STEPS}"
+    assert sorted(losses(Path(recipe.run_uri))) == list(range(1, STEPS + 1))
     assert not (Path(recipe.run_uri) / "lease.json").exists()

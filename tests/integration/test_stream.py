@@ -105,7 +105,7 @@ def test_workers_that_compute_together_take_the_same_pairs(spec: ReadSpec) -> No
     assert sorted(ids(shares[0]) + ids(shares[2])) == sorted(ids(steps_of(spec)[0]))
 
 
-@pytest.mark.parametrize("first", [1, 6, 12])
+@pytest.mark.parametrize("first", [6, *(pytest.param(step, marks=pytest.mark.nightly) for step in (1, 12))])
 def test_a_resumed_stream_is_the_tail_of_the_whole_one(spec: ReadSpec, first: int) -> None:
     whole, tail = steps_of(spec), steps_of(spec, first)
     assert [ids(share) for share in tail] == [ids(share) for share in whole[first:]]

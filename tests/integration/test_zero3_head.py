@@ -12,7 +12,11 @@ from support.zero3_head import LENGTHS, train
 CASES = [("llava", False, 2), ("smolvlm", False, 4), ("llava", True, 2)]
 
 
-@pytest.mark.parametrize(("family", "lora", "gathers"), CASES, ids=["untied", "tied", "adapted"])
+@pytest.mark.parametrize(
+    ("family", "lora", "gathers"),
+    [CASES[1], *(pytest.param(*case, marks=pytest.mark.nightly) for case in (CASES[0], CASES[2]))],
+    ids=["tied", "untied", "adapted"],
+)
 def test_gives_the_losses_of_one_worker(family: str, lora: bool, gathers: int) -> None:
     one = worker_group(1).run(train, family, lora, 0)[0]
     for two in worker_group(2).run(train, family, lora, 3):

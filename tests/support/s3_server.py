@@ -16,10 +16,11 @@ SLOW_SECONDS = 0.3
 
 
 class Faults:
-    """WSGI middleware: of every ten requests, one is refused, one is slow and one gets an incomplete response.
+    """WSGI middleware: of so many requests, one is refused, one is slow and one gets an incomplete response.
 
     Attributes:
         active: whether it does.
+        period: number of these requests, 10 or more. A client waits before it tries again, up to seconds.
         refuses_writes: whether all writes are refused.
         takes_writes: writes wait for this event.
         written: paths of the objects that were written, in order.
@@ -29,6 +30,7 @@ class Faults:
     def __init__(self, server: Any) -> None:
         self.server = server
         self.active = False
+        self.period = 10
         self.refuses_writes = False
         self.takes_writes = threading.Event()
         self.takes_writes.set()
@@ -47,7 +49,7 @@ class Faults:
             self.written.append(environ["PATH_INFO"])
         elif environ["REQUEST_METHOD"] == "GET" and "/" in environ["PATH_INFO"].strip("/"):
             self.read.append(environ["PATH_INFO"])
-        turn = next(self._count) % 10 if self.active else -1
+        turn = next(self._count) % self.period if self.active else -1
         if turn == 3:
             self.injected["refused"] += 1
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
