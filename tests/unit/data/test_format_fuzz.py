@@ -15,7 +15,7 @@ from support.row_values import broken_rows
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_row_is_a_pair_or_a_bad_row(name: str, data: st.DataObject) -> None:
     row = data.draw(broken_rows(name))

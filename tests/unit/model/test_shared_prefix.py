@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from orpo_ray.model.shared_prefix import ScoreOptions, attend
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.tiny_models.build import resolve
 from orpo_ray.tiny_models.families import TINY_FAMILIES
+from support.cover import cover
 from support.pairs_by_hand import (
     CROSS,
     NORM,
@@ -62,17 +63,16 @@ def test_every_family_has_a_tiny_model() -> None:
     assert set(FAMILIES) | {"pixtral"} == set(TINY_FAMILIES)
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-@pytest.mark.parametrize("family", SHARING)
-def test_equals_the_concatenated_path(family: str, row: list[tuple[int, int, int, int]]) -> None:
+@pytest.mark.parametrize(("family", "row"), cover(SHARING, list(ROWS)))
+def test_equals_the_concatenated_path(family: str, row: str) -> None:
     model = tiny_pair_model(family)
-    pairs = make_row(family, row)
+    pairs = make_row(family, ROWS[row])
     assert_equal(run(model, pairs, "shared_prefix"), run(model, pairs, "concatenated"))
 
 
-@pytest.mark.parametrize(("lora", "checkpointing"), [(False, "full"), (True, "none"), (True, "full")])
-@pytest.mark.parametrize("family", SHARING)
-def test_equals_it_with_lora_and_gradient_checkpointing(family: str, lora: bool, checkpointing: Checkpointing) -> None:
+@pytest.mark.parametrize(("family", "how"), cover(SHARING, ["checkpointing", "LoRA", "LoRA and checkpointing"]))
+def test_equals_it_with_lora_and_gradient_checkpointing(family: str, how: str) -> None:
+    lora, checkpointing = "LoRA" in how, cast(Checkpointing, "full" if "checkpointing" in how else "none")
     model = tiny_pair_model(family, lora, checkpointing)
     pairs = make_row(family, ROWS["four images"])
     packed = run(model, pairs, "shared_prefix", "prompt+response", targets=8)

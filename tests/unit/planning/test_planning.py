@@ -25,6 +25,7 @@ from orpo_ray.planning.gpus import gpus_with_prices
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.plan import Options, plan
 from orpo_ray.planning.states import Offload, Weight, Weights, reduce_bucket, states
+from support.cover import cover
 from support.pairs_by_hand import make_pair, run_as, tiny_pair_model
 
 
@@ -46,10 +47,10 @@ def some_pairs(family: str) -> PairBatch:
     )
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", ["smolvlm", "gemma3"])
-def test_a_dry_run_needs_what_a_real_one_does(family: str, lora: bool, checkpointing: Checkpointing) -> None:
+@pytest.mark.parametrize(
+    ("checkpointing", "lora", "family"), cover(["none", "selective", "full"], [False, True], ["smolvlm", "gemma3"])
+)
+def test_a_dry_run_needs_what_a_real_one_does(checkpointing: Checkpointing, lora: bool, family: str) -> None:
     batch = some_pairs(family)
 
     def prepared() -> Any:

@@ -1,0 +1,20 @@
+"""Few combinations by default, and all of them nightly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+
+
+def cover(longer: Sequence[Any], *others: Sequence[Any]) -> list[Any]:
+    """Return all combinations as parameters, most of which are nightly.
+
+    By default, each value of the longest sequence, which comes first, has one value of each other sequence, in
+    rotation: so that every value is tried, a new one too.
+    """
+    assert all(len(other) <= len(longer) for other in others)
+    some = [(one, *(other[number % len(other)] for other in others)) for number, one in enumerate(longer)]
+    return [pytest.param(*each, marks=[] if each in some else pytest.mark.nightly) for each in product(longer, *others)]
