@@ -19,10 +19,11 @@ export PIP_NO_COMPILE := 0
 quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, about 3 minutes after installation
 	$(BIN)/orpo-ray train recipes/quickstart.yaml
 
-test: lint fast slow  ## run all checks and tests except the nightly ones
+test: lint $(INSTALLED)  ## run all checks and tests except the nightly ones
+	$(BIN)/pytest -q tests/unit tests/integration -n 2 --dist loadfile
 
 fast: $(INSTALLED)  ## run tests/unit; each test takes seconds at most
-	$(BIN)/pytest -q tests/unit -n 2
+	$(BIN)/pytest -q tests/unit -n 2 --dist loadfile
 
 slow: $(INSTALLED)  ## run tests/integration: runs on a real Ray, engines in several processes, a browser
 	$(BIN)/pytest -q tests/integration -n 2 --dist loadfile
@@ -31,7 +32,7 @@ gpu: $(INSTALLED)  ## run tests/gpu on one NVIDIA GPU, 8 minutes at most; withou
 	$(BIN)/pytest -q -m gpu tests/gpu
 
 nightly: lint $(INSTALLED) torchvision-tests  ## run every test, with full matrices and torchvision
-	$(BIN)/pytest -q -m "nightly or not nightly"
+	$(BIN)/pytest -q -m "nightly or not nightly" -n 2 --dist loadfile
 
 torchvision-tests: $(TORCHVISION)/.installed  ## run the tests that need torchvision, in a separate environment (5.5 GB)
 	$(TORCHVISION)/bin/pytest -q -m torchvision -n 2 --dist loadfile

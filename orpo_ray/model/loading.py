@@ -62,7 +62,7 @@ def pick_attention(model_config: ModelConfig, config: Any = None) -> Attention:
     Raises:
         UserError: the model cannot run as the recipe asks, or its family is unknown.
     """
-    config = config or _config(model_config)
+    config = config or load_config(model_config)
     why = family_of(config).why_not_shared_prefix(config)
     if model_config.attention == "concatenated":
         return Attention("concatenated")
@@ -84,7 +84,7 @@ def check_divisible(model_config: ModelConfig, size: int) -> None:
     Raises:
         UserError: they cannot, or the model is not found.
     """
-    config = _config(model_config)
+    config = load_config(model_config)
     if why := family_of(config).why_not_divided(config):
         raise UserError(f"workers cannot compute pairs of this model together: {why}", field=FIELD, value=size,
                         fix="set it to 1")  # fmt: skip
@@ -112,7 +112,7 @@ def load_model(model_config: ModelConfig, device: torch.device, seed: int) -> to
 
     disable_progress_bar()
     attention = pick_attention(model_config)
-    config = _config(model_config)
+    config = load_config(model_config)
     family = family_of(config)
     language = own_attention(config)
     dtype = pick_dtype(model_config.dtype, device)
@@ -200,7 +200,7 @@ def commit_of(model_config: ModelConfig) -> str | None:
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
-    _config(model_config)
+    load_config(model_config)
     path = resolve(model_config.id)
     if Path(path).is_dir():
         return None
@@ -208,7 +208,7 @@ def commit_of(model_config: ModelConfig) -> str | None:
     return commit
 
 
-def _config(model_config: ModelConfig) -> Any:
+def load_config(model_config: ModelConfig) -> Any:
     """The model's transformers config alone."""
     from transformers import AutoConfig
 

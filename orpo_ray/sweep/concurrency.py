@@ -15,29 +15,35 @@ DRIVER_CPUS = 0.01
 
 
 def divide_cluster(
-    recipe: Recipe, num_trials: int, cluster: Mapping[str, float], nodes: Sequence[Mapping[str, float]]
+    recipe: Recipe,
+    num_trials: int,
+    cluster: Mapping[str, float],
+    nodes: Sequence[Mapping[str, float]],
+    size: int = 1,
 ) -> tuple[int, Resources]:
-    """Return the number of trials at a time, and the resources of each of their workers.
+    """Return the number of trials, or packs of trials, at a time, and the resources of each of their workers.
 
     Args:
         recipe: of the sweep; its trials have a fixed number of workers.
         num_trials: number of trials that there will be.
         cluster: Ray's resources, `CPU` and `GPU`.
         nodes: the resources of each node that may hold workers.
+        size: most trials of a pack.
 
     Raises:
         UserError: not even one trial fits, or not as many as the recipe says.
     """
 
     def fit(together: int) -> Resources:
-        reserved = together * DRIVER_CPUS
+        reserved = together * size * DRIVER_CPUS
         return worker_resources(recipe, dict(cluster), runs=together, reserved=reserved, nodes=nodes)
 
     wanted = recipe.tune.max_concurrent
-    if wanted != "auto":
+    if wanted != "auto" and size == 1:
         together = min(wanted, num_trials)
         return together, fit(together)
-    for together in range(min(_room(recipe, cluster, nodes), num_trials), 1, -1):
+    most = num_trials if wanted == "auto" else min(wanted, num_trials)
+    for together in range(min(places(recipe, cluster, nodes), -(-most // size)), 1, -1):
         try:
             return together, fit(together)
         except UserError:
@@ -45,8 +51,8 @@ def divide_cluster(
     return 1, fit(1)
 
 
-def _room(recipe: Recipe, cluster: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
-    """Return how many trials the GPUs, or without GPUs the CPUs, are enough for: a whole CPU for each worker."""
+def places(recipe: Recipe, cluster: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
+    """Return how many trials or packs there are enough GPUs for, or without GPUs, whole CPUs."""
     scaling, workers = recipe.scaling, recipe.scaling.min_workers
     gpus = [node.get("GPU", 0.0) for node in nodes]
     per_worker = float(any(gpus)) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker

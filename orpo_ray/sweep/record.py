@@ -17,7 +17,7 @@ State = Literal["running", "interrupted", "finished", "stopped early", "replaced
 """`interrupted`: not over, and no driver works on it. `replaced`: another trial goes on from a better checkpoint."""
 VERSION = 1
 # Of `tune`, what a sweep that goes on may change.
-MAY_CHANGE = ("num_trials", "max_concurrent", "max_hours", "max_cost")
+MAY_CHANGE = ("num_trials", "max_concurrent", "max_hours", "max_cost", "pack")
 STEP = "step"
 
 

@@ -19,9 +19,10 @@ from orpo_ray.storage.lease import Lease, LeaseLost
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.sweep.board import Board
 from orpo_ray.sweep.budget import price_of
-from orpo_ray.sweep.concurrency import divide_cluster
+from orpo_ray.sweep.concurrency import divide_cluster, places
 from orpo_ray.sweep.live import SweepDisplay
 from orpo_ray.sweep.outcome import BEST, Sweep, write_outcome
+from orpo_ray.sweep.packs import Packs, pack_size
 from orpo_ray.sweep.population import Population, check_population
 from orpo_ray.sweep.record import Record, resume_or_begin
 from orpo_ray.sweep.schedulers import make_scheduler
@@ -68,24 +69,27 @@ def run_sweep(recipe: Recipe, console: Console, prices: Sequence[str] = ()) -> S
         return write_outcome(record, space, folder)
     start_ray(state_api=True)
     nodes = fitting_nodes(recipe.scaling, ray.nodes())
-    together, resources = divide_cluster(recipe, num_trials, ray.cluster_resources(), nodes)
+    cluster = ray.cluster_resources()
+    size = pack_size(recipe, space, num_trials, places(recipe, cluster, nodes), shares_rows)
+    together, resources = divide_cluster(recipe, num_trials, cluster, nodes, size)
     gpus = resources.gpus * recipe.scaling.max_workers
     price = price_of(recipe.tune, prices, nodes, gpus)
     folder.make()
     lost: list[LeaseLost] = []
     with Lease(folder, on_lost=lost.append, wait=console.print):
         record = resume_or_begin(recipe, folder)
-        record.num_steps, record.gpus_per_trial, record.price_per_hour = num_steps, gpus, price
+        record.num_steps, record.gpus_per_trial, record.price_per_hour = num_steps, gpus / size, price
         sampler = make_sampler(recipe.tune, space, recipe.name, folder, record.trials)
         population = Population(space, record) if recipe.tune.scheduler == "pbt" else None
-        board = Board(record, folder, sampler, together, num_trials, population, lost)
-        console.print(_headline(board, every), highlight=False, soft_wrap=True)
+        board = Board(record, folder, sampler, together * size, num_trials, population, lost)
+        console.print(_headline(board, every, size), highlight=False, soft_wrap=True)
         if why := why_not_comparable(recipe.tune.metric, space.keys):
             console.print(f"[yellow]warning:[/yellow] {why}", highlight=False, soft_wrap=True)
         scheduler = make_scheduler(recipe.tune, every, num_steps, shares_rows, board)
+        base = _base(recipe, every, resources.cpus, num_steps)
+        packs = Packs(base, data, num_steps, size, together, resources) if size > 1 else None
         with SweepDisplay(board, space, recipe.run_uri, console) as display:
-            run_trials(_base(recipe, every, resources.cpus, num_steps), board, scheduler, data if shares_rows else None,
-                       display)  # fmt: skip
+            run_trials(base, board, scheduler, data if shares_rows else None, display, packs)
         if lost:
             raise lost[0]
         return write_outcome(record, space, folder, board.stopped_by)
@@ -152,11 +156,12 @@ def _base(recipe: Recipe, every: int, cpus: float, num_steps: int) -> Recipe:
     )
 
 
-def _headline(board: Board, every: int) -> str:
+def _headline(board: Board, every: int, size: int) -> str:
     record, tune = board.record, board.record.tune
     earlier = f"; goes on after {sum(trial.is_over for trial in record.trials)} of them" if record.trials else ""
+    packed = f", up to {size} on one model" if size > 1 else ""
     metrics = tune.metric + (f" and {tune.second_metric}" if tune.second_metric else "")
     return (
         f"[bold]{record.recipe.name}[/bold]  {board.num_trials} trials of {record.num_steps:,} steps, {board.together} "
-        f"at a time, by {tune.searcher} search with {tune.scheduler}; {metrics} every {every} steps{earlier}"
+        f"at a time{packed}, by {tune.searcher} search with {tune.scheduler}; {metrics} every {every} steps{earlier}"
     )

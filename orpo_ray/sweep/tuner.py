@@ -18,7 +18,9 @@ from orpo_ray.sweep.board import Board
 from orpo_ray.sweep.budget import BudgetStopper
 from orpo_ray.sweep.concurrency import DRIVER_CPUS
 from orpo_ray.sweep.live import SweepDisplay
-from orpo_ray.sweep.record import STEP
+from orpo_ray.sweep.pack import PACK, packed_trainable
+from orpo_ray.sweep.packs import Packs
+from orpo_ray.sweep.record import STEP, Trial
 from orpo_ray.sweep.trial_run import TrialSpec, trainable
 from orpo_ray.training.launch import storage_of
 
@@ -35,7 +37,12 @@ SLOW_STEPS = "ray.tune.utils.util"
 
 
 def run_trials(
-    recipe: Recipe, board: Board, scheduler: TrialScheduler, data: RunRows | None, display: SweepDisplay
+    recipe: Recipe,
+    board: Board,
+    scheduler: TrialScheduler,
+    data: RunRows | None,
+    display: SweepDisplay,
+    packs: Packs | None = None,
 ) -> None:
     """Run the trials of a sweep until none is left or a budget is spent.
 
@@ -45,17 +52,20 @@ def run_trials(
         scheduler: ends trials early.
         data: the rows of the trials; None if they differ.
         display: shows them.
+        packs: trials that share a process; None if each has its own.
     """
     os.environ.update(VARIABLES)
     logging.getLogger(SLOW_STEPS).setLevel(logging.ERROR)
-    function = tune.with_parameters(
-        trainable, recipe=recipe.model_dump(mode="json"), data=data, together=board.together
-    )
+    function = packed_trainable
+    if packs is None:
+        function = tune.with_parameters(
+            trainable, recipe=recipe.model_dump(mode="json"), data=data, together=board.together
+        )
     tune.Tuner(
         tune.with_resources(function, {"cpu": DRIVER_CPUS}),
         tune_config=tune.TuneConfig(
             scheduler=scheduler,
-            search_alg=BoardSearcher(board),
+            search_alg=BoardSearcher(board, packs),
             num_samples=UNLIMITED,
             trial_name_creator=lambda trial: f"trial-{trial.config['number']:04d}",
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -65,25 +75,42 @@ def run_trials(
             verbose=0,
             log_to_file=False,
             stop=BudgetStopper(board),
-            callbacks=[Watch(board, display)],
+            callbacks=[Watch(board, display, packs)],
         ),
     ).fit()
+    if packs is not None:
+        packs.close()
     board.close()
 
 
 class BoardSearcher(Searcher):
     """Offers Tune the trials of the board, as many as the cluster has room for; Tune does not count their workers."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, packs: Packs | None) -> None:
         super().__init__()
-        self._board = board
+        self._board, self._packs = board, packs
+        self._ready: list[tuple[Trial, dict[str, str]]] = []
+        """Trials that have begun for the board, and not for Tune; and what their config has besides."""
 
     def suggest(self, trial_id: str) -> Any:
         """Return the config of the next trial, None to wait, or that there are no more."""
-        trial = self._board.next_trial()
-        if trial is not None:
-            return TrialSpec.of(trial).as_config(trial.number)
+        if not self._ready:
+            self._ready = self._next()
+        if self._ready:
+            trial, options = self._ready.pop(0)
+            return TrialSpec.of(trial).as_config(trial.number) | options
         return Searcher.FINISHED if self._board.is_exhausted else None
+
+    def _next(self) -> list[tuple[Trial, dict[str, str]]]:
+        """Let the next trial, or all trials of the next pack, begin."""
+        packs = self._packs
+        if packs is not None and not packs.has_place:
+            return []
+        trials: list[Trial] = []
+        while len(trials) < (1 if packs is None else packs.size) and (trial := self._board.next_trial()) is not None:
+            trials.append(trial)
+        options = {PACK: packs.start(trials)} if packs is not None and trials else {}
+        return [(trial, options) for trial in trials]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: `Watch` tells the board."""
@@ -99,8 +126,8 @@ class BoardSearcher(Searcher):
 class Watch(tune.Callback):
     """Tells the board and the display what happens to the trials."""
 
-    def __init__(self, board: Board, display: SweepDisplay) -> None:
-        self._board, self._display = board, display
+    def __init__(self, board: Board, display: SweepDisplay, packs: Packs | None) -> None:
+        self._board, self._display, self._packs = board, display, packs
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks, and a console cannot be pickled
@@ -125,6 +152,8 @@ class Watch(tune.Callback):
         self._end(trial, error_text(trial))
 
     def _end(self, trial: Any, error: str | None) -> None:
+        if self._packs is not None:
+            self._packs.leave(trial.config["number"])
         self._board.end(trial.config["number"], error)
         self._display.ended(trial.config["number"])
 

@@ -16,7 +16,6 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from rich.console import Console
 
-from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import RunRows, encoder_of, run_data
 from orpo_ray.data.reading import ReadSpec
@@ -24,12 +23,10 @@ from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.files import is_remote, locate
 from orpo_ray.storage.lease import Lease
-from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
+from orpo_ray.storage.run_folder import FINAL, RunFolder
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint_choice import FROM_CHECKPOINT, choose_by_hand, forget_ray_snapshot
-from orpo_ray.training.data_identity import check_data
 from orpo_ray.training.elastic import StayingNodesPolicy
-from orpo_ray.training.environment import write_environment
 from orpo_ray.training.model_check import start_model_check
 from orpo_ray.training.placement import NodesWait, TellPlaced, fitting_nodes, waiting_variables
 from orpo_ray.training.process_group import SharedDevices
@@ -37,12 +34,12 @@ from orpo_ray.training.progress import STARTING, ProgressDisplay
 from orpo_ray.training.reservation import give_back, remove_groups
 from orpo_ray.training.resources import Resources, too_many_workers, worker_resources
 from orpo_ray.training.run_identity import check_run_folder
+from orpo_ray.training.run_opening import open_run, with_saves
 from orpo_ray.training.run_status import start_status
 from orpo_ray.training.stopping import RunStopped, StopSignals
 from orpo_ray.training.teardown import SaveBeforeTeardown
 from orpo_ray.training.worker_start import WorkerConfig, train_worker
 
-DEFAULT_CHECKPOINTS = 10
 START_FAILURES = 3
 """Failed starts of workers, of a minute each, after which a run ends."""
 ELASTIC_START_FAILURES = 30
@@ -141,11 +138,9 @@ def launch_training(
     num_steps = -(-read.end_sample // recipe.optim.pairs_per_step)
 
     def begin() -> None:
-        resolved, without_sharing = _checked(checked, num_steps)
-        check_data(read, folder, is_new=saved is None)
-        (folder.path / RECIPE_FILE).write_text(resolved.to_yaml(), encoding="utf-8")
-        folder.push(RECIPE_FILE)
-        write_environment(folder)
+        pinned, without_sharing = _checked(checked)
+        resolved = with_saves(pinned, num_steps)
+        open_run(resolved, read, folder, is_new=saved is None)
         console.print(_headline(resolved, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
         config = WorkerConfig(
             recipe=resolved.model_dump(mode="json"),
@@ -211,13 +206,13 @@ def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console, togethe
     return resources
 
 
-def _checked(check: ray.ObjectRef, num_steps: int) -> tuple[Recipe, str | None]:
-    """Wait for the check of the model; return what it returns, with the recipe resolved. Raises UserError."""
+def _checked(check: ray.ObjectRef) -> tuple[Recipe, str | None]:
+    """Wait for the check of the model; return what it returns. Raises UserError."""
     try:
-        recipe, without_sharing = ray.get(check)
+        found: tuple[Recipe, str | None] = ray.get(check)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    return _resolved(recipe, num_steps), without_sharing
+    return found
 
 
 def _or_fail(prepare: Callable[[], None], status: Any) -> None:
@@ -300,13 +295,6 @@ def _first_failure(error: Exception) -> str:
     for rank, failure in sorted(failures.items()):
         return f"worker {rank} failed: {type(failure).__name__}: {failure}"
     return str(error)
-
-
-def _resolved(recipe: Recipe, num_steps: int) -> Recipe:
-    """Fill in what the recipe leaves open: how often to save."""
-    raw = recipe.model_dump(mode="json")
-    raw["checkpoint"]["every_steps"] = recipe.checkpoint.every_steps or max(1, num_steps // DEFAULT_CHECKPOINTS)
-    return parse_recipe(raw)
 
 
 def _headline(

@@ -59,12 +59,23 @@ def submit(dashboard: str, project: Path) -> str:
     return re.findall(r"raysubmit_\w+", done.stdout + done.stderr)[0]
 
 
+def test_a_job_that_fails_says_why_and_so_does_the_command(dashboard: str, project: Path) -> None:
+    command = ("submit", "recipes/tiny.yaml", "--address", dashboard, "--no-cost", "data.train=/none/pairs.jsonl")
+    done = orpo_ray(*command, cwd=project)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.fullmatch(r"raysubmit_\w+", done.stdout.strip()), done.stdout
+    assert "error: data.train: " in done.stderr  # the job's log
+    assert "/none/pairs.jsonl" in done.stderr
+    assert "failed: " in done.stderr
+
+
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("what", "end", "left"),
     [
         ("data check", "data_check.html", "data_check.html"),
-        pytest.param("train", "training, last step", "final/config.json", marks=pytest.mark.nightly),
+        ("train", "training, last step", "final/config.json"),
     ],
 )
 def test_a_recipe_is_submitted_and_followed_to_its_end(

@@ -29,7 +29,8 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(reference: dict[int, 
     assert metrics["train/repeated_steps"] <= 1
 
 
-@pytest.mark.parametrize("which", [0, pytest.param(-1, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("which", [0, -1])
 def test_the_steps_of_a_lost_worker_are_saved_by_another(
     reference: dict[int, float], storage: Path, which: int
 ) -> None:

@@ -189,7 +189,8 @@ def test_a_run_folder_in_s3_has_one_writer(s3: Faults) -> None:
     assert not folders[0].has(LEASE_FILE)
 
 
-@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("is_killed", [False, True])
 def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path, is_killed: bool) -> None:
     """Read data from S3, write checkpoints and model to S3, resume and evaluate, while the server fails at times."""
     write_pairs(tmp_path / "data", 64)

@@ -26,7 +26,7 @@ def test_unmodified_files_are_valid() -> None:
     assert kinds - {"MPO"} == set(FORMATS) - (set() if features.check("avif") else {"AVIF"})
 
 
-@settings(quickly, max_examples=2000)
+@settings(quickly, max_examples=600)
 @given(broken_files())
 def test_broken_files(data: bytes) -> None:
     outcome(data)

@@ -194,7 +194,7 @@ def test_an_unknown_or_damaged_choice_is_one_message_with_all_there_are(run: Run
     assert len(checkpoint_names(run)) == 3
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.nightly)])
 def test_killed_saves_leave_whole_checkpoints_and_bounded_litter(tmp_path: Path, count: int) -> None:
     """Many processes, one after the other, save in a loop and are killed at random moments."""
     processes = multiprocessing.get_context("forkserver")

@@ -1,0 +1,102 @@
+"""Which trials can share a process, how many do, and how news of them travel."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_ray.errors import UserError
+from orpo_ray.sweep import pack
+from orpo_ray.sweep.pack import Mail
+from orpo_ray.sweep.packs import pack_size, wanted_size, why_model_cannot, why_not_packed
+from orpo_ray.sweep.space import make_space
+from orpo_ray.training.launch import TrainingFailed
+from support.tiny_runs import tiny_recipe
+
+
+def recipe_of(folder: Path, **sections: Any) -> Any:
+    return tiny_recipe(folder, "sweep", **{"model": {"lora": {"r": 4}}, "data": {"eval": "easy-vqa:test"}} | sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"tune": {"scheduler": "pbt"}}, "tune.scheduler is pbt"),
+        ({"eval": {"generate": 4}}, "eval.generate is not 0"),
+        ({"model": {}}, "model.lora is not set"),
+        ({"model": {"lora": {"dropout": 0.1}}}, "model.lora.dropout is not 0"),
+        ({"scaling": {"num_workers": 2}}, "scaling.num_workers is not 1"),
+        ({"tune": {"search": {"data.max_length": {"choices": [64, 128]}}}}, "they differ in data.max_length"),
+        ({"tune": {"search": {"model.lora.use_rslora": {"choices": [True, False]}}}}, "model.lora.use_rslora"),
+    ],
+)
+def test_recipes_that_cannot_share_say_why(sections: dict[str, Any], why: str, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, **sections)
+    found = why_not_packed(recipe, make_space(recipe))
+    assert found is not None
+    assert why in found
+
+
+def test_models_that_cannot_share_say_why(folders: dict[str, str], tmp_path: Path) -> None:
+    def why(family: str, **lora: Any) -> str | None:
+        return why_model_cannot(recipe_of(tmp_path, model={"id": folders[family], "lora": {"r": 4, **lora}}))
+
+    assert why("smolvlm") is None
+    assert why_model_cannot(recipe_of(tmp_path, model={"lora": {"r": 4}, "quantization": {}})) is None
+    assert "the model itself puts image features into the row" in str(why("qwen3_vl"))
+    assert "cannot share a prefix" in str(why("mllama"))
+    assert "lies outside the layers of the language model" in str(why("smolvlm", target_modules=["vision"]))
+
+
+@pytest.mark.parametrize(
+    ("tune", "places", "size"),
+    [
+        ({"num_trials": 8}, 2, 4),
+        ({"num_trials": 8}, 8, 1),
+        ({"num_trials": 40}, 1, 8),
+        ({"num_trials": 8, "max_concurrent": 2}, 1, 2),
+        ({"num_trials": 40, "pack": 16}, 8, 16),
+        ({"num_trials": 3, "pack": 16}, 8, 3),
+        ({"num_trials": 8, "pack": "off"}, 1, 1),
+        ({"num_trials": 8, "pack": 1}, 1, 1),
+    ],
+)
+def test_size(tune: dict[str, Any], places: int, size: int, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tune=tune)
+    assert wanted_size(recipe.tune, tune["num_trials"], places) == size
+
+
+def test_what_is_not_possible_is_refused_only_if_it_is_asked_for(tmp_path: Path) -> None:
+    for pack_of, full in ((4, {}), (4, {"lora": {"r": 4}})):
+        recipe = recipe_of(tmp_path, tune={"pack": pack_of}, model=full)
+        with pytest.raises(UserError, match=r"tune\.pack: the trials of this search cannot share a process: "):
+            pack_size(recipe, make_space(recipe), 8, 1, shares_rows=not full)
+    recipe = recipe_of(tmp_path, model={})
+    assert pack_size(recipe, make_space(recipe), 8, 1, True) == 1
+
+
+def test_news_of_each_trial_are_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "WAIT_SECONDS", 0.01)
+    mail = Mail(["a", "b"])
+    mail.report("a", {"step": 1})
+    mail.report("a", {"step": 2})
+    assert mail.take("a").reports == [{"step": 1}, {"step": 2}]
+    assert mail.take("a").reports == mail.take("b").reports == []
+    mail.ended("a", OSError("full"))
+    mail.end_all(RuntimeError("lost"))
+    ends = pickle.loads(pickle.dumps([mail.take(name) for name in ("a", "b", "a")]))
+    assert [str(end.error) for end in ends] == ["OSError: full", "RuntimeError: lost", "OSError: full"]
+    assert all(isinstance(end.error, TrainingFailed) and end.has_ended for end in ends)
+
+
+def test_a_trial_that_nobody_asks_for_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    mail = Mail(["a", "b"])
+    assert not mail.asks_to_stop("a")
+    mail.stop("a")
+    assert mail.asks_to_stop("a")
+    assert not mail.asks_to_stop("b")
+    monkeypatch.setattr(pack, "SILENT_SECONDS", -1.0)
+    assert mail.asks_to_stop("b")
