@@ -19,8 +19,7 @@ export PIP_NO_COMPILE := 0
 quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, about 3 minutes after installation
 	$(BIN)/orpo-ray train recipes/quickstart.yaml
 
-test: lint $(INSTALLED)  ## run all checks and tests except the nightly ones
-	$(BIN)/pytest -q tests/unit tests/integration -n 2 --dist loadfile
+test: lint fast slow  ## run all checks and tests except the nightly ones
 
 fast: $(INSTALLED)  ## run tests/unit; each test takes seconds at most
 	$(BIN)/pytest -q tests/unit -n 2 --dist loadfile

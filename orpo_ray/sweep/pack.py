@@ -130,7 +130,7 @@ def _train(config: PackConfig, mail: Mail) -> None:
     from orpo_ray.training.worker_start import prefer_expandable_segments
 
     prefer_expandable_segments()
-    train_pack(config, torch.device("cuda" if ray.get_gpu_ids() else "cpu"), mail)
+    train_pack(config, torch.device("cuda" if config.uses_gpu else "cpu"), mail)
 
 
 def packed_trainable(config: dict[str, Any]) -> None:

@@ -165,7 +165,15 @@ class Packs:
             for trial in trials
         }
         resources = self._resources
-        config = PackConfig(recipes, train, held_out, self._num_steps, resources.cpu_threads, resources.max_encoders)
+        config = PackConfig(
+            recipes=recipes,
+            train=train,
+            held_out=held_out,
+            num_steps=self._num_steps,
+            cpu_threads=resources.cpu_threads,
+            max_encoders=resources.max_encoders,
+            uses_gpu=resources.gpus > 0,
+        )
         name = f"orpo-ray-pack-{uuid.uuid4().hex}"
         options: dict[str, Any] = {
             "name": name,

@@ -44,6 +44,7 @@ class PackConfig:
     """Threads of a process that trains on CPUs."""
     max_encoders: int
     """Encoding tasks at a time."""
+    uses_gpu: bool
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 
 from orpo_ray.data_report.page import render_page
 from support.browser import Opened, start_browser
+from support.cover import cover
 from support.data_reports import a_gallery, a_report, hostile, nothing
 
 
@@ -69,8 +70,7 @@ def test_images_are_all_shown(opened: Callable[..., Opened]) -> None:
     assert one.page.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 768, 1440])
+@pytest.mark.parametrize(("width", "scheme"), cover([390, 768, 1440], ["light", "dark"]))
 def test_nothing_overflows(opened: Callable[..., Opened], width: int, scheme: str) -> None:
     empty = {"eval": None, "train": nothing(5)}
     for report, gallery in ((a_report(), a_gallery()), (a_report() | empty, [])):

@@ -34,8 +34,8 @@ ALL = [
     for kind, stage in product(KINDS, range(4))
     if stage > 0 or kind not in ("in parts", "offloaded")  # refused without sharding
 ]
-# Adapters and a module in full, in several vectors: the case with the most to move.
-SOME = [("in parts", 3)]
+# A sharded run that goes on with other workers is in test_training.py, by default.
+pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,9 +59,7 @@ def curve_of_one(kind: str) -> list[list[float]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("kind", "stage"), [pytest.param(*case, marks=[] if case in SOME else pytest.mark.nightly) for case in ALL]
-)
+@pytest.mark.parametrize(("kind", "stage"), ALL)
 def test_one_two_four_and_one_workers_have_the_curve_of_one(kind: str, stage: int, tmp_path: Path) -> None:
     sections = {**KINDS[kind]}
     sections["deepspeed"] = {"zero_stage": stage, **sections.get("deepspeed", {})}

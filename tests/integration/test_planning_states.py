@@ -73,7 +73,7 @@ def test_some_have_every_value() -> None:
     ("workers", "named"),
     [
         pytest.param(1, cases_of(1), marks=pytest.mark.nightly),
-        (2, SOME),
+        pytest.param(2, SOME, marks=pytest.mark.nightly),
         pytest.param(2, cases_of(2), marks=pytest.mark.nightly),
     ],
     ids=["1", "2", "2-all"],

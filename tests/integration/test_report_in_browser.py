@@ -11,6 +11,7 @@ import pytest
 
 from orpo_ray.report.page import write_report
 from support.browser import Opened, start_browser
+from support.cover import cover
 from support.data_reports import HOSTILE
 from support.planted_runs import planted_run, score_again
 
@@ -65,9 +66,9 @@ def hostile_run(folder: Path) -> Path:
     return run
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("name", ["one", "several", "bare", "hostile"])
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"), cover(["one", "several", "bare", "hostile"], [390, 1440], ["light", "dark"])
+)
 def test_every_plot_is_drawn_and_nothing_overflows(
     browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:

@@ -12,6 +12,7 @@ from orpo_ray.sweep.page import render_sweep
 from orpo_ray.sweep.record import Record
 from orpo_ray.sweep.space import make_space
 from support.browser import Opened, start_browser
+from support.cover import cover
 from support.data_reports import HOSTILE
 from support.planted_sweeps import METRIC, planted_record, sweep_recipe
 
@@ -43,9 +44,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("name", ["several", "hostile", "single"])
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"), cover(["several", "hostile", "single"], [390, 1440], ["light", "dark"])
+)
 def test_every_plot_is_drawn_and_nothing_overflows(
     browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:

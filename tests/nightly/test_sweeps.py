@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from orpo_ray.config.recipe import Recipe
-from support.commands import orpo_ray
+from support.commands import on_this_cluster, orpo_ray
+from support.runs import wait_until
 from support.tiny_runs import losses, tiny_recipe
 
 pytestmark = pytest.mark.timeout(1800)
@@ -111,3 +112,25 @@ def test_trials_that_fail_do_not_end_the_sweep(tmp_path: Path) -> None:
     assert diverged["state"] == "failed"
     assert "not finite" in diverged["error"]
     assert "data.train" in result.stderr
+
+
+def test_two_sweeps_at_once_on_one_ray_both_end(ray_cluster: None, tmp_path: Path) -> None:
+    """Each works out its trials at a time as if it were alone; what does not fit waits."""
+    paths = [
+        sweep_recipe(tmp_path, "one", num_trials=2, scheduler="none", max_concurrent="auto"),
+        sweep_recipe(tmp_path, "two", num_trials=4, scheduler="asha", max_concurrent="auto"),
+    ]
+    commands = [[sys.executable, "-m", "orpo_ray", "tune", str(path)] for path in paths]
+    sweeps = [subprocess.Popen(command, cwd=tmp_path, env=on_this_cluster()) for command in commands]
+    assert [sweep.wait(900) for sweep in sweeps] == [0, 0]
+    for path, count in zip(paths, (2, 4), strict=True):
+        states = [row["state"] for row in table(tmp_path, path.stem)]
+        assert len(states) == count
+        assert set(states) <= {"finished", "stopped early"}
+    wait_until(_is_free, "the return of all CPUs", 60)
+
+
+def _is_free() -> bool:
+    import ray
+
+    return ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]

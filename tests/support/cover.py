@@ -12,9 +12,12 @@ import pytest
 def cover(longer: Sequence[Any], *others: Sequence[Any]) -> list[Any]:
     """Return all combinations as parameters, most of which are nightly.
 
-    By default, each value of the longest sequence, which comes first, has one value of each other sequence, in
-    rotation: so that every value is tried, a new one too.
+    By default, each value of the longest sequence, which comes first, has one value of each other sequence: so that
+    every value is tried, a new one too. They rotate at different speeds, so as not to be always the same together.
     """
     assert all(len(other) <= len(longer) for other in others)
-    some = [(one, *(other[number % len(other)] for other in others)) for number, one in enumerate(longer)]
+    some = [
+        (one, *(other[number // (place + 1) % len(other)] for place, other in enumerate(others)))
+        for number, one in enumerate(longer)
+    ]
     return [pytest.param(*each, marks=[] if each in some else pytest.mark.nightly) for each in product(longer, *others)]

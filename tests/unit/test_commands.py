@@ -52,7 +52,10 @@ def test_schema_is_json() -> None:
     assert "optim" in json.loads(orpo_ray_here("schema").stdout)["properties"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
+@pytest.mark.parametrize(
+    "host",
+    ["[::1]", *(pytest.param(host, marks=pytest.mark.nightly) for host in ("127.0.0.1", "no-such-host.invalid"))],
+)
 def test_an_address_without_a_cluster_is_one_message(host: str, tmp_path: Path) -> None:
     quickstart = str(ROOT / "recipes/quickstart.yaml")
     with socket.socket() as free:

@@ -25,7 +25,7 @@ LORA = ModelConfig(id=QWEN, lora=LoraConfig(), gradient_checkpointing="none")
 FULL = ModelConfig(id=SMOLVLM, gradient_checkpointing="full")
 
 
-@pytest.mark.parametrize("section", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("section", [LORA, pytest.param(FULL, marks=pytest.mark.nightly)], ids=["lora", "full"])
 def test_layers_of_both_parts_are_told_apart_exactly(section: ModelConfig) -> None:
     config = KNOWN_SHAPES[section.id].config()
     image = image_shape(config)

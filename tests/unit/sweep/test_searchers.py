@@ -45,11 +45,12 @@ def best(record: Record) -> float:
     return value
 
 
-def test_tpe_finds_better_values_than_random_search(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seeds", [5, pytest.param(10, marks=pytest.mark.nightly)])
+def test_tpe_finds_better_values_than_random_search(tmp_path: Path, seeds: int) -> None:
     found = {
         searcher: statistics.median(
             best(search(sweep_recipe(tmp_path / f"{searcher}{seed}", searcher=searcher, num_trials=TRIALS, seed=seed)))
-            for seed in range(6)
+            for seed in range(seeds)
         )
         for searcher in ("random", "tpe")
     }
