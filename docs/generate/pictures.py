@@ -1,8 +1,10 @@
-"""Make the README's pictures of a report: the top of the page, light and dark, by a Chromium that is installed.
+"""Make the pictures of the README and the documentation, light and dark, by a Chromium that is installed.
 
-    python docs/generate/pictures.py runs/quickstart
+    python docs/generate/pictures.py report runs/quickstart
+    python docs/generate/pictures.py sweep runs/beta-lr-map
 
-The run should have been made with `eval.on_start=true eval.generate=4`.
+`report` is the top of a run's report; the run should have been made with `eval.on_start=true eval.generate=4`. `sweep`
+is the map of the two fields of a sweep (docs/beta-and-learning-rate.md says which).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 from playwright.sync_api import sync_playwright
@@ -19,13 +22,15 @@ from playwright.sync_api import sync_playwright
 from orpo_ray.report.page import write_report
 
 ASSETS = Path(__file__).parents[1] / "assets"
-WIDTH, HEIGHT = 1280, 860
+SIZE = {"width": 1280, "height": 860}
+NARROW = {"width": 820, "height": 860}
 COLORS = 128  # of the palette; a page has few colors, and the file is a third of the size
 
 
 def main() -> None:
-    """Write `report-light.png` and `report-dark.png`."""
+    """Write `<name>-light.png` and `<name>-dark.png`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["report", "sweep"])
     parser.add_argument("run", help="run folder")
     parser.add_argument("--output", type=Path, default=ASSETS, help="folder of the pictures")
     options = parser.parse_args()
@@ -33,18 +38,25 @@ def main() -> None:
     if chromium is None:
         sys.exit("no Chromium is installed")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page_file = write_report([options.run], str(Path(folder) / "report.html"))
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for scheme in ("light", "dark"):
-            page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)
-            page.goto(Path(page_file).as_uri())
-            target = options.output / f"report-{scheme}.png"
-            page.screenshot(path=target)
-            PIL.Image.open(target).convert("RGB").quantize(COLORS, dither=PIL.Image.Dither.NONE).save(
-                target, optimize=True
-            )
-            print(target)
+        if options.kind == "report":
+            file = write_report([options.run], str(Path(folder) / "report.html"))
+            take(browser, Path(file), options.output / "report", SIZE)
+        else:
+            take(browser, Path(options.run) / "sweep.html", options.output / "beta-learning-rate", NARROW, "#map")
         browser.close()
+
+
+def take(browser: Any, file: Path, name: Path, size: dict[str, int], part: str | None = None) -> None:
+    """Take the pictures of a page, or of a part of it, given as a CSS selector."""
+    for scheme in ("light", "dark"):
+        page = browser.new_page(viewport=size, color_scheme=scheme)
+        page.goto(file.resolve().as_uri())
+        target = name.with_name(f"{name.name}-{scheme}.png")
+        (page if part is None else page.locator(part)).screenshot(path=target)
+        image = PIL.Image.open(target).convert("RGB").quantize(COLORS, dither=PIL.Image.Dither.NONE)
+        image.save(target, optimize=True)
+        print(target)
 
 
 if __name__ == "__main__":
