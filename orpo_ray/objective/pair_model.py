@@ -174,7 +174,7 @@ class PairModel(nn.Module):
         largest = torch.zeros(()) if gradient is None else gradient.abs().max()
         if self.group is not None:
             largest = self.group.largest(largest)  # a worker may have no image token
-        if not bool(largest > 0):
+        if bool(largest == 0):  # a gradient that is not finite is the matter of the divergence guard
             raise ImageNotUsed(
                 "the loss of this step does not depend on its images: no gradient reached the image features\n"
                 "  fix: check the chat template (orpo-ray data check shows image tokens per pair), or use a listed "

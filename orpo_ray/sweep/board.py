@@ -45,8 +45,10 @@ class Board:
         self.record, self.together, self.num_trials, self.stopped_by = record, together, num_trials, ""
         self._folder, self._sampler, self._population, self._lost = folder, sampler, population, lost
         self._waiting = [trial for trial in record.trials if trial.state == "interrupted"]
-        self._begun: dict[int, tuple[float, float]] = {}
-        """Number of a running trial -> when it began, and its seconds before that."""
+        self._counted: dict[int, float] = {}
+        """Number of a running trial -> when its time was counted last."""
+        self._packs: dict[int, frozenset[int]] = {}
+        """Number of a trial that shares a process -> numbers of all that do."""
         self._final: set[int] = set()
         self._replaced: set[int] = set()
         self._began, self._before = time.monotonic(), record.seconds
@@ -65,12 +67,12 @@ class Board:
     def is_exhausted(self) -> bool:
         """Whether no trial is left to begin, now or later."""
         with self.lock:
-            return bool(self.stopped_by) or (not self._waiting and not self._begun and not self._may_begin())
+            return bool(self.stopped_by) or (not self._waiting and not self._counted and not self._may_begin())
 
     def next_trial(self) -> Trial | None:
         """Return the trial to run next; None if all slots are taken or none is left."""
         with self.lock:
-            if self.stopped_by or len(self._begun) >= self.together:
+            if self.stopped_by or len(self._counted) >= self.together:
                 return None
             if self._waiting:
                 trial = self._waiting.pop(0)
@@ -79,9 +81,14 @@ class Board:
             else:
                 trial = self.record.new(params)
             trial.state = "running"
-            self._begun[trial.number] = (time.monotonic(), trial.seconds)
+            self._counted[trial.number] = time.monotonic()
             self.save()
             return trial
+
+    def share(self, trials: Sequence[Trial]) -> None:
+        """Note that trials which begin now share a process."""
+        numbers = frozenset(trial.number for trial in trials)
+        self._packs |= dict.fromkeys(numbers, numbers)
 
     def result(self, number: int, report: Mapping[str, Any]) -> Trial:
         """Take an evaluation of a trial. A resumed trial repeats those after its checkpoint."""
@@ -123,10 +130,12 @@ class Board:
         """
         with self.lock:
             trial = self.record.trial(number)
-            if number not in self._begun:
+            if number not in self._counted:
                 return
+            for other in self._packs.get(number, frozenset()):  # they divide the time among fewer from now on
+                self._count(self.record.trial(other))
             self._count(trial)
-            del self._begun[number]
+            del self._counted[number]
             if error is not None:
                 trial.state, trial.error = "failed", error
             elif number in self._final:
@@ -141,14 +150,14 @@ class Board:
     def close(self) -> None:
         """Mark the trials that Tune left as interrupted."""
         with self.lock:
-            for number in list(self._begun):
+            for number in list(self._counted):
                 self.stopped_by = self.stopped_by or "it was interrupted"
                 self.end(number)
 
     def should_stop(self) -> str | None:
         """Say why the sweep must end: a budget is spent, or the lease is lost; None if it need not."""
         with self.lock:
-            for number in self._begun:
+            for number in self._counted:
                 self._count(self.record.trial(number))
             tune = self.record.tune
             if self._lost:
@@ -166,9 +175,12 @@ class Board:
             self.record.save(self._folder)
 
     def _count(self, trial: Trial) -> None:
-        if trial.number in self._begun:
-            began, before = self._begun[trial.number]
-            trial.seconds = before + time.monotonic() - began
+        if trial.number in self._counted:
+            now = time.monotonic()
+            seconds, self._counted[trial.number] = now - self._counted[trial.number], now
+            running = self._packs.get(trial.number, frozenset()) & self._counted.keys()
+            trial.seconds += seconds
+            trial.own_seconds += seconds / max(1, len(running))
 
     def _may_begin(self) -> bool:
         return sum(trial.parent is None for trial in self.record.trials) < self.num_trials

@@ -117,7 +117,7 @@ def write_table(record: Record, space: Space, folder: RunFolder) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for trial in record.trials:
-            cost = trial.seconds / 3600 * record.gpus_per_trial * record.price_per_hour
+            cost = trial.own_seconds / 3600 * record.gpus_per_trial * record.price_per_hour
             writer.writerow(
                 {"trial": trial.name, "state": trial.state, "error": trial.error, STEP: trial.step}
                 | {"seconds": f"{trial.seconds:.1f}", "cost": f"{cost:.4f}" if record.price_per_hour else ""}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 1.0
 """How long a request for news of a trial waits for some."""
-SILENT_SECONDS = 600.0
-"""A trial for which nobody asks for so long was stopped, and the pack's process, started again, does not know of it."""
+RETURN_SECONDS = 15.0
+"""How long a process that was started again waits for requests. Nobody asks for trials that have been stopped."""
+PLACE_SECONDS = 7200.0
+"""How long a pack waits for room on the cluster, which other jobs may hold."""
 PACK = "pack"
 """Key of a Tune config: the name of the trial's pack."""
 
@@ -45,7 +48,7 @@ class Mail:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._news = {name: News() for name in names}
-        self._asked = dict.fromkeys(self._news, time.monotonic())
+        self._asked: set[str] = set()
         self._stopped: set[str] = set()
         self._changed = threading.Condition()
 
@@ -65,6 +68,8 @@ class Mail:
         """Take the end of a trial."""
         if error is not None and not isinstance(error, OrpoRayError):
             error = TrainingFailed(f"{type(error).__name__}: {error}")  # not every exception can be pickled
+        if error is not None:  # whose traceback would keep the model
+            error.__traceback__ = error.__context__ = error.__cause__ = None
         with self._changed:
             news = self._news[name]
             if not news.has_ended:
@@ -72,12 +77,16 @@ class Mail:
             self._changed.notify_all()
 
     def asks_to_stop(self, name: str) -> bool:
-        """Whether Tune has stopped a trial."""
-        return name in self._stopped or time.monotonic() - self._asked[name] > SILENT_SECONDS
+        """Whether Tune has stopped a trial, or it has ended."""
+        return name in self._stopped or self._news[name].has_ended
 
     def stop(self, name: str) -> None:
         """Ask a trial to leave."""
         self._stopped.add(name)
+
+    def stop_silent(self) -> None:
+        """Stop the trials that nobody has asked for."""
+        self._stopped |= self._news.keys() - self._asked
 
     def end_all(self, error: BaseException) -> None:
         """End the trials that have not ended by an error of them all."""
@@ -87,8 +96,8 @@ class Mail:
     def take(self, name: str) -> News:
         """Return the news of a trial as soon as there are some, or none after `WAIT_SECONDS`."""
         with self._changed:
+            self._asked.add(name)
             self._changed.wait_for(lambda: self._news[name].reports or self._news[name].has_ended, WAIT_SECONDS)
-            self._asked[name] = time.monotonic()
             news = self._news[name]
             self._news[name] = News(has_ended=news.has_ended, error=news.error)
             return news
@@ -99,11 +108,13 @@ class Pack:
 
     Args:
         config: what the trials are given.
+        attempts: how often to train them on from their checkpoints, if errors may not come again.
     """
 
-    def __init__(self, config: PackConfig) -> None:
+    def __init__(self, config: PackConfig, attempts: int) -> None:
         self._mail = Mail(config.recipes)
-        self._training = ThreadPoolExecutor(1).submit(_train, config, self._mail)
+        was_lost = ray.get_runtime_context().was_current_actor_reconstructed
+        self._training = ThreadPoolExecutor(1).submit(_train, config, attempts, was_lost, self._mail)
         self._training.add_done_callback(self._end)
 
     def take(self, name: str) -> News:
@@ -122,15 +133,28 @@ class Pack:
         self._mail.end_all(training.exception() or TrainingFailed("its pack ended without it"))
 
 
-def _train(config: PackConfig, mail: Mail) -> None:
+def _train(config: PackConfig, attempts: int, was_lost: bool, mail: Mail) -> None:
     # Imports torch and transformers, which takes seconds.
     import torch
 
-    from orpo_ray.training.packed_launch import train_pack
+    from orpo_ray.training.packed_launch import free_memory, train_pack
     from orpo_ray.training.worker_start import prefer_expandable_segments
 
     prefer_expandable_segments()
-    train_pack(config, torch.device("cuda" if config.uses_gpu else "cpu"), mail)
+    if was_lost:
+        time.sleep(RETURN_SECONDS)
+        mail.stop_silent()
+    device = torch.device("cuda" if config.uses_gpu else "cpu")
+    for attempt in range(attempts):
+        try:
+            train_pack(config, device, mail)
+        except Exception:
+            if attempt == attempts - 1:
+                raise
+            traceback.print_exc()  # into Ray's log of this process
+        else:
+            return
+        free_memory()
 
 
 def packed_trainable(config: dict[str, Any]) -> None:
@@ -138,13 +162,18 @@ def packed_trainable(config: dict[str, Any]) -> None:
 
     Args:
         config: of Tune's trial, by `TrialSpec.as_config`, and `PACK`.
+
+    Raises:
+        TrainingFailed: the pack found no room, or its process ended too often.
+        OrpoRayError: the trial ended with this error.
     """
-    name, pack = TrialSpec.from_config(config).name, ray.get_actor(config[PACK])
-    news = News()
+    name, news, seconds = TrialSpec.from_config(config).name, News(), PLACE_SECONDS
     while not news.has_ended:
         try:
-            news = ray.get(pack.take.remote(name))
-        except ray.exceptions.RayActorError as error:
+            news = ray.get(ray.get_actor(config[PACK]).take.remote(name), timeout=seconds)
+        except ray.exceptions.GetTimeoutError:
+            raise TrainingFailed(f"the cluster had no room for its pack within {seconds / 3600:g} hours") from None
+        except (ray.exceptions.RayActorError, ValueError) as error:  # the latter from the look-up
             raise TrainingFailed(f"the process of its pack ended: {str(error).splitlines()[0]}") from None
         for metrics in news.reports:
             tune.report(metrics)

@@ -42,6 +42,8 @@ def why_not_packed(recipe: Recipe, space: Space) -> str | None:
         return "tune.scheduler is pbt, whose trials go on from each other's checkpoints"
     if recipe.eval.generate:
         return "eval.generate is not 0"
+    if recipe.tracking.trackio.enabled:
+        return "tracking.trackio is enabled, which has one run at a time in a process"
     first = {each.key: each.extremes()[0] for each in space}
     corners = [first] + [first | {each.key: value} for each in space for value in each.extremes()[1:]]
     if (why := why_not_side_by_side([with_params(recipe, params, recipe.name) for params in corners])) is not None:
@@ -187,7 +189,7 @@ class Packs:
             options["accelerator_type"] = scaling.accelerator_type
         if scaling.labels:
             options["label_selector"] = scaling.labels
-        pack = ray.remote(Pack).options(**options).remote(config)
+        pack = ray.remote(Pack).options(**options).remote(config, scaling.max_failures + 1)
         self._running.append(_Running(pack, {trial.number: trial.name for trial in trials}))
         return name
 
@@ -200,7 +202,9 @@ class Packs:
                     each.end = each.pack.wait.remote()
 
     def close(self) -> None:
-        """Wait for the packs whose trials have all left, and end them all."""
+        """Let all trials leave, wait for the end of the packs, and end their processes."""
+        for number in [number for each in self._running for number in each.left]:
+            self.leave(number)
         ends = [each.end for each in self._running if each.end is not None]
         if ends:
             ray.wait(ends, num_returns=len(ends), timeout=CLOSE_SECONDS)

@@ -165,7 +165,7 @@ def _line(trial: Trial, record: Record, space: Space, kind: str) -> Line:
         trial.state,
         LEVELS.get(trial.state, "warning"),
         duration(trial.seconds),
-        f"${trial.seconds / 3600 * record.gpus_per_trial * record.price_per_hour:,.2f}",
+        f"${trial.own_seconds / 3600 * record.gpus_per_trial * record.price_per_hour:,.2f}",
         note,
     )
 

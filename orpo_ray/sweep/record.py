@@ -35,6 +35,8 @@ class Trial:
     """Of each evaluation: `step`, `seconds` since the trial began, and the metrics `eval/...`."""
     seconds: float = 0.0
     """For which it ran, over all sessions."""
+    own_seconds: float = 0.0
+    """Its part of them: trials that share a process divide the time among them."""
     parent: int | None = None
     """Number of the trial from whose checkpoint it began."""
     parent_step: int = 0
@@ -127,7 +129,7 @@ class Record:
     @property
     def hours(self) -> float:
         """GPU hours of all trials."""
-        return sum(trial.seconds for trial in self.trials) * self.gpus_per_trial / 3600
+        return sum(trial.own_seconds for trial in self.trials) * self.gpus_per_trial / 3600
 
     @property
     def cost(self) -> float:
@@ -165,7 +167,7 @@ def read_record(folder: RunFolder) -> Record | None:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.pop("version") != VERSION:
             raise ValueError("another version wrote it")
-        trials = [Trial(**each) for each in raw.pop("trials")]
+        trials = [Trial(**{"own_seconds": each["seconds"]} | each) for each in raw.pop("trials")]
         recipe = Recipe.model_validate(raw.pop("recipe"))
         return Record(recipe, trials, **raw)
     except (ValueError, TypeError, KeyError) as error:

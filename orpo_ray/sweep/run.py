@@ -78,10 +78,12 @@ def run_sweep(recipe: Recipe, console: Console, prices: Sequence[str] = ()) -> S
     lost: list[LeaseLost] = []
     with Lease(folder, on_lost=lost.append, wait=console.print):
         record = resume_or_begin(recipe, folder)
-        record.num_steps, record.gpus_per_trial, record.price_per_hour = num_steps, gpus / size, price
+        record.num_steps, record.gpus_per_trial, record.price_per_hour = num_steps, gpus, price
         sampler = make_sampler(recipe.tune, space, recipe.name, folder, record.trials)
         population = Population(space, record) if recipe.tune.scheduler == "pbt" else None
-        board = Board(record, folder, sampler, together * size, num_trials, population, lost)
+        limit = recipe.tune.max_concurrent
+        at_a_time = min(together * size, num_trials if limit == "auto" else limit)
+        board = Board(record, folder, sampler, at_a_time, num_trials, population, lost)
         console.print(_headline(board, every, size), highlight=False, soft_wrap=True)
         if why := why_not_comparable(recipe.tune.metric, space.keys):
             console.print(f"[yellow]warning:[/yellow] {why}", highlight=False, soft_wrap=True)

@@ -61,7 +61,7 @@ def run_trials(
         function = tune.with_parameters(
             trainable, recipe=recipe.model_dump(mode="json"), data=data, together=board.together
         )
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(function, {"cpu": DRIVER_CPUS}),
         tune_config=tune.TuneConfig(
             scheduler=scheduler,
@@ -77,9 +77,12 @@ def run_trials(
             stop=BudgetStopper(board),
             callbacks=[Watch(board, display, packs)],
         ),
-    ).fit()
-    if packs is not None:
-        packs.close()
+    )
+    try:
+        tuner.fit()
+    finally:
+        if packs is not None:
+            packs.close()
     board.close()
 
 
@@ -109,7 +112,10 @@ class BoardSearcher(Searcher):
         trials: list[Trial] = []
         while len(trials) < (1 if packs is None else packs.size) and (trial := self._board.next_trial()) is not None:
             trials.append(trial)
-        options = {PACK: packs.start(trials)} if packs is not None and trials else {}
+        options: dict[str, str] = {}
+        if packs is not None and trials:
+            options[PACK] = packs.start(trials)
+            self._board.share(trials)
         return [(trial, options) for trial in trials]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from orpo_ray.errors import OrpoRayError
 from orpo_ray.evaluation.evaluator import HeldOut
 from orpo_ray.storage.lease import Lease, LeaseLost
 from orpo_ray.storage.run_folder import FINAL, RunFolder
+from orpo_ray.storage.scratch import clear_dead_scratch
 from orpo_ray.streaming.steps import iter_shares, open_feed
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint_choice import choose_newest, clean, clear_saving, inspect
@@ -57,23 +59,38 @@ class _Opened:
 
 
 def train_pack(config: PackConfig, device: torch.device, listener: Listener) -> None:
-    """Train all runs of a pack to their ends, or resume them. An error of one run ends that run only.
+    """Train the runs of a pack to their ends, or resume them. An error of one run ends that run only.
+
+    Runs that the listener asks to stop are left alone.
 
     Args:
         config: of the pack.
         device: where to train.
         listener: hears of every run, and of the end of each.
+
+    Raises:
+        Exception: what may not come again, such as a lost task of the data. The runs that have not ended can be called
+            for once more.
     """
     if device.type == "cpu":
         torch.set_num_threads(config.cpu_threads)
-    runs = _OpenRuns(config, listener)
-    for together in runs.by_step():
-        try:
-            with _process_group_of_one():
-                _train(together, config, device, runs)
-        except (OrpoRayError, OSError) as error:
-            for name in set(together) & set(runs.opened):
-                runs.ended(name, error)
+    clear_dead_scratch()
+    with _OpenRuns(config, listener) as runs:
+        for together in runs.by_step():
+            try:
+                with _process_group_of_one():
+                    _train(together, config, device, runs)
+            except OrpoRayError as error:  # others may not come again
+                for name in set(together) & set(runs.opened):
+                    runs.ended(name, error)
+            free_memory()
+
+
+def free_memory() -> None:
+    """Free the model of runs that have ended: its adapted layers and their stack refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class _OpenRuns:
@@ -85,6 +102,8 @@ class _OpenRuns:
         self.tell, self.report = listener.tell, listener.report
         self.opened: dict[str, _Opened] = {}
         for name, raw in config.recipes.items():
+            if listener.asks_to_stop(name):
+                continue
             try:
                 found = self._open(name, parse_recipe(raw), config)
             except (OrpoRayError, OSError) as error:
@@ -104,12 +123,20 @@ class _OpenRuns:
             self.opened.pop(name).lease.__exit__(None, None, None)
         self._listener.ended(name, error or self._lost.get(name))
 
+    def __enter__(self) -> _OpenRuns:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name in list(self.opened):
+            with contextlib.suppress(OSError):
+                self.opened.pop(name).lease.__exit__(None, None, None)
+
     def by_step(self) -> list[dict[str, _Opened]]:
-        """Return the runs that are at the same step, and so can train side by side, the furthest first."""
-        groups: dict[int, dict[str, _Opened]] = defaultdict(dict)
+        """Return the runs that can train side by side, the furthest first: at the same step, of the same model."""
+        groups: dict[tuple[int, str], dict[str, _Opened]] = defaultdict(dict)
         for name, found in self.opened.items():
-            groups[found.step][name] = found
-        return [groups[step] for step in sorted(groups, reverse=True)]
+            groups[found.step, found.recipe.model.revision or ""][name] = found
+        return [groups[place] for place in sorted(groups, reverse=True)]
 
     def _open(self, name: str, recipe: Recipe, config: PackConfig) -> _Opened | None:
         """Take the folder of a run; None if the run was finished before. Raises UserError and OSError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -106,17 +106,31 @@ class PackedRuns:
         self._every = (first.eval, first.checkpoint.every_steps)
         self._runs: dict[str, _Run] = {}
         for name, recipe in recipes.items():
-            self._runs[name] = self._opened(name, recipe, checkpoints[name], node, len(recipes))
+            try:
+                self._runs[name] = self._opened(name, recipe, checkpoints[name], node, len(recipes))
+            except (OrpoRayError, OSError) as error:
+                self._together.leave(name)
+                listener.ended(name, error)
         steps = {run.books.position.step for run in self._runs.values()}
         if len(steps) > 1:
             raise UserError(
                 f"these runs cannot go on side by side: their checkpoints are of steps {sorted(steps)}",
                 fix=ALONE,
             )
-        (self._step,) = steps
+        self._step = steps.pop() if steps else 0
 
     def run(self) -> None:
         """Train all runs to their ends."""
+        try:
+            if self._runs:
+                self._run()
+        finally:  # after an error that ends them all, nothing else may write to their folders
+            for run in self._runs.values():
+                with suppress(OrpoRayError, OSError):
+                    run.saver.end_upload()
+                    run.books.tracker.close()
+
+    def _run(self) -> None:
         evaluation, save_every = self._every
         if evaluation.on_start and not self._step:
             self._evaluate(grounding=False, keep_as=EVAL_PAIRS_START_FILE)
@@ -205,7 +219,8 @@ class PackedRuns:
                 run.saver.finish()
                 run.books.saved(run.books.position.step)
                 self._listener.tell(name, saved_at=run.books.position.step)
-                self._listener.report(name, metrics[name] | {"step": run.books.position.step})
+                own = metrics[name] | ({"step": run.books.position.step} if is_last else {})
+                self._listener.report(name, own)
 
     def _finish(self) -> None:
         """Evaluate every run and write its `final/`."""
@@ -231,10 +246,13 @@ class PackedRuns:
 
     def _end(self, name: str, error: Exception | None) -> None:
         run = self._runs.pop(name)
-        run.saver.end_upload()
-        run.books.tracker.close()
         if name in self._together.runs:  # it has left already if it diverged
             self._together.leave(name)
+        try:
+            run.saver.end_upload()
+            run.books.tracker.close()
+        except (OrpoRayError, OSError) as late:
+            error = error or late
         self._listener.ended(name, error)
 
     @contextmanager

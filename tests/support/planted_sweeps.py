@@ -55,7 +55,7 @@ def add_history(trial: Trial, last: int, noise: float = 0.0) -> None:
         accuracy = 1 / (1 + math.exp(-2 * value))
         line = {"step": step, "seconds": 1.5 * step, METRIC: value, "eval/rewards/accuracies": accuracy}
         trial.history.append(line | ({"eval/grounding_gap": 0.1 + 0.2 * accuracy} if step == STEPS else {}))
-        trial.seconds = 1.5 * step
+        trial.seconds = trial.own_seconds = 1.5 * step
 
 
 def folder_of(recipe: Recipe) -> RunFolder:

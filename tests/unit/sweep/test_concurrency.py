@@ -81,13 +81,29 @@ def test_a_sweep_ends_when_its_budget_is_spent_and_its_trials_can_go_on(
     first = board.next_trial()
     assert first is not None
     board.result(first.number, {"step": 10, METRIC: 0.5})
-    first.seconds = 890.0
-    board._begun[first.number] = (board._began, 890.0)
+    first.own_seconds = 890.0
     assert not stopper.stop_all()
-    board._before, board._begun[first.number] = 1801.0, (board._began, 905.0)
+    board._before, first.own_seconds = 1801.0, 905.0
     assert stopper.stop_all() is bool(expected)
     assert board.stopped_by == expected
     if expected:
         assert board.next_trial() is None
         board.close()
         assert first.state == "interrupted"
+
+
+def test_trials_that_share_a_process_divide_its_time(tmp_path: Path) -> None:
+    """Three for a minute, then two for another one: 20 s of the first, and 20 + 30 s of each other."""
+    recipe = sweep_recipe(tmp_path)
+    record = Record(recipe, gpus_per_trial=1.0)
+    board = Board(record, folder_of(recipe), RandomSampler(make_space(recipe), 0), together=3, num_trials=8)
+    trials = [trial for _ in range(3) if (trial := board.next_trial()) is not None]
+    board.share(trials)
+    for _ in range(2):
+        for number in board._counted:
+            board._counted[number] -= 60
+        board.end(trials.pop(0).number)
+    board.close()
+    assert [trial.own_seconds for trial in record.trials] == pytest.approx([20, 50, 50], abs=0.5)
+    assert [trial.seconds for trial in record.trials] == pytest.approx([60, 120, 120], abs=0.5)
+    assert record.hours == pytest.approx(120 / 3600, rel=0.01)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +94,34 @@ def test_news_of_each_trial_are_given_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(isinstance(end.error, TrainingFailed) and end.has_ended for end in ends)
 
 
-def test_a_trial_that_nobody_asks_for_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    mail = Mail(["a", "b"])
-    assert not mail.asks_to_stop("a")
+def test_trials_that_were_stopped_or_have_ended_or_that_nobody_asks_for_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "WAIT_SECONDS", 0.01)
+    mail = Mail("abcd")
     mail.stop("a")
-    assert mail.asks_to_stop("a")
-    assert not mail.asks_to_stop("b")
-    monkeypatch.setattr(pack, "SILENT_SECONDS", -1.0)
-    assert mail.asks_to_stop("b")
+    mail.ended("b", None)
+    assert [mail.asks_to_stop(name) for name in "abcd"] == [True, True, False, False]
+    mail.take("c")
+    mail.stop_silent()
+    assert [mail.asks_to_stop(name) for name in "abcd"] == [True, True, False, True]
+
+
+def test_an_error_does_not_keep_what_it_was_raised_in() -> None:
+    class Model:
+        pass
+
+    def fail() -> weakref.ref[Model]:
+        model = Model()
+        try:
+            try:
+                raise OSError("full")
+            except OSError as error:
+                raise TrainingFailed("it failed") from error
+        except TrainingFailed as error:
+            mail.ended("a", error)
+        return weakref.ref(model)
+
+    mail = Mail("a")
+    left = fail()
+    gc.collect()
+    assert left() is None
+    assert str(mail.take("a").error) == "it failed"
