@@ -92,6 +92,23 @@ def test_wandb_offline_keeps_the_key_out_of_every_file(tmp_path: Path, monkeypat
     assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
+def test_runs_in_one_process_have_a_wandb_run_each(tmp_path: Path) -> None:
+    """As trials that share a process do: when one ends, the other goes on."""
+    wandb = {"enabled": True, "mode": "offline"}
+    recipes = [tiny_recipe(tmp_path, name, tracking={"wandb": wandb}) for name in ("one", "two")]
+    first, second = (MultiLogger.open(recipe, step=0, warn=pytest.fail) for recipe in recipes)
+    first.log(1, {"train/loss": 1.0})
+    second.log(1, {"train/loss": 2.0})
+    first.close()
+    second.log(2, {"train/loss": 3.0})
+    second.close()
+    for recipe, expected in zip(recipes, ([1.0], [2.0, 3.0]), strict=True):
+        (file,) = Path(recipe.run_uri).rglob("*.wandb")
+        items = [item for record in wandb_records(file) for item in record.history.item]
+        losses = [item.value_json for item in items if "train/loss" in (item.key, *item.nested_key)]
+        assert list(map(json.loads, losses)) == expected
+
+
 def test_generations_of_steps_that_are_repeated_are_replaced(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run", data={"eval": "easy-vqa:test"}, eval={"generate": 2})
     answer = Generation(0, "7", "digest", "Was ist das?", "ä", "b", greedy="c", sampled="d", images=(b"jpeg",))

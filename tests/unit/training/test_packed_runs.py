@@ -177,6 +177,16 @@ def test_a_run_that_is_asked_to_stop_leaves_at_once(data: PackedData, tmp_path: 
     assert final_of(recipes["calm"])
 
 
+def test_a_folder_that_cannot_be_used_ends_its_own_run(data: PackedData, tmp_path: Path) -> None:
+    recipes, heard = recipes_in(tmp_path), Heard()
+    recipes.pop("wide")
+    (RunFolder(recipes["lost"].run_uri).path / "metrics.jsonl").mkdir(parents=True)
+    packed(recipes, data, heard).run()
+    assert isinstance(heard.ends["lost"], OSError)
+    assert heard.ends["calm"] is None
+    assert final_of(recipes["calm"])
+
+
 def test_checkpoints_of_different_steps_are_refused(data: PackedData, tmp_path: Path) -> None:
     recipes, heard = recipes_in(tmp_path), Heard()
     recipes.pop("lost")
