@@ -47,6 +47,23 @@ class Llava(Family):
 LLAVA = Llava(**PREFIXES, image_inputs=("pixel_values", "image_sizes"))
 
 
+class Mistral3(Llava):
+    """Images of any size, whose patches are merged before they reach the language model."""
+
+    def encode_images(self, base: Any, inputs: ImageTensors) -> Any:
+        """The library's own code fails on one image of one token, which is encoded twice here."""
+        token = base.config.vision_config.patch_size * base.config.spatial_merge_size
+        (height, width), *others = inputs["image_sizes"].tolist()
+        if others or (height // token) * (width // token) > 1:
+            return super().encode_images(base, inputs)
+        found = super().encode_images(base, {name: torch.cat([value, value]) for name, value in inputs.items()})
+        found.pooler_output = found.pooler_output[:1]
+        return found
+
+
+MISTRAL3 = Mistral3(**PREFIXES, image_inputs=("pixel_values", "image_sizes"))
+
+
 class LlavaNext(Llava):
     """Images are cut into a varying number of tiles, which belong together."""
 

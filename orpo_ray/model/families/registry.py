@@ -9,7 +9,7 @@ from orpo_ray.model.families.cross_attention import IDEFICS, MLLAMA
 from orpo_ray.model.families.derived import derived_family
 from orpo_ray.model.families.gemma import GEMMA3, PALIGEMMA
 from orpo_ray.model.families.idefics3 import IDEFICS2, IDEFICS3
-from orpo_ray.model.families.llava_like import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
+from orpo_ray.model.families.llava_like import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, MISTRAL3
 from orpo_ray.model.families.qwen_vl import QWEN_VL
 
 FAMILIES: dict[str, Family] = {
@@ -20,7 +20,7 @@ FAMILIES: dict[str, Family] = {
     "llava": LLAVA,
     "llava_next": LLAVA_NEXT,
     "llava_onevision": LLAVA_ONEVISION,
-    "mistral3": LLAVA,
+    "mistral3": MISTRAL3,
     "internvl": LLAVA,
     "gemma3": GEMMA3,
     "paligemma": PALIGEMMA,

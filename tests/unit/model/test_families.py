@@ -143,6 +143,22 @@ def test_a_row_of_many_is_each_pair_alone(family: str) -> None:
                 )  # fmt: skip
 
 
+def test_an_image_of_one_token_is_encoded_alone_as_beside_another() -> None:
+    """Transformers' Mistral3 drops a dimension of it."""
+    model = TINY_FAMILIES["mistral3"]().model().eval()
+    side = model.config.vision_config.patch_size * model.config.spatial_merge_size
+    pixels = torch.rand(1, 3, side, side)
+    sizes = torch.tensor([[side, side]])
+    encode = family_of(model.config).encode_images
+    with torch.no_grad():
+        (alone,) = encode(model, {"pixel_values": pixels, "image_sizes": sizes}).pooler_output
+        both = encode(
+            model, {"pixel_values": pixels.repeat(2, 1, 1, 1), "image_sizes": sizes.repeat(2, 1)}
+        ).pooler_output
+    assert alone.shape[0] == 1
+    torch.testing.assert_close(alone, both[1])
+
+
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_images_reach_the_loss_and_the_connector(family: str) -> None:
     """Exchanging two images changes the chosen answers' log-probs; the connector has a gradient."""

@@ -73,6 +73,7 @@ def test_the_newest_whole_checkpoint_is_chosen_without_a_word(run: RunFolder) ->
     assert chosen(run) == ("checkpoint_0009", [])
 
 
+@pytest.mark.timeout(3600)  # every flip checks all bytes
 @pytest.mark.parametrize("count", [50, pytest.param(5000, marks=pytest.mark.nightly)])
 def test_one_changed_byte_anywhere_is_recognized(run: RunFolder, count: int) -> None:
     draw = random.Random(0)
@@ -194,6 +195,7 @@ def test_an_unknown_or_damaged_choice_is_one_message_with_all_there_are(run: Run
     assert len(checkpoint_names(run)) == 3
 
 
+@pytest.mark.timeout(3600)  # each of the processes imports what it saves with
 @pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.nightly)])
 def test_killed_saves_leave_whole_checkpoints_and_bounded_litter(tmp_path: Path, count: int) -> None:
     """Many processes, one after the other, save in a loop and are killed at random moments."""
