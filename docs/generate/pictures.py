@@ -4,7 +4,7 @@
     python docs/generate/pictures.py sweep runs/beta-lr-map
 
 `report` is the top of a run's report; the run should have been made with `eval.on_start=true eval.generate=4`. `sweep`
-is the map of the two fields of a sweep (docs/beta-and-learning-rate.md says which).
+is a plot of the fields of a sweep (docs/beta-and-learning-rate.md says which).
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         if options.kind == "report":
-            file = write_report([options.run], str(Path(folder) / "report.html"))
-            take(browser, Path(file), options.output / "report", SIZE)
+            file = Path(write_report([options.run], str(Path(folder) / "report.html")))
+            take(browser, file, options.output / "report", SIZE)
         else:
-            take(browser, Path(options.run) / "sweep.html", options.output / "beta-learning-rate", NARROW, "#map")
+            file = Path(options.run) / "sweep.html"
+            take(browser, file, options.output / "beta-learning-rate", NARROW, "#fields figure")
         browser.close()
 
 
