@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import shutil
@@ -29,13 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("torchvision"):
                 item.add_marker(pytest.mark.skip(reason="needs torchvision: see `make torchvision-tests`"))
-
-
-def pytest_collection_finish() -> None:
-    # A million objects of torch, transformers and the tests themselves, which the collector would look through again
-    # and again.
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

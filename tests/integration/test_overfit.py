@@ -38,7 +38,7 @@ MODES: dict[str, tuple[dict[str, Any], float]] = {
     "qlora": ({"lora": LORA, "quantization": {}}, 1e-2),
 }
 
-# Modes in rotation over all families, so that a new family is included; and adapters in the layout of few families.
+# Modes in rotation over all families, so that a new family is included; and two modes in the concatenated layout.
 COVER = {(family, list(MODES)[number % len(MODES)]) for number, family in enumerate(TINY_FAMILIES)}
 COVER |= {("mllama", "full"), ("mllama", "qlora")}
 

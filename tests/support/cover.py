@@ -20,4 +20,6 @@ def cover(longer: Sequence[Any], *others: Sequence[Any]) -> list[Any]:
         (one, *(other[number // (place + 1) % len(other)] for place, other in enumerate(others)))
         for number, one in enumerate(longer)
     ]
+    for other, tried in zip(others, list(zip(*some, strict=True))[1:], strict=True):
+        assert all(value in tried for value in other), "too few values of the first sequence to try all of another"
     return [pytest.param(*each, marks=[] if each in some else pytest.mark.nightly) for each in product(longer, *others)]
