@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import cast
@@ -45,7 +46,10 @@ def save_step(saver: Saver, step: int) -> None:
 
 
 def save_for_ever(storage: str, first: int, ready: Connection) -> None:
+    """Save one checkpoint, send the seconds it took, then save until the process is killed."""
     saver = saver_of(storage)
-    ready.send(True)
-    for step in itertools.count(first):
+    began = time.perf_counter()
+    save_step(saver, first)
+    ready.send(time.perf_counter() - began)
+    for step in itertools.count(first + 1):
         save_step(saver, step)

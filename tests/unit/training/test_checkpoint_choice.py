@@ -208,23 +208,20 @@ def test_killed_saves_leave_whole_checkpoints_and_bounded_litter(tmp_path: Path,
         ready, told = processes.Pipe(duplex=False)
         saves = processes.Process(target=save_for_ever, args=(str(tmp_path), last + 1, told))
         saves.start()
-        ready.recv()
-        time.sleep(draw.uniform(0.0, 0.1))
+        seconds = ready.recv()
+        time.sleep(draw.uniform(0.0, 3 * seconds))
         saves.kill()
         saves.join()
         name, warnings = chosen(run)
         torn += bool(warnings) or any((run.path / SAVING).glob("*"))
-        if name is None:
-            assert last == 0, "a checkpoint that was there has gone"
-            continue
+        assert name is not None
         step = inspect(run, name).step
-        assert step >= last, "a checkpoint that was there has gone"
+        assert step > last, "a checkpoint that was saved has gone"
         clear_saving(run)
         clean(run, name, keep=2)
         assert len(checkpoint_names(run)) <= 2
         last = step
-    assert last > count // 2
-    assert torn > count // 4, "few kills fell into a save"
+    assert torn >= count // 10, "few kills fell into a save"
 
 
 def test_scratch_of_dead_processes_is_removed_from_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
