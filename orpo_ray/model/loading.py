@@ -13,6 +13,7 @@ import torch
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.balance import Layout
 from orpo_ray.errors import UserError
+from orpo_ray.model.base_models import BaseModels
 from orpo_ray.model.families.base import Family
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.fused_layers import fuse_adapters, fuse_layers
@@ -96,13 +97,34 @@ def concatenated_because(why: str) -> str:
     return f"attention is concatenated, about twice the work of a shared prefix: {why}"
 
 
-def load_model(model_config: ModelConfig, device: torch.device, seed: int) -> torch.nn.Module:
+def load_model(
+    model_config: ModelConfig, device: torch.device, seed: int, bases: BaseModels | None = None
+) -> torch.nn.Module:
     """Load a model, ready to train.
 
     Args:
         model_config: the recipe's.
         device: where to put the model.
         seed: of the adapters' first weights.
+        bases: keeps base models between runs.
+
+    Raises:
+        UserError: the model cannot be loaded, or the recipe does not fit it.
+    """
+    model = (bases or BaseModels()).get(model_config, device, load_base)
+    wanted = model_config.fused_layers
+    model = ready_to_train(model, model_config, seed, has_kernels(device.type) if wanted == "auto" else wanted)
+    if model_config.quantization is None:
+        model.to(device)  # also the adapters; a quantized model is already there
+    return model
+
+
+def load_base(model_config: ModelConfig, device: torch.device) -> torch.nn.Module:
+    """Load a model as transformers makes it, with the attention of the recipe.
+
+    Args:
+        model_config: the recipe's.
+        device: where a model in 4 bits is put. Others are in main memory.
 
     Raises:
         UserError: the model cannot be loaded, or the recipe does not fit it.
@@ -138,11 +160,7 @@ def load_model(model_config: ModelConfig, device: torch.device, seed: int) -> to
     use_vision_attention(model)
     if model_config.quantization is not None:
         check_quantized(model, model_config.quantization)
-    wanted = model_config.fused_layers
-    model = ready_to_train(model, model_config, seed, has_kernels(device.type) if wanted == "auto" else wanted)
-    if model_config.quantization is None:
-        model.to(device)  # a quantized model is already there
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def ready_to_train(model: Any, model_config: ModelConfig, seed: int, fused: bool) -> torch.nn.Module:

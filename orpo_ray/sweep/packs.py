@@ -1,33 +1,19 @@
-"""The packs of a sweep: whether its trials can share a process, how many do, and which are in which."""
+"""Packs, the trials that train side by side on one model: whether a search has any, and how many trials each has."""
 
 from __future__ import annotations
-
-import contextlib
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import ray
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.tune_schema import TuneConfig
-from orpo_ray.data.from_recipe import RunRows
 from orpo_ray.errors import UserError
 from orpo_ray.ray_cluster.start import on_this_node
-from orpo_ray.storage.run_folder import TRIALS
 from orpo_ray.streaming.pipeline import ENCODE_ENV
-from orpo_ray.sweep.pack import Pack
-from orpo_ray.sweep.record import Trial
 from orpo_ray.sweep.space import Space, with_params
-from orpo_ray.training.packed_launch import PackConfig
-from orpo_ray.training.resources import Resources
 from orpo_ray.training.side_by_side import why_not_side_by_side
 
 MOST = 8
 """Trials of a pack that nobody chose a number for."""
-CLOSE_SECONDS = 60.0
-"""How long the trials of a pack may take to leave it: a step, and the end of an upload."""
 
 
 def why_not_packed(recipe: Recipe, space: Space) -> str | None:
@@ -115,107 +101,3 @@ def pack_size(recipe: Recipe, space: Space, num_trials: int, places: int, shares
         return 1
     problem = f"the trials of this search cannot share a process: {why}"
     raise UserError(problem, field="tune.pack", value=wanted, fix="set it to auto")
-
-
-@dataclass
-class _Running:
-    pack: Any
-    """The actor."""
-    left: dict[int, str]
-    """Numbers and names of the trials that have not ended."""
-    end: ray.ObjectRef | None = None
-    """Of the wait for the end of a pack that all trials have left."""
-
-
-class Packs:
-    """Starts the packs of a sweep and ends them.
-
-    Args:
-        recipe: of the sweep, with what all trials have in common filled in.
-        data: the rows of all trials.
-        num_steps: of each trial.
-        size: most trials of a pack.
-        places: packs at a time.
-        resources: of the process of a pack.
-    """
-
-    def __init__(
-        self, recipe: Recipe, data: RunRows, num_steps: int, size: int, places: int, resources: Resources
-    ) -> None:
-        self.size = size
-        self._recipe, self._data, self._num_steps = recipe, data, num_steps
-        self._places, self._resources = places, resources
-        self._running: list[_Running] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks and its search; nothing reads the copies
-
-    @property
-    def has_place(self) -> bool:
-        """Whether another pack can start."""
-        self._running = [each for each in self._running if not _is_over(each)]
-        return len(self._running) < self._places
-
-    def start(self, trials: Sequence[Trial]) -> str:
-        """Start a pack. Returns its name."""
-        recipe, scaling = self._recipe, self._recipe.scaling
-        train, held_out = self._data
-        assert held_out is not None
-        runs = f"{recipe.name}/{TRIALS}"
-        recipes = {
-            trial.name: with_params(recipe, trial.params, f"{runs}/{trial.name}").model_dump(mode="json")
-            for trial in trials
-        }
-        resources = self._resources
-        config = PackConfig(
-            recipes=recipes,
-            train=train,
-            held_out=held_out,
-            num_steps=self._num_steps,
-            cpu_threads=resources.cpu_threads,
-            max_encoders=resources.max_encoders,
-            uses_gpu=resources.gpus > 0,
-        )
-        name = f"orpo-ray-pack-{uuid.uuid4().hex}"
-        options: dict[str, Any] = {
-            "name": name,
-            "num_cpus": resources.cpus,
-            "num_gpus": resources.gpus,
-            "max_concurrency": 2 * len(trials) + 2,
-            "max_restarts": scaling.max_failures,
-            "max_task_retries": -1,
-        }
-        if scaling.accelerator_type is not None and resources.gpus:
-            options["accelerator_type"] = scaling.accelerator_type
-        if scaling.labels:
-            options["label_selector"] = scaling.labels
-        pack = ray.remote(Pack).options(**options).remote(config, scaling.max_failures + 1)
-        self._running.append(_Running(pack, {trial.number: trial.name for trial in trials}))
-        return name
-
-    def leave(self, number: int) -> None:
-        """Let a trial that has ended, or that was stopped, leave its pack."""
-        for each in self._running:
-            if number in each.left:
-                each.pack.stop.remote(each.left.pop(number))
-                if not each.left:
-                    each.end = each.pack.wait.remote()
-
-    def close(self) -> None:
-        """Let all trials leave, wait for the end of the packs, and end their processes."""
-        for number in [number for each in self._running for number in each.left]:
-            self.leave(number)
-        ends = [each.end for each in self._running if each.end is not None]
-        if ends:
-            ray.wait(ends, num_returns=len(ends), timeout=CLOSE_SECONDS)
-        for each in self._running:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(each.pack)
-
-
-def _is_over(running: _Running) -> bool:
-    """Whether all trials have left a pack and its process has nothing left to do; ends the process then."""
-    if running.end is None or not ray.wait([running.end], timeout=0)[0]:
-        return False
-    ray.kill(running.pack)
-    return True

@@ -20,9 +20,10 @@ from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.sweep.board import Board
 from orpo_ray.sweep.budget import price_of
 from orpo_ray.sweep.concurrency import divide_cluster, places
+from orpo_ray.sweep.hosts import Hosts, can_be_hosted
 from orpo_ray.sweep.live import SweepDisplay
 from orpo_ray.sweep.outcome import BEST, Sweep, write_outcome
-from orpo_ray.sweep.packs import Packs, pack_size
+from orpo_ray.sweep.packs import pack_size
 from orpo_ray.sweep.population import Population, check_population
 from orpo_ray.sweep.record import Record, resume_or_begin
 from orpo_ray.sweep.schedulers import make_scheduler
@@ -89,9 +90,11 @@ def run_sweep(recipe: Recipe, console: Console, prices: Sequence[str] = ()) -> S
             console.print(f"[yellow]warning:[/yellow] {why}", highlight=False, soft_wrap=True)
         scheduler = make_scheduler(recipe.tune, every, num_steps, shares_rows, board)
         base = _base(recipe, every, resources.cpus, num_steps)
-        packs = Packs(base, data, num_steps, size, together, resources) if size > 1 else None
+        hosts = None
+        if can_be_hosted(recipe, space, shares_rows):
+            hosts = Hosts(base, data, num_steps, size, together, resources)
         with SweepDisplay(board, space, recipe.run_uri, console) as display:
-            run_trials(base, board, scheduler, data if shares_rows else None, display, packs)
+            run_trials(base, board, scheduler, data if shares_rows else None, display, hosts)
         if lost:
             raise lost[0]
         return write_outcome(record, space, folder, board.stopped_by)

@@ -17,9 +17,9 @@ from orpo_ray.data.from_recipe import RunRows
 from orpo_ray.sweep.board import Board
 from orpo_ray.sweep.budget import BudgetStopper
 from orpo_ray.sweep.concurrency import DRIVER_CPUS
+from orpo_ray.sweep.host import HOST, hosted_trainable
+from orpo_ray.sweep.hosts import Hosts
 from orpo_ray.sweep.live import SweepDisplay
-from orpo_ray.sweep.pack import PACK, packed_trainable
-from orpo_ray.sweep.packs import Packs
 from orpo_ray.sweep.record import STEP, Trial
 from orpo_ray.sweep.trial_run import TrialSpec, trainable
 from orpo_ray.training.launch import storage_of
@@ -42,7 +42,7 @@ def run_trials(
     scheduler: TrialScheduler,
     data: RunRows | None,
     display: SweepDisplay,
-    packs: Packs | None = None,
+    hosts: Hosts | None = None,
 ) -> None:
     """Run the trials of a sweep until none is left or a budget is spent.
 
@@ -52,12 +52,12 @@ def run_trials(
         scheduler: ends trials early.
         data: the rows of the trials; None if they differ.
         display: shows them.
-        packs: trials that share a process; None if each has its own.
+        hosts: the processes of the trials; None if each has its own, which Ray Train starts.
     """
     os.environ.update(VARIABLES)
     logging.getLogger(SLOW_STEPS).setLevel(logging.ERROR)
-    function = packed_trainable
-    if packs is None:
+    function = hosted_trainable
+    if hosts is None:
         function = tune.with_parameters(
             trainable, recipe=recipe.model_dump(mode="json"), data=data, together=board.together
         )
@@ -65,7 +65,7 @@ def run_trials(
         tune.with_resources(function, {"cpu": DRIVER_CPUS}),
         tune_config=tune.TuneConfig(
             scheduler=scheduler,
-            search_alg=BoardSearcher(board, packs),
+            search_alg=BoardSearcher(board, hosts),
             num_samples=UNLIMITED,
             trial_name_creator=lambda trial: f"trial-{trial.config['number']:04d}",
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -75,23 +75,23 @@ def run_trials(
             verbose=0,
             log_to_file=False,
             stop=BudgetStopper(board),
-            callbacks=[Watch(board, display, packs)],
+            callbacks=[Watch(board, display, hosts)],
         ),
     )
     try:
         tuner.fit()
     finally:
-        if packs is not None:
-            packs.close()
+        if hosts is not None:
+            hosts.close()
     board.close()
 
 
 class BoardSearcher(Searcher):
     """Offers Tune the trials of the board, as many as the cluster has room for; Tune does not count their workers."""
 
-    def __init__(self, board: Board, packs: Packs | None) -> None:
+    def __init__(self, board: Board, hosts: Hosts | None) -> None:
         super().__init__()
-        self._board, self._packs = board, packs
+        self._board, self._hosts = board, hosts
         self._ready: list[tuple[Trial, dict[str, str]]] = []
         """Trials that have begun for the board, and not for Tune; and what their config has besides."""
 
@@ -105,16 +105,16 @@ class BoardSearcher(Searcher):
         return Searcher.FINISHED if self._board.is_exhausted else None
 
     def _next(self) -> list[tuple[Trial, dict[str, str]]]:
-        """Let the next trial, or all trials of the next pack, begin."""
-        packs = self._packs
-        if packs is not None and not packs.has_place:
+        """Let the next trial, or all trials of the next group, begin."""
+        hosts = self._hosts
+        if hosts is not None and not hosts.has_place:
             return []
         trials: list[Trial] = []
-        while len(trials) < (1 if packs is None else packs.size) and (trial := self._board.next_trial()) is not None:
+        while len(trials) < (1 if hosts is None else hosts.size) and (trial := self._board.next_trial()) is not None:
             trials.append(trial)
         options: dict[str, str] = {}
-        if packs is not None and trials:
-            options[PACK] = packs.start(trials)
+        if hosts is not None and trials:
+            options[HOST] = hosts.start(trials)
             self._board.share(trials)
         return [(trial, options) for trial in trials]
 
@@ -132,8 +132,8 @@ class BoardSearcher(Searcher):
 class Watch(tune.Callback):
     """Tells the board and the display what happens to the trials."""
 
-    def __init__(self, board: Board, display: SweepDisplay, packs: Packs | None) -> None:
-        self._board, self._display, self._packs = board, display, packs
+    def __init__(self, board: Board, display: SweepDisplay, hosts: Hosts | None) -> None:
+        self._board, self._display, self._hosts = board, display, hosts
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks, and a console cannot be pickled
@@ -158,8 +158,8 @@ class Watch(tune.Callback):
         self._end(trial, error_text(trial))
 
     def _end(self, trial: Any, error: str | None) -> None:
-        if self._packs is not None:
-            self._packs.leave(trial.config["number"])
+        if self._hosts is not None:
+            self._hosts.leave(trial.config["number"])
         self._board.end(trial.config["number"], error)
         self._display.ended(trial.config["number"])
 

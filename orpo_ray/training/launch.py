@@ -148,7 +148,6 @@ def launch_training(
             held_out=held_out,
             encoder=encoder_of(resolved),
             num_steps=num_steps,
-            status=status,
             cpus=resources.cpus,
             cpu_threads=resources.cpu_threads,
             max_encoders=resources.max_encoders,

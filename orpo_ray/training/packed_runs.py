@@ -32,7 +32,7 @@ from orpo_ray.training.unlogged import log_missing
 
 
 class Listener(Protocol):
-    """Hears of every run. Called from the thread that trains."""
+    """Hears of every run. Called from the thread that trains, and from those that open run folders."""
 
     def tell(self, name: str, **state: object) -> None:
         """Take what should be shown of a run: `step, num_steps, phase` and metrics."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
 import ray.train
 from ray.train import PreemptionInfo
-from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 
 LOOK_SECONDS = 2.0
 """Seconds between looks. Each is a call to an actor, for which all workers wait."""
@@ -19,18 +17,18 @@ class PreemptionNotice:
 
     Args:
         rank: of this worker; rank 0 decides when all look.
+        is_watched: whether Ray Train watches the nodes of the run.
     """
 
-    def __init__(self, rank: int) -> None:
-        self._rank, self._looked = rank, time.monotonic()
+    def __init__(self, rank: int, is_watched: bool) -> None:
+        self._rank, self._is_watched, self._looked = rank, is_watched, time.monotonic()
         self._known: PreemptionInfo | None = None
         self.is_looking = False
         """Whether all workers look after this step."""
 
     def is_due(self) -> bool:
         """Whether this worker wants all to look."""
-        is_watched = os.environ.get(ENABLE_PREEMPTION_WATCHER_ENV_VAR) != "0"  # it is off in a Ray that a run started
-        return is_watched and self._rank == 0 and time.monotonic() - self._looked >= LOOK_SECONDS
+        return self._is_watched and self._rank == 0 and time.monotonic() - self._looked >= LOOK_SECONDS
 
     def is_new(self, warn: Callable[[str], None]) -> bool:
         """Look, if all do, and return whether there is a notice that is not known yet. A collective then.

@@ -92,7 +92,7 @@ def start_status() -> Any:
 
 
 class StatusLine:
-    """Rank 0's line to the `RunStatus` actor. It never waits, and is silent when the actor is gone with its driver."""
+    """A worker's line to the `RunStatus` actor. It never waits, and is silent if the actor is gone with the driver."""
 
     def __init__(self, status: Any) -> None:
         self._status = status
@@ -103,6 +103,11 @@ class StatusLine:
         """Send values to the actor."""
         with contextlib.suppress(ray.exceptions.RayActorError):
             self._answers.append(self._status.update.remote(**state))
+
+    def warn(self, text: str) -> None:
+        """Send a warning."""
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            self._status.warn.remote(text)
 
     def asks_to_stop(self) -> bool:
         """Whether the actor has asked the run to stop, by the answers that have come so far."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.model.base_models import BaseModels
 from orpo_ray.model.loading import load_model, pick_dtype
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.processing.pixel_norm import PixelNorm
@@ -18,7 +19,7 @@ from orpo_ray.training.auto_gradient_checkpointing import with_checkpointing
 from orpo_ray.training.quantized_loading import dividing_4bit
 
 
-def load_for_training(recipe: Recipe, device: torch.device) -> torch.nn.Module:
+def load_for_training(recipe: Recipe, device: torch.device, bases: BaseModels | None = None) -> torch.nn.Module:
     """Load the model of a recipe as the engine of its ZeRO stage takes it. A collective.
 
     Under ZeRO-3, transformers makes one module after another, and DeepSpeed keeps this worker's part of its weights.
@@ -31,28 +32,30 @@ def load_for_training(recipe: Recipe, device: torch.device) -> torch.nn.Module:
     Args:
         recipe: the recipe.
         device: where to put the model.
+        bases: keeps base models between runs.
 
     Raises:
         UserError: the model cannot be loaded, or the recipe does not fit it.
     """
     resolve(recipe.model.id)  # a tiny model is built whole, before its weights would be divided
     with _dividing(recipe, device):
-        return load_model(recipe.model, device, recipe.optim.seed)
+        return load_model(recipe.model, device, recipe.optim.seed, bases)
 
 
-def load_pair_model(recipe: Recipe, processor: Any, device: torch.device) -> PairModel:
+def load_pair_model(recipe: Recipe, processor: Any, device: torch.device, bases: BaseModels | None = None) -> PairModel:
     """Load the model of a recipe, with checkpointing decided by the memory of the devices. A collective.
 
     Args:
         recipe: the recipe.
         processor: the model's.
         device: where to put the model.
+        bases: keeps base models between runs.
 
     Raises:
         UserError: the model cannot be loaded, or the recipe does not fit it.
     """
     model_config = with_checkpointing(recipe, device)
-    model = load_for_training(recipe.model_copy(update={"model": model_config}), device)
+    model = load_for_training(recipe.model_copy(update={"model": model_config}), device, bases)
     bounded = model_config.gradient_checkpointing != "none" and recipe.deepspeed.zero_stage < 3
     pixels_at_once = PIXELS_AT_ONCE.get(device.type) if bounded else None
     cache = recipe.model.vision_cache

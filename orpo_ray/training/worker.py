@@ -9,8 +9,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
-import ray.train
-import ray.train.torch
+import ray
 import torch
 
 from orpo_ray.config.load import parse_recipe
@@ -34,12 +33,12 @@ from orpo_ray.training.divergence import skipped_message
 from orpo_ray.training.engine import Engine, SavesAlone, make_engine
 from orpo_ray.training.preemption import PreemptionNotice
 from orpo_ray.training.run_books import RunBooks
-from orpo_ray.training.run_status import StatusLine
 from orpo_ray.training.saving import SaveFailed, Saver
 from orpo_ray.training.sharded_loading import load_pair_model
 from orpo_ray.training.step_times import OwnTime, SlowWorkers, by_worker, memory_gb
 from orpo_ray.training.teardown import Held
 from orpo_ray.training.unlogged import log_missing
+from orpo_ray.training.worker_context import WorkerContext
 from orpo_ray.training.worker_start import WorkerConfig
 
 # Names of requests that one worker makes and all workers follow, beside the figures of each worker.
@@ -51,23 +50,22 @@ SETTLE_SECONDS = 10.0  # that a step has to end after its update
 class Worker:
     """One training process."""
 
-    def __init__(self, config: WorkerConfig, checkpoint: str | None, feed: Take | None) -> None:
+    def __init__(self, config: WorkerConfig, checkpoint: str | None, feed: Take | None, context: WorkerContext) -> None:
         """Set up the model, the engine and the position.
 
         Args:
             config: what the driver decided.
             checkpoint: name of the checkpoint to resume from; None for a run that begins.
             feed: for a run without a checkpoint, the source of its steps, whose data is already being read.
+            context: the worker's surroundings.
         """
-        context = ray.train.get_context()
-        self.config, self.recipe = config, parse_recipe(config.recipe)
+        self.config, self.recipe, self.context = config, parse_recipe(config.recipe), context
         self.feed = feed
-        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.rank, self.num_workers, self.device = context.rank, context.num_workers, context.device
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, config.cpu_threads // self.num_workers))
         self.encoder = encoder = config.encoder.build()
-        self.model = load_pair_model(self.recipe, encoder.processor, self.device)
+        self.model = load_pair_model(self.recipe, encoder.processor, self.device, context.bases)
         self.objective = load_objective(self.recipe)
         self.together = self.recipe.scaling.sequence_parallel
         if self.together > 1:
@@ -75,7 +73,7 @@ class Worker:
         budget = self.recipe.optim.tokens_per_microbatch * self.together
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
-        self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.get_local_world_size())
+        self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.workers_of_node)
         node = ray.get_runtime_context().get_node_id()
         position, unlogged = load_checkpoint(checkpoint, self.engine, self.recipe, config.train, node)
         is_first = self.rank == 0
@@ -84,13 +82,12 @@ class Worker:
             log_missing(unlogged, self.tracker, RunFolder(self.recipe.run_uri))
         self.books = RunBooks(self.recipe, config.train, config.num_steps, position, self.tracker, self._tell)
         self.guard = self.books.guard
-        self.status = StatusLine(config.status) if is_first else None
         self.is_stopping = self.is_torn_down = self.wants_teardown = False
         self.is_training = True
         self.saved_step = position.step
         # Updates of the engine that belong to the position. Written last in a step, and read by another thread.
         self.updates = 0
-        self.preemption = PreemptionNotice(self.rank)
+        self.preemption = PreemptionNotice(self.rank, context.watches_nodes)
         self.slow_workers = SlowWorkers(gather_objects(socket.gethostname()))
         self.worker_figures: dict[str, float] = {}
         """Of the latest step, of all workers."""
@@ -163,7 +160,7 @@ class Worker:
         if self.saver.pending is None:
             self._saved(self.position.step)
         if not self.is_torn_down:  # the controller waits for the workers then, and takes no reports
-            ray.train.report(metrics)
+            self.context.report(metrics)
 
     def _saved(self, step: int) -> None:
         """Note that the checkpoint of this step is whole."""
@@ -201,8 +198,7 @@ class Worker:
             self._warn(str(error))
             return False
         self.saved_step = position.step
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            self.config.status.update.remote(saved_at=position.step)
+        self.context.line.update(saved_at=position.step)
         return True
 
     def _steps(self) -> Generator[StepPlan]:
@@ -250,7 +246,7 @@ class Worker:
             if check:
                 self.model.check_images_used()
                 self.images_checked = True
-        wants_stop = self.status is not None and self.status.asks_to_stop()
+        wants_stop = self.rank == 0 and self.context.line.asks_to_stop()
         self.saver.check()
         asked = {_STOP: wants_stop, _TEARDOWN: self.wants_teardown, _PREEMPTION: self.preemption.is_due()}
         asked[_UPLOADING] = self.saver.is_uploading
@@ -353,13 +349,12 @@ class Worker:
         self.tracker.log_generations(self.position.step, answers)
 
     def _report(self, metrics: dict[str, float]) -> None:
-        """Report an evaluation before the end to Ray Train, without a checkpoint, for a scheduler of Ray Tune."""
-        ray.train.report(with_prefix(metrics, "eval") | {"step": self.position.step})
+        """Report an evaluation before the end, for a scheduler of Ray Tune."""
+        self.context.report(with_prefix(metrics, "eval") | {"step": self.position.step})
 
     def _warn(self, text: str) -> None:
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            self.config.status.warn.remote(text)
+        self.context.line.warn(text)
 
     def _tell(self, **state: Any) -> None:
-        if self.status is not None:
-            self.status.update(**state)
+        if self.rank == 0:
+            self.context.line.update(**state)

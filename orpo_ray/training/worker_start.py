@@ -47,8 +47,6 @@ class WorkerConfig:
     encoder: EncoderSpec
     num_steps: int
     """Optimizer steps of the whole run."""
-    status: Any
-    """The `RunStatus` actor, which the driver watches."""
     cpus: float
     """CPUs that Ray reserves for each worker."""
     cpu_threads: int
@@ -74,41 +72,47 @@ def train_worker(config: dict[str, Any]) -> None:
         OrpoRayError: bad input or a run that cannot go on.
     """
     prefer_expandable_segments()
-    worker_config = _wait_for_config(config["status"])
+    status = config["status"]
+    worker_config = _wait_for_config(status)
     if worker_config is None:
         return
     worker_config = _fitted(worker_config)
     try:
-        checkpoint = _agreed_checkpoint(worker_config)
+        checkpoint = _agreed_checkpoint(worker_config, status)
         feed = _feed_from_the_start(worker_config) if checkpoint is None else None
         from orpo_ray.training.process_group import join_process_group, leave_process_group
         from orpo_ray.training.worker import Worker
+        from orpo_ray.training.worker_context import WorkerContext
 
         join_process_group(parse_recipe(worker_config.recipe).scaling.timeout_s)
-        worker = Worker(worker_config, checkpoint, feed)
+        worker = Worker(worker_config, checkpoint, feed, WorkerContext.of_ray_train(status))
         training_begins(worker)
         worker.run()
         training_ended()
         leave_process_group()
     except OrpoRayError as error:
         training_ended()
-        ray.get(worker_config.status.fail.remote(error))
+        ray.get(status.fail.remote(error))
         raise
     except OSError as error:
         training_failed()
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (full := full_disk(error)) is None:
             raise
-        full = DiskFull(
-            f"a disk is full: {error}\n  fix: make room; the same command resumes from the latest checkpoint"
-        )
-        ray.get(worker_config.status.fail.remote(full))
+        ray.get(status.fail.remote(full))
         raise full from error
     except BaseException:
         training_failed()
         raise
 
 
-def _agreed_checkpoint(config: WorkerConfig) -> str | None:
+def full_disk(error: OSError) -> DiskFull | None:
+    """Return the message about a full disk, if that is what an error says."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return DiskFull(f"a disk is full: {error}\n  fix: make room; the same command resumes from the latest checkpoint")
+
+
+def _agreed_checkpoint(config: WorkerConfig, status: Any) -> str | None:
     """Return the name of the checkpoint that all workers resume from, or None. A collective.
 
     Rank 0 chooses, and deletes what no run needs any longer: damaged checkpoints, old ones, and the scratch of workers
@@ -122,7 +126,7 @@ def _agreed_checkpoint(config: WorkerConfig) -> str | None:
     if context.get_world_rank() == 0:
         run = RunFolder(recipe.run_uri)
         clear_saving(run)
-        name = choose_newest(run, lambda text: ray.get(config.status.warn.remote(text)))
+        name = choose_newest(run, lambda text: ray.get(status.warn.remote(text)))
         if name is not None:
             clean(run, name, recipe.checkpoint.keep)
     if context.get_world_size() == 1:

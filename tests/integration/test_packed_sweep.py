@@ -79,7 +79,7 @@ def test_a_pack_whose_process_is_killed_goes_on(ray_cluster: None, tmp_path: Pat
 
     def kill() -> None:
         wait_until(lambda: metrics.exists() and len(losses(metrics.parent)) >= 10, "step 10")
-        alive = [("class_name", "=", "Pack"), ("state", "=", "ALIVE")]
+        alive = [("class_name", "=", "Host"), ("state", "=", "ALIVE")]
         (pack,) = list_actors(address, filters=alive, detail=True)
         psutil.Process(pack.pid).kill()
 

@@ -243,9 +243,9 @@ def test_lab() -> None:
 def test_a_bomb_is_refused_before_it_is_decoded(width: int, height: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        start = time.monotonic()
+        start = time.thread_time()
         assert reason({"bytes": png(width, height), "path": None}) == "image_too_large"
-        assert time.monotonic() - start < 1
+        assert time.thread_time() - start < 1
 
 
 def test_pillow_does_not_warn_of_bombs() -> None:
@@ -264,9 +264,9 @@ def test_a_jpeg_with_too_many_scans_is_refused_before_it_is_decoded() -> None:
     assert load(data)
     last = data[data.rindex(b"\xff\xda") : -2]
     bomb = data[:-2] + last * 10_000 + data[-2:]
-    start = time.monotonic()
+    start = time.thread_time()
     assert reason({"bytes": bomb, "path": None}) == "unreadable_image"
-    assert time.monotonic() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_large_bytes_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,21 +1,15 @@
-"""Which trials can share a process, how many do, and how news of them travel."""
+"""Which trials can train side by side on one model, and how many do."""
 
 from __future__ import annotations
 
-import gc
-import pickle
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orpo_ray.errors import UserError
-from orpo_ray.sweep import pack
-from orpo_ray.sweep.pack import Mail
 from orpo_ray.sweep.packs import pack_size, wanted_size, why_model_cannot, why_not_packed
 from orpo_ray.sweep.space import make_space
-from orpo_ray.training.launch import TrainingFailed
 from support.tiny_runs import tiny_recipe
 
 
@@ -78,50 +72,3 @@ def test_what_is_not_possible_is_refused_only_if_it_is_asked_for(tmp_path: Path)
             pack_size(recipe, make_space(recipe), 8, 1, shares_rows=not full)
     recipe = recipe_of(tmp_path, model={})
     assert pack_size(recipe, make_space(recipe), 8, 1, True) == 1
-
-
-def test_news_of_each_trial_are_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack, "WAIT_SECONDS", 0.01)
-    mail = Mail(["a", "b"])
-    mail.report("a", {"step": 1})
-    mail.report("a", {"step": 2})
-    assert mail.take("a").reports == [{"step": 1}, {"step": 2}]
-    assert mail.take("a").reports == mail.take("b").reports == []
-    mail.ended("a", OSError("full"))
-    mail.end_all(RuntimeError("lost"))
-    ends = pickle.loads(pickle.dumps([mail.take(name) for name in ("a", "b", "a")]))
-    assert [str(end.error) for end in ends] == ["OSError: full", "RuntimeError: lost", "OSError: full"]
-    assert all(isinstance(end.error, TrainingFailed) and end.has_ended for end in ends)
-
-
-def test_trials_that_were_stopped_or_have_ended_or_that_nobody_asks_for_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack, "WAIT_SECONDS", 0.01)
-    mail = Mail("abcd")
-    mail.stop("a")
-    mail.ended("b", None)
-    assert [mail.asks_to_stop(name) for name in "abcd"] == [True, True, False, False]
-    mail.take("c")
-    mail.stop_silent()
-    assert [mail.asks_to_stop(name) for name in "abcd"] == [True, True, False, True]
-
-
-def test_an_error_does_not_keep_what_it_was_raised_in() -> None:
-    class Model:
-        pass
-
-    def fail() -> weakref.ref[Model]:
-        model = Model()
-        try:
-            try:
-                raise OSError("full")
-            except OSError as error:
-                raise TrainingFailed("it failed") from error
-        except TrainingFailed as error:
-            mail.ended("a", error)
-        return weakref.ref(model)
-
-    mail = Mail("a")
-    left = fail()
-    gc.collect()
-    assert left() is None
-    assert str(mail.take("a").error) == "it failed"

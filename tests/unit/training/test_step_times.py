@@ -53,8 +53,8 @@ def test_own_time_is_that_of_the_measured_work() -> None:
     for _ in range(2):
         with own.running():
             time.sleep(0.02)
-        time.sleep(0.1)  # a wait for others
-    assert 0.04 <= own.seconds() < 0.1
+        time.sleep(0.3)  # a wait for others
+    assert 0.04 <= own.seconds() < 0.3
 
 
 def gathered(rank: int, workers: int, counts: tuple[bool, ...] = (True, True)) -> list[object]:

@@ -1,0 +1,263 @@
+"""Train runs of one worker in this process: open their folders, then train them side by side on one model, or one run
+by the training program of a worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import ray
+import torch
+
+from orpo_ray.config.load import parse_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.balance import Packing, StepShare
+from orpo_ray.data.from_recipe import encoder_of
+from orpo_ray.errors import OrpoRayError
+from orpo_ray.evaluation.evaluator import HeldOut
+from orpo_ray.model.base_models import BaseModels
+from orpo_ray.storage.lease import Lease, LeaseLost
+from orpo_ray.storage.run_folder import FINAL, RunFolder
+from orpo_ray.storage.scratch import clear_dead_scratch
+from orpo_ray.streaming.steps import iter_shares, open_feed
+from orpo_ray.tracking.metrics_file import last_metrics
+from orpo_ray.training.checkpoint_choice import choose_newest, clean, clear_saving, inspect
+from orpo_ray.training.hosted_runs import HostedRuns
+from orpo_ray.training.model_check import check_model
+from orpo_ray.training.packed_runs import Listener, PackedData, PackedRuns
+from orpo_ray.training.run_identity import check_run_folder
+from orpo_ray.training.run_opening import open_run, with_saves
+from orpo_ray.training.sharded_loading import load_pair_model
+from orpo_ray.training.worker import Worker
+from orpo_ray.training.worker_context import WorkerContext
+from orpo_ray.training.worker_start import WorkerConfig, full_disk
+
+
+@dataclass(frozen=True)
+class _Opened:
+    recipe: Recipe
+    checkpoint: str | None
+    """Name of the checkpoint to resume from."""
+    step: int
+    lease: Lease
+
+
+def train_hosted(hosted: HostedRuns, listener: Listener, bases: BaseModels) -> None:
+    """Train runs to their ends, or resume them. An error of one run ends that run only.
+
+    Runs that the listener asks to stop are left alone.
+
+    Args:
+        hosted: the runs; several train side by side.
+        listener: hears of every run, and of the end of each.
+        bases: keeps base models between calls.
+
+    Raises:
+        Exception: what may not come again, such as a lost task of the data. The runs that have not ended can be called
+            for once more.
+    """
+    if device_of(hosted).type == "cpu":
+        torch.set_num_threads(hosted.resources.cpu_threads)
+    clear_dead_scratch()
+    with _OpenRuns(hosted, listener) as runs:
+        for together in runs.by_step():
+            try:
+                with _process_group_of_one():
+                    _train(together, hosted, runs, bases)
+            except OrpoRayError as error:
+                runs.end(together, error)
+            except OSError as error:
+                if (full := full_disk(error)) is None:  # it may not come again
+                    raise
+                runs.end(together, full)
+            free_memory()
+
+
+def free_memory() -> None:
+    """Free the model of runs that have ended: its adapted layers and their stack refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def device_of(hosted: HostedRuns) -> torch.device:
+    """Return where the runs of this process train."""
+    return torch.device("cuda" if hosted.resources.gpus else "cpu")
+
+
+class _OpenRuns:
+    """The runs whose folders are open. A listener that closes the folder of a run when the run ends."""
+
+    def __init__(self, hosted: HostedRuns, listener: Listener) -> None:
+        self._listener = listener
+        self._lost: dict[str, LeaseLost] = {}
+        self._checking = Lock()
+        self.tell, self.report = listener.tell, listener.report
+        names = [name for name in hosted.recipes if not listener.asks_to_stop(name)]
+        with ThreadPoolExecutor(max(1, len(names))) as pool:  # the lease of a dead process lasts half a minute
+            found = list(pool.map(partial(self._open_or_end, hosted), names))
+        self.opened = {name: each for name, each in zip(names, found, strict=True) if each is not None}
+
+    def warn(self, name: str, text: str) -> None:
+        self._listener.warn(name, text)
+
+    def asks_to_stop(self, name: str) -> bool:
+        return name in self._lost or self._listener.asks_to_stop(name)
+
+    def ended(self, name: str, error: Exception | None) -> None:
+        with contextlib.suppress(OSError):
+            self.opened.pop(name).lease.__exit__(None, None, None)
+        self._listener.ended(name, error or self._lost.get(name))
+
+    def end(self, names: Iterable[str], error: Exception) -> None:
+        """End those of the runs that have not ended by an error of them all."""
+        for name in [each for each in names if each in self.opened]:
+            self.ended(name, error)
+
+    def __enter__(self) -> _OpenRuns:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name in list(self.opened):
+            with contextlib.suppress(OSError):
+                self.opened.pop(name).lease.__exit__(None, None, None)
+
+    def by_step(self) -> list[dict[str, _Opened]]:
+        """Return the runs that can train side by side, the furthest first: at the same step, of the same model."""
+        groups: dict[tuple[int, str], dict[str, _Opened]] = defaultdict(dict)
+        for name, found in self.opened.items():
+            groups[found.step, found.recipe.model.revision or ""][name] = found
+        return [groups[place] for place in sorted(groups, reverse=True)]
+
+    def _open_or_end(self, hosted: HostedRuns, name: str) -> _Opened | None:
+        try:
+            return self._open(name, parse_recipe(hosted.recipes[name]), hosted)
+        except (OrpoRayError, OSError) as error:
+            self._listener.ended(name, error)
+            return None
+
+    def _open(self, name: str, recipe: Recipe, hosted: HostedRuns) -> _Opened | None:
+        """Take the folder of a run; None if the run was finished before. Raises UserError and OSError."""
+        folder = RunFolder(recipe.run_uri)
+        saved = check_run_folder(recipe, folder)
+        if saved and folder.has_model(FINAL):
+            self.report(name, last_metrics(folder) | {"final": True})
+            self._listener.ended(name, None)
+            return None
+        folder.make()
+        lease = Lease(folder, on_lost=lambda lost: self._lost.update({name: lost}))
+        lease.__enter__()
+        try:
+            with self._checking:  # transformers is not made for threads
+                pinned, _ = check_model(recipe, saved)
+            recipe = with_saves(pinned, hosted.num_steps)
+            open_run(recipe, hosted.train, folder, is_new=saved is None)
+            clear_saving(folder)
+            checkpoint = choose_newest(folder, lambda text: self.warn(name, text))
+            if checkpoint is not None:
+                clean(folder, checkpoint, recipe.checkpoint.keep)
+            step = 0 if checkpoint is None else inspect(folder, checkpoint).step or 0
+        except BaseException:
+            lease.__exit__(None, None, None)
+            raise
+        return _Opened(recipe, checkpoint, step, lease)
+
+
+def _train(together: Mapping[str, _Opened], hosted: HostedRuns, runs: _OpenRuns, bases: BaseModels) -> None:
+    if len(together) > 1:
+        _train_side_by_side(together, hosted, runs, bases)
+        return
+    for name, opened in together.items():
+        _train_alone(name, opened, hosted, runs, bases)
+
+
+def _train_side_by_side(
+    together: Mapping[str, _Opened], hosted: HostedRuns, listener: Listener, bases: BaseModels
+) -> None:
+    recipes = {name: found.recipe for name, found in together.items()}
+    first = next(iter(recipes.values()))
+    spec, max_encoders = encoder_of(first), hosted.resources.max_encoders
+    encoder = spec.build()
+
+    def shares(first_step: int, packing: Packing) -> Iterator[StepShare]:
+        read = replace(hosted.train, first_sample=first_step * first.optim.pairs_per_step)
+        feed = open_feed(read, spec, max_encoders)
+        return iter_shares(feed, packing, first_step, hosted.num_steps)
+
+    def held_out(exchange_images: bool, packing: Packing) -> Iterable[StepShare]:
+        return HeldOut(hosted.held_out, spec, max_encoders).shares(exchange_images, packing)
+
+    data = PackedData(hosted.train, shares, held_out, hosted.held_out.digest, encoder, hosted.num_steps)
+    model = load_pair_model(first, encoder.processor, device_of(hosted), bases)
+    checkpoints = {name: found.checkpoint for name, found in together.items()}
+    PackedRuns(recipes, checkpoints, model, data, listener, ray.get_runtime_context().get_node_id()).run()
+
+
+@dataclass(frozen=True)
+class _ListenerLine:
+    """The `Line` of a run's only worker, which is in the listener's process."""
+
+    name: str
+    listener: Listener
+
+    def update(self, **state: Any) -> None:
+        self.listener.tell(self.name, **state)
+
+    def warn(self, text: str) -> None:
+        self.listener.warn(self.name, text)
+
+    def asks_to_stop(self) -> bool:
+        return self.listener.asks_to_stop(self.name)
+
+
+def _train_alone(name: str, opened: _Opened, hosted: HostedRuns, listener: Listener, bases: BaseModels) -> None:
+    recipe, resources = opened.recipe, hosted.resources
+    config = WorkerConfig(
+        recipe=recipe.model_dump(mode="json"),
+        train=hosted.train,
+        held_out=hosted.held_out,
+        encoder=encoder_of(recipe),
+        num_steps=hosted.num_steps,
+        cpus=resources.cpus,
+        cpu_threads=resources.cpu_threads,
+        max_encoders=resources.max_encoders,
+    )
+    context = WorkerContext(
+        rank=0,
+        num_workers=1,
+        workers_of_node=1,
+        device=device_of(hosted),
+        line=_ListenerLine(name, listener),
+        report=partial(listener.report, name),
+        watches_nodes=False,
+        bases=bases,
+    )
+    feed = open_feed(config.train, config.encoder, config.max_encoders) if opened.checkpoint is None else None
+    worker = Worker(config, opened.checkpoint, feed, context)
+    try:
+        worker.run()
+    except BaseException:
+        with contextlib.suppress(OrpoRayError, OSError):
+            worker.tracker.close()  # the process goes on, with other runs
+        raise
+    listener.ended(name, None)
+
+
+@contextlib.contextmanager
+def _process_group_of_one() -> Iterator[None]:
+    """Collectives of the training program, which has one process here."""
+    from torch._C._distributed_c10d import HashStore
+
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
