@@ -71,9 +71,9 @@ class TuneConfig(Config):
     """Number of trials to run at the same time, each with `scaling.num_workers` workers. `auto`: as many as the cluster
     has GPUs for, or without GPUs, CPUs."""
     pack: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64), NUMBER] = "auto"
-    """Number of trials that share one process: one base model, whose images and pairs are read once, and an adapter for
-    each trial. They must train adapters, and differ in the objective's options, the learning rate and other options of
-    the optimizer, or the rank and scale of the adapters only. `auto`: up to 8 where that is possible. `off`: none."""
+    """Number of trials that train side by side: on one base model, with an adapter each, on pairs that are read once.
+    They must train adapters, and differ in the objective's options, the learning rate and other options of the
+    optimizer, or the rank and scale of the adapters only. `auto`: up to 8 where that is possible. `off`: none."""
     max_hours: Annotated[float, Field(gt=0), NUMBER] | None = None
     """Hours after which the search ends, with the trials that it has. The same command with a higher number goes on."""
     max_cost: Annotated[float, Field(gt=0), NUMBER] | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,12 +24,14 @@ class BaseModels:
         device: torch.device,
         load: Callable[[ModelConfig, torch.device], torch.nn.Module],
     ) -> torch.nn.Module:
-        """Return a base model that the caller may change, as long as its weights stay as they are if they are frozen.
+        """Return a base model. The caller may change its modules, but not the values of frozen weights.
+
+        The kept model and those that are returned have the same `Parameter` objects, so moving one moves all.
 
         Args:
             model_config: the recipe's.
-            device: of the model.
-            load: makes the model as transformers does, on the device.
+            device: where the caller will put the model.
+            load: makes the model as transformers does.
 
         Raises:
             UserError: the model cannot be loaded.
@@ -48,8 +49,8 @@ class BaseModels:
 
 
 def copy_of_modules(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of a model whose parameters and buffers are those of the model itself."""
-    shared: list[Any] = list(chain(model.parameters(), model.buffers()))
+    """Return a copy of a model whose parameters are those of the model itself. Buffers, which are small, are copied."""
+    shared: list[Any] = list(model.parameters())
     # The scales of 4-bit weights, which bitsandbytes keeps outside of parameters.
     shared += [state for module in model.modules() if (state := getattr(module, "quant_state", None)) is not None]
     return copy.deepcopy(model, {id(each): each for each in shared})

@@ -48,7 +48,7 @@ class Board:
         self._counted: dict[int, float] = {}
         """Number of a running trial -> when its time was counted last."""
         self._packs: dict[int, frozenset[int]] = {}
-        """Number of a trial that shares a process -> numbers of all that do."""
+        """Number of a trial -> numbers of those that train side by side with it, and its own."""
         self._final: set[int] = set()
         self._replaced: set[int] = set()
         self._began, self._before = time.monotonic(), record.seconds
@@ -69,6 +69,12 @@ class Board:
         with self.lock:
             return bool(self.stopped_by) or (not self._waiting and not self._counted and not self._may_begin())
 
+    @property
+    def has_more(self) -> bool:
+        """Whether a trial could begin if there were room, not counting those that running trials may lead to."""
+        with self.lock:
+            return not self.stopped_by and (bool(self._waiting) or self._may_begin())
+
     def next_trial(self) -> Trial | None:
         """Return the trial to run next; None if all slots are taken or none is left."""
         with self.lock:
@@ -86,7 +92,7 @@ class Board:
             return trial
 
     def share(self, trials: Sequence[Trial]) -> None:
-        """Note that trials which begin now share a process."""
+        """Note that trials which begin now train side by side."""
         numbers = frozenset(trial.number for trial in trials)
         self._packs |= dict.fromkeys(numbers, numbers)
 

@@ -6,6 +6,7 @@ reports of the trial.
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 RETURN_SECONDS = 15.0
 """How long a process that was started again waits for requests. Nobody asks for trials that have been stopped."""
 PLACE_SECONDS = 7200.0
-"""How long a trial waits for room on the cluster, which other jobs may hold."""
+"""How long a trial waits for its host to answer: for room on the cluster, which other jobs may hold, or a restart."""
 HOST = "host"
 """Key of a Tune config: the name of the trial's host."""
 
@@ -41,7 +42,7 @@ class Group:
 
     runs: HostedRuns
     attempts: int
-    """How often to train them on from their checkpoints, if errors may not come again."""
+    """How often to train them at most, if errors may not come again. Later attempts go on from checkpoints."""
     parents: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     """Name of a trial -> the run folder from whose checkpoint the trial begins, and the step of the checkpoint."""
 
@@ -51,7 +52,7 @@ class Host:
 
     def __init__(self) -> None:
         self._mail = Mail()
-        self._thread = ThreadPoolExecutor(1)  # the same one for all trials, as torch keeps settings of a thread
+        self._thread = ThreadPoolExecutor(1)  # the same one for all trials, since torch keeps some settings per thread
         self._bases: BaseModels | None = None
         self._was_lost = ray.get_runtime_context().was_current_actor_reconstructed
 
@@ -59,14 +60,17 @@ class Host:
         """Train the trials of a group to their ends, or resume them.
 
         Returns:
-            Whether the process can take another group. It cannot after an error that no trial explains, such as one of
-            a device, nor if Ray started it again.
+            Whether the process can take another group. It cannot after an error that no trial explains.
         """
         names = list(group.runs.recipes)
         self._mail.open(names)
         error = self._thread.submit(self._train, group).exception()
-        self._mail.end_all(names, error or TrainingFailed("its host ended without it"))
-        return error is None and not self._was_lost
+        self._mail.end_all(names, error or TrainingFailed("its host ended before the trial did"))
+        return error is None
+
+    def is_sound(self) -> bool:
+        """Whether this process is the first one of this host; Ray starts another one if it dies."""
+        return not self._was_lost
 
     def take(self, name: str) -> News:
         """Return the news of a trial; see `Mail.take`."""
@@ -77,7 +81,8 @@ class Host:
         self._mail.stop(name)
 
     def _train(self, group: Group) -> None:
-        # Imports torch and transformers, which takes seconds.
+        import torch  # as the others, it takes seconds to import
+
         from orpo_ray.model.base_models import BaseModels
         from orpo_ray.training.hosting import free_memory, train_hosted
         from orpo_ray.training.worker_start import prefer_expandable_segments
@@ -94,14 +99,17 @@ class Host:
                 self._mail.ended(name, error)
         for attempt in range(group.attempts):
             try:
+                if attempt:
+                    free_memory()
                 train_hosted(group.runs, self._mail, self._bases)
-            except Exception:
+            except Exception as error:
+                traceback.print_exc()  # into Ray's log of this process
+                if isinstance(error, torch.AcceleratorError):
+                    os._exit(1)  # CUDA is of no use to this process any longer; Ray starts another one
                 if attempt == group.attempts - 1:
                     raise
-                traceback.print_exc()  # into Ray's log of this process
             else:
                 return
-            free_memory()
 
 
 def hosted_trainable(config: dict[str, Any]) -> None:
@@ -119,7 +127,7 @@ def hosted_trainable(config: dict[str, Any]) -> None:
         try:
             news = ray.get(ray.get_actor(config[HOST]).take.remote(name), timeout=seconds)
         except ray.exceptions.GetTimeoutError:
-            raise TrainingFailed(f"the cluster had no room for it within {seconds / 3600:g} hours") from None
+            raise TrainingFailed(f"the cluster had no room for its process within {seconds / 3600:g} hours") from None
         except (ray.exceptions.RayActorError, ValueError) as error:  # the latter from the look-up
             raise TrainingFailed(f"its process ended: {str(error).splitlines()[0]}") from None
         for metrics in news.reports:

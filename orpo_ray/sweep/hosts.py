@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,11 @@ from orpo_ray.sweep.space import Space, with_params
 from orpo_ray.training.hosted_runs import HostedRuns
 from orpo_ray.training.resources import Resources
 
-CLOSE_SECONDS = 60.0
-"""How long trials may take to leave: a step, and the end of an upload."""
-# Ray starts processes for these, or DeepSpeed keeps state of the process.
+LEAVE_SECONDS = 60.0
+"""How long trials that have ended, or that were stopped, may take to leave: a step, and the end of an upload."""
+ANSWER_SECONDS = 10.0
+"""How long a free host may take to answer."""
+# Ray starts processes for these, or DeepSpeed keeps state in the process.
 OF_PROCESSES = ("scaling.", "deepspeed.")
 
 
@@ -46,7 +49,9 @@ class _Running:
     left: dict[int, str] = field(default_factory=dict)
     """Numbers and names of the trials that have not ended."""
     end: ray.ObjectRef | None = None
-    """Of the group's end."""
+    """Of the group's end; None if the host is free."""
+    left_at: float = 0.0
+    """When the last trial was asked to leave."""
 
 
 class Hosts:
@@ -75,12 +80,15 @@ class Hosts:
     @property
     def has_place(self) -> bool:
         """Whether a host is free, or another one can start."""
-        self._running = [each for each in self._running if not _is_over(each)]
+        for each in list(self._running):
+            if not each.left and each.end is not None:
+                self._free(each)
         return len(self._running) < self._places or any(each.end is None for each in self._running)
 
     def start(self, trials: Sequence[Trial]) -> str:
         """Give trials to a host that is free, or to a new one. Returns its name."""
-        found = next((each for each in self._running if each.end is None), None)
+        while (found := next((each for each in self._running if each.end is None), None)) and not _is_sound(found):
+            self._end(found)
         if found is None:
             found = self._new()
             self._running.append(found)
@@ -93,6 +101,12 @@ class Hosts:
         for each in self._running:
             if number in each.left:
                 each.host.stop.remote(each.left.pop(number))
+                each.left_at = time.monotonic()
+
+    def end_free(self) -> None:
+        """End the hosts that have no trial, so that others can have their GPUs."""
+        for each in [each for each in self._running if each.end is None]:
+            self._end(each)
 
     def close(self) -> None:
         """Let all trials leave, wait for their ends, and end the processes."""
@@ -100,10 +114,24 @@ class Hosts:
             self.leave(number)
         ends = [each.end for each in self._running if each.end is not None]
         if ends:
-            ray.wait(ends, num_returns=len(ends), timeout=CLOSE_SECONDS)
-        for each in self._running:
+            ray.wait(ends, num_returns=len(ends), timeout=LEAVE_SECONDS)
+        for each in list(self._running):
+            self._end(each)
+
+    def _free(self, running: _Running) -> None:
+        """Free a host that all trials have left. End one that can take no others, or that they do not leave."""
+        if ray.wait([running.end], timeout=0)[0]:
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(each.host)
+                if ray.get(running.end):
+                    running.end = None
+                    return
+            self._end(running)
+        elif time.monotonic() - running.left_at > LEAVE_SECONDS:
+            self._end(running)
+
+    def _end(self, running: _Running) -> None:
+        ray.kill(running.host)
+        self._running.remove(running)
 
     def _new(self) -> _Running:
         name, scaling, resources = f"orpo-ray-host-{uuid.uuid4().hex}", self._recipe.scaling, self._resources
@@ -138,15 +166,9 @@ class Hosts:
         return Group(hosted, recipe.scaling.max_failures + 1, parents)
 
 
-def _is_over(running: _Running) -> bool:
-    """Whether a host has ended. Frees one that all trials have left; ends it if it can take no others."""
-    if running.end is None or running.left or not ray.wait([running.end], timeout=0)[0]:
-        return False
+def _is_sound(running: _Running) -> bool:
+    """Whether a free host has not died since."""
     try:
-        is_sound = ray.get(running.end)
-    except ray.exceptions.RayError:
-        is_sound = False
-    running.end = None
-    if not is_sound:
-        ray.kill(running.host)
-    return not is_sound
+        return bool(ray.get(running.host.is_sound.remote(), timeout=ANSWER_SECONDS))
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+        return False

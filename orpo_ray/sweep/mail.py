@@ -88,6 +88,6 @@ class Mail:
             self._asked.add(name)
             self._changed.wait_for(is_new, WAIT_SECONDS)
             news = self._news.get(name, News())
-            if news.reports:
+            if name in self._news:  # what is returned here is pickled later, and must not change
                 self._news[name] = News(has_ended=news.has_ended, error=news.error)
             return news

@@ -17,7 +17,7 @@ MOST = 8
 
 
 def why_not_packed(recipe: Recipe, space: Space) -> str | None:
-    """Say why trials of a search cannot share a process; None if they can, as far as the recipe and its model tell.
+    """Say why trials of a search cannot train side by side; None if they can, as far as the recipe and its model tell.
 
     Asks a Ray task for the model.
 
@@ -64,7 +64,7 @@ def why_model_cannot(recipe: Recipe) -> str | None:
 
 
 def wanted_size(tune: TuneConfig, num_trials: int, places: int) -> int:
-    """Return how many trials would share a process, if they can.
+    """Return how many trials would train side by side, if they can.
 
     Args:
         tune: section of the recipe.
@@ -78,7 +78,7 @@ def wanted_size(tune: TuneConfig, num_trials: int, places: int) -> int:
 
 
 def pack_size(recipe: Recipe, space: Space, num_trials: int, places: int, shares_rows: bool) -> int:
-    """Return how many trials share a process; 1 if none do.
+    """Return how many trials train side by side; 1 if none do.
 
     Args:
         recipe: of the sweep.
@@ -99,5 +99,5 @@ def pack_size(recipe: Recipe, space: Space, num_trials: int, places: int, shares
         return size
     if wanted == "auto":
         return 1
-    problem = f"the trials of this search cannot share a process: {why}"
+    problem = f"the trials of this search cannot train side by side: {why}"
     raise UserError(problem, field="tune.pack", value=wanted, fix="set it to auto")

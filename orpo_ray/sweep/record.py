@@ -36,7 +36,7 @@ class Trial:
     seconds: float = 0.0
     """For which it ran, over all sessions."""
     own_seconds: float = 0.0
-    """Its part of them: trials that share a process divide the time among them."""
+    """Its part of them: trials that train side by side divide the time among them."""
     parent: int | None = None
     """Number of the trial from whose checkpoint it began."""
     parent_step: int = 0

@@ -112,6 +112,8 @@ class BoardSearcher(Searcher):
         trials: list[Trial] = []
         while len(trials) < (1 if hosts is None else hosts.size) and (trial := self._board.next_trial()) is not None:
             trials.append(trial)
+        if hosts is not None and not trials and not self._board.has_more:
+            hosts.end_free()
         options: dict[str, str] = {}
         if hosts is not None and trials:
             options[HOST] = hosts.start(trials)

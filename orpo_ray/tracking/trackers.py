@@ -79,8 +79,9 @@ class MultiLogger:
         self._each(lambda logger: logger.flush())
 
     def close(self) -> None:
-        """Close every tracker."""
+        """Close every tracker. Closing again does nothing."""
         self._each(lambda logger: logger.close())
+        self._loggers = {}
 
     def _each(self, call: Callable[[Logger], None]) -> None:
         for name, logger in list(self._loggers.items()):

@@ -43,7 +43,7 @@ class WandbLogger:
                 # The same id makes a resumed run continue its curves.
                 id=recipe.name.replace("/", "-"),
                 resume="allow",
-                reinit="create_new",  # trials that share a process have a run each
+                reinit="create_new",  # trials of one process have a run each
                 mode=section.mode,
                 dir=run_dir,
                 config=recipe.model_dump(mode="json"),

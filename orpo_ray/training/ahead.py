@@ -13,15 +13,16 @@ from orpo_ray.data.packing import PairBatch
 T = TypeVar("T")
 
 
-def one_ahead(items: Iterable[T], device: torch.device) -> Generator[T]:
+def one_ahead(items: Iterable[T], device: torch.device, waits: bool = False) -> Generator[T]:
     """Yield the same items, each made in a thread while the one before is in use.
 
-    An error in the thread is raised where its item would have come. Closing the iterator ends the thread, which may
-    finish the item that it is making.
+    An error in the thread is raised where its item would have come. Closing the iterator ends the thread, which
+    finishes the item that it is making.
 
     Args:
         items: an iterable that only this thread uses.
         device: of CUDA calls in the thread.
+        waits: whether closing waits for the end of the thread, which holds whatever makes the items.
     """
     source, end = iter(items), object()
 
@@ -37,7 +38,7 @@ def one_ahead(items: Iterable[T], device: torch.device) -> Generator[T]:
             following = pool.submit(make)
             yield item  # type: ignore[misc]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=waits, cancel_futures=True)
 
 
 def pinned(batches: Sequence[PairBatch], device: torch.device) -> list[PairBatch]:

@@ -12,7 +12,7 @@ from orpo_ray.training.resources import Resources
 
 @dataclass(frozen=True)
 class HostedRuns:
-    """Runs of one process, which train side by side, or one run."""
+    """Runs that train side by side in one process, or a single run."""
 
     recipes: dict[str, dict[str, Any]]
     """Of each run, by name, as mappings, with absolute paths."""

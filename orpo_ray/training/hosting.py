@@ -66,7 +66,6 @@ def train_hosted(hosted: HostedRuns, listener: Listener, bases: BaseModels) -> N
     """
     if device_of(hosted).type == "cpu":
         torch.set_num_threads(hosted.resources.cpu_threads)
-    clear_dead_scratch()
     with _OpenRuns(hosted, listener) as runs:
         for together in runs.by_step():
             try:
@@ -86,11 +85,12 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def device_of(hosted: HostedRuns) -> torch.device:
     """Return where the runs of this process train."""
-    return torch.device("cuda" if hosted.resources.gpus else "cpu")
+    return torch.device("cuda", 0) if hosted.resources.gpus else torch.device("cpu")
 
 
 class _OpenRuns:
@@ -102,9 +102,15 @@ class _OpenRuns:
         self._checking = Lock()
         self.tell, self.report = listener.tell, listener.report
         names = [name for name in hosted.recipes if not listener.asks_to_stop(name)]
-        with ThreadPoolExecutor(max(1, len(names))) as pool:  # the lease of a dead process lasts half a minute
-            found = list(pool.map(partial(self._open_or_end, hosted), names))
-        self.opened = {name: each for name, each in zip(names, found, strict=True) if each is not None}
+        self.opened: dict[str, _Opened] = {}
+        try:
+            with ThreadPoolExecutor(max(1, len(names))) as pool:  # the lease of a dead process lasts half a minute
+                for name, found in zip(names, pool.map(partial(self._open_or_end, hosted), names), strict=True):
+                    if found is not None:
+                        self.opened[name] = found
+        except BaseException:
+            self.__exit__()
+            raise
 
     def warn(self, name: str, text: str) -> None:
         self._listener.warn(name, text)
@@ -159,6 +165,7 @@ class _OpenRuns:
             with self._checking:  # transformers is not made for threads
                 pinned, _ = check_model(recipe, saved)
             recipe = with_saves(pinned, hosted.num_steps)
+            clear_dead_scratch(recipe.checkpoint.scratch)
             open_run(recipe, hosted.train, folder, is_new=saved is None)
             clear_saving(folder)
             checkpoint = choose_newest(folder, lambda text: self.warn(name, text))
@@ -201,6 +208,10 @@ def _train_side_by_side(
     PackedRuns(recipes, checkpoints, model, data, listener, ray.get_runtime_context().get_node_id()).run()
 
 
+class _Left(Exception):
+    """A run was asked to leave: without another checkpoint, and also if its folder is another process's by now."""
+
+
 @dataclass(frozen=True)
 class _ListenerLine:
     """The `Line` of a run's only worker, which is in the listener's process."""
@@ -215,7 +226,9 @@ class _ListenerLine:
         self.listener.warn(self.name, text)
 
     def asks_to_stop(self) -> bool:
-        return self.listener.asks_to_stop(self.name)
+        if self.listener.asks_to_stop(self.name):
+            raise _Left
+        return False
 
 
 def _train_alone(name: str, opened: _Opened, hosted: HostedRuns, listener: Listener, bases: BaseModels) -> None:
@@ -238,16 +251,23 @@ def _train_alone(name: str, opened: _Opened, hosted: HostedRuns, listener: Liste
         line=_ListenerLine(name, listener),
         report=partial(listener.report, name),
         watches_nodes=False,
+        goes_on=True,
         bases=bases,
     )
     feed = open_feed(config.train, config.encoder, config.max_encoders) if opened.checkpoint is None else None
     worker = Worker(config, opened.checkpoint, feed, context)
     try:
         worker.run()
-    except BaseException:
+    except _Left:
+        pass
+    except Exception as error:
+        if not isinstance(error, OrpoRayError) and worker.is_worth_saving:  # the run may be called for once more
+            with contextlib.suppress(RuntimeError):  # of a device that has failed
+                worker.save_alone()
+        raise
+    finally:
         with contextlib.suppress(OrpoRayError, OSError):
             worker.tracker.close()  # the process goes on, with other runs
-        raise
     listener.ended(name, None)
 
 

@@ -136,7 +136,7 @@ class PackedRuns:
             self._evaluate(grounding=False, keep_as=EVAL_PAIRS_START_FILE)
         self._model.train()
         started = time.perf_counter()
-        for plan in one_ahead(map(self._planned, self._shares()), self._device):
+        for plan in one_ahead(map(self._planned, self._shares()), self._device, waits=True):
             waited = time.perf_counter() - started
             results = self._together.train_step(plan)
             for name, result in results.items():

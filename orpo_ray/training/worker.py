@@ -180,6 +180,12 @@ class Worker:
             self.saver.is_uploading,
         )
 
+    @property
+    def is_worth_saving(self) -> bool:
+        """Whether this worker, which trains no longer, holds a whole state that is in no checkpoint."""
+        held = self.held()
+        return held.is_whole and held.is_healthy and held.step > held.saved
+
     def save_alone(self) -> bool:
         """Save the state without the other workers, of which some are lost. Called from another thread.
 
@@ -209,7 +215,7 @@ class Worker:
             ranks = (self.rank, self.num_workers, self.together)
             self.feed = open_feed(read, config.encoder, config.max_encoders, *ranks)
         shares = iter_shares(self.feed, self.planner.packing, first, config.num_steps)
-        return one_ahead(map(self._prepared, shares), self.device)
+        return one_ahead(map(self._prepared, shares), self.device, waits=self.context.goes_on)
 
     def _prepared(self, share: StepShare) -> StepPlan:
         plan = self.planner.plan(share)

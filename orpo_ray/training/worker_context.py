@@ -45,6 +45,8 @@ class WorkerContext:
     """Takes an evaluation, or the metrics of a checkpoint, with prefixes and `step`. A collective."""
     watches_nodes: bool
     """Whether Ray Train knows of nodes that will be taken away."""
+    goes_on: bool = False
+    """Whether the process goes on with other runs, so that the threads of this one must end with it."""
     bases: BaseModels | None = None
     """Keeps base models for further runs of this process."""
 

@@ -31,7 +31,7 @@ def train(model: torch.nn.Module) -> None:
         {"lora": {"r": 4, "use_dora": True}},
         {"quantization": {}},
         {"freeze": ["vision"], "fused_layers": True, "lora": {"r": 4, "target_modules": ["q_proj", "connector"]}},
-        {"id": "orpo-ray/tiny-qwen2_5_vl", "gradient_checkpointing": "full"},
+        {"id": "orpo-ray/tiny-llava", "gradient_checkpointing": "full"},
     ],
     ids=["adapters", "modules in full", "DoRA", "4 bits", "fused", "checkpointed"],
 )

@@ -68,7 +68,7 @@ def test_size(tune: dict[str, Any], places: int, size: int, tmp_path: Path) -> N
 def test_what_is_not_possible_is_refused_only_if_it_is_asked_for(tmp_path: Path) -> None:
     for pack_of, full in ((4, {}), (4, {"lora": {"r": 4}})):
         recipe = recipe_of(tmp_path, tune={"pack": pack_of}, model=full)
-        with pytest.raises(UserError, match=r"tune\.pack: the trials of this search cannot share a process: "):
+        with pytest.raises(UserError, match=r"tune\.pack: the trials of this search cannot train side by side: "):
             pack_size(recipe, make_space(recipe), 8, 1, shares_rows=not full)
     recipe = recipe_of(tmp_path, model={})
     assert pack_size(recipe, make_space(recipe), 8, 1, True) == 1
