@@ -6,48 +6,27 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock
 from typing import Any
 
 import ray
 import torch
 
-from orpo_ray.config.load import parse_recipe
-from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.balance import Packing, StepShare
 from orpo_ray.data.from_recipe import encoder_of
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.evaluation.evaluator import HeldOut
 from orpo_ray.model.base_models import BaseModels
-from orpo_ray.storage.lease import Lease, LeaseLost
-from orpo_ray.storage.run_folder import FINAL, RunFolder
-from orpo_ray.storage.scratch import clear_dead_scratch
 from orpo_ray.streaming.steps import iter_shares, open_feed
-from orpo_ray.tracking.metrics_file import last_metrics
-from orpo_ray.training.checkpoint_choice import choose_newest, clean, clear_saving, inspect
 from orpo_ray.training.hosted_runs import HostedRuns
-from orpo_ray.training.model_check import check_model
+from orpo_ray.training.open_runs import OpenRun, OpenRuns
 from orpo_ray.training.packed_runs import Listener, PackedData, PackedRuns
-from orpo_ray.training.run_identity import check_run_folder
-from orpo_ray.training.run_opening import open_run, with_saves
 from orpo_ray.training.sharded_loading import load_pair_model
 from orpo_ray.training.worker import Worker
 from orpo_ray.training.worker_context import WorkerContext
 from orpo_ray.training.worker_start import WorkerConfig, full_disk
-
-
-@dataclass(frozen=True)
-class _Opened:
-    recipe: Recipe
-    checkpoint: str | None
-    """Name of the checkpoint to resume from."""
-    step: int
-    lease: Lease
 
 
 def train_hosted(hosted: HostedRuns, listener: Listener, bases: BaseModels) -> None:
@@ -66,7 +45,7 @@ def train_hosted(hosted: HostedRuns, listener: Listener, bases: BaseModels) -> N
     """
     if device_of(hosted).type == "cpu":
         torch.set_num_threads(hosted.resources.cpu_threads)
-    with _OpenRuns(hosted, listener) as runs:
+    with OpenRuns(hosted, listener) as runs:
         for together in runs.by_step():
             try:
                 with _process_group_of_one():
@@ -93,92 +72,7 @@ def device_of(hosted: HostedRuns) -> torch.device:
     return torch.device("cuda", 0) if hosted.resources.gpus else torch.device("cpu")
 
 
-class _OpenRuns:
-    """The runs whose folders are open. A listener that closes the folder of a run when the run ends."""
-
-    def __init__(self, hosted: HostedRuns, listener: Listener) -> None:
-        self._listener = listener
-        self._lost: dict[str, LeaseLost] = {}
-        self._checking = Lock()
-        self.tell, self.report = listener.tell, listener.report
-        names = [name for name in hosted.recipes if not listener.asks_to_stop(name)]
-        self.opened: dict[str, _Opened] = {}
-        try:
-            with ThreadPoolExecutor(max(1, len(names))) as pool:  # the lease of a dead process lasts half a minute
-                for name, found in zip(names, pool.map(partial(self._open_or_end, hosted), names), strict=True):
-                    if found is not None:
-                        self.opened[name] = found
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def warn(self, name: str, text: str) -> None:
-        self._listener.warn(name, text)
-
-    def asks_to_stop(self, name: str) -> bool:
-        return name in self._lost or self._listener.asks_to_stop(name)
-
-    def ended(self, name: str, error: Exception | None) -> None:
-        with contextlib.suppress(OSError):
-            self.opened.pop(name).lease.__exit__(None, None, None)
-        self._listener.ended(name, error or self._lost.get(name))
-
-    def end(self, names: Iterable[str], error: Exception) -> None:
-        """End those of the runs that have not ended by an error of them all."""
-        for name in [each for each in names if each in self.opened]:
-            self.ended(name, error)
-
-    def __enter__(self) -> _OpenRuns:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for name in list(self.opened):
-            with contextlib.suppress(OSError):
-                self.opened.pop(name).lease.__exit__(None, None, None)
-
-    def by_step(self) -> list[dict[str, _Opened]]:
-        """Return the runs that can train side by side, the furthest first: at the same step, of the same model."""
-        groups: dict[tuple[int, str], dict[str, _Opened]] = defaultdict(dict)
-        for name, found in self.opened.items():
-            groups[found.step, found.recipe.model.revision or ""][name] = found
-        return [groups[place] for place in sorted(groups, reverse=True)]
-
-    def _open_or_end(self, hosted: HostedRuns, name: str) -> _Opened | None:
-        try:
-            return self._open(name, parse_recipe(hosted.recipes[name]), hosted)
-        except (OrpoRayError, OSError) as error:
-            self._listener.ended(name, error)
-            return None
-
-    def _open(self, name: str, recipe: Recipe, hosted: HostedRuns) -> _Opened | None:
-        """Take the folder of a run; None if the run was finished before. Raises UserError and OSError."""
-        folder = RunFolder(recipe.run_uri)
-        saved = check_run_folder(recipe, folder)
-        if saved and folder.has_model(FINAL):
-            self.report(name, last_metrics(folder) | {"final": True})
-            self._listener.ended(name, None)
-            return None
-        folder.make()
-        lease = Lease(folder, on_lost=lambda lost: self._lost.update({name: lost}))
-        lease.__enter__()
-        try:
-            with self._checking:  # transformers is not made for threads
-                pinned, _ = check_model(recipe, saved)
-            recipe = with_saves(pinned, hosted.num_steps)
-            clear_dead_scratch(recipe.checkpoint.scratch)
-            open_run(recipe, hosted.train, folder, is_new=saved is None)
-            clear_saving(folder)
-            checkpoint = choose_newest(folder, lambda text: self.warn(name, text))
-            if checkpoint is not None:
-                clean(folder, checkpoint, recipe.checkpoint.keep)
-            step = 0 if checkpoint is None else inspect(folder, checkpoint).step or 0
-        except BaseException:
-            lease.__exit__(None, None, None)
-            raise
-        return _Opened(recipe, checkpoint, step, lease)
-
-
-def _train(together: Mapping[str, _Opened], hosted: HostedRuns, runs: _OpenRuns, bases: BaseModels) -> None:
+def _train(together: Mapping[str, OpenRun], hosted: HostedRuns, runs: OpenRuns, bases: BaseModels) -> None:
     if len(together) > 1:
         _train_side_by_side(together, hosted, runs, bases)
         return
@@ -187,7 +81,7 @@ def _train(together: Mapping[str, _Opened], hosted: HostedRuns, runs: _OpenRuns,
 
 
 def _train_side_by_side(
-    together: Mapping[str, _Opened], hosted: HostedRuns, listener: Listener, bases: BaseModels
+    together: Mapping[str, OpenRun], hosted: HostedRuns, listener: Listener, bases: BaseModels
 ) -> None:
     recipes = {name: found.recipe for name, found in together.items()}
     first = next(iter(recipes.values()))
@@ -231,7 +125,7 @@ class _ListenerLine:
         return False
 
 
-def _train_alone(name: str, opened: _Opened, hosted: HostedRuns, listener: Listener, bases: BaseModels) -> None:
+def _train_alone(name: str, opened: OpenRun, hosted: HostedRuns, listener: Listener, bases: BaseModels) -> None:
     recipe, resources = opened.recipe, hosted.resources
     config = WorkerConfig(
         recipe=recipe.model_dump(mode="json"),

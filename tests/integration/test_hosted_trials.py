@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ import pytest
 
 from orpo_ray.config.load import parse_recipe, read_mapping
 from orpo_ray.config.recipe import Recipe
-from support.commands import orpo_ray_here
+from support.commands import orpo_ray, orpo_ray_here
+from support.dying_rows import DEATHS, ROW, TIMES
+from support.paths import TESTS
 from support.runs import run, wait_until
-from support.tiny_runs import losses, same_curve, tiny_recipe
+from support.tiny_runs import losses, same_curve, tiny_recipe, write_pairs
 
 RATE = "optim.learning_rate"
 
 
-def sweep_of(folder: Path, name: str, rates: list[float], steps: int = 8) -> Recipe:
+def sweep_of(folder: Path, name: str, rates: list[float], steps: int = 8, **data: Any) -> Recipe:
     """Write the recipe of a sweep of one trial at a time."""
     recipe = tiny_recipe(
-        folder, name, data={"eval": "easy-vqa:test"}, eval={"max_pairs": 16, "every_steps": 4},
+        folder, name, data={"eval": "easy-vqa:test"} | data, eval={"max_pairs": 16, "every_steps": 4},
         optim={"max_steps": steps, "schedule": "constant"}, checkpoint={"every_steps": 4},
         tune={"search": {RATE: {"choices": rates}}, "searcher": "grid", "scheduler": "none", "max_concurrent": 1},
     )  # fmt: skip
@@ -82,3 +85,21 @@ def test_a_trial_whose_host_is_killed_goes_on(ray_cluster: None, tmp_path: Path)
     assert len(hosts()) - before == 2
     for name in ("0000", "0001"):
         same_curve(Path(killed.run_uri) / "trials" / name, losses(Path(whole.run_uri) / "trials" / name))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_a_trial_goes_on_after_an_error_that_may_not_come_again(tmp_path: Path) -> None:
+    """In the same process, with the steps before the error: a row ends the process that reads it, until it does not."""
+    pairs = write_pairs(tmp_path, 400)
+    deadly = json.loads(pairs.read_text().splitlines()[350])["id"]
+    recipe = sweep_of(
+        tmp_path, "unlucky", [1e-3], steps=100, train=str(pairs), format="support.dying_rows:dying", shuffle_seed=None
+    )
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    deaths = tmp_path / "deaths"
+    environment = {"PYTHONPATH": path, DEATHS: str(deaths), ROW: str(deadly), "RAY_ADDRESS": ""}
+    done = orpo_ray("tune", str(tmp_path / "unlucky.yaml"), "checkpoint.every_steps=1000", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(deaths.read_bytes()) == TIMES
+    assert sorted(losses(Path(recipe.run_uri) / "trials" / "0000")) == list(range(1, 101))
