@@ -142,6 +142,7 @@ def _train_alone(name: str, opened: OpenRun, hosted: HostedRuns, listener: Liste
         num_workers=1,
         workers_of_node=1,
         device=device_of(hosted),
+        node=ray.get_runtime_context().get_node_id(),
         line=_ListenerLine(name, listener),
         report=partial(listener.report, name),
         watches_nodes=False,

@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
-import ray
 import torch
 
 from orpo_ray.config.load import parse_recipe
@@ -74,8 +73,7 @@ class Worker:
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
         self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.workers_of_node)
-        node = ray.get_runtime_context().get_node_id()
-        position, unlogged = load_checkpoint(checkpoint, self.engine, self.recipe, config.train, node)
+        position, unlogged = load_checkpoint(checkpoint, self.engine, self.recipe, config.train, context.node)
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, position.step, self._warn) if is_first else MultiLogger()
         if is_first:

@@ -39,6 +39,8 @@ class WorkerContext:
     workers_of_node: int
     """Number of workers on this worker's node."""
     device: torch.device
+    node: str
+    """Identifies this worker's node."""
     line: Line
     """Every worker may warn; rank 0 sends the rest."""
     report: Callable[[dict[str, float]], None]
@@ -65,6 +67,7 @@ class WorkerContext:
             num_workers=context.get_world_size(),
             workers_of_node=context.get_local_world_size(),
             device=ray.train.torch.get_device(),
+            node=ray.get_runtime_context().get_node_id(),
             line=StatusLine(status),
             report=ray.train.report,
             # Off in a Ray that a run started.
