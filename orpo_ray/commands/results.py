@@ -90,11 +90,21 @@ def report(
             show_default=False,
         ),
     ] = None,
+    pdf: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Print the page into this PDF file too, with a Chromium, Chrome or Edge of this machine.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write a page about a run, or about several side by side: verdicts, curves, margins, pairs."""
+    """Write a page about a run, or about several side by side: verdicts, curves, margins, pairs, answers."""
     from orpo_ray.report.page import write_report
 
-    print_line(f"page  {write_report(runs, output)}")
+    print_line(f"page  {write_report(runs, output, pdf)}")
+    if pdf is not None:
+        print_line(f"pdf   {pdf}")
 
 
 def list_of_runs(

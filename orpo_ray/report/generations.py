@@ -1,7 +1,8 @@
-"""The model's own answers that a report shows: those to the same held-out pair side by side, over the steps."""
+"""The model's own answers that a report shows: those to the same held-out pair side by side, over steps or runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from orpo_ray.data.from_recipe import held_out_data
@@ -13,22 +14,49 @@ from orpo_ray.report.run_data import RunData
 
 PAIRS, STEPS = 12, 5
 """At most that many are shown."""
+START = "before training"
 
 
 def shown_generations(run: RunData) -> list[dict[str, Any]]:
-    """Return the pairs with their answers as the page's template takes them."""
-    if not run.generations:
+    """Return the pairs with the run's answers over its steps, as the page's template takes them."""
+    read = _held_out(run) if run.generations else None
+    return [
+        _entry(run, read, [(f"{step:,}", lines[step]) for step in spread(list(lines))])
+        for lines in list(run.generations.values())[:PAIRS]
+    ]
+
+
+def compared_generations(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Return the pairs that at least two runs answered, with the latest answers of each, as the template takes them.
+
+    Answers of the first run's model before training come first, if there are any.
+    """
+    first = next((run for run in runs if run.generations), None)
+    if first is None:
         return []
+    read, found = _held_out(first), []
+    for index, lines in first.generations.items():
+        same = [(run.name, own) for run in runs if (own := run.generations.get(index)) and _data(own) == _data(lines)]
+        if len(same) > 1:
+            start = [(START, lines[0])] if 0 in lines else []
+            found.append(_entry(first, read, start + [(name, own[max(own)]) for name, own in same]))
+    return found[:PAIRS]
+
+
+def _data(lines: dict[int, dict[str, Any]]) -> object:
+    """Return the digest of the held-out data that a pair is of."""
+    return lines[max(lines)]["data"]
+
+
+def _held_out(run: RunData) -> ReadSpec | None:
     try:
-        read = held_out_data(run.recipe)
+        return held_out_data(run.recipe)
     except (OrpoRayError, OSError):
-        read = None  # the texts are in the run folder
-    return [_entry(run, read, lines) for lines in list(run.generations.values())[:PAIRS]]
+        return None  # the texts are in the run folder
 
 
-def _entry(run: RunData, read: ReadSpec | None, lines: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    steps = spread(list(lines))
-    last = lines[steps[-1]]
+def _entry(run: RunData, read: ReadSpec | None, answers: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    last = answers[-1][1]
     images: list[str] = []
     if read is not None and read.digest == last["data"] and last["sample_index"] < read.end_sample:
         shard, pair = pair_at(read, last["sample_index"])
@@ -41,7 +69,7 @@ def _entry(run: RunData, read: ReadSpec | None, lines: dict[int, dict[str, Any]]
         "prompt": last["prompt"],
         "chosen": last["chosen"],
         "rejected": last["rejected"],
-        "steps": [{"step": step, "greedy": lines[step]["greedy"], "sampled": lines[step]["sampled"]} for step in steps],
+        "answers": [{"by": by, "greedy": line["greedy"], "sampled": line["sampled"]} for by, line in answers],
     }
 
 

@@ -15,8 +15,9 @@ from orpo_ray.evaluation.summary import ACCURACIES, ACCURATE, GAP, MARGINS, Summ
 from orpo_ray.pages.curves import short
 from orpo_ray.pages.environment import page_template
 from orpo_ray.report.charts import color, curves_of, margins_of
-from orpo_ray.report.generations import shown_generations
+from orpo_ray.report.generations import compared_generations, shown_generations
 from orpo_ray.report.pairs import shown_pairs
+from orpo_ray.report.pdf import print_pdf
 from orpo_ray.report.run_data import RunData, read_run
 from orpo_ray.storage.run_folder import DATA_FILE, REPORT_FILE, RunFolder
 
@@ -37,18 +38,19 @@ class Card:
     level: str = "none"
 
 
-def write_report(uris: Sequence[str], output: str | None = None) -> str:
+def write_report(uris: Sequence[str], output: str | None = None, pdf: str | None = None) -> str:
     """Write the report of a run into its folder, or of several runs into `report.html` here.
 
     Args:
         uris: run folders.
         output: the file to write instead.
+        pdf: a file to print the page into as well.
 
     Returns:
         Path or URI of the page.
 
     Raises:
-        UserError: a folder holds no run, or the file cannot be written.
+        UserError: a folder holds no run, or a file cannot be written.
     """
     runs = [read_run(RunFolder(uri.rstrip("/"))) for uri in uris]
     page = render_report(runs)
@@ -62,6 +64,8 @@ def write_report(uris: Sequence[str], output: str | None = None) -> str:
     except OSError as error:
         fix = "make room there, or write it elsewhere: orpo-ray report RUN --output FILE"
         raise UserError(f"cannot write the report: {error}", field=uri, fix=fix) from None
+    if pdf is not None:
+        print_pdf(path, Path(pdf))
     return uri
 
 
@@ -86,7 +90,7 @@ def render_report(runs: Sequence[RunData]) -> str:
         margins=margins_of(single) if len(runs) == 1 else None,
         pairs=pairs,
         no_pairs=no_pairs,
-        generations=shown_generations(single) if len(runs) == 1 else [],
+        generations=shown_generations(single) if len(runs) == 1 else compared_generations(runs),
         whys=[(why, sum(pair["why"] == why for pair in pairs)) for why in dict.fromkeys(pair["why"] for pair in pairs)],
         breakdowns=summary.breakdowns if summary and len(runs) == 1 else {},
         estimate=_estimate_text,

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from orpo_ray.errors import UserError
 from orpo_ray.report.page import write_report
+from orpo_ray.report.pdf import print_pdf
 from support.browser import Opened, start_browser
 from support.cover import cover
 from support.data_reports import HOSTILE
@@ -119,3 +121,32 @@ def test_runs_are_beside_each_other(browser: Any, pages: dict[str, Path]) -> Non
     legend = one.page.locator(".curve").first.locator(".legend li").all_inner_texts()
     assert [text.split()[0] for text in legend] == ["planted", "run-2", "run-3"]
     one.close()
+
+
+def test_a_page_is_printed_as_a_pdf(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:
+    pdf = tmp_path / "report.pdf"
+    print_pdf(pages["one"], pdf)
+    printed = pdf.read_bytes()
+    assert printed.startswith(b"%PDF-")
+    assert printed.count(b"/Type /Page\n") > 1 or printed.count(b"/Type /Page ") > 1
+
+
+def test_a_pdf_that_cannot_be_printed_or_written_is_one_message(
+    pages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def problem(output: Path) -> str:
+        with pytest.raises(UserError) as error:
+            print_pdf(pages["one"], output)
+        return str(error.value)
+
+    fake = tmp_path / "chromium"
+    fake.write_text("#!/bin/sh\necho no display >&2; exit 3")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "did not print the page: no display" in problem(tmp_path / "report.pdf")
+    fake.write_text("""#!/bin/sh
+for each; do case "$each" in --print-to-pdf=*) echo %PDF- > "${each#*=}";; esac; done
+""")
+    assert "--pdf: cannot write the PDF: " in problem(tmp_path / "nowhere" / "report.pdf")
+    monkeypatch.setenv("PATH", "")
+    assert "install one (apt-get install chromium), or open" in problem(tmp_path / "report.pdf")

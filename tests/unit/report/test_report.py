@@ -11,7 +11,7 @@ import pytest
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.token_scores import read_tokens, write_tokens
 from orpo_ray.report.charts import margins_of
-from orpo_ray.report.generations import shown_generations
+from orpo_ray.report.generations import compared_generations, shown_generations
 from orpo_ray.report.page import render_report, write_report
 from orpo_ray.report.pairs import shown_pairs
 from orpo_ray.report.run_data import read_run
@@ -72,14 +72,31 @@ def test_answers_stand_side_by_side_over_the_steps(tmp_path: Path) -> None:
     run = read_run(RunFolder(str(planted_run(tmp_path))))
     shown = shown_generations(run)
     assert [pair["id"] for pair in shown] == ["answered 0", "answered 3"]
-    assert [each["step"] for each in shown[0]["steps"]] == [0, 40, 60, 80, 120]
-    assert shown[0]["steps"][-1]["greedy"] == "greedy at 120"
+    assert [each["by"] for each in shown[0]["answers"]] == ["0", "40", "60", "80", "120"]
+    assert shown[0]["answers"][-1]["greedy"] == "greedy at 120"
     assert shown[0]["images"][0].startswith("data:image/jpeg;base64,")
     page = render_report([run])
     assert page.count('class="exchange"') == 2
     assert "&lt;b&gt;sampled&lt;/b&gt; at 120" in page
     (tmp_path / "data" / "test.jsonl").unlink()
     assert shown_generations(run)[0]["images"] == []
+
+
+def test_answers_of_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    """The latest ones, after those of the model before training; only to pairs that two runs answered."""
+    runs = [read_run(RunFolder(str(planted_run(tmp_path / name, name)))) for name in ("one", "two")]
+    shown = compared_generations(runs)
+    assert [each["by"] for each in shown[0]["answers"]] == ["before training", "one", "two"]
+    assert [each["greedy"] for each in shown[0]["answers"]] == ["greedy at 0", "greedy at 120", "greedy at 120"]
+    assert shown[0]["images"][0].startswith("data:image/jpeg;base64,")
+    page = render_report(runs)
+    assert page.count('class="exchange"') == len(shown) == 2
+    assert '<th scope="col"><bdi>two</bdi></th>' in page
+    index = next(iter(runs[1].generations))
+    for line in runs[1].generations[index].values():
+        line["data"] = "of other pairs"
+    assert len(compared_generations(runs)) == 1
+    assert compared_generations(runs[:1]) == []
 
 
 def test_data_that_changed_or_is_gone_is_said(tmp_path: Path) -> None:
