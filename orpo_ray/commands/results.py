@@ -55,23 +55,29 @@ def evaluate(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Have the answers compared with those of the base, or with the chosen ones, "
-                     "by the model behind this OpenAI-compatible address, with the key in OPENAI_API_KEY.",
-                     show_default=False),
+        typer.Option(metavar="URL", help="Address of the judge's model, if it is behind an OpenAI-compatible one, with "
+                     "the key in OPENAI_API_KEY.", show_default=False),
     ] = None,
     judge_model: Annotated[
-        str, typer.Option(metavar="NAME", help="Name of the judge's model.", show_default=False)
+        str,
+        typer.Option(metavar="NAME", help="Have the answers compared with those of the base, or with the chosen ones, "
+                     "by this model: a folder, a model of the hub, or one behind --judge.", show_default=False),
     ] = "",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Score a model on held-out pairs, with their own, with exchanged and with blank images."""
     from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
-    from orpo_ray.evaluation.judge import Judge
+    from orpo_ray.evaluation.judge import Judge, ServerJudge
+    from orpo_ray.evaluation.local_judge import LocalJudge
     from orpo_ray.evaluation.table import print_evaluation
 
-    if bool(judge) != bool(judge_model):
-        raise UserError("an address and a model are needed", field="--judge, --judge-model", fix="give both")
-    judged_by = Judge(judge, judge_model) if judge else None
+    if judge and not judge_model:
+        raise UserError(
+            "the name of the judge's model is missing", field="--judge", value=judge, fix="add --judge-model NAME"
+        )
+    judged_by: Judge | None = ServerJudge(judge, judge_model) if judge else None
+    if judge_model and not judge:
+        judged_by = LocalJudge(judge_model)
     options = EvaluateOptions(base, by or (), generate, benchmark or (), images, judged_by)
     evaluation = evaluate_run(run_or_model, overrides or [], console, options)
     if as_json:

@@ -1,4 +1,4 @@
-"""Answers judged by a vision-language model behind an OpenAI-compatible address.
+"""Answers judged by a vision-language model: behind an OpenAI-compatible address, or of this process.
 
 The judge sees image, prompt and two answers, twice with their positions swapped. An answer wins if it wins in both; all
 else is a tie.
@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,7 +24,7 @@ from orpo_ray.evaluation.statistics import Estimate, mean_estimate
 from orpo_ray.tracking.generations import Generation
 
 KEY = "OPENAI_API_KEY"
-OPTION = "--judge"
+OPTION, MODEL_OPTION = "--judge", "--judge-model"
 TIMEOUT = 120.0  # seconds for one verdict
 ATTEMPTS = 4
 RETRIED = {408, 429, 500, 502, 503, 504}
@@ -34,6 +34,32 @@ QUESTION = (
     "Reply with one word: A, B or TIE."
 )
 Verdict = Literal["win", "loss", "tie"]
+Choice = Literal["A", "B", "TIE"]
+
+
+class Judge(Protocol):
+    """Compares two answers."""
+
+    def check(self) -> None:
+        """Check what can be checked before any model is loaded. Raises UserError."""
+
+    def better(self, prompt: str, images: tuple[bytes, ...], first: str, second: str) -> Choice:
+        """Say which answer is better.
+
+        Args:
+            prompt: the text of the prompt.
+            images: its images, as JPEG files.
+            first: answer A.
+            second: answer B.
+
+        Raises:
+            UserError: the judge does not answer.
+        """
+
+
+def question(prompt: str, first: str, second: str) -> str:
+    """Return what a judge is asked."""
+    return QUESTION.format(prompt=prompt, first=first or "(nothing)", second=second or "(nothing)")
 
 
 class _Busy(Exception):
@@ -41,8 +67,8 @@ class _Busy(Exception):
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A judge."""
+class ServerJudge:
+    """A `Judge` behind an address."""
 
     url: str
     """Up to and including the version, such as `http://localhost:8000/v1`."""
@@ -63,14 +89,13 @@ class Judge:
                 fix=f"use https, or unset {KEY}",
             )
 
-    def better(self, generation: Generation, first: str, second: str) -> Literal["A", "B", "TIE"]:
+    def better(self, prompt: str, images: tuple[bytes, ...], first: str, second: str) -> Choice:
         """Ask which answer is better. Raises UserError."""
-        text = QUESTION.format(prompt=generation.prompt, first=first or "(nothing)", second=second or "(nothing)")
-        images = [
+        shown = [
             {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(image).decode()}}
-            for image in generation.images
+            for image in images
         ]
-        message = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+        message = {"role": "user", "content": [*shown, {"type": "text", "text": question(prompt, first, second)}]}
         body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 256}
         try:
             for attempt in Retrying(
@@ -143,14 +168,15 @@ def judge_answers(judge: Judge, answers: Sequence[Generation], others: Sequence[
         if answer.greedy == other:
             verdicts.append("tie")
             continue
-        one, two = judge.better(answer, answer.greedy, other), judge.better(answer, other, answer.greedy)
+        one = judge.better(answer.prompt, answer.images, answer.greedy, other)
+        two = judge.better(answer.prompt, answer.images, other, answer.greedy)
         swapped += one == two != "TIE"
         verdicts.append("win" if (one, two) == ("A", "B") else "loss" if (one, two) == ("B", "A") else "tie")
     points = np.array([{"win": 1.0, "loss": 0.0, "tie": 0.5}[each] for each in verdicts])
     return Judged(against, verdicts, mean_estimate(points), swapped)
 
 
-def verdict_of(reply: str) -> Literal["A", "B", "TIE"]:
+def verdict_of(reply: str) -> Choice:
     """Read the judge's reply: its last A, B or TIE that stands alone; a reply without one is a tie."""
     found = re.findall(r"\b(A|B|TIE)\b", re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).upper())
     return found[-1] if found else "TIE"

@@ -49,4 +49,4 @@ def test_an_image_that_is_not_there_is_one_message(tmp_path: Path) -> None:
     assert orpo_ray_here("chat", "nowhere", cwd=tmp_path).returncode == 2
     both = orpo_ray_here("evaluate", model, "--judge", "http://localhost/v1", cwd=tmp_path)
     assert both.returncode == 2
-    assert "give both" in both.stderr
+    assert "add --judge-model NAME" in both.stderr

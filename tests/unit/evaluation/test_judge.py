@@ -1,18 +1,24 @@
-"""A judge behind a server that speaks the protocol."""
+"""A judge behind a server that speaks the protocol, and a model of this process."""
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.evaluate_run import EvaluateOptions
-from orpo_ray.evaluation.judge import Judge, judge_answers, verdict_of
+from orpo_ray.evaluation.generation import Answerer
+from orpo_ray.evaluation.judge import ServerJudge, judge_answers, verdict_of
+from orpo_ray.evaluation.local_judge import LocalJudge
+from orpo_ray.tiny_models.build import resolve
 from orpo_ray.tracking.generations import Generation
 
 KEY = "sk-test"
@@ -87,7 +93,7 @@ def test_positions_are_swapped_and_a_preference_for_one_is_a_tie(
         answer(4, "identical"),
     ]
     others = ["short", "longer", "other", "another", "identical"]
-    judge = Judge(server.url, "judge")
+    judge = ServerJudge(server.url, "judge")
     judge.check()
     found = judge_answers(judge, answers, others, "the base")
     assert found.verdicts == ["win", "loss", "tie", "tie", "tie"]
@@ -109,30 +115,30 @@ def test_a_busy_judge_is_asked_again_and_a_broken_one_is_one_message(
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     server = serve(lambda first, second: "A")
     server.statuses = [429, 503]
-    assert Judge(server.url, "judge").better(answer(0, "a"), "a", "b") == "A"
+    assert ServerJudge(server.url, "judge").better("What?", (b"jpeg",), "a", "b") == "A"
     assert {each["key"] for each in server.seen} == {None}
     for statuses, said in (([401], "status 401"), ([500] * 9, "status 500"), ([302], "status 302")):
         server.statuses = list(statuses)
         with pytest.raises(UserError, match=said):
-            Judge(server.url, "judge").better(answer(0, "a"), "a", "b")
+            ServerJudge(server.url, "judge").better("What?", (b"jpeg",), "a", "b")
     with pytest.raises(UserError, match="ConnectionError"):
-        Judge("http://127.0.0.1:9/v1", "judge").better(answer(0, "a"), "a", "b")
+        ServerJudge("http://127.0.0.1:9/v1", "judge").better("What?", (b"jpeg",), "a", "b")
 
 
 def test_the_key_does_not_travel_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for url in ("https://judge.example/v1", "http://127.0.0.1:8000/v1", "http://[::1]:8000/v1", "http://localhost/v1"):
-        Judge(url, "judge").check()
+        ServerJudge(url, "judge").check()
     with pytest.raises(UserError, match="without encryption"):
-        Judge("http://judge.example/v1", "judge").check()
+        ServerJudge("http://judge.example/v1", "judge").check()
     with pytest.raises(UserError, match="key in it"):
-        Judge("https://user:secret@judge.example/v1", "judge").check()
+        ServerJudge("https://user:secret@judge.example/v1", "judge").check()
     with pytest.raises(UserError, match="not an address"):
-        Judge("judge.example", "judge").check()
+        ServerJudge("judge.example", "judge").check()
     monkeypatch.delenv("OPENAI_API_KEY")
-    Judge("http://judge.example/v1", "judge").check()
+    ServerJudge("http://judge.example/v1", "judge").check()
     with pytest.raises(UserError, match="no answers to judge"):
-        EvaluateOptions(judge=Judge("http://judge.example/v1", "judge")).check()
+        EvaluateOptions(judge=ServerJudge("http://judge.example/v1", "judge")).check()
 
 
 def test_replies_are_read_by_their_last_verdict() -> None:
@@ -141,3 +147,32 @@ def test_replies_are_read_by_their_last_verdict() -> None:
         "": "TIE", "**B**": "B",
     }.items():  # fmt: skip
         assert verdict_of(reply) == verdict, reply
+
+
+def test_a_model_of_this_process_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model sees the question with both answers and as many images as the prompt has; a tiny one says nothing."""
+    judge = LocalJudge(str(resolve("orpo-ray/tiny-smolvlm")))
+    judge.check()
+    asked: list[tuple[str, int]] = []
+    answer_of = Answerer.answer
+
+    def spy(self: Answerer, text: str, images: list[Image.Image], *more: Any) -> str:
+        asked.append((text, len(images)))
+        answer_of(self, text, images, *more)
+        return "B" if "Answer A: worse" in text else "A"
+
+    monkeypatch.setattr(Answerer, "answer", spy)
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(file, "JPEG")
+    generation = Generation(0, "0", "", "What colour?", "chosen", "rejected", "worse", "", images=(file.getvalue(),))
+    found = judge_answers(judge, [generation], ["better"], "the base")
+    assert found.verdicts == ["loss"]
+    assert [count for _, count in asked] == [1, 1]
+    assert "What colour?" in asked[0][0]
+    assert "Answer B: better" in asked[0][0]
+    assert asked[0][0].count("<image>") == 1
+
+
+def test_a_judge_that_is_no_model_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing-here"):
+        LocalJudge(str(tmp_path / "nothing-here")).better("What?", (), "a", "b")

@@ -1,0 +1,63 @@
+"""Answers judged by a vision-language model in this process: a folder, or a model of the hub."""
+
+from __future__ import annotations
+
+import io
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+
+from orpo_ray.data.pairs import Message
+from orpo_ray.errors import RowError, UserError
+from orpo_ray.evaluation.generation import Answerer
+from orpo_ray.evaluation.judge import MODEL_OPTION, Choice, question, verdict_of
+from orpo_ray.evaluation.targets import find_base
+from orpo_ray.storage.run_folder import RunFolder
+
+VERDICT_TOKENS = 64
+
+
+class LocalJudge:
+    """A `Judge` that loads its model when it is asked first: the models that it judges are gone by then.
+
+    Args:
+        name: folder of a run, a model or adapters, or a model of the hub.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def check(self) -> None:
+        """Check that the model is there. Raises UserError."""
+        _ = self._target
+
+    def better(self, prompt: str, images: tuple[bytes, ...], first: str, second: str) -> Choice:
+        """Ask which answer is better. Raises UserError if the model cannot take the question."""
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+        message: Message = {
+            "role": "user",
+            "content": [*content, {"type": "text", "text": question(prompt, first, second)}],
+        }
+        shown = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+        try:
+            text = self._answerer.encoder.render([message], add_generation_prompt=True)
+            return verdict_of(self._answerer.answer(text, shown))
+        except RowError as error:
+            raise UserError(
+                f"the judge cannot take the question: {error.detail}",
+                field=MODEL_OPTION,
+                value=self.name,
+                fix="give an instruction-tuned model that takes as many images as a pair has",
+            ) from None
+
+    @cached_property
+    def _target(self) -> Any:
+        return find_base(self.name, RunFolder(self.name.rstrip("/")))
+
+    @cached_property
+    def _answerer(self) -> Answerer:
+        target, device = self._target, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = target.encoder(target.recipe).build()
+        return Answerer(target.load(device, target.recipe.optim.seed).eval(), encoder, VERDICT_TOKENS)
