@@ -145,19 +145,16 @@ def load_base(model_config: ModelConfig, device: torch.device) -> torch.nn.Modul
         register()
         language = SHARED_PREFIX
     try:
-        # Weights that the files lack are drawn: always the same ones, whatever this process has drawn before.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModelForImageTextToText.from_pretrained(
-                resolve(model_config.id),
-                revision=model_config.revision,
-                trust_remote_code=model_config.trust_remote_code,
-                use_safetensors=None if model_config.allow_pickle else True,
-                weights_only=True,
-                dtype=dtype,
-                attn_implementation={"text_config": language, "vision_config": "sdpa"},
-                **quantized,
-            )
+        model = AutoModelForImageTextToText.from_pretrained(
+            resolve(model_config.id),
+            revision=model_config.revision,
+            trust_remote_code=model_config.trust_remote_code,
+            use_safetensors=None if model_config.allow_pickle else True,
+            weights_only=True,
+            dtype=dtype,
+            attn_implementation={"text_config": language, "vision_config": "sdpa"},
+            **quantized,
+        )
     except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
         raise cannot_load("model", model_config.id, error) from None
     use_vision_attention(model)

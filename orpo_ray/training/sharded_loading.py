@@ -38,6 +38,7 @@ def load_for_training(recipe: Recipe, device: torch.device, bases: BaseModels | 
         UserError: the model cannot be loaded, or the recipe does not fit it.
     """
     resolve(recipe.model.id)  # a tiny model is built whole, before its weights would be divided
+    torch.manual_seed(0)  # of weights that the files lack: the same ones on all workers, and after a resume
     with _dividing(recipe, device):
         return load_model(recipe.model, device, recipe.optim.seed, bases)
 

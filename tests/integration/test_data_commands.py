@@ -21,6 +21,7 @@ from orpo_ray.data_report.check import check_data
 from orpo_ray.data_report.prepare import prepare_data
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.evaluate_run import evaluate_run
+from orpo_ray.exporting.model_card import CardFacts, render_model_card
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.training.launch import launch_training
 from support.broken_rows import KINDS, write_broken
@@ -92,6 +93,11 @@ def test_check_then_prepare_then_train(tmp_path: Path) -> None:
         source, pair = to_pair(row, "trl", {}, "x"), found[row["id"]]
         assert (pair.prompt, pair.chosen, pair.rejected) == (source.prompt, source.chosen, source.rejected)
         assert pair.images[0]["bytes"] == (path.parent / row["images"][0]).read_bytes()
+    # A model card names what the set was prepared from, not the folder of the set.
+    card = render_model_card(CardFacts(from_prepared, "whole", {"eval/rewards/accuracies": 0.9}, None, {}))
+    assert f"Trained on `{path.name}`" in card
+    assert "from `test.jsonl`" in card
+
     launch_training(from_prepared, QUIET)
     assert sorted(losses(tmp_path / "runs" / "from-prepared")) == list(range(1, 11))
 

@@ -35,7 +35,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Broken:
 
 def recipe_of(storage: Path, name: str, broken: Broken, workers: int, epochs: int = 1) -> Recipe:
     sections: dict[str, Any] = {
-        "data": {"train": str(broken[0]), "shuffle_window": 128},
+        "data": {"train": str(broken[0]), "shuffle_window": 128, "max_bad_fraction": 0.1},
         "optim": {"epochs": epochs, "max_steps": None, "pairs_per_step": PER_STEP},
         "checkpoint": {"every_steps": 4},
         "scaling": {"num_workers": workers},

@@ -193,13 +193,14 @@ def test_a_run_folder_in_s3_has_one_writer(s3: Faults) -> None:
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path, is_killed: bool) -> None:
     """Read data from S3, write checkpoints and model to S3, resume and evaluate, while the server fails at times."""
+    steps = 40 if is_killed else 8  # enough to be killed before the end
     write_pairs(tmp_path / "data", 64)
     write_pairs(tmp_path / "data", 16, "test")
     upload(tmp_path / "data", "data")
     sections: dict[str, Any] = {
         "data": {"train": f"s3://{BUCKET}/data/train.jsonl", "eval": f"s3://{BUCKET}/data/test.jsonl"},
         "checkpoint": {"storage": f"s3://{BUCKET}/runs", "every_steps": 4, "scratch": str(tmp_path / "scratch")},
-        "optim": {"max_steps": 8},
+        "optim": {"max_steps": steps},
     }
     recipe = tiny_recipe(tmp_path, "remote", **sections)
     path = tmp_path / "remote.yaml"
@@ -221,7 +222,7 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path, is_kil
     assert (tmp_path / "scratch").is_dir()
     assert launch_training(recipe, Console(file=io.StringIO())).was_finished
     folder.pull("metrics.jsonl", "final", "recipe.yaml")
-    assert sorted(losses(folder.path)) == list(range(1, 9))
+    assert sorted(losses(folder.path)) == list(range(1, steps + 1))
     assert (folder.path / "final" / "model.safetensors").stat().st_size > 10**6
     overrides = [f"data.eval={tmp_path}/data/test.jsonl"]
     scored = evaluate_run(folder.uri, overrides, Console(file=io.StringIO())).metrics

@@ -20,6 +20,8 @@ from support.runs import wait_until
 NODE = {"num_cpus": 3, "object_store_memory": 150 << 20}
 NODE_STARTS = 300  # seconds that nodes may take while other tests run
 ATTEMPTS = 5  # to start a node
+# If a Ray of this process has turned token authentication on, the nodes of a cluster ask for a token too.
+TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextmanager
@@ -91,14 +93,18 @@ def start_training(cluster: Any, recipe: Recipe, folder: Path) -> subprocess.Pop
     """Start `orpo-ray train` on a cluster."""
     path = folder / f"{recipe.name}.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    # Without the settings of the Ray that this process may have started.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
         [sys.executable, "-m", "orpo_ray", "train", str(path)],
-        env=own | {"RAY_ADDRESS": cluster.address},
+        env=environment_of(cluster),
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def environment_of(cluster: Any) -> dict[str, str]:
+    """Return the environment of a command that joins a cluster: without the settings of another Ray of this process."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name in TOKEN}
+    return own | {"RAY_ADDRESS": cluster.address}
 
 
 def drain(cluster: Any, node: Any, seconds: int) -> None:
@@ -124,9 +130,8 @@ def room_kept_for(cluster: Any, run_id: str) -> str:
         "coordinator = ray.get_actor('AutoscalingCoordinator', namespace='AutoscalingCoordinator');"
         "print(ray.get(coordinator.get_reserved_resources.remote('train-' + sys.argv[1])))"
     )
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     asked = subprocess.run(
         [sys.executable, "-c", code, run_id],
-        env=own | {"RAY_ADDRESS": cluster.address}, check=True, capture_output=True, text=True,
+        env=environment_of(cluster), check=True, capture_output=True, text=True,
     )  # fmt: skip
     return asked.stdout.strip()
