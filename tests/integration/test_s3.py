@@ -193,7 +193,7 @@ def test_a_run_folder_in_s3_has_one_writer(s3: Faults) -> None:
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path, is_killed: bool) -> None:
     """Read data from S3, write checkpoints and model to S3, resume and evaluate, while the server fails at times."""
-    steps = 40 if is_killed else 8  # enough to be killed before the end
+    steps = 100 if is_killed else 8  # enough to be killed before the end
     write_pairs(tmp_path / "data", 64)
     write_pairs(tmp_path / "data", 16, "test")
     upload(tmp_path / "data", "data")
