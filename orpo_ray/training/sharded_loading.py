@@ -26,8 +26,8 @@ def load_for_training(recipe: Recipe, device: torch.device, bases: BaseModels | 
     Then rank 0 reads the files and sends each weight to the others. No worker ever holds more than its part of the
     model and one weight; rank 0 maps the files into memory in addition, and the system can drop what it has read.
 
-    4-bit weights are divided as soon as each is quantized, on every worker (`quantized_loading.py`). Other stages need
-    whole weights on every worker.
+    4-bit weights are divided as soon as each is quantized, on every worker (`quantized_loading.py`). Their scales, 1/64
+    byte for each weight, stay whole on every worker. Other stages need whole weights on every worker.
 
     Args:
         recipe: the recipe.

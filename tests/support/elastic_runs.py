@@ -23,8 +23,8 @@ def elastic_recipe(storage: Path, name: str, **scaling: Any) -> Recipe:
         storage,
         name,
         data={"format": "support.slow_rows:slowly"},
-        # A run of two workers and one of one worker drift apart by rounding, faster at a higher rate: to 3e-4 at step 80
-        # with 1e-3, before anything happens to the nodes.
+        # Runs of two workers and of one drift apart by rounding, faster at a higher rate: with 1e-3, to 3e-4 at step
+        # 80, before anything happens to the nodes.
         optim={"max_steps": 5000, "epochs": 1000, "schedule": "constant", "learning_rate": 1e-4},
         # A node has three CPUs: one worker, and room for the data.
         scaling={"num_workers": [1, 2], "cpus_per_worker": 1.6, "resize_interval_s": 2, **scaling},

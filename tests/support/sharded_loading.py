@@ -72,14 +72,20 @@ def _mapped_files() -> Iterator[tuple[int, int]]:
 
 
 def memory_of_loading(_rank: int, _workers: int, folder: str, section: dict[str, Any]) -> dict[str, int]:
-    """Return in bytes: `peak` while loading, `held` of base weights after it, and of the model `whole`, `largest`."""
+    """Return in bytes: `peak` while loading, `held` of base weights after it, and of the model `whole`, `largest`, and
+    `scales` of 4-bit weights.
+    """
     with LiveMemory() as memory:
         model = load_for_training(recipe_of(folder, section), CPU)
     base = [p for name, p in model.named_parameters() if "lora_" not in name]
     sizes = [getattr(p, "ds_numel", p.numel()) * p.element_size() for p in base]
     held = sum(p.untyped_storage().nbytes() for p in base) + sum(p.ds_tensor.nbytes for p in base if _is_divided(p))
     adapters = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
-    return {"peak": memory.peak - adapters, "held": held, "whole": sum(sizes), "largest": max(sizes)}
+    states = [state for module in model.modules() if (state := getattr(module, "quant_state", None)) is not None]
+    states += [state.state2 for state in states if state.nested]
+    scales = sum(state.absmax.nbytes + state.code.nbytes for state in states)
+    figures = {"whole": sum(sizes), "largest": max(sizes), "scales": scales}
+    return {"peak": memory.peak - adapters, "held": held} | figures
 
 
 def _is_divided(parameter: torch.Tensor) -> bool:
