@@ -99,9 +99,13 @@ def tune(recipe: RecipeFile, overrides: Overrides = None, price_per_hour: Prices
     """Search recipe fields with Ray Tune; run the same command again to go on. Every trial is an ordinary run."""
     loaded = _load_for_ray(recipe, overrides)
     searched = list(loaded.search)
+    from orpo_ray.sweep.board import INTERRUPTED
     from orpo_ray.sweep.run import run_sweep
 
-    print_sweep(run_sweep(loaded, console, price_per_hour or ()), searched, loaded.tune.metric)
+    sweep = run_sweep(loaded, console, price_per_hour or ())
+    print_sweep(sweep, searched, loaded.tune.metric)
+    if sweep.ended_by == INTERRUPTED:
+        raise typer.Exit(128 + signal.SIGINT)
 
 
 results.add_to(app)

@@ -115,7 +115,8 @@ def print_sweep(sweep: Sweep, fields: Sequence[str], metric_name: str) -> None:
         table.add_row(trial.name, *figures, metric, str(trial.steps), escape(trial.status), style=style)
     console.print(table)
     if sweep.ended_by:
-        text = f"the search ended before its trials did: {sweep.ended_by}; the same command goes on"
+        higher = " with a higher value" if "tune.max_" in sweep.ended_by else ""
+        text = f"the search ended before its trials did: {sweep.ended_by}; the same command{higher} goes on"
         console.print(f"[yellow]warning:[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
     if sweep.front:
         print_line(f"not beaten in both metrics: {', '.join(sweep.front)}")

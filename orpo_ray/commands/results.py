@@ -55,8 +55,8 @@ def evaluate(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Address of the judge's model, if it is behind an OpenAI-compatible one, with "
-                     "the key in OPENAI_API_KEY.", show_default=False),
+        typer.Option(metavar="URL", help="Address of an OpenAI-compatible server that runs the judge, with the key in "
+                     "OPENAI_API_KEY.", show_default=False),
     ] = None,
     judge_model: Annotated[
         str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from orpo_ray.evaluation.benchmarks import Benchmark, BenchmarkScores, read_benc
 from orpo_ray.evaluation.categories import groups_by
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, Scores, with_prefix
 from orpo_ray.evaluation.generation import Answerer, generate_held_out
-from orpo_ray.evaluation.judge import Judge, Judged, judge_answers
+from orpo_ray.evaluation.judge import MODEL_OPTION, Judge, Judged, judge_answers
 from orpo_ray.evaluation.pair_scores import read_pair_scores, write_pair_scores
 from orpo_ray.evaluation.summary import Summary, summarize
 from orpo_ray.evaluation.targets import Target, find_base, find_target
@@ -57,7 +58,7 @@ class EvaluateOptions:
         if self.judge is not None:
             self.judge.check()
             if not self.generate:
-                raise UserError("there are no answers to judge", field="--judge", fix="add --generate N")
+                raise UserError("there are no answers to judge", field=MODEL_OPTION, fix="add --generate N")
         if self.images is not None and not self.benchmarks:
             raise UserError("there is no benchmark", field="--images", value=self.images,
                             fix="add --benchmark pope:FILE")  # fmt: skip
@@ -158,6 +159,7 @@ def evaluate_run(
             write_tokens(folder, own.tokens, held_out.digest)
         judged = None
         if options.judge is not None and own.answers:
+            _free_memory()
             judged = _judge(options.judge, own.answers, None if other is None else other.answers, base)
         compared = None if base is None or other is None or other.scores is None else (base.name, other.scores.pairs)
         return Evaluation(
@@ -224,6 +226,13 @@ def measure(target: Target, work: Work, console: Console, grounding: bool, run: 
         say(f"asking {len(benchmark.questions):,} questions of {benchmark.name}")
         found.append(score_benchmark(benchmark, model, encoder, planner))
     return Measured(scores, answers, found, tokens)
+
+
+def _free_memory() -> None:
+    """Free the judged models: layers with replaced forward passes refer to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _judge(

@@ -33,6 +33,8 @@ QUESTION = (
     "answer for its length or position.\n\nQuestion: {prompt}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\n"
     "Reply with one word: A, B or TIE."
 )
+_ARTICLE = re.compile(r"(?:\A|(?<=[.!?:\n]))\s*A(?=\s+(?!is\b|was\b|wins\b|has\b|gives\b)[a-z])")
+"""An "A" that begins a sentence and goes with a noun."""
 Verdict = Literal["win", "loss", "tie"]
 Choice = Literal["A", "B", "TIE"]
 
@@ -116,7 +118,7 @@ class ServerJudge:
             # A redirect could lead the key elsewhere.
             found = requests.post(address, json=body, headers=headers, timeout=TIMEOUT, allow_redirects=False)
         except requests.RequestException as error:
-            raise self._failed(type(error).__name__) from None
+            raise _Busy(type(error).__name__) from None
         if found.status_code in RETRIED:
             raise _Busy(f"status {found.status_code}")
         if found.status_code != 200:
@@ -177,8 +179,11 @@ def judge_answers(judge: Judge, answers: Sequence[Generation], others: Sequence[
 
 
 def verdict_of(reply: str) -> Choice:
-    """Read the judge's reply: its last A, B or TIE that stands alone; a reply without one is a tie."""
-    found = re.findall(r"\b(A|B|TIE)\b", re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).upper())
+    """Read the judge's reply: its last A, B or TIE that stands alone and is no article; without one, it is a tie."""
+    text = re.sub(r"<think>.*?(</think>|\Z)", "", reply, flags=re.DOTALL).strip()  # also if it was cut off
+    if whole := re.fullmatch(r"\W*(a|b|tie)\W*", text, re.IGNORECASE):
+        return whole[1].upper()  # type: ignore[return-value]
+    found = re.findall(r"\b(A|B|TIE)\b", _ARTICLE.sub("", re.sub(r"\b[Tt]ie\b", "TIE", text)))
     return found[-1] if found else "TIE"
 
 

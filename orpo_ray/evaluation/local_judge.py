@@ -14,6 +14,7 @@ from orpo_ray.errors import RowError, UserError
 from orpo_ray.evaluation.generation import Answerer
 from orpo_ray.evaluation.judge import MODEL_OPTION, Choice, question, verdict_of
 from orpo_ray.evaluation.targets import find_base
+from orpo_ray.model.loading import load_config
 from orpo_ray.storage.run_folder import RunFolder
 
 VERDICT_TOKENS = 64
@@ -27,11 +28,19 @@ class LocalJudge:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self._folder = name, RunFolder(name.rstrip("/"))  # a mirror of a remote run is deleted with it
 
     def check(self) -> None:
         """Check that the model is there. Raises UserError."""
-        _ = self._target
+        try:
+            load_config(self._target.model)
+        except UserError as error:
+            raise UserError(
+                f"the judge cannot be loaded: {error.problem}",
+                field=MODEL_OPTION,
+                value=self.name,
+                fix="give the folder of a run or a model, or a model of the hub that this machine can reach",
+            ) from None
 
     def better(self, prompt: str, images: tuple[bytes, ...], first: str, second: str) -> Choice:
         """Ask which answer is better. Raises UserError if the model cannot take the question."""
@@ -54,7 +63,7 @@ class LocalJudge:
 
     @cached_property
     def _target(self) -> Any:
-        return find_base(self.name, RunFolder(self.name.rstrip("/")))
+        return find_base(self.name, self._folder)
 
     @cached_property
     def _answerer(self) -> Answerer:

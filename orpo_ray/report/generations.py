@@ -29,18 +29,20 @@ def shown_generations(run: RunData) -> list[dict[str, Any]]:
 def compared_generations(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """Return the pairs that at least two runs answered, with the latest answers of each, as the template takes them.
 
-    Answers of the first run's model before training come first, if there are any.
+    Those of the first run's model before training come first, if there are any.
     """
-    first = next((run for run in runs if run.generations), None)
-    if first is None:
-        return []
-    read, found = _held_out(first), []
-    for index, lines in first.generations.items():
-        same = [(run.name, own) for run in runs if (own := run.generations.get(index)) and _data(own) == _data(lines)]
-        if len(same) > 1:
-            start = [(START, lines[0])] if 0 in lines else []
-            found.append(_entry(first, read, start + [(name, own[max(own)]) for name, own in same]))
-    return found[:PAIRS]
+    answered: dict[tuple[int, object], list[RunData]] = {}
+    for run in runs:
+        for index, lines in run.generations.items():
+            answered.setdefault((index, _data(lines)), []).append(run)
+    found = []
+    for (index, _), both in answered.items():
+        if len(both) > 1 and len(found) < PAIRS:
+            first = both[0].generations[index]
+            start = [(START, first[0])] if 0 in first else []
+            latest = [(run.name, run.generations[index][max(run.generations[index])]) for run in both]
+            found.append(_entry(both[0], _held_out(both[0]), start + latest))
+    return found
 
 
 def _data(lines: dict[int, dict[str, Any]]) -> object:

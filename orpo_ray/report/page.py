@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orpo_ray import __version__
 from orpo_ray.errors import UserError
+from orpo_ray.evaluation.pair_scores import facts_of_table
 from orpo_ray.evaluation.statistics import Estimate
 from orpo_ray.evaluation.summary import ACCURACIES, ACCURATE, GAP, MARGINS, Summary, Verdict, percent, summarize
 from orpo_ray.pages.curves import short
@@ -71,6 +72,8 @@ def write_report(uris: Sequence[str], output: str | None = None, pdf: str | None
 
 def render_report(runs: Sequence[RunData]) -> str:
     """Render the page. Texts of recipes and data need not be trusted."""
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, label=run.folder.uri) for run in runs]
     summaries = [_summary(run) for run in runs]
     single, summary = runs[0], summaries[0]
     verdicts = _verdicts(single, summary) if len(runs) == 1 else [_ranking(runs, summaries)]
@@ -138,6 +141,8 @@ def _ranking(runs: Sequence[RunData], summaries: Sequence[Summary | None]) -> Ve
     )
     if len(found) < 2:
         return Verdict("none", f"{len(runs)} runs side by side")
+    if len({facts_of_table(run.pairs).get("data") for run in runs if run.pairs is not None}) > 1:
+        return Verdict("none", f"{len(runs)} runs side by side", "they were scored on different pairs")
     (first, name), (second, _) = found[:2]
     if first.low > second.high:
         return Verdict("good", f"{name} is the most accurate", f"{percent(first.value)} of the held-out pairs")

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from orpo_ray.errors import UserError
@@ -32,9 +34,10 @@ def print_pdf(page: Path, output: Path) -> None:
             "no Chromium, Chrome or Edge is on this machine to print the page with",
             field=FIELD,
             value=str(output),
-            fix=f"install one (apt-get install chromium), or open {page} in a browser and print it",
+            fix="install one (apt-get install chromium), or open the page in a browser and print it",
         )
-    with tempfile.TemporaryDirectory(prefix="orpo-ray-pdf-") as folder:
+    # Beside the output, since a browser that is a snap has a /tmp of its own.
+    with _written(output), tempfile.TemporaryDirectory(prefix=".orpo-ray-pdf-", dir=output.resolve().parent) as folder:
         printed = Path(folder) / "page.pdf"
         command = [browser, "--headless", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder}/profile"]
         if os.geteuid() == 0:
@@ -46,10 +49,15 @@ def print_pdf(page: Path, output: Path) -> None:
         except (OSError, subprocess.TimeoutExpired) as error:
             said = str(error)
         if not printed.is_file():
-            fix = f"open {page} in a browser and print it"
+            fix = "open the page in a browser and print it"
             raise UserError(f"{browser} did not print the page: {said}", field=FIELD, value=str(output), fix=fix)
-        try:
-            shutil.copyfile(printed, output)
-        except OSError as error:
-            fix = "give a file in a folder that you can write to"
-            raise UserError(f"cannot write the PDF: {error}", field=FIELD, value=str(output), fix=fix) from None
+        printed.replace(output)
+
+
+@contextmanager
+def _written(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "give a file in a folder that you can write to"
+        raise UserError(f"cannot write the PDF: {error}", field=FIELD, value=str(output), fix=fix) from None

@@ -51,11 +51,13 @@ class RunData:
     """The same by the model before the first step."""
     generations: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
     """Sample index -> step -> line of `generations.jsonl`."""
+    label: str = ""
+    """What to call the run instead of the recipe's name."""
 
     @property
     def name(self) -> str:
-        """The recipe's name."""
-        return self.recipe.name
+        """What to call the run."""
+        return self.label or self.recipe.name
 
     @property
     def latest(self) -> dict[str, float]:

@@ -12,6 +12,8 @@ from orpo_ray.sweep.population import Population
 from orpo_ray.sweep.record import STEP, Record, Trial, finite_metrics
 from orpo_ray.sweep.searchers import Sampler
 
+INTERRUPTED = "it was interrupted"
+"""Why a sweep ended that a signal ended."""
 FINAL_KEY = "final"
 """Of the last report of a run."""
 
@@ -157,7 +159,7 @@ class Board:
         """Mark the trials that Tune left as interrupted."""
         with self.lock:
             for number in list(self._counted):
-                self.stopped_by = self.stopped_by or "it was interrupted"
+                self.stopped_by = self.stopped_by or INTERRUPTED
                 self.end(number)
 
     def should_stop(self) -> str | None:

@@ -80,7 +80,7 @@ def write_outcome(record: Record, space: Space, folder: RunFolder, ended_by: str
     rows = [row_of(trial, record, space) for trial in ranked]
     if not ranked or ranked[0].value(record.tune.metric) is None:
         reasons = "; ".join(f"{row.name} {row.status}" for row in rows)
-        raise TrainingFailed(f"no trial was evaluated: {reasons or ended_by}")
+        raise TrainingFailed(f"no trial was evaluated: {'; '.join(filter(None, (ended_by, reasons)))}")
     best = ranked[0]
     text = with_params(record.recipe, best.params, f"{record.recipe.name}{BEST}").to_yaml()
     (folder.path / BEST_RECIPE_FILE).write_text(text, encoding="utf-8")

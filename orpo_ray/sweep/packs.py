@@ -38,7 +38,7 @@ def why_not_packed(recipe: Recipe, space: Space) -> str | None:
         num_cpus=0, scheduling_strategy=on_this_node(), runtime_env=ENCODE_ENV, max_retries=0
     )
     try:
-        found: str | None = ray.get(task.remote(recipe))
+        found: str | None = ray.get(task.remote(with_params(recipe, first, recipe.name)))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     return found

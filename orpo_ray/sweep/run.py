@@ -107,6 +107,13 @@ def _checked_space(recipe: Recipe) -> Space:
     if not recipe.has_held_out:
         fix = "name held-out pairs in data.eval, or set data.eval_fraction"
         raise UserError("a search needs held-out pairs to rank its trials", field="data.eval", fix=fix)
+    if "data.train" in space.keys and recipe.data.eval_fraction:
+        raise UserError(
+            "trials that hold out pairs of different data cannot be compared",
+            field="tune.search",
+            value="data.train",
+            fix="name the held-out pairs in data.eval instead of data.eval_fraction",
+        )
     if not isinstance(recipe.scaling.num_workers, int):
         fix = "set one number; trials that run at the same time would take each other's workers"
         raise UserError(

@@ -34,6 +34,8 @@ TRACEBACKS = ("Traceback", "ray::", "Failure #")
 VARIABLES = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
 SLOW_STEPS = "ray.tune.utils.util"
 """The logger with which Tune warns of its own slowness, as on a busy machine."""
+WAYS_ON = "ray.tune.tune"
+"""The logger with which Tune says how to go on with a search, which does not work here."""
 
 
 def run_trials(
@@ -56,6 +58,7 @@ def run_trials(
     """
     os.environ.update(VARIABLES)
     logging.getLogger(SLOW_STEPS).setLevel(logging.ERROR)
+    logging.getLogger(WAYS_ON).setLevel(logging.CRITICAL)
     function = hosted_trainable
     if hosts is None:
         function = tune.with_parameters(

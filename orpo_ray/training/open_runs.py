@@ -56,9 +56,7 @@ class OpenRuns:
         self.opened: dict[str, OpenRun] = {}
         try:
             with ThreadPoolExecutor(max(1, len(names))) as pool:  # the lease of a dead process lasts half a minute
-                for name, found in zip(names, pool.map(partial(self._open_or_end, hosted), names), strict=True):
-                    if found is not None:
-                        self.opened[name] = found
+                list(pool.map(partial(self._open_or_end, hosted), names))
         except BaseException:
             self.__exit__()
             raise
@@ -94,12 +92,14 @@ class OpenRuns:
             groups[found.step, found.recipe.model.revision or ""][name] = found
         return [groups[place] for place in sorted(groups, reverse=True)]
 
-    def _open_or_end(self, hosted: HostedRuns, name: str) -> OpenRun | None:
+    def _open_or_end(self, hosted: HostedRuns, name: str) -> None:
         try:
-            return self._open(name, parse_recipe(hosted.recipes[name]), hosted)
+            found = self._open(name, parse_recipe(hosted.recipes[name]), hosted)
         except (OrpoRayError, OSError) as error:
             self._listener.ended(name, error)
-            return None
+            return
+        if found is not None:
+            self.opened[name] = found
 
     def _open(self, name: str, recipe: Recipe, hosted: HostedRuns) -> OpenRun | None:
         """Take the folder of a run; None if the run was finished before. Raises UserError and OSError."""

@@ -144,7 +144,8 @@ def test_the_key_does_not_travel_in_the_clear(monkeypatch: pytest.MonkeyPatch) -
 def test_replies_are_read_by_their_last_verdict() -> None:
     for reply, verdict in {
         "B": "B", "Answer A is better, so: A": "A", "<think>A? B!</think>\ntie": "TIE", "I cannot say.": "TIE",
-        "": "TIE", "**B**": "B",
+        "": "TIE", "**B**": "B", "b": "B", "Answer B is a better description.": "B", "<think>A, since": "TIE",
+        "A better description is in B. A clear case.": "B", "A is better.": "A", "Neither is a good answer": "TIE",
     }.items():  # fmt: skip
         assert verdict_of(reply) == verdict, reply
 
@@ -174,5 +175,5 @@ def test_a_model_of_this_process_judges(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_judge_that_is_no_model_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing-here"):
-        LocalJudge(str(tmp_path / "nothing-here")).better("What?", (), "a", "b")
+    with pytest.raises(UserError, match=r"--judge-model: the judge cannot be loaded: .*nothing-here"):
+        LocalJudge(str(tmp_path / "nothing-here")).check()

@@ -97,6 +97,8 @@ def test_answers_of_several_runs_stand_side_by_side(tmp_path: Path) -> None:
         line["data"] = "of other pairs"
     assert len(compared_generations(runs)) == 1
     assert compared_generations(runs[:1]) == []
+    same = [read_run(RunFolder(str(run.folder.path))) for run in (runs[0], runs[0])]
+    assert f"<bdi>{same[0].folder.uri}</bdi>" in render_report(same)
 
 
 def test_data_that_changed_or_is_gone_is_said(tmp_path: Path) -> None:
