@@ -35,7 +35,7 @@ def compared_generations(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     for run in runs:
         for index, lines in run.generations.items():
             answered.setdefault((index, _data(lines)), []).append(run)
-    found = []
+    found: list[dict[str, Any]] = []
     for (index, _), both in answered.items():
         if len(both) > 1 and len(found) < PAIRS:
             first = both[0].generations[index]
