@@ -15,6 +15,15 @@ LEAST_POPULATION = 4
 Choice = Annotated[Any, BeforeValidator(as_choice)]
 
 
+def _off(value: Any) -> Any:
+    """Take YAML's `off`, which is `false`, as the word."""
+    return "off" if value is False else value
+
+
+_Size = Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64), NUMBER]
+Pack = Annotated[_Size, BeforeValidator(_off, json_schema_input_type=_Size)]
+
+
 class SearchRange(Config):
     """Values to search for one field: either `choices`, or a range from `low` to `high`."""
 
@@ -70,7 +79,7 @@ class TuneConfig(Config):
     max_concurrent: Literal["auto"] | Annotated[int, Field(ge=1), NUMBER] = "auto"
     """Number of trials to run at the same time, each with `scaling.num_workers` workers. `auto`: as many as the cluster
     has GPUs for, or without GPUs, CPUs."""
-    pack: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64), NUMBER] = "auto"
+    pack: Pack = "auto"
     """Number of trials that train side by side: on one base model, with an adapter each, on pairs that are read once.
     They must train adapters, and differ in the objective's options, the learning rate and other options of the
     optimizer, or the rank and scale of the adapters only. `auto`: up to 8 where that is possible. `off`: none."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orpo_ray.config.load import load_recipe
 from orpo_ray.errors import UserError
 from orpo_ray.sweep.packs import pack_size, wanted_size, why_model_cannot, why_not_packed
 from orpo_ray.sweep.space import make_space
@@ -72,3 +73,13 @@ def test_what_is_not_possible_is_refused_only_if_it_is_asked_for(tmp_path: Path)
             pack_size(recipe, make_space(recipe), 8, 1, shares_rows=not full)
     recipe = recipe_of(tmp_path, model={})
     assert pack_size(recipe, make_space(recipe), 8, 1, True) == 1
+
+
+def test_off_may_stand_without_quotes(tmp_path: Path) -> None:
+    """YAML reads the word as `false`."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: a\nmodel: {id: m}\ndata: {train: t}\ntune:\n  pack: off\n")
+    assert load_recipe(path, []).tune.pack == "off"
+    assert load_recipe(path, ["tune.pack=off"]).tune.pack == "off"
+    with pytest.raises(UserError, match=r"tune\.pack"):
+        load_recipe(path, ["tune.pack=on"])
