@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from orpo_ray.evaluation.summary import Summary, summarize
 from orpo_ray.evaluation.targets import Target, find_base, find_target
 from orpo_ray.evaluation.token_scores import Tokens, pairs_to_show, score_tokens, write_tokens
 from orpo_ray.model.loading import concatenated_because, pick_attention
+from orpo_ray.model.memory import free_memory
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
@@ -159,7 +159,7 @@ def evaluate_run(
             write_tokens(folder, own.tokens, held_out.digest)
         judged = None
         if options.judge is not None and own.answers:
-            _free_memory()
+            free_memory()  # of the judged models
             judged = _judge(options.judge, own.answers, None if other is None else other.answers, base)
         compared = None if base is None or other is None or other.scores is None else (base.name, other.scores.pairs)
         return Evaluation(
@@ -226,13 +226,6 @@ def measure(target: Target, work: Work, console: Console, grounding: bool, run: 
         say(f"asking {len(benchmark.questions):,} questions of {benchmark.name}")
         found.append(score_benchmark(benchmark, model, encoder, planner))
     return Measured(scores, answers, found, tokens)
-
-
-def _free_memory() -> None:
-    """Free the judged models: layers with replaced forward passes refer to themselves."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _judge(

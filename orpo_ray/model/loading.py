@@ -111,7 +111,7 @@ def load_model(
     Raises:
         UserError: the model cannot be loaded, or the recipe does not fit it.
     """
-    model = (bases or BaseModels()).get(model_config, device, load_base)
+    model = load_base(model_config, device) if bases is None else bases.get(model_config, device, load_base)
     wanted = model_config.fused_layers
     model = ready_to_train(model, model_config, seed, has_kernels(device.type) if wanted == "auto" else wanted)
     if model_config.quantization is None:

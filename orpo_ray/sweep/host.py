@@ -84,7 +84,8 @@ class Host:
         import torch  # as the others, it takes seconds to import
 
         from orpo_ray.model.base_models import BaseModels
-        from orpo_ray.training.hosting import free_memory, train_hosted
+        from orpo_ray.model.memory import free_memory
+        from orpo_ray.training.hosting import train_hosted
         from orpo_ray.training.worker_start import prefer_expandable_segments
 
         prefer_expandable_segments()

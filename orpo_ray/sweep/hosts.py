@@ -77,9 +77,8 @@ class Hosts:
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks and its search; nothing reads the copies
 
-    @property
-    def has_place(self) -> bool:
-        """Whether a host is free, or another one can start."""
+    def find_place(self) -> bool:
+        """Free the hosts that all trials have left. Returns whether a host is free, or another one can start."""
         for each in list(self._running):
             if not each.left and each.end is not None:
                 self._free(each)

@@ -110,7 +110,7 @@ class BoardSearcher(Searcher):
     def _next(self) -> list[tuple[Trial, dict[str, str]]]:
         """Let the next trial, or all trials of the next group, begin."""
         hosts = self._hosts
-        if hosts is not None and not hosts.has_place:
+        if hosts is not None and not hosts.find_place():
             return []
         trials: list[Trial] = []
         while len(trials) < (1 if hosts is None else hosts.size) and (trial := self._board.next_trial()) is not None:

@@ -5,7 +5,6 @@ by the training program of a worker.
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from orpo_ray.data.from_recipe import encoder_of
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.evaluation.evaluator import HeldOut
 from orpo_ray.model.base_models import BaseModels
+from orpo_ray.model.memory import free_memory
 from orpo_ray.streaming.steps import iter_shares, open_feed
 from orpo_ray.training.hosted_runs import HostedRuns
 from orpo_ray.training.open_runs import OpenRun, OpenRuns
@@ -57,14 +57,6 @@ def train_hosted(hosted: HostedRuns, listener: Listener, bases: BaseModels) -> N
                     raise
                 runs.end(together, full)
             free_memory()
-
-
-def free_memory() -> None:
-    """Free the model of runs that have ended: its adapted layers and their stack refer to each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def device_of(hosted: HostedRuns) -> torch.device:

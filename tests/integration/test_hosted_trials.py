@@ -45,7 +45,7 @@ def hosts() -> list[Any]:
 def test_trials_follow_each_other_in_one_process(ray_cluster: None, tmp_path: Path) -> None:
     """Also after one that diverges; and each has the losses, files and evaluations of its run alone."""
     before = len(hosts())
-    recipe = sweep_of(tmp_path, "hosted", [1e12, 2e-3, 1e-3])  # a grid is gone through in mixed order
+    recipe = sweep_of(tmp_path, "hosted", [1e12, 2e-3, 1e-3])  # shuffled: the one that diverges is second
     done = orpo_ray_here("tune", str(tmp_path / "hosted.yaml"))
     assert done.returncode == 0, done.stderr
     assert len(hosts()) - before == 1

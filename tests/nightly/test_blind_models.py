@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.commands import orpo_ray_here
-from support.paths import SHARED
+from support.real_vlm import real_vlm_and_pairs
 from support.runs import run
 from support.tiny_runs import tiny_recipe, write_pairs
 
@@ -50,12 +48,8 @@ def test_a_model_trained_without_images_is_named_blind(ray_cluster: None, tmp_pa
 @pytest.mark.timeout(1800)
 def test_a_model_before_training_is_at_chance_on_nlvr(ray_cluster: None, tmp_path: Path) -> None:
     """Each sentence is true of one image and false of another, so that an untrained model gets one half."""
-    tool, data = SHARED / "tools" / "assemble_real_vlm.py", SHARED / "data" / "nlvr"
-    if not tool.is_file() or not data.is_dir():
-        pytest.skip(f"{SHARED} is absent: it has the pretrained halves and the pairs of this test")
-    model = tmp_path / "vlm"
-    subprocess.run([sys.executable, str(tool), str(model)], check=True, capture_output=True)
-    found = evaluated(str(model), f"data.eval={data / 'pairs.jsonl'}", "eval.grounding=false", "eval.max_pairs=100")
+    model, pairs = real_vlm_and_pairs(tmp_path)
+    found = evaluated(str(model), f"data.eval={pairs}", "eval.grounding=false", "eval.max_pairs=100")
     low, high = found["intervals"]["eval/rewards/accuracies"]
     assert low <= 0.5 <= high
     assert "Not distinguishable from chance" in headlines(found)
