@@ -38,8 +38,9 @@ def ray_cluster() -> Iterator[None]:
     from ray._private.utils import write_ray_address
 
     from orpo_ray.fork_server.control import forked_workers, start_fork_server
+    from orpo_ray.ray_cluster.new_ray import settings_of_new_ray
     from orpo_ray.ray_cluster.private import on_loopback
-    from orpo_ray.ray_cluster.start import own_address, train_variables
+    from orpo_ray.ray_cluster.start import train_variables
 
     # As `start_ray` sets them.
     os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "60000"
@@ -51,10 +52,9 @@ def ray_cluster() -> Iterator[None]:
     variables = {"env_vars": train_variables()}
     # "local", because None would join a cluster that already runs on this machine.
     start_fork_server(["peft"])
-    # Ray's job agent has one fixed port, and a Ray whose agent does not get it takes no jobs. `ray.init` cannot set it.
     # No test reads what workers print, which Ray's log monitor looks for all the time.
-    own = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0, include_log_monitor=False)
-    with pytest.MonkeyPatch.context() as patch, on_loopback(), own_address(), forked_workers():
+    own = partialmethod(RayParams.__init__, include_log_monitor=False)
+    with pytest.MonkeyPatch.context() as patch, on_loopback(), settings_of_new_ray(), forked_workers():
         patch.setattr(RayParams, "__init__", own)
         sessions = tempfile.mkdtemp(prefix="ray-")  # a short path, as it is part of the names of sockets
         ray.init(

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -14,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.fork_server.control import forked_workers
+from orpo_ray.ray_cluster.new_ray import settings_of_new_ray
 from orpo_ray.ray_cluster.private import make_session_parent, make_token, on_loopback, session_parent
 
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -51,7 +51,7 @@ def start_ray(*, state_api: bool = False) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if not address:
         # address=None would join the cluster that was started here last, and wait for minutes if it has died.
-        with on_loopback(), own_address():
+        with on_loopback(), settings_of_new_ray():
             _start_here(include_dashboard=state_api, runtime_env={"env_vars": train_variables()}, **quiet)
         return
     try:
@@ -109,23 +109,3 @@ def _check_answer(address: str) -> None:
         from orpo_ray.ray_cluster.token_check import check_token  # gRPC is not needed without a cluster
 
         check_token(address)
-
-
-@contextlib.contextmanager
-def own_address() -> Iterator[None]:
-    """Set the address of the Ray that is about to start here, for all its processes.
-
-    Without an address, a process that asks Ray for the state of an actor (Ray Train's cleaner after a stopped trial)
-    looks for any cluster on the machine. If there is an old or a second one, the cleaner fails, a stopped trial keeps
-    its CPUs, and a sweep hangs.
-    """
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    own = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
-    os.environ |= own
-    try:
-        yield
-    finally:
-        for name in own:
-            os.environ.pop(name)

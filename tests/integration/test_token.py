@@ -16,8 +16,9 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from orpo_ray.ray_cluster.new_ray import unused_ports
 from support.paths import ROOT
-from support.ports import is_loopback, listening, unused_port
+from support.ports import is_loopback, listening
 from support.runs import wait_until
 
 QUICKSTART = str(ROOT / "recipes/quickstart.yaml")
@@ -43,7 +44,7 @@ def head() -> Iterator[Head]:
     # Short, since the paths of Ray's sockets are limited.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for _ in range(ATTEMPTS):
-            port = unused_port()
+            port = unused_ports(1)[0]
             process, is_up = start_head(port, Path(folder))
             if is_up:
                 break

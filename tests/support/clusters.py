@@ -14,6 +14,7 @@ import psutil
 import yaml
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.ray_cluster.new_ray import agents_expected
 from orpo_ray.tracking.jsonl import read_jsonl
 from support.runs import wait_until
 
@@ -51,7 +52,8 @@ def _start(cluster: Any, **options: Any) -> Any:
     for attempt in range(ATTEMPTS):
         before = set(psutil.Process().children())
         try:
-            return cluster.add_node(**NODE, **options)
+            with agents_expected():
+                return cluster.add_node(**NODE, **options)
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt == ATTEMPTS - 1:
                 raise

@@ -1,27 +1,10 @@
-"""Ports of this machine, and what the processes of a run listen on."""
+"""What the processes of a run listen on."""
 
 from __future__ import annotations
 
-import random
-import socket
 from ipaddress import IPv6Address, ip_address
 
 import psutil
-
-
-def unused_port() -> int:
-    """Return a port of loopback on which nothing listens.
-
-    Below those that the system gives to processes which ask for any port: another one could have it a moment later.
-    """
-    while True:
-        with socket.socket() as candidate:
-            try:
-                candidate.bind(("127.0.0.1", random.randint(20_000, 30_000)))
-            except OSError:
-                continue
-            port: int = candidate.getsockname()[1]
-            return port
 
 
 def listening(parent: psutil.Process) -> dict[tuple[str, int], str]:

@@ -1,0 +1,86 @@
+"""Settings of a Ray that starts on this machine, for which `ray.init` has no arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import random
+import socket
+from collections.abc import Iterator
+from functools import wraps
+from typing import Any
+
+import ray
+from ray._private import ray_constants, services
+from ray._raylet import persist_port  # type: ignore[attr-defined]
+
+# Ports of the agents beside a raylet: arguments of `start_raylet`, and names of the files that a raylet waits for.
+_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+# Below the ports that the system gives to processes which ask for any: another process could get one a moment later.
+_UNUSED = (20_000, 30_000)
+_START_TIMEOUT = 300  # seconds for the start of a process of Ray; by default 30 or 60, too few on a busy machine
+
+
+@contextlib.contextmanager
+def settings_of_new_ray() -> Iterator[None]:
+    """Set what the Ray that is started in this context needs to start on a busy machine, and beside another Ray.
+
+    All its processes get the address. A process without one that asks Ray for the state of an actor (Ray Train's
+    cleaner after a stopped trial) looks for any cluster on the machine. If there is an old or a second one, the cleaner
+    fails, a stopped trial keeps its CPUs, and a sweep hangs.
+    """
+    [port] = unused_ports(1)
+    environment = {
+        "RAY_GCS_SERVER_PORT": str(port),
+        "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}",
+        "RAY_agent_register_timeout_ms": str(_START_TIMEOUT * 1000),
+    }
+    timeout = ray_constants.RAY_DASHBOARD_STARTUP_TIMEOUT_S
+    vars(ray_constants)["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = _START_TIMEOUT
+    os.environ |= environment
+    try:
+        with agents_expected():
+            yield
+    finally:
+        vars(ray_constants)["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = timeout
+        for name in environment:
+            os.environ.pop(name)
+
+
+@contextlib.contextmanager
+def agents_expected() -> Iterator[None]:
+    """Tell the raylets that this process starts in this context which ports their agents will have.
+
+    By itself, a raylet waits until its agents have written their ports to files, for 15 seconds and no longer. On a
+    busy machine, the agents are still importing their libraries by then, and the raylet ends. Besides, one agent has a
+    fixed port by default, and a second Ray on the machine takes no submitted jobs.
+    """
+    start = services.start_raylet
+
+    @wraps(start)
+    def start_with_ports(*args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(start).bind(*args, **kwargs)
+        given = call.arguments
+        for name, port in zip(_PORTS, unused_ports(len(_PORTS)), strict=True):
+            given[name] = port
+            persist_port(given["session_dir"], given["node_id"], name, port)
+        return start(*call.args, **call.kwargs)
+
+    vars(services)["start_raylet"] = start_with_ports
+    try:
+        yield
+    finally:
+        vars(services)["start_raylet"] = start
+
+
+def unused_ports(count: int) -> list[int]:
+    """Return different ports of loopback on which nothing listens."""
+    with contextlib.ExitStack() as held:
+        found: list[int] = []
+        while len(found) < count:
+            candidate = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # something listens there
+                candidate.bind(("127.0.0.1", random.randint(*_UNUSED)))
+                found.append(candidate.getsockname()[1])
+    return found
