@@ -80,6 +80,8 @@ class ReadSpec:
     images matter."""
     other_image: OtherImage | None = None
     """Which images each pair's chosen answer is contrasted with; None without an image preference."""
+    pipeline: str = ""
+    """Id of the pipeline that reads the rows, the same for every start of a run. Empty where nothing restarts."""
 
     @property
     def digest(self) -> str:

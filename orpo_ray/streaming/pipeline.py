@@ -122,6 +122,10 @@ def _dataset(
         runtime_env=ENCODE_ENV,
         compute=ray.data.TaskPoolStrategy(max_encoders),
     )
+    if read.pipeline:
+        # Ray's AutoscalingCoordinator keeps the room of a pipeline that was killed for three minutes, and gives a new
+        # pipeline less than an encoder needs. A pipeline with the id of the killed one has its room at once.
+        dataset._set_uuid(read.pipeline)
     context = dataset.context
     context.target_max_block_size = 1  # one row is one block
     context.execution_options.preserve_order = ordered

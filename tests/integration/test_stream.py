@@ -130,6 +130,21 @@ def test_a_lost_feed_is_an_error_of_every_worker_and_not_of_the_user(spec: ReadS
             take_from(feed, rank, 1, PACKING)
 
 
+def test_a_restarted_feed_has_the_room_of_the_killed_one(spec: ReadSpec) -> None:
+    """Ray keeps the room of a killed pipeline for minutes; others have what is left, at last too little to encode."""
+    rows = replace(spec, end_sample=50_000, pipeline="restarted")
+    rooms = []
+    for _ in range(3):
+        feed = feed_actor(rows, ENCODER, num_workers=2, max_encoders=1)
+        take_from(feed, 0, 0, PACKING)
+        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        nodes = ray.get(coordinator.get_reserved_resources.remote("data-dataset_restarted_0", recompute=True))
+        rooms.append(sum(node["CPU"] for node in nodes.values()))
+        ray.kill(feed)
+    assert rooms[0] > 0
+    assert min(rooms) == rooms[0]
+
+
 def test_a_step_leaves_nothing_in_memory(spec: ReadSpec) -> None:
     shares = iter_shares(open_feed(spec, ENCODER, max_encoders=1), PACKING, 0, STEPS)
     share = next(shares)

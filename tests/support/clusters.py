@@ -75,7 +75,9 @@ def processes(role: str, node: Any = None) -> list[psutil.Process]:
     found = []
     for child in parent.children(recursive=True):
         with suppress(psutil.Error):
-            if child.status() != psutil.STATUS_ZOMBIE and child.cmdline()[:1] == [f"ray::{role}"]:
+            name = "".join(child.cmdline()[:1])
+            # An actor's process is called `ray::RunStatus.lines` while it answers a call.
+            if child.status() != psutil.STATUS_ZOMBIE and name.partition(".")[0] == f"ray::{role}":
                 found.append(child)
     return found
 
