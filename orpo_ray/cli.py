@@ -262,7 +262,11 @@ def submit(
     address: Address = None,
     command: Annotated[
         str,
-        typer.Option(metavar="COMMAND", help="What to run: train, tune, `data check` or `data prepare`."),
+        typer.Option(
+            metavar="COMMAND",
+            help="What to run, with its options: train, tune, `data check` or `data prepare`; or evaluate or export, "
+            "which take the recipe's run.",
+        ),
     ] = "train",
     working_dir: Annotated[
         str, typer.Option(metavar="FOLDER", help="Folder to upload, with the recipe in it; 512 MiB at most.")

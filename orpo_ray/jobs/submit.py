@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import socket
 import urllib.request
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from orpo_ray.config.load import load_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.jobs.cost import cost_lines
+from orpo_ray.jobs.entrypoint import TRAINING, Entrypoint, entrypoint_of
 from orpo_ray.jobs.runtime_env import describe, read_runtime_env
 from orpo_ray.jobs.secrets import check_text
 from orpo_ray.jobs.working_dir import MIB, check_folder, check_size, list_upload
@@ -30,7 +30,6 @@ from orpo_ray.storage.files import is_remote
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-COMMANDS = ("train", "tune", "data check", "data prepare")
 CONNECT_SECONDS = 10.0
 # Ray takes jobs some seconds after its start, and may lose a package that it deletes at that moment.
 NOT_YET = ("No available agent", "may have prematurely been deleted")
@@ -48,7 +47,7 @@ class JobOptions:
     address: str | None = None
     """Address of Ray's dashboard; by default, that in the environment, or this machine."""
     command: str = "train"
-    """The command of orpo-ray to run."""
+    """The command of orpo-ray to run, with its options."""
     working_dir: str = "."
     """Folder to upload. The recipe must be in it."""
     runtime_env: str | None = None
@@ -64,8 +63,7 @@ class JobOptions:
 class Prepared:
     """A job that was checked."""
 
-    entrypoint: str
-    """The command that runs on the head node."""
+    entrypoint: Entrypoint
     runtime_env: dict[str, Any]
     """Ray's runtime environment, with the working directory."""
 
@@ -92,7 +90,7 @@ def submit_job(
     loaded = load_recipe(recipe, overrides)
     prepared = prepare_job(recipe, overrides, loaded, options, console)
     client = connect(options.address, console)
-    if options.with_cost:
+    if options.with_cost and prepared.entrypoint.command in TRAINING:
         for line in cost_lines(loaded, options.prices):
             _print(console, "cost", line)
     job = _submit(client, prepared)
@@ -104,10 +102,6 @@ def prepare_job(
     recipe: Path, overrides: Sequence[str], loaded: Recipe, options: JobOptions, console: Console
 ) -> Prepared:
     """Check what a job would upload and store, and say it. Raises UserError."""
-    if options.command not in COMMANDS:
-        raise UserError(
-            "cannot be submitted", field="--command", value=options.command, fix=f"use one of {', '.join(COMMANDS)}"
-        )
     folder = Path(options.working_dir)
     check_folder(folder)
     runtime_env = read_runtime_env(options.runtime_env, folder, loaded)
@@ -124,8 +118,8 @@ def prepare_job(
             fix=f"copy it into {folder.resolve()} (--working-dir), where no .gitignore or .rayignore excludes it",
         )
     check_size(upload, folder)
-    entrypoint = shlex.join(["python", "-m", "orpo_ray", *options.command.split(), name, *overrides])
-    check_text(entrypoint, "command line")
+    entrypoint = entrypoint_of(options.command, name, overrides, loaded)
+    check_text(entrypoint.line, "command line")
     check_text(recipe.read_text(encoding="utf-8"), str(recipe))
     _print(console, "upload", f"{len(upload.sizes):,} files, {upload.total / MIB:,.1f} MiB of {folder.resolve()}")
     _print(console, "packages", describe(runtime_env))
@@ -197,9 +191,10 @@ def _submit(client: JobSubmissionClient, prepared: Prepared) -> str:
         reraise=True,
     )
     try:
-        # Neither CPUs nor GPUs for the driver, which only waits; Ray then runs it on the head node.
+        # Neither CPUs nor GPUs for a driver that only waits; Ray then runs it on the head node.
+        entrypoint = prepared.entrypoint
         job: str = attempts(
-            client.submit_job, entrypoint=prepared.entrypoint, runtime_env=prepared.runtime_env, entrypoint_num_gpus=0
+            client.submit_job, entrypoint=entrypoint.line, runtime_env=prepared.runtime_env, **entrypoint.resources
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise JobNotAccepted(f"the cluster did not take the job: {' '.join(str(error).split())[:500]}") from None

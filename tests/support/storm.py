@@ -1,44 +1,87 @@
-"""Faults of all kinds, drawn from a seed, in one run on a cluster of raylets on this machine."""
+"""Faults of all kinds, drawn from a seed, in one run."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.training.checkpoint_choice import checkpoint_names
-from support.clusters import add_node, drain, lose_node, processes, start_training
+from support.clusters import add_node, drain, lose_node, processes
 from support.runs import last_step, wait_until
+from support.tiny_runs import losses, tiny_recipe
 
-KINDS = ("worker", "node", "driver", "status", "torn", "added", "notice")
+OF_PROCESSES = ("worker", "driver", "status", "torn")
+OF_NODES = ("node", "added", "notice")
 MAX_NODES = 2  # beside the head, which holds the driver
 NOTICE_S = 15  # from the notice to the end of the node
 LIMIT_S = 900  # for one recovery, while other tests run
+PER_STEP = 4
+
+
+def storm_recipe(folder: Path, name: str, data: Path, epochs: int, adapter: str, **sections: Any) -> Recipe:
+    """Return a recipe for all rows of a file, as `support.slow_rows` gives them."""
+    return tiny_recipe(
+        folder,
+        name,
+        data={"train": str(data), "format": f"support.slow_rows:{adapter}", "shuffle_window": 16},
+        optim={"epochs": epochs, "max_steps": None, "pairs_per_step": PER_STEP},
+        **sections,
+    )
+
+
+def check_every_pair_once(recipe: Recipe, calm: Recipe, num_rows: int, reasons: dict[str, str]) -> None:
+    """Compare a run with one that had no faults.
+
+    Args:
+        recipe: of the run.
+        calm: of the other run.
+        num_rows: of the data, good and bad.
+        reasons: source -> reason of each bad row.
+    """
+    folder, epochs = Path(recipe.run_uri), int(recipe.optim.epochs)
+    curve, num_steps = losses(folder), epochs * num_rows // PER_STEP
+    assert sorted(curve) == list(range(1, num_steps + 1))
+    position = json.loads(max(folder.glob("checkpoint_*/position.json")).read_text())
+    expected = (num_steps, epochs * num_rows, epochs * len(reasons))
+    assert (position["step"], position["seen"], position["bad"]) == expected
+    found = read_jsonl(folder / "bad_rows.jsonl")
+    assert {row["source"]: row["reason"] for row in found} == reasons
+    assert len(found) == len(reasons)
+    assert curve == pytest.approx(losses(Path(calm.run_uri)), abs=1e-4)
 
 
 class Storm:
     """A run of `orpo-ray train` and what befalls it. Always end it with `stop`.
 
     Args:
-        cluster: a head, and as many other nodes as the storm may use.
         recipe: of the run.
-        folder: for the recipe's file.
+        start: starts the command.
         seed: of the faults.
+        cluster: a head, and as many other nodes as the storm may use; None for faults of processes only.
     """
 
-    def __init__(self, cluster: Any, recipe: Recipe, folder: Path, seed: int) -> None:
-        self._cluster, self._recipe, self._folder = cluster, recipe, folder
+    def __init__(
+        self, recipe: Recipe, start: Callable[[], subprocess.Popen[str]], seed: int, cluster: Any = None
+    ) -> None:
+        self._recipe, self._start, self._cluster = recipe, start, cluster
+        self._kinds: Sequence[str] = OF_PROCESSES if cluster is None else OF_PROCESSES + OF_NODES
         self._random = random.Random(seed)
-        self._nodes: list[Any] = list(cluster.worker_nodes)
+        self._nodes: list[Any] = [] if cluster is None else list(cluster.worker_nodes)
         self._going: list[threading.Timer] = []
-        self._process = start_training(cluster, recipe, folder)
+        self._process = start()
         self.planted: list[tuple[int, str]] = []
         """Step and kind of each fault."""
 
@@ -46,7 +89,7 @@ class Storm:
         """Plant faults, each after a step that is drawn, and wait for the end of the run."""
         steps = sorted(self._random.randint(3, num_steps - 10) for _ in range(num_faults))
         # Each kind as often as the others, in an order that is drawn.
-        kinds = [KINDS[number % len(KINDS)] for number in range(num_faults)]
+        kinds = [self._kinds[number % len(self._kinds)] for number in range(num_faults)]
         self._random.shuffle(kinds)
         for step, kind in zip(steps, kinds, strict=True):
             self._wait_for(step)
@@ -94,7 +137,7 @@ class Storm:
     def _driver(self) -> None:
         self._process.kill()
         self._process.communicate()
-        self._process = start_training(self._cluster, self._recipe, self._folder)
+        self._process = self._start()
 
     def _torn(self) -> None:
         """Cut the newest checkpoint, which is read when a worker is lost."""

@@ -37,9 +37,34 @@ def prepare(project: Path, *overrides: str, **options: Any) -> Prepared:
 
 def test_a_job_is_a_command_that_any_shell_reads_as_given(project: Path) -> None:
     prepared = prepare(project, "data.train=a b.jsonl", command="data check")
-    assert prepared.entrypoint == "python -m orpo_ray data check recipe.yaml 'data.train=a b.jsonl'"
+    assert prepared.entrypoint.line == "python -m orpo_ray data check recipe.yaml 'data.train=a b.jsonl'"
     assert prepared.runtime_env["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "660"}
     assert prepared.runtime_env["working_dir"] == str(project)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "line", "resources"),
+    [
+        ("evaluate", [], "evaluate /shared/runs/job", {"entrypoint_num_gpus": 0}),
+        (
+            "evaluate --generate 8 --by 'a b'", ["scaling.accelerator_type=L4", "scaling.labels.zone=a"],
+            "evaluate /shared/runs/job scaling.accelerator_type=L4 scaling.labels.zone=a --generate 8 --by 'a b'",
+            {"entrypoint_num_gpus": 1, "entrypoint_resources": {"accelerator_type:L4": 0.001},
+             "entrypoint_label_selector": {"zone": "a"}},
+        ),
+        ("evaluate", ["scaling.gpus_per_worker=1"], "evaluate /shared/runs/job scaling.gpus_per_worker=1",
+         {"entrypoint_num_gpus": 1}),
+        ("export --adapter", ["checkpoint.storage=s3://b/runs"], "export s3://b/runs/job --adapter",
+         {"entrypoint_num_gpus": 0}),
+        ("export", ["checkpoint.storage=my runs"], "export \"$HOME\"/'my runs/job'", {"entrypoint_num_gpus": 0}),
+    ],
+)  # fmt: skip
+def test_the_run_of_a_recipe_is_evaluated_and_exported_where_its_job_has_written_it(
+    project: Path, command: str, overrides: list[str], line: str, resources: dict[str, Any]
+) -> None:
+    entrypoint = prepare(project, *overrides, command=command).entrypoint
+    assert entrypoint.line == f"python -m orpo_ray {line}"
+    assert entrypoint.resources == resources
 
 
 def test_a_folder_above_rays_limit_is_refused_with_what_is_large(project: Path) -> None:
@@ -114,6 +139,7 @@ def test_a_variable_that_each_node_fills_in_is_no_secret(project: Path) -> None:
     [
         (["submit", "none.yaml"], "no such recipe"),
         (["submit", "recipe.yaml", "--command", "evil"], "--command: cannot be submitted"),
+        (["submit", "recipe.yaml", "--command", "train '"], "--command: cannot be submitted"),
         (["submit", "recipe.yaml", "--working-dir", "sub"], "the recipe is not among the files that are uploaded"),
         (["submit", "recipe.yaml", "--working-dir", "none"], "--working-dir: no such folder"),
         (["submit", "recipe.yaml", "--address", "ray://x:1"], "must be the URL of a Ray dashboard"),
