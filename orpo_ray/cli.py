@@ -32,7 +32,7 @@ from orpo_ray.console import (
     print_trained,
     stdout_to_stderr,
 )
-from orpo_ray.errors import OrpoRayError
+from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.fork_server.control import start_fork_server
 
 app = typer.Typer(
@@ -89,8 +89,11 @@ def train(
     summary = launch_training(loaded, console, from_checkpoint=from_checkpoint)
     from orpo_ray.report.page import write_report
 
-    with stdout_to_stderr():
-        page = write_report([summary.run_uri])
+    try:
+        with stdout_to_stderr():
+            page = write_report([summary.run_uri])
+    except UserError as error:  # the run itself is whole
+        page = f"not written: {error}"
     print_trained(summary, page)
 
 

@@ -52,7 +52,7 @@ def print_trained(summary: RunSummary, page: str) -> None:
 
     Args:
         summary: of the run.
-        page: where its report is.
+        page: where its report is, or why there is none.
     """
     if summary.was_finished:
         print_line("This run is finished already. To train again, choose another name (name=...) or delete its folder.")

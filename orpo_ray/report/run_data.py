@@ -24,6 +24,8 @@ from orpo_ray.storage.run_folder import (
     FINAL,
     METRICS_FILE,
     RECIPE_FILE,
+    SWEEP_FILE,
+    SWEEP_PAGE,
     RunFolder,
 )
 from orpo_ray.tracking.generations import read_generations
@@ -93,6 +95,9 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
     Raises:
         UserError: the folder holds no run.
     """
+    if not folder.has(RECIPE_FILE) and folder.has(SWEEP_FILE):
+        fix = f"open its {SWEEP_PAGE}, or give the folders of trials, which are in trials/"
+        raise UserError("this is a sweep, not a run", field=folder.uri, fix=fix)
     if not folder.has(RECIPE_FILE):
         raise UserError(f"no run is here (no {RECIPE_FILE})", field=folder.uri, fix="give the folder of a run")
     folder.pull(RECIPE_FILE, METRICS_FILE)

@@ -35,7 +35,10 @@ from orpo_ray.training.placement import fitting_nodes
 EVALUATIONS = 4
 """Of a trial, if the recipe does not say how often."""
 # Rewards are beta times log-probs, and the terms of a loss have weights.
-FACTORS = {"eval/rewards/margins": ("beta",), "eval/loss": ("beta", "image_beta", "anchor", "cpo_alpha", "gamma")}
+FACTORS = {
+    "eval/rewards/margins": ("beta",),
+    "eval/loss": ("beta", "image_beta", "anchor", "cpo_alpha", "gamma", "label_smoothing"),
+}
 """Metric -> options of objectives that change the metric of one and the same model."""
 # Fields that decide which rows a trial reads. Trials that differ in none of them share what was read and checked once.
 DECIDES_ROWS = ("optim.epochs", "optim.max_steps", "optim.pairs_per_step", "orpo.image_beta", "orpo.other_image")

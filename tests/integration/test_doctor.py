@@ -19,6 +19,7 @@ from ray._raylet import GcsClient
 from ray.util import get_node_ip_address
 
 from support.commands import orpo_ray
+from support.paths import ROOT
 from support.runs import wait_until
 from support.tiny_runs import tiny_recipe
 
@@ -74,11 +75,47 @@ def cluster(tmp_path: Path, storage: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         environment |= {"RAY_TMPDIR": folder, "HOME": folder}
         for command in starts:
-            process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=folder)
-            stack.callback(end, process)
-            wait_until(partial(has_raylet, process), "a raylet", 90)
+            start(command, environment, folder, stack)
         wait_until(lambda: len(GcsClient(address=address).get_all_node_info()) == 2, "both nodes", 60)
         yield address
+
+
+def start(command: list[str], environment: dict[str, str], folder: str, stack: ExitStack) -> None:
+    """Start a node, which ends with the stack."""
+    process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=folder)
+    stack.callback(end, process)
+    wait_until(partial(has_raylet, process), "a raylet", 90)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_a_node_with_another_environment_is_named() -> None:
+    """The second node runs in the environment that `make torchvision-tests` makes, with another torch."""
+    environments = (ROOT / ".venv", ROOT / ".venv-torchvision")
+    other = next((each / "bin" / "python" for each in environments if each != Path(sys.prefix)), None)
+    if other is None or not other.exists():
+        pytest.skip("needs a second environment with orpo-ray: run `make torchvision-tests`")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
+    environment["RAY_AUTH_MODE"] = "disabled"
+    port = free_port()
+    address = f"{get_node_ip_address()}:{port}"
+    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
+        environment |= {"RAY_TMPDIR": folder, "HOME": folder}
+        for python, options in ((sys.executable, head), (str(other), [f"--address={address}"])):
+            ray = [python, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block", "--disable-usage-stats"]
+            start([*ray, *options], environment, folder, stack)
+        wait_until(lambda: len(GcsClient(address=address).get_all_node_info()) == 2, "both nodes", 60)
+        done = orpo_ray("doctor", "--address", address, "--json", env={"RAY_AUTH_MODE": "disabled"})
+    assert "Traceback" not in done.stderr
+    found = {each["check"]: each for each in json.loads(done.stdout)}
+    torch = found["version of torch"]
+    assert torch["status"] == "fix", torch
+    for python in (sys.executable, str(other)):
+        version = subprocess.run(
+            [python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        assert version in torch["value"], torch
 
 
 @pytest.mark.nightly

@@ -149,6 +149,12 @@ def test_the_command_writes_into_the_run_or_here(tmp_path: Path) -> None:
         write_report([str(runs[0])], str(tmp_path / "no" / "such" / "folder.html"))
 
 
+def test_a_sweep_is_no_run_and_has_a_page_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match=r"this is a sweep, not a run(.|\n)*open its sweep.html"):
+        read_run(RunFolder(str(tmp_path)))
+
+
 def test_the_page_refers_to_nothing_outside(tmp_path: Path) -> None:
     page = render_report([read_run(RunFolder(str(planted_run(tmp_path))))])
     references = re.findall(r'(?:src|href|srcset|action)="([^"]*)"', page)
