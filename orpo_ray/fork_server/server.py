@@ -11,6 +11,7 @@ such as raylet's process id, when it is imported. Only workers of that raylet an
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -30,6 +31,7 @@ import numpy
 from orpo_ray.fork_server.launcher import ANSWER
 from orpo_ray.fork_server.request import Request, receive
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # What Ray's workers and Ray Train's controller import besides.
 WITH_RAY = (
     "ray.train",
@@ -48,12 +50,13 @@ WITH_RAY = (
 def main() -> None:
     descriptor, folder, *modules = sys.argv[1:]
     preload(modules)
+    server = os.getpid()
     listener = socket.socket(fileno=int(descriptor))
     request = Server(listener).serve()
     if request is None:
         shutil.rmtree(folder)
     else:
-        become_worker(request)
+        become_worker(request, server)
 
 
 def preload(modules: Iterable[str]) -> None:
@@ -151,7 +154,7 @@ class Server:
                 launcher.sendall(ANSWER.pack(code if code >= 0 else 128 - code))
 
 
-def become_worker(request: Request) -> None:
+def become_worker(request: Request, server: int) -> None:
     """Run Ray's `default_worker.py` in this process, as a new Python would."""
     from ray._private.utils import update_envs
     from ray._raylet import Config  # type: ignore[attr-defined]
@@ -165,6 +168,7 @@ def become_worker(request: Request) -> None:
     Config.initialize("")  # reads Ray's settings from the environment once more
     os.chdir(request.folder)
     os.setpgrp()  # raylet ends a worker's whole process group
+    end_with(server)
     # Ray blocks Ctrl-C in raylet, and its workers inherit that.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     random.seed()
@@ -173,6 +177,16 @@ def become_worker(request: Request) -> None:
     sys.argv = request.command
     sys.path[0] = os.path.dirname(request.command[0])
     runpy.run_path(request.command[0], run_name="__main__")
+
+
+def end_with(server: int) -> None:
+    """Let this process be killed when the server ends.
+
+    Ray's C++ code can deadlock at the end of a process, and raylet forgets such a process. It would stay for ever.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:  # the server has ended in the meantime
+        os._exit(1)
 
 
 def set_threads() -> None:

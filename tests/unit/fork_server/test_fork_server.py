@@ -129,6 +129,18 @@ def test_a_killed_process_is_told_to_its_launcher(driver: Driver) -> None:
     assert launcher.wait(60) == 128 + signal.SIGKILL
 
 
+def test_a_process_that_ray_has_forgotten_ends_with_its_driver(tmp_path: Path) -> None:
+    driver = Driver(tmp_path)
+    launcher = driver.start("--sleep")
+    pid = int(launcher.stdout.readline())
+    os.kill(launcher.pid, signal.SIGSTOP)  # an end of the launcher would end the process too
+    driver.process.kill()
+    driver.process.wait()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the process")
+    launcher.kill()
+    launcher.wait()
+
+
 def test_the_server_ends_with_its_driver_and_launchers_go_on_without_a_server(tmp_path: Path) -> None:
     driver = Driver(tmp_path)
     server = Path(f"/proc/{driver.process.pid}/task/{driver.process.pid}/children").read_text().split()
