@@ -12,7 +12,7 @@ from support.elastic_runs import check_curve, elastic_recipe, stop, wait_for_wor
 from support.paths import TESTS
 from support.runs import last_step, wait_until
 
-pytestmark = pytest.mark.nightly  # each takes minutes, as nodes start and end
+pytestmark = pytest.mark.nightly  # each is some starts of workers, which import everything anew on a cluster
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def adapters(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_run_takes_a_node_that_comes_and_goes_on_without_one_that_goes(tmp_path: Path, stage: int) -> None:
-    with cluster_of(1, are_forks=True) as cluster:
+    with cluster_of(1) as cluster:
         recipe = elastic_recipe(tmp_path, "elastic")
         recipe = recipe.model_copy(update={"deepspeed": recipe.deepspeed.model_copy(update={"zero_stage": stage})})
         with training_on(cluster, recipe, tmp_path) as process:
@@ -39,7 +39,7 @@ def test_a_run_takes_a_node_that_comes_and_goes_on_without_one_that_goes(tmp_pat
 
 @pytest.mark.timeout(1800)
 def test_a_preempted_node_costs_no_step_and_no_failure(tmp_path: Path) -> None:
-    with cluster_of(2, are_forks=True) as cluster:
+    with cluster_of(2) as cluster:
         recipe = elastic_recipe(tmp_path, "preempted", max_failures=0)
         folder = Path(recipe.run_uri)
         with training_on(cluster, recipe, tmp_path) as process:

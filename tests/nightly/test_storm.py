@@ -29,8 +29,8 @@ def test_every_pair_is_trained_once_an_epoch_in_a_storm(
         deepspeed={"zero_stage": 2},
         scaling={"num_workers": [1, 2], "cpus_per_worker": 1.6, "resize_interval_s": 2, "max_failures": 100},
     )  # fmt: skip
-    with cluster_of(1 + MAX_NODES, are_forks=True) as cluster:
-        storm = Storm(stormy, lambda: start_training(cluster, stormy, tmp_path), seed, cluster)
+    with cluster_of(1 + MAX_NODES) as cluster:
+        storm = Storm(stormy, lambda: start_training(cluster, stormy, tmp_path), seed, cluster=cluster)
         try:
             storm.rage(num_faults, epochs * ROWS // PER_STEP)
         finally:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ import psutil
 import yaml
 
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.fork_server.control import forked_workers
 from orpo_ray.ray_cluster.new_ray import agents_expected
 from orpo_ray.tracking.jsonl import read_jsonl
 from support.runs import wait_until
 
-PYTHON = sys.executable  # before Ray is given another one, for its workers
 NODE = {"num_cpus": 3, "object_store_memory": 150 << 20}
 NODE_STARTS = 300  # seconds that nodes may take while other tests run
 ATTEMPTS = 5  # to start a node
@@ -28,25 +26,18 @@ TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextmanager
-def cluster_of(num_nodes: int, are_forks: bool = False) -> Iterator[Any]:
-    """Start real raylets, each with three CPUs, and end them.
-
-    Args:
-        num_nodes: raylets, with the head.
-        are_forks: whether workers are forks of one process. They start in a second rather than in ten, but `processes`
-            cannot tell which node they belong to.
-    """
+def cluster_of(num_nodes: int) -> Iterator[Any]:
+    """Start real raylets, each with three CPUs, and end them."""
     from ray.cluster_utils import Cluster
 
-    with forked_workers() if are_forks else nullcontext():
-        cluster = Cluster()
-        try:
-            _start(cluster, include_dashboard=False)
-            for _ in range(num_nodes - 1):
-                add_node(cluster)
-            yield cluster
-        finally:
-            cluster.shutdown()
+    cluster = Cluster()
+    try:
+        _start(cluster, include_dashboard=False)
+        for _ in range(num_nodes - 1):
+            add_node(cluster)
+        yield cluster
+    finally:
+        cluster.shutdown()
 
 
 def add_node(cluster: Any) -> Any:
@@ -107,7 +98,7 @@ def start_training(cluster: Any, recipe: Recipe, folder: Path) -> subprocess.Pop
     path = folder / f"{recipe.name}.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     return subprocess.Popen(
-        [PYTHON, "-m", "orpo_ray", "train", str(path)],
+        [sys.executable, "-m", "orpo_ray", "train", str(path)],
         env=environment_of(cluster),
         stderr=subprocess.PIPE,
         text=True,
@@ -124,7 +115,7 @@ def drain(cluster: Any, node: Any, seconds: int) -> None:
     """Announce that a node will be taken away, as a cloud's spot service does by way of Ray's autoscaler."""
     options = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
     subprocess.run(
-        [Path(PYTHON).with_name("ray"), "drain-node", "--address", cluster.address, "--node-id", node.node_id,
+        [Path(sys.executable).with_name("ray"), "drain-node", "--address", cluster.address, "--node-id", node.node_id,
          *options, "--deadline-remaining-seconds", str(seconds)],
         check=True, capture_output=True,
     )  # fmt: skip
@@ -144,7 +135,7 @@ def room_kept_for(cluster: Any, run_id: str) -> str:
         "print(ray.get(coordinator.get_reserved_resources.remote('train-' + sys.argv[1])))"
     )
     asked = subprocess.run(
-        [PYTHON, "-c", code, run_id],
+        [sys.executable, "-c", code, run_id],
         env=environment_of(cluster), check=True, capture_output=True, text=True,
     )  # fmt: skip
     return asked.stdout.strip()

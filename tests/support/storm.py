@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
-import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import pytest
+from rich.console import Console
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.errors import OrpoRayError
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.training.checkpoint_choice import checkpoint_names
+from orpo_ray.training.launch import launch_training
 from support.clusters import add_node, drain, lose_node, processes
 from support.runs import last_step, wait_until
 from support.tiny_runs import losses, tiny_recipe
 
-OF_PROCESSES = ("worker", "driver", "status", "torn")
-OF_NODES = ("node", "added", "notice")
+WITHIN_A_RUN = ("worker", "status", "torn")
+ALL = (*WITHIN_A_RUN, "driver", "node", "added", "notice")
 MAX_NODES = 2  # beside the head, which holds the driver
 NOTICE_S = 15  # from the notice to the end of the node
 LIMIT_S = 900  # for one recovery, while other tests run
 PER_STEP = 4
 
 
-def storm_recipe(folder: Path, name: str, data: Path, epochs: int, adapter: str, **sections: Any) -> Recipe:
-    """Return a recipe for all rows of a file, as `support.slow_rows` gives them."""
+def storm_recipe(folder: Path, name: str, data: Path, epochs: int, adapter: str | None, **sections: Any) -> Recipe:
+    """Return a recipe for all rows of a file, by an adapter of `support.slow_rows` if one is given."""
     return tiny_recipe(
         folder,
         name,
-        data={"train": str(data), "format": f"support.slow_rows:{adapter}", "shuffle_window": 16},
+        data={
+            "train": str(data),
+            "format": "auto" if adapter is None else f"support.slow_rows:{adapter}",
+            "shuffle_window": 16,
+            "max_bad_fraction": 0.2,
+        },
         optim={"epochs": epochs, "max_steps": None, "pairs_per_step": PER_STEP},
         **sections,
     )
@@ -63,21 +71,68 @@ def check_every_pair_once(recipe: Recipe, calm: Recipe, num_rows: int, reasons: 
     assert curve == pytest.approx(losses(Path(calm.run_uri)), abs=1e-4)
 
 
+class Started(Protocol):
+    """A run, as a process or in a thread of this one."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> Any: ...
+
+    def communicate(self) -> tuple[Any, str]: ...
+
+
+class InThread:
+    """A run in a thread of this process."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.returncode: int | None = None
+        self._recipe, self._said = recipe, io.StringIO()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        code = 1
+        try:
+            launch_training(self._recipe, Console(file=self._said))
+            code = 0
+        except OrpoRayError as error:
+            self._said.write(str(error))
+        finally:
+            self.returncode = code
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        """Leave the run to its end, which is near."""
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def communicate(self) -> tuple[None, str]:
+        return None, self._said.getvalue()
+
+
 class Storm:
     """A run of `orpo-ray train` and what befalls it. Always end it with `stop`.
 
     Args:
         recipe: of the run.
-        start: starts the command.
+        start: starts the run.
         seed: of the faults.
-        cluster: a head, and as many other nodes as the storm may use; None for faults of processes only.
+        kinds: of faults.
+        cluster: a head, and as many other nodes as the storm may use; None without faults of nodes.
     """
 
     def __init__(
-        self, recipe: Recipe, start: Callable[[], subprocess.Popen[str]], seed: int, cluster: Any = None
+        self, recipe: Recipe, start: Callable[[], Started], seed: int, kinds: Sequence[str] = ALL, cluster: Any = None
     ) -> None:
-        self._recipe, self._start, self._cluster = recipe, start, cluster
-        self._kinds: Sequence[str] = OF_PROCESSES if cluster is None else OF_PROCESSES + OF_NODES
+        self._recipe, self._start, self._kinds, self._cluster = recipe, start, kinds, cluster
         self._random = random.Random(seed)
         self._nodes: list[Any] = [] if cluster is None else list(cluster.worker_nodes)
         self._going: list[threading.Timer] = []
