@@ -92,7 +92,7 @@ def train(
     try:
         with stdout_to_stderr():
             page = write_report([summary.run_uri])
-    except UserError as error:  # the run itself is whole
+    except (UserError, OSError) as error:  # the run itself is whole
         page = f"not written: {error}"
     print_trained(summary, page)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +42,7 @@ def run_data(recipe: Recipe) -> RunRows:
             value=optim.epochs,
             fix="increase optim.epochs",
         )
-    train = replace(train, end_sample=samples, pipeline=_pipeline(recipe, "train"))
-    return train, None if held_out is None else _for_evaluation(recipe, held_out)
+    return replace(train, end_sample=samples), None if held_out is None else _for_evaluation(recipe, held_out)
 
 
 def held_out_data(recipe: Recipe) -> ReadSpec | None:
@@ -76,12 +74,7 @@ def _in_order(spec: ReadSpec) -> ReadSpec:
 def _for_evaluation(recipe: Recipe, spec: ReadSpec) -> ReadSpec:
     # Always shuffled, so that images are exchanged between random pairs and max_pairs takes a random sample.
     order = replace(spec.order, seed=0)
-    count = min(order.num_rows, recipe.eval.max_pairs or order.num_rows)
-    return replace(spec, order=order, end_sample=count, pipeline=_pipeline(recipe, "eval"))
-
-
-def _pipeline(recipe: Recipe, purpose: str) -> str:
-    return hashlib.sha256(f"{recipe.run_uri} {purpose}".encode()).hexdigest()[:16]
+    return replace(spec, order=order, end_sample=min(order.num_rows, recipe.eval.max_pairs or order.num_rows))
 
 
 def encoder_of(recipe: Recipe) -> EncoderSpec:

@@ -81,7 +81,7 @@ class ReadSpec:
     other_image: OtherImage | None = None
     """Which images each pair's chosen answer is contrasted with; None without an image preference."""
     pipeline: str = ""
-    """Id of the pipeline that reads the rows, the same for every start of a run. Empty where nothing restarts."""
+    """Id of the pipeline that reads the rows; empty for a new one. See `of_run`."""
 
     @property
     def digest(self) -> str:
@@ -89,6 +89,10 @@ class ReadSpec:
         facts = [(PurePosixPath(each.path).name, each.num_rows, each.num_bytes) for each in self.shards]
         kept = [hashlib.sha256(rows.tobytes()).hexdigest() for rows in self.row_indices.values()]
         return hashlib.sha256(json.dumps([facts, kept, self.order.weights]).encode()).hexdigest()[:16]
+
+    def of_run(self, run_uri: str) -> ReadSpec:
+        """Return the spec for the training rows of a run: every start of the run has a pipeline of the same id."""
+        return replace(self, pipeline=hashlib.sha256(run_uri.encode()).hexdigest()[:16])
 
     def root_of(self, shard: Shard) -> str | None:
         """Return the folder that a shard's image paths are relative to."""

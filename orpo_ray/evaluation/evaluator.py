@@ -52,8 +52,7 @@ class HeldOut:
     def shares(self, exchange_images: bool, packing: Packing) -> Iterable[StepShare]:
         """All of this worker's shares; with `exchange_images`, each pair gets the images of another pair."""
         steps = -(-self.read.end_sample // self.read.pairs_per_step)
-        pipeline = self.read.pipeline + ("-exchanged" if exchange_images else "")  # one may end while the other begins
-        read = replace(self.read, exchange_images=exchange_images, pipeline=pipeline)
+        read = replace(self.read, exchange_images=exchange_images)
         feed = open_feed(read, self.encoder, self.max_encoders, self.rank, self.num_workers, self.together)
         return iter_shares(feed, packing, 0, steps)
 

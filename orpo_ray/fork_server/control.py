@@ -97,6 +97,8 @@ def _start(modules: tuple[str, ...]) -> Path:
 
 
 def _end(server: subprocess.Popen[bytes], folder: Path) -> None:
+    if "ray" in sys.modules:  # before its workers are killed, which end with the server
+        sys.modules["ray"].shutdown()
     server.terminate()  # does not wait for its imports, as after an error in a recipe
     server.wait()
     shutil.rmtree(folder, ignore_errors=True)

@@ -36,21 +36,23 @@ def entrypoint_of(given: str, name: str, overrides: Sequence[str], recipe: Recip
     """Return what runs a command of orpo-ray on a recipe, or on the recipe's run.
 
     Args:
-        given: the command and its options, as `evaluate --generate 8`.
+        given: the command with its options, and with fields for an evaluation, as `evaluate --generate 8`.
         name: of the recipe's file, relative to the working directory.
-        overrides: `FIELD=VALUE` strings.
+        overrides: `FIELD=VALUE` strings of the recipe.
         recipe: with the overrides.
 
     Raises:
-        UserError: jobs do not run this command.
+        UserError: jobs do not run this command, or not where the run is.
     """
     command, options = _parse(given)
     words = ["python", "-m", "orpo_ray", *command.split()]
     if command in OF_RECIPES:
         return Entrypoint(command, shlex.join([*words, name, *overrides, *options]), {"entrypoint_num_gpus": 0})
-    fields = overrides if command == "evaluate" else ()
-    line = " ".join([shlex.join(words), _run_of(recipe), shlex.join([*fields, *options])]).rstrip()
-    return Entrypoint(command, line, _of_a_worker(recipe) if command == "evaluate" else {"entrypoint_num_gpus": 0})
+    resources: dict[str, Any] = {"entrypoint_num_gpus": 0}
+    if command == "evaluate":
+        resources = _of_a_worker(recipe)
+        _check_place(recipe, resources)
+    return Entrypoint(command, " ".join([shlex.join(words), _run_of(recipe), shlex.join(options)]).rstrip(), resources)
 
 
 def _parse(given: str) -> tuple[str, list[str]]:
@@ -70,10 +72,30 @@ def _parse(given: str) -> tuple[str, list[str]]:
 def _run_of(recipe: Recipe) -> str:
     """Return a recipe's run folder for a shell. Where a job trains, a relative one is in the home folder."""
     storage = recipe.checkpoint.storage
-    if is_remote(storage) or os.path.isabs(storage):
+    if _is_shared(storage):
         return shlex.quote(f"{storage.rstrip('/')}/{recipe.name}")
-    relative = storage.removeprefix("~/").removeprefix("./").rstrip("/")
-    return '"$HOME"/' + shlex.quote(f"{relative}/{recipe.name}")
+    if storage.startswith("~") and storage != "~" and not storage.startswith("~/"):
+        fix = "give a path without ~USER"
+        raise UserError("no job can find another user's folder", field="checkpoint.storage", value=storage, fix=fix)
+    relative = os.path.normpath(storage.removeprefix("~").lstrip("/") or ".")
+    return '"$HOME"/' + shlex.quote(f"{relative}/{recipe.name}".removeprefix("./"))
+
+
+def _is_shared(storage: str) -> bool:
+    """Whether a storage is the same on all nodes, as far as its name tells."""
+    return is_remote(storage) or os.path.isabs(storage)
+
+
+def _check_place(recipe: Recipe, resources: dict[str, Any]) -> None:
+    """Check that an evaluation on a worker's node finds a run, which a job has written. Raises UserError."""
+    storage = recipe.checkpoint.storage
+    if resources != {"entrypoint_num_gpus": 0} and not _is_shared(storage):
+        raise UserError(
+            "the run is in the home folder of the head node, and the evaluation would run on another node",
+            field="checkpoint.storage",
+            value=storage,
+            fix="train with a storage that all nodes share, or set scaling.gpus_per_worker=0 to evaluate on the head",
+        )
 
 
 def _of_a_worker(recipe: Recipe) -> dict[str, Any]:

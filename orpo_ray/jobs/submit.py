@@ -124,6 +124,8 @@ def prepare_job(
     _print(console, "upload", f"{len(upload.sizes):,} files, {upload.total / MIB:,.1f} MiB of {folder.resolve()}")
     _print(console, "packages", describe(runtime_env))
     _print(console, "storage", _storage(loaded))
+    if entrypoint.command == "evaluate":
+        _print(console, "driver", _place(entrypoint))
     return Prepared(entrypoint, runtime_env | {"working_dir": str(folder)})
 
 
@@ -208,6 +210,13 @@ def _storage(recipe: Recipe) -> str:
     if not os.path.isabs(storage):
         return f"{storage} in the home folder of the head node; with several nodes, give one that all of them share"
     return f"{storage}, which must be the same folder on all nodes"
+
+
+def _place(entrypoint: Entrypoint) -> str:
+    gpus = entrypoint.resources["entrypoint_num_gpus"]
+    if gpus:
+        return f"evaluates with {gpus:g} GPU"
+    return "evaluates without a GPU; set scaling.gpus_per_worker=1 to use one"
 
 
 def _print(console: Console, label: str, text: str) -> None:

@@ -15,11 +15,13 @@ import ray
 from ray._private import ray_constants, services
 from ray._raylet import persist_port  # type: ignore[attr-defined]
 
-# Ports of the agents beside a raylet: arguments of `start_raylet`, and names of the files that a raylet waits for.
-_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-# Below the ports that the system gives to processes which ask for any: another process could get one a moment later.
+# Ports of the process beside a raylet that imports most: arguments of `start_raylet`, and names of the files that a
+# raylet waits for.
+_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
+# Below the ports that Linux and macOS give to processes which ask for any: another one could get a port a moment later.
 _UNUSED = (20_000, 30_000)
-_START_TIMEOUT = 300  # seconds for the start of a process of Ray; by default 30 or 60, too few on a busy machine
+_ATTEMPTS = 1000
+_TIMEOUT = 300  # seconds for the start of a process of Ray; by default 30 or 60, too few on a busy machine
 
 
 @contextlib.contextmanager
@@ -31,30 +33,37 @@ def settings_of_new_ray() -> Iterator[None]:
     fails, a stopped trial keeps its CPUs, and a sweep hangs.
     """
     [port] = unused_ports(1)
-    environment = {
+    register = max(_TIMEOUT * 1000, int(os.environ.get("RAY_agent_register_timeout_ms", 0)))
+    own = {
         "RAY_GCS_SERVER_PORT": str(port),
         "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}",
-        "RAY_agent_register_timeout_ms": str(_START_TIMEOUT * 1000),
+        "RAY_agent_register_timeout_ms": str(register),
     }
+    before = {name: os.environ.get(name) for name in own}
     timeout = ray_constants.RAY_DASHBOARD_STARTUP_TIMEOUT_S
-    vars(ray_constants)["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = _START_TIMEOUT
-    os.environ |= environment
+    vars(ray_constants)["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = max(_TIMEOUT, timeout)
+    os.environ |= own
     try:
         with agents_expected():
             yield
     finally:
         vars(ray_constants)["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = timeout
-        for name in environment:
+        for name, value in before.items():
             os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
 def agents_expected() -> Iterator[None]:
-    """Tell the raylets that this process starts in this context which ports their agents will have.
+    """Tell the raylets that this process starts in this context which ports their dashboard agents will have.
 
     By itself, a raylet waits until its agents have written their ports to files, for 15 seconds and no longer. On a
-    busy machine, the agents are still importing their libraries by then, and the raylet ends. Besides, one agent has a
-    fixed port by default, and a second Ray on the machine takes no submitted jobs.
+    busy machine, the dashboard agent is still importing its libraries by then, and the raylet ends. Besides, one of its
+    ports is fixed by default, and a second Ray on the machine takes no submitted jobs.
+
+    The agent that prepares the processes of workers chooses its port as before. A raylet trusts what answers there, and
+    no other user of the machine may know the port before the agent listens.
     """
     start = services.start_raylet
 
@@ -75,12 +84,18 @@ def agents_expected() -> Iterator[None]:
 
 
 def unused_ports(count: int) -> list[int]:
-    """Return different ports of loopback on which nothing listens."""
+    """Return different ports of loopback on which nothing listens. Raises OSError if there are too few."""
     with contextlib.ExitStack() as held:
         found: list[int] = []
-        while len(found) < count:
-            candidate = held.enter_context(socket.socket())
-            with contextlib.suppress(OSError):  # something listens there
+        for _ in range(_ATTEMPTS):
+            if len(found) == count:
+                return found
+            candidate = socket.socket()
+            try:
                 candidate.bind(("127.0.0.1", random.randint(*_UNUSED)))
-                found.append(candidate.getsockname()[1])
-    return found
+            except OSError:  # something listens there
+                candidate.close()
+                continue
+            held.enter_context(candidate)
+            found.append(candidate.getsockname()[1])
+    raise OSError(f"no {count} unused ports between {_UNUSED[0]} and {_UNUSED[1]}")

@@ -81,7 +81,8 @@ def _train_side_by_side(
     encoder = spec.build()
 
     def shares(first_step: int, packing: Packing) -> Iterator[StepShare]:
-        read = replace(hosted.train, first_sample=first_step * first.optim.pairs_per_step)
+        rows = hosted.train.of_run(first.run_uri)
+        read = replace(rows, first_sample=first_step * first.optim.pairs_per_step)
         feed = open_feed(read, spec, max_encoders)
         return iter_shares(feed, packing, first_step, hosted.num_steps)
 
@@ -121,7 +122,7 @@ def _train_alone(name: str, opened: OpenRun, hosted: HostedRuns, listener: Liste
     recipe, resources = opened.recipe, hosted.resources
     config = WorkerConfig(
         recipe=recipe.model_dump(mode="json"),
-        train=hosted.train,
+        train=hosted.train.of_run(opened.recipe.run_uri),
         held_out=hosted.held_out,
         encoder=encoder_of(recipe),
         num_steps=hosted.num_steps,

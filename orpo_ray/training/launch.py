@@ -144,7 +144,7 @@ def launch_training(
         console.print(_headline(resolved, without_sharing, read, held_out, num_steps), highlight=False, soft_wrap=True)
         config = WorkerConfig(
             recipe=resolved.model_dump(mode="json"),
-            train=read,
+            train=read.of_run(recipe.run_uri),
             held_out=held_out,
             encoder=encoder_of(resolved),
             num_steps=num_steps,

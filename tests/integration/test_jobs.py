@@ -116,7 +116,7 @@ def test_a_run_is_evaluated_and_exported_by_jobs(dashboard: str, project: Path, 
     recipe = tiny_recipe(tmp_path / "runs", "job", optim={"max_steps": 2}, data={"train": data})
     run(recipe)
     command = ("submit", "recipes/tiny.yaml", "--address", dashboard, "--command")
-    done = orpo_ray(*command, "evaluate --generate 2", f"data.eval={data}", "eval.max_pairs=8", cwd=project)
+    done = orpo_ray(*command, f"evaluate data.eval={data} eval.max_pairs=8 --generate 2", cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 pairs" in done.stderr
     done = orpo_ray(*command, f"export --output {tmp_path}/exported", cwd=project)

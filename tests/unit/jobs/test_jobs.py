@@ -48,12 +48,13 @@ def test_a_job_is_a_command_that_any_shell_reads_as_given(project: Path) -> None
         ("evaluate", [], "evaluate /shared/runs/job", {"entrypoint_num_gpus": 0}),
         (
             "evaluate --generate 8 --by 'a b'", ["scaling.accelerator_type=L4", "scaling.labels.zone=a"],
-            "evaluate /shared/runs/job scaling.accelerator_type=L4 scaling.labels.zone=a --generate 8 --by 'a b'",
+            "evaluate /shared/runs/job --generate 8 --by 'a b'",
             {"entrypoint_num_gpus": 1, "entrypoint_resources": {"accelerator_type:L4": 0.001},
              "entrypoint_label_selector": {"zone": "a"}},
         ),
-        ("evaluate", ["scaling.gpus_per_worker=1"], "evaluate /shared/runs/job scaling.gpus_per_worker=1",
+        ("evaluate data.eval=x", ["scaling.gpus_per_worker=1"], "evaluate /shared/runs/job data.eval=x",
          {"entrypoint_num_gpus": 1}),
+        ("evaluate", ["checkpoint.storage=~", "name=a"], 'evaluate "$HOME"/a', {"entrypoint_num_gpus": 0}),
         ("export --adapter", ["checkpoint.storage=s3://b/runs"], "export s3://b/runs/job --adapter",
          {"entrypoint_num_gpus": 0}),
         ("export", ["checkpoint.storage=my runs"], "export \"$HOME\"/'my runs/job'", {"entrypoint_num_gpus": 0}),
@@ -65,6 +66,18 @@ def test_the_run_of_a_recipe_is_evaluated_and_exported_where_its_job_has_written
     entrypoint = prepare(project, *overrides, command=command).entrypoint
     assert entrypoint.line == f"python -m orpo_ray {line}"
     assert entrypoint.resources == resources
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["checkpoint.storage=runs", "scaling.gpus_per_worker=1"], "would run on another node"),
+        (["checkpoint.storage=~somebody/runs"], "another user's folder"),
+    ],
+)
+def test_an_evaluation_that_would_not_find_its_run_is_refused(project: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        prepare(project, *overrides, command="evaluate")
 
 
 def test_a_folder_above_rays_limit_is_refused_with_what_is_large(project: Path) -> None:
