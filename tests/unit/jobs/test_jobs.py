@@ -54,7 +54,7 @@ def test_a_job_is_a_command_that_any_shell_reads_as_given(project: Path) -> None
         ),
         ("evaluate data.eval=x", ["scaling.gpus_per_worker=1"], "evaluate /shared/runs/job data.eval=x",
          {"entrypoint_num_gpus": 1}),
-        ("evaluate", ["checkpoint.storage=~", "name=a"], 'evaluate "$HOME"/a', {"entrypoint_num_gpus": 0}),
+        ("evaluate", ["checkpoint.storage=~/a/./b"], 'evaluate "$HOME"/a/b/job', {"entrypoint_num_gpus": 0}),
         ("export --adapter", ["checkpoint.storage=s3://b/runs"], "export s3://b/runs/job --adapter",
          {"entrypoint_num_gpus": 0}),
         ("export", ["checkpoint.storage=my runs"], "export \"$HOME\"/'my runs/job'", {"entrypoint_num_gpus": 0}),
