@@ -258,6 +258,13 @@ def test_the_digest_identifies_a_data_set(tmp_path: Path) -> None:
     assert spec_of([str(path)]).digest != first
 
 
+def test_every_start_of_a_run_has_one_pipeline_and_every_run_its_own(tmp_path: Path) -> None:
+    spec = spec_of([str(write_jsonl(tmp_path / "b.jsonl", rows(5)))])
+    assert spec.of_run("runs/a") == spec.of_run("runs/a")
+    assert spec.of_run("runs/a").pipeline != spec.of_run("runs/b").pipeline
+    assert spec.of_run("runs/a").digest == spec.digest
+
+
 def test_images_are_exchanged_alike_from_any_position(tmp_path: Path) -> None:
     items = [row | {"images": [f"{i // 2}.png"]} for i, row in enumerate(rows(9))]
     items.append(rows(1)[0] | {"id": "text"})
