@@ -13,7 +13,7 @@ from support.broken_rows import write_broken
 from support.runs import run
 from support.storm import PER_STEP, WITHIN_A_RUN, InThread, Storm, check_every_pair_once, storm_recipe
 
-ROWS, FAULTS = 160, 4
+ROWS, FAULTS = 120, 3
 
 
 @pytest.mark.timeout(600)
