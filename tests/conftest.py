@@ -54,7 +54,7 @@ def ray_cluster() -> Iterator[None]:
     start_fork_server(["peft"])
     # No test reads what workers print, which Ray's log monitor looks for all the time.
     own = partialmethod(RayParams.__init__, include_log_monitor=False)
-    with pytest.MonkeyPatch.context() as patch, on_loopback(), settings_of_new_ray(), forked_workers():
+    with pytest.MonkeyPatch.context() as patch, on_loopback(), settings_of_new_ray(is_alone=True), forked_workers():
         patch.setattr(RayParams, "__init__", own)
         sessions = tempfile.mkdtemp(prefix="ray-")  # a short path, as it is part of the names of sockets
         ray.init(

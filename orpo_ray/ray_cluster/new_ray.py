@@ -25,12 +25,15 @@ _TIMEOUT = 300  # seconds for the start of a process of Ray; by default 30 or 60
 
 
 @contextlib.contextmanager
-def settings_of_new_ray() -> Iterator[None]:
+def settings_of_new_ray(is_alone: bool = False) -> Iterator[None]:
     """Set what the Ray that is started in this context needs to start on a busy machine, and beside another Ray.
 
     All its processes get the address. A process without one that asks Ray for the state of an actor (Ray Train's
     cleaner after a stopped trial) looks for any cluster on the machine. If there is an old or a second one, the cleaner
     fails, a stopped trial keeps its CPUs, and a sweep hangs.
+
+    Args:
+        is_alone: see `agents_expected`.
     """
     [port] = unused_ports(1)
     register = max(_TIMEOUT * 1000, int(os.environ.get("RAY_agent_register_timeout_ms", 0)))
@@ -44,7 +47,7 @@ def settings_of_new_ray() -> Iterator[None]:
     vars(ray_constants)["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = max(_TIMEOUT, timeout)
     os.environ |= own
     try:
-        with agents_expected():
+        with agents_expected(is_alone):
             yield
     finally:
         vars(ray_constants)["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = timeout
@@ -55,7 +58,7 @@ def settings_of_new_ray() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def agents_expected() -> Iterator[None]:
+def agents_expected(is_alone: bool = False) -> Iterator[None]:
     """Tell the raylets that this process starts in this context which ports their dashboard agents will have.
 
     By itself, a raylet waits until its agents have written their ports to files, for 15 seconds and no longer. On a
@@ -64,14 +67,18 @@ def agents_expected() -> Iterator[None]:
 
     The agent that prepares the processes of workers chooses its port as before. A raylet trusts what answers there, and
     no other user of the machine may know the port before the agent listens.
+
+    Args:
+        is_alone: whether the machine has no other users, so that the port of that agent is chosen too.
     """
+    ports = (*_PORTS, "runtime_env_agent_port") if is_alone else _PORTS
     start = services.start_raylet
 
     @wraps(start)
     def start_with_ports(*args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(start).bind(*args, **kwargs)
         given = call.arguments
-        for name, port in zip(_PORTS, unused_ports(len(_PORTS)), strict=True):
+        for name, port in zip(ports, unused_ports(len(ports)), strict=True):
             given[name] = port
             persist_port(given["session_dir"], given["node_id"], name, port)
         return start(*call.args, **call.kwargs)

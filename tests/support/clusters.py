@@ -52,7 +52,7 @@ def _start(cluster: Any, **options: Any) -> Any:
     for attempt in range(ATTEMPTS):
         before = set(psutil.Process().children())
         try:
-            with agents_expected():
+            with agents_expected(is_alone=True):
                 return cluster.add_node(**NODE, **options)
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt == ATTEMPTS - 1:
