@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from orpo_ray.config.recipe import Recipe
@@ -18,17 +18,18 @@ OF_RUNS = ("evaluate", "export")
 TRAINING = ("train", "tune")
 # Enough that Ray chooses a node with such a GPU, as for the workers of a run.
 _SOME = 0.001
+_NONE: dict[str, Any] = {"entrypoint_num_gpus": 0}  # for a driver that only waits, which Ray runs on the head node
 
 
 @dataclass(frozen=True)
 class Entrypoint:
-    """What a job runs."""
+    """What a job runs, and where."""
 
     command: str
     """The command of orpo-ray."""
     line: str
     """The line that a shell on the driver's node reads."""
-    resources: dict[str, Any] = field(default_factory=dict)
+    resources: dict[str, Any]
     """Arguments of `JobSubmissionClient.submit_job` for the driver's node."""
 
 
@@ -47,8 +48,8 @@ def entrypoint_of(given: str, name: str, overrides: Sequence[str], recipe: Recip
     command, options = _parse(given)
     words = ["python", "-m", "orpo_ray", *command.split()]
     if command in OF_RECIPES:
-        return Entrypoint(command, shlex.join([*words, name, *overrides, *options]), {"entrypoint_num_gpus": 0})
-    resources: dict[str, Any] = {"entrypoint_num_gpus": 0}
+        return Entrypoint(command, shlex.join([*words, name, *overrides, *options]), _NONE)
+    resources = _NONE
     if command == "evaluate":
         resources = _of_a_worker(recipe)
         _check_place(recipe, resources)
@@ -89,7 +90,7 @@ def _is_shared(storage: str) -> bool:
 def _check_place(recipe: Recipe, resources: dict[str, Any]) -> None:
     """Check that an evaluation on a worker's node finds a run, which a job has written. Raises UserError."""
     storage = recipe.checkpoint.storage
-    if resources != {"entrypoint_num_gpus": 0} and not _is_shared(storage):
+    if resources != _NONE and not _is_shared(storage):
         raise UserError(
             "the run is in the home folder of the head node, and the evaluation would run on another node",
             field="checkpoint.storage",

@@ -193,7 +193,6 @@ def _submit(client: JobSubmissionClient, prepared: Prepared) -> str:
         reraise=True,
     )
     try:
-        # Neither CPUs nor GPUs for a driver that only waits; Ray then runs it on the head node.
         entrypoint = prepared.entrypoint
         job: str = attempts(
             client.submit_job, entrypoint=entrypoint.line, runtime_env=prepared.runtime_env, **entrypoint.resources

@@ -26,7 +26,7 @@ _TIMEOUT = 300  # seconds for the start of a process of Ray; by default 30 or 60
 
 @contextlib.contextmanager
 def settings_of_new_ray(is_alone: bool = False) -> Iterator[None]:
-    """Set what the Ray that is started in this context needs to start on a busy machine, and beside another Ray.
+    """Set what helps the Ray that is started in this context on a busy machine, and what it needs beside another Ray.
 
     All its processes get the address. A process without one that asks Ray for the state of an actor (Ray Train's
     cleaner after a stopped trial) looks for any cluster on the machine. If there is an old or a second one, the cleaner
@@ -65,8 +65,8 @@ def agents_expected(is_alone: bool = False) -> Iterator[None]:
     busy machine, the dashboard agent is still importing its libraries by then, and the raylet ends. Besides, one of its
     ports is fixed by default, and a second Ray on the machine takes no submitted jobs.
 
-    The agent that prepares the processes of workers chooses its port as before. A raylet trusts what answers there, and
-    no other user of the machine may know the port before the agent listens.
+    The agent that prepares the processes of workers chooses its port as before, within the 15 seconds. A raylet trusts
+    what answers there, and no other user of the machine may know the port before the agent listens.
 
     Args:
         is_alone: whether the machine has no other users, so that the port of that agent is chosen too.

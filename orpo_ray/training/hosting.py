@@ -122,7 +122,7 @@ def _train_alone(name: str, opened: OpenRun, hosted: HostedRuns, listener: Liste
     recipe, resources = opened.recipe, hosted.resources
     config = WorkerConfig(
         recipe=recipe.model_dump(mode="json"),
-        train=hosted.train.of_run(opened.recipe.run_uri),
+        train=hosted.train.of_run(recipe.run_uri),
         held_out=hosted.held_out,
         encoder=encoder_of(recipe),
         num_steps=hosted.num_steps,

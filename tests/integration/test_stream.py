@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -156,18 +155,3 @@ def test_a_step_leaves_nothing_in_memory(spec: ReadSpec) -> None:
     assert pairs
     del share
     assert not any(pair() for pair in pairs)
-
-
-@pytest.mark.nightly  # measures time, which a busy machine distorts
-def test_waiting_for_a_consumer_costs_no_core(spec: ReadSpec) -> None:
-    """The pipeline is full, since nobody takes a step; its scheduling loop runs in this process.
-
-    A loop that spins takes the whole core, 3 of the 3 seconds; a paced one 0.3 to 1.3 by the speed of the machine.
-    """
-    rows = replace(spec, end_sample=50_000)
-    shares = iter_shares(open_feed(rows, ENCODER, max_encoders=1), PACKING, 0, STEPS)
-    next(shares)
-    time.sleep(6)  # until the queues are full
-    begun = time.process_time()
-    time.sleep(3)
-    assert time.process_time() - begun < 2
