@@ -15,7 +15,7 @@ LIMIT = 8 << 20  # bytes of a request
 SECONDS = 10.0  # for all of a request to arrive
 # What a Python reads once, at its start, and Ray when it is imported.
 _READ_BY_PYTHON = ("PYTHONPATH", "PYTHONHOME", "LD_PRELOAD")
-_READ_BY_RAY = ("RAY_JOB_ID", "RAY_RAYLET_PID")
+_READ_BY_RAY = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 
 
 @dataclass
@@ -53,10 +53,15 @@ class Request:
         found: dict[str, str] = self.context.get("env_vars") or {}
         return found
 
+    @property
+    def job(self) -> tuple[str | None, ...]:
+        """Process id of the raylet, and job: only their workers can be forks of one process that has imported Ray."""
+        wanted = self.environment | self.variables
+        return tuple(wanted.get(name) for name in _READ_BY_RAY)
+
     def can_be_forked(self) -> bool:
         """Say whether a fork of this process is what a new Python would be."""
         wanted = self.environment | self.variables
-        same = _READ_BY_PYTHON + (_READ_BY_RAY if "ray" in sys.modules else ())
         return (
             self.is_python
             and len(self.files) == 3
@@ -65,19 +70,29 @@ class Request:
             and self.context.get("py_executable") in (None, sys.executable)
             and not self.context.get("command_prefix")
             and not self.context.get("override_worker_entrypoint")
-            and all(wanted.get(name) == os.environ.get(name) for name in same)
+            and all(wanted.get(name) == os.environ.get(name) for name in _READ_BY_PYTHON)
         )
+
+    def close_files(self) -> None:
+        """Close the standard files, which another process has now."""
+        for descriptor in self.files:
+            os.close(descriptor)
+        self.files.clear()
+
+    def close(self) -> None:
+        """Leave the request to another process."""
+        self.close_files()
+        self.connection.close()
 
 
 def receive(connection: socket.socket) -> Request | None:
-    """Read a request. Returns None, and closes the connection, if it cannot be read or forked."""
+    """Read a launcher's request. Returns None, and closes the connection, if it cannot be read or forked."""
     files: list[int] = []
     try:
         connection.settimeout(SECONDS)
-        head, files, _, _ = socket.recv_fds(connection, LENGTH.size, 3)
-        body = _read(connection, LENGTH.unpack(head)[0])
+        fields = _read_message(connection, files, 3)
         connection.settimeout(None)
-        request = Request(connection, files, **json.loads(body))
+        request = Request(connection, files, **fields)
         if request.can_be_forked():
             return request
     except (OSError, ValueError, TypeError, LookupError):
@@ -88,7 +103,32 @@ def receive(connection: socket.socket) -> Request | None:
     return None
 
 
-def _read(connection: socket.socket, length: int) -> bytes:
+def hand_over(request: Request, to: socket.socket) -> None:
+    """Send a request, with its open files, to another process. Raises OSError if that has ended."""
+    fields = {"arguments": request.arguments, "environment": request.environment, "folder": request.folder}
+    body = json.dumps(fields).encode()
+    socket.send_fds(to, [LENGTH.pack(len(body))], [request.connection.fileno(), *request.files])
+    to.sendall(body)
+
+
+def taken_over(from_: socket.socket) -> Request | None:
+    """Read what `hand_over` sends. Returns None if the other side has ended."""
+    files: list[int] = []
+    try:
+        fields = _read_message(from_, files, 4)
+    except (OSError, ValueError):
+        return None
+    connection, *standard = files
+    return Request(socket.socket(fileno=connection), standard, **fields)
+
+
+def _read_message(connection: socket.socket, files: list[int], num_files: int) -> dict[str, Any]:
+    """Read what follows its length. Adds the files that come with it to `files`."""
+    head, received, _, _ = socket.recv_fds(connection, LENGTH.size, num_files)
+    files += received
+    if len(head) < LENGTH.size:
+        raise ValueError("no request")
+    length = LENGTH.unpack(head)[0]
     if length > LIMIT:
         raise ValueError(f"a request of {length} bytes")
     parts = bytearray()
@@ -97,4 +137,5 @@ def _read(connection: socket.socket, length: int) -> bytes:
         if not data:
             raise ValueError("a request that ends early")
         parts += data
-    return bytes(parts)
+    found: dict[str, Any] = json.loads(parts)
+    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orpo_ray.config.recipe import Recipe
-from support.clusters import cluster_of, lose_node, processes, room_kept_for, training_on
+from support.clusters import cluster_of, is_on, lose_node, room_kept_for, training_on
 from support.elastic_runs import STARTED, check_curve, elastic_recipe, stop
 from support.paths import TESTS
 from support.runs import last_step, wait_until
@@ -38,8 +38,8 @@ def test_a_run_outlives_a_node_its_driver_and_its_cluster(tmp_path: Path, monkey
         with training_on(cluster, recipe, tmp_path) as process:
             wait_for_new_steps(recipe, process)
             # The actor that all workers report to is where the driver is, so the loss of another node leaves it alone.
-            assert processes("RunStatus", cluster.head_node)
-            lose_node(cluster, next(node for node in cluster.worker_nodes if processes("RayTrainWorker", node)))
+            assert is_on(cluster, cluster.head_node, "RunStatus")
+            lose_node(cluster, next(node for node in cluster.worker_nodes if is_on(cluster, node, "RayTrainWorker")))
             wait_for_new_steps(recipe, process)
             process.kill()
         dead = json.loads((Path(recipe.run_uri) / "lease.json").read_text())["id"]

@@ -14,6 +14,7 @@ import psutil
 import yaml
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.fork_server.control import forked_workers
 from orpo_ray.ray_cluster.new_ray import agents_expected
 from orpo_ray.tracking.jsonl import read_jsonl
 from support.runs import wait_until
@@ -52,7 +53,7 @@ def _start(cluster: Any, **options: Any) -> Any:
     for attempt in range(ATTEMPTS):
         before = set(psutil.Process().children())
         try:
-            with agents_expected(is_alone=True):
+            with agents_expected(is_alone=True), forked_workers():
                 return cluster.add_node(**NODE, **options)
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt == ATTEMPTS - 1:
@@ -69,17 +70,24 @@ def lose_node(cluster: Any, node: Any) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
 
-def processes(role: str, node: Any = None) -> list[psutil.Process]:
-    """Return the Ray processes of a role, `RayTrainWorker` or `RunStatus`, on a node or on all."""
-    parent = psutil.Process(None if node is None else node.all_processes["raylet"][0].process.pid)
+def processes(role: str) -> list[psutil.Process]:
+    """Return the Ray processes of a role, `RayTrainWorker` or `RunStatus`, that this process has started."""
     found = []
-    for child in parent.children(recursive=True):
+    for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             name = "".join(child.cmdline()[:1])
             # An actor's process is called `ray::RunStatus.lines` while it answers a call.
             if child.status() != psutil.STATUS_ZOMBIE and name.partition(".")[0] == f"ray::{role}":
                 found.append(child)
     return found
+
+
+def is_on(cluster: Any, node: Any, role: str) -> bool:
+    """Say whether an actor of this role lives on a node."""
+    actors = cluster.global_state.actor_table(None, None, "ALIVE").values()
+    return any(
+        actor["ActorClassName"].endswith(role) and actor["Address"]["NodeID"] == node.node_id for actor in actors
+    )
 
 
 @contextmanager

@@ -32,6 +32,7 @@ if "--sleep" in sys.argv:
     time.sleep(600)
 print(json.dumps({
     "argv": sys.argv, "name": __name__, "folder": os.getcwd(), "pid": os.getpid(), "group": os.getpgrp(),
+    "parent": os.getppid(),
     "environment": dict(os.environ), "random": [random.random(), numpy.random.rand()], "path": sys.path[0],
     "forked": "xml.dom.pulldom" in sys.modules, "torch": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0,
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "files": len(os.listdir("/proc/self/fd")),
@@ -92,6 +93,16 @@ def test_a_fork_is_what_a_new_python_would_be(driver: Driver, tmp_path: Path) ->
     assert found["random"] != driver.run()["random"]
 
 
+def test_each_job_has_forks_of_its_own_process(driver: Driver) -> None:
+    jobs = [{}, {"RAY_JOB_ID": "02000000"}] * 2
+    found = [driver.run(env=os.environ | job) for job in jobs]
+    assert all(each["forked"] for each in found)
+    parents = [each["parent"] for each in found]
+    assert parents[0] != parents[1]
+    assert parents[:2] == parents[2:]
+    assert all(each["environment"].items() >= job.items() for each, job in zip(found, jobs, strict=True))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -99,12 +110,10 @@ def test_a_fork_is_what_a_new_python_would_be(driver: Driver, tmp_path: Path) ->
         {"context": {"py_executable": "/other/python"}},
         {"context": {"command_prefix": ["nice"]}},
         {"env": os.environ | {"PYTHONPATH": "/elsewhere"}},
-        {"env": os.environ | {"RAY_JOB_ID": "02000000"}},
     ],
-    ids=["language", "python", "prefix", "path", "job"],
+    ids=["language", "python", "prefix", "path"],
 )
 def test_what_a_fork_is_not_good_for_becomes_an_ordinary_python(driver: Driver, options: dict[str, Any]) -> None:
-    driver.run()  # the server has then imported Ray, for a job without an id
     started = driver.start(**options)
     assert "can't open file '/ray/setup_worker.py'" in started.communicate(timeout=60)[1]
 
@@ -166,7 +175,7 @@ def test_a_driver_that_ends_at_once_does_not_wait_for_the_imports(tmp_path: Path
 
 DRAWS_IDENTIFIERS = """
 import os, threading
-from orpo_ray.fork_server.server import preload_ray
+from orpo_ray.fork_server.preload import preload_ray
 
 preload_ray()
 from ray import ObjectRef
