@@ -51,7 +51,7 @@ def command(recipe: Recipe, folder: Path) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("is_on_a_cluster", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("is_on_a_cluster", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_killed_driver_resumes_with_the_same_command_and_ends_once(
     reference: dict[int, float], tmp_path: Path, is_on_a_cluster: bool
 ) -> None:

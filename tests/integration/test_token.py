@@ -78,9 +78,10 @@ def end(process: psutil.Popen) -> None:
     ("said", "variables"),
     [
         ("the cluster asks for a token, and none was given", {}),
-        (
+        pytest.param(
             "the cluster refuses the token in RAY_AUTH_TOKEN",
             {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64},
+            marks=pytest.mark.nightly,
         ),
         pytest.param(
             "the cluster refuses the token in {wrong}",

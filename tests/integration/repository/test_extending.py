@@ -5,6 +5,7 @@ A block with a title is a file (python) or an edit of a file (diff); a Python bl
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import yaml
 
 from support.paths import ROOT
@@ -49,26 +49,73 @@ def edited(text: str, diff: str) -> str:
     return text.replace(before, after)
 
 
-@pytest.mark.parametrize("heading", sections())
-def test_a_section_works_as_it_is_written(heading: str, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "orpo_ray", tmp_path / "orpo_ray", ignore=shutil.ignore_patterns("__pycache__"))
+# Runs the checks of each section in a fork, with the package from the section's folder. The forks share the imports of
+# other packages, which take longer than the checks.
+IN_FORKS = """
+import json, os, sys, traceback
+import deepspeed, peft, ray.train, torch, transformers.models.auto
+
+statuses = []
+for folder, code in json.load(sys.stdin):
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        with open("said", "w") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+        status = 1
+        try:
+            exec(compile(code, "checks", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(json.dumps(statuses))
+"""
+
+
+def test_sections_work_as_they_are_written(tmp_path: Path) -> None:
     checks = []
-    for block in sections()[heading]:
+    for number, (heading, blocks) in enumerate(sections().items()):
+        folder = tmp_path / str(number)
+        shutil.copytree(ROOT / "orpo_ray", folder / "orpo_ray", ignore=shutil.ignore_patterns("__pycache__"))
+        code = applied(blocks, folder)
+        assert code, f"{heading}: a section shows how to check what it adds"
+        checks.append((str(folder), code))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-P", "-c", IN_FORKS]
+    done = subprocess.run(
+        command, input=json.dumps(checks), cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    statuses = json.loads(done.stdout.splitlines()[-1])  # what libraries print is before that
+    failed = [
+        f"{heading}:\n{(Path(folder) / 'said').read_text()}"
+        for heading, (folder, _), status in zip(sections(), checks, statuses, strict=True)
+        if status != 0
+    ]
+    assert not failed, "\n".join(failed)
+
+
+def applied(blocks: list[Block], folder: Path) -> str:
+    """Write and edit the files of a section. Returns the code of its checks."""
+    checks = []
+    for block in blocks:
         if block.title is None:
             checks += [block.code] if block.language == "python" else []
             continue
-        path = tmp_path / block.title
+        path = folder / block.title
         if block.language == "diff":
             for hunk in block.code.split("@@\n"):
                 path.write_text(edited(path.read_text(), hunk))
         else:
             assert not path.exists(), f"{block.title} exists already"
             path.write_text(block.code)
-    assert checks, "a section shows how to check what it adds"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", "\n".join(checks)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    return "\n".join(checks)
 
 
 def test_yaml_blocks_can_be_read() -> None:
