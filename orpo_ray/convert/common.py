@@ -146,10 +146,10 @@ def _put_batch(draft: Draft, gpus: int) -> None:
 
 def _put_warmup(draft: Draft) -> None:
     steps, ratio = draft.take("warmup_steps"), draft.take("warmup_ratio")
-    if steps is not None and float(steps) > 0:
-        draft.put("optim.warmup", float(steps))
-    elif ratio is not None:
+    if ratio is not None and not float(steps or 0):
         draft.put("optim.warmup", float(ratio))
+    elif steps is not None:
+        draft.put("optim.warmup", float(steps))
 
 
 def _put_schedule(draft: Draft) -> None:

@@ -12,6 +12,7 @@ import yaml
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.yaml_text import parse_yaml, read_text
+from orpo_ray.convert.defaults import DEFAULTS
 from orpo_ray.convert.draft import Draft
 from orpo_ray.convert.projects import PROJECTS, project_of
 from orpo_ray.errors import UserError
@@ -27,7 +28,8 @@ def convert_config(path: Path) -> str:
         path: a YAML file, or a shell script with the arguments of a command.
 
     Returns:
-        A recipe as YAML. Comments at its top list every field that was not carried over, with the reason.
+        A recipe as YAML. Comments at its top list every field that was not carried over, with the reason. Fields that
+        their config leaves out have the defaults of their project.
 
     Raises:
         UserError: the file cannot be read, or is no config of these projects, or no recipe can say what it says.
@@ -41,7 +43,7 @@ def convert_config(path: Path) -> str:
             value=", ".join(map(str, list(theirs)[:8])),
             fix=_GIVE,
         )
-    draft = Draft(theirs)
+    draft = Draft(theirs, defaults=dict(DEFAULTS[project]))
     PROJECTS[project](draft, path.parent, gpus)
     draft.drop_rest()
     if not draft.recipe.get("data", {}).get("train"):
@@ -95,7 +97,7 @@ def _drop_evaluation_without_pairs(draft: Draft) -> None:
 
 
 def _as_text(draft: Draft, project: str, path: Path) -> str:
-    comment = [f"Converted from {path.name}, a config of {project}."]
+    comment = [f"Converted from {path.name}, a config of {project}. What the config leaves out has {project}'s defaults."]
     if draft.notes:
         comment += ["", "Not carried over:", *(f"  {note}" for note in draft.notes)]
     recipe = {name: draft.recipe[name] for name in Recipe.model_fields if name in draft.recipe}

@@ -16,14 +16,17 @@ class Draft:
 
     theirs: dict[str, Any]
     """Their fields that were not taken yet."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Values of fields that their config leaves out."""
     recipe: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Fields that were not carried over, or not exactly, with the reason."""
 
     def take(self, *names: str) -> Any:
-        """Take the first of these fields that has a value; None if none has. The others of them are dropped."""
-        found = [value for name in names if (value := self.theirs.pop(name, None)) not in (None, "", [], {})]
-        return found[0] if found else None
+        """Take the first of these fields that has a value, or a default; None if none has. The others are dropped."""
+        given = [value for name in names if (value := self.theirs.pop(name, None)) not in (None, "", [], {})]
+        defaults = [self.defaults[name] for name in names if name in self.defaults]
+        return next(iter(given + defaults), None)
 
     def put(self, path: str, value: Any) -> None:
         """Set a field of the recipe, unless the value is None."""

@@ -15,6 +15,7 @@ from orpo_ray.convert.common import (
     put_objective,
     put_training,
 )
+from orpo_ray.convert.defaults import SWIFT_LEARNING_RATES
 from orpo_ray.convert.draft import Draft, is_true
 
 _TEMPLATE = "the processor's own chat template is used"
@@ -69,9 +70,7 @@ def fill_llamafactory(draft: Draft, folder: Path, gpus: int) -> None:
     put_objective(draft, loss if stage == "dpo" else stage, draft.take("pref_beta"), draft.take("simpo_gamma"))
     tuning = str(draft.take("finetuning_type") or "lora")
     if tuning == "lora":
-        rank = draft.theirs.get("lora_rank") or 8
-        draft.theirs.setdefault("lora_alpha", 2 * int(rank))
-        draft.theirs["lora_rank"] = rank
+        draft.defaults["lora_alpha"] = 2 * int(draft.theirs.get("lora_rank") or draft.defaults["lora_rank"])
         _put_lora(draft, "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target")
     elif tuning != "full":
         draft.note("finetuning_type", tuning, "full fine-tuning or LoRA are what there is")
@@ -135,7 +134,6 @@ def fill_swift(draft: Draft, folder: Path, gpus: int) -> None:
     put_objective(draft, str(draft.take("rlhf_type") or "dpo"), draft.take("beta"), draft.take("simpo_gamma"))
     tuning = str(draft.take("train_type", "tuner_type", "sft_type") or "lora")
     if tuning == "lora":
-        draft.theirs.setdefault("lora_rank", 8)
         _put_lora(draft, "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
     else:
         _put_freezing(draft, "freeze_vit", "freeze_aligner", "freeze_llm")
@@ -143,6 +141,7 @@ def fill_swift(draft: Draft, folder: Path, gpus: int) -> None:
         if tuning != "full":
             draft.note("train_type", tuning, "full fine-tuning or LoRA are what there is")
     _put_four_bits(draft)
+    draft.defaults["learning_rate"] = SWIFT_LEARNING_RATES["full" if tuning == "full" else "lora"]
     put_training(draft, gpus)
     draft.drop(WITHOUT_COUNTERPART | {"ref_model": "no reference model is needed", "template": _TEMPLATE, "system": ""})
     draft.drop({"load_from_cache_file": "", "use_hf": "", "max_pixels": _PIXELS, "nproc_per_node": ""})

@@ -12,6 +12,7 @@ import yaml
 
 from orpo_ray.config.load import load_recipe
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.config.schema import LoraConfig
 from orpo_ray.convert.convert import convert_config
 from orpo_ray.errors import UserError
 from support.commands import orpo_ray_here
@@ -130,6 +131,50 @@ def test_trl_counts_the_prompt_and_dpo_becomes_orpo(tmp_path: Path) -> None:
     assert "eval_steps: 500, there are no held-out pairs" in text
     simpo, _ = converted(tmp_path, CASES["trl-cpo"])
     assert simpo.objective_options == {"beta": 0.1, "gamma": 0.5, "label_smoothing": 0.0}
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [{}, {"use_peft": True}, {"learning_rate": 2e-5, "gradient_accumulation_steps": 4, "warmup_steps": 10, "beta": 0.3}],
+    ids=["full", "adapters", "given"],
+)
+def test_what_trl_reads_in_a_config_is_what_the_recipe_has(tmp_path: Path, theirs: dict[str, Any]) -> None:
+    """With TRL's own parser, which also knows what a config leaves out."""
+    from trl import ModelConfig, ScriptArguments, TrlParser
+    from trl.experimental.orpo import ORPOConfig
+
+    least = {"model_name_or_path": "me/model", "dataset_name": "me/pairs", "output_dir": str(tmp_path / "out"), "use_cpu": True}
+    recipe, _ = converted(tmp_path, least | theirs)
+    parser = TrlParser([ScriptArguments, ORPOConfig, ModelConfig])
+    script, args, model = parser.parse_args_and_config(["--config", str(tmp_path / "theirs.yaml")])
+    assert list(recipe.data.train) == [f"hf://datasets/{script.dataset_name}"]
+    assert recipe.optim.pairs_per_step == args.per_device_train_batch_size * args.gradient_accumulation_steps
+    assert recipe.optim.epochs == args.num_train_epochs
+    assert (recipe.optim.warmup, recipe.optim.schedule) == (args.warmup_steps, args.lr_scheduler_type)
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"):
+        assert getattr(recipe.optim, name) == getattr(args, name), name
+    assert (recipe.orpo.beta, recipe.data.max_length) == (args.beta, args.max_length)
+    assert (recipe.model.id, recipe.model.lora is not None) == (model.model_name_or_path, model.use_peft)
+    if recipe.model.lora is not None:
+        found = recipe.model.lora
+        assert (found.r, found.alpha, found.dropout) == (model.lora_r, model.lora_alpha, model.lora_dropout)
+
+
+def test_what_others_leave_out_has_their_defaults(tmp_path: Path) -> None:
+    model = {"model_name_or_path": "me/model", "dataset": "me/pairs"}
+    factory, text = converted(tmp_path, model | {"stage": "dpo", "pref_loss": "orpo"})
+    assert "What the config leaves out has LLaMA-Factory's defaults." in text
+    assert "lora_dropout" not in text
+    found = factory.optim
+    assert (found.learning_rate, found.epochs, found.pairs_per_step, found.warmup) == (5e-5, 3, 8, 0)
+    assert (factory.data.max_length, factory.model.lora) == (2048, LoraConfig(r=8, alpha=16))
+    swift = {"model": "me/model", "dataset": "me/pairs", "rlhf_type": "orpo"}
+    found = converted(tmp_path, swift)[0].optim
+    assert (found.learning_rate, found.schedule, found.weight_decay) == (1e-4, "cosine", 0.1)
+    assert converted(tmp_path, swift | {"train_type": "full"})[0].optim.learning_rate == 1e-5
+    axolotl = {"base_model": "me/model", "rl": "orpo", "datasets": [{"path": "me/pairs"}], "learning_rate": 1e-5}
+    found = converted(tmp_path, axolotl)[0].optim
+    assert (found.epochs, found.pairs_per_step, found.schedule) == (1, 1, "cosine")
 
 
 def test_axolotl(tmp_path: Path) -> None:
