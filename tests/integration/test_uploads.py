@@ -90,6 +90,31 @@ def test_a_failed_upload_is_one_message_and_earlier_checkpoints_stay(s3: Faults)
     assert steps(run) == [1]
 
 
+def save_all(rank: int, workers: int, storage: str, saved: list[int]) -> None:
+    """A worker that saves checkpoints of these steps."""
+    saver = saver_of(storage, rank, workers)
+    for step in saved:
+        save_step(saver, step)
+
+
+def test_nothing_is_deleted_while_another_worker_uploads(s3: Faults) -> None:
+    storage, run = f"s3://{BUCKET}/two", RunFolder(f"s3://{BUCKET}/two/run")
+    with workers_of_this_store() as workers:
+        workers.run(save_all, storage, [1, 2])
+        assert steps(run) == [2, 1]
+        s3.written.clear()
+        s3.held = "manifest-00001"
+        s3.takes_writes.clear()
+        third = threading.Thread(target=workers.run, args=(save_all, storage, [3]))
+        third.start()
+        wait_until(lambda: any(path.endswith("manifest-00000.json") for path in s3.written), "the first worker")
+        third.join(1)
+        assert steps(run) == [None, 2, 1]
+        s3.takes_writes.set()
+        third.join()
+    assert steps(run) == [3, 2]
+
+
 class WholeState(FiveFiles):
     updates = 3
 

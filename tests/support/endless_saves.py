@@ -28,11 +28,11 @@ class FiveFiles:
             (folder / "engine" / f"{number}.pt").write_bytes(bytes([number]) * 100_000)
 
 
-def saver_of(storage: str) -> Saver:
-    """Return the saver of a run `<storage>/run` with one worker."""
+def saver_of(storage: str, rank: int = 0, num_workers: int = 1) -> Saver:
+    """Return the saver of a worker of a run `<storage>/run`."""
     raw = {"name": "run", "model": {"id": "orpo-ray/tiny-smolvlm"}, "data": {"train": "easy-vqa:train"}}
     recipe = parse_recipe(raw | {"checkpoint": {"storage": storage}})
-    return Saver(recipe, cast(Engine, FiveFiles()), rank=0, num_workers=1, workers_of_node=1)
+    return Saver(recipe, cast(Engine, FiveFiles()), rank=rank, num_workers=num_workers, workers_of_node=num_workers)
 
 
 def begin_save(saver: Saver, step: int) -> None:

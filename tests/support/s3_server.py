@@ -22,7 +22,8 @@ class Faults:
         active: whether it does.
         period: number of these requests, 10 or more. A client waits before it tries again, up to seconds.
         refuses_writes: whether all writes are refused.
-        takes_writes: writes wait for this event.
+        takes_writes: writes wait for this event,
+        held: if their path contains this.
         written: paths of the objects that were written, in order.
         read: paths of the objects of which bytes were read, in order.
     """
@@ -34,6 +35,7 @@ class Faults:
         self.refuses_writes = False
         self.takes_writes = threading.Event()
         self.takes_writes.set()
+        self.held = ""
         self.written: list[str] = []
         self.read: list[str] = []
         self.injected: dict[str, int] = {"refused": 0, "slow": 0, "cut": 0}
@@ -45,7 +47,8 @@ class Faults:
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         if environ["REQUEST_METHOD"] == "PUT":
-            self.takes_writes.wait()
+            if self.held in environ["PATH_INFO"]:
+                self.takes_writes.wait()
             self.written.append(environ["PATH_INFO"])
         elif environ["REQUEST_METHOD"] == "GET" and "/" in environ["PATH_INFO"].strip("/"):
             self.read.append(environ["PATH_INFO"])
