@@ -34,18 +34,10 @@ stop() {
 }
 trap stop TERM INT
 
-# `--overlap` lets the command below share the head's node with this step.
-srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" \
-  ray start --head --block --node-ip-address="$head_ip" --port="$port" --dashboard-host=127.0.0.1 \
-  --dashboard-port=$((port + 10000)) --ray-client-server-port=$((port + 20000)) --num-cpus="$cpus" --disable-usage-stats &
-nodes="${SLURM_JOB_NUM_NODES:-1}"
-if ((nodes > 1)); then
-  srun --overlap --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --ntasks-per-node=1 --exclude="$head_node" \
-    ray start --block --address="$head_ip:$port" --num-cpus="$cpus" --disable-usage-stats &
-fi
-
 export RAY_ADDRESS="$head_ip:$port"
-python - "$nodes" <<'PYTHON'
+nodes="${SLURM_JOB_NUM_NODES:-1}"
+wait_for_nodes() {
+  python - "$1" <<'PYTHON'
 import sys, time
 import ray
 
@@ -63,6 +55,18 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
         sys.exit(f"only {len(ray.nodes())} of {sys.argv[1]} nodes joined within 300 s")
     time.sleep(2)
 PYTHON
+}
+
+# `--overlap` lets the command below share the head's node with this step.
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" \
+  ray start --head --block --node-ip-address="$head_ip" --port="$port" --dashboard-host=127.0.0.1 \
+  --dashboard-port=$((port + 10000)) --ray-client-server-port=$((port + 20000)) --num-cpus="$cpus" --disable-usage-stats &
+wait_for_nodes 1 # the others would give up
+if ((nodes > 1)); then
+  srun --overlap --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --ntasks-per-node=1 --exclude="$head_node" \
+    ray start --block --address="$RAY_ADDRESS" --num-cpus="$cpus" --disable-usage-stats &
+  wait_for_nodes "$nodes"
+fi
 
 # Not under srun, so that this script passes signals on. In the background, as bash handles none while it waits.
 read -ra command <<<"${ORPO_RAY_COMMAND:-train}"
