@@ -37,6 +37,7 @@ def tiny_pair_model(family: str, lora: bool = False, checkpointing: Checkpointin
     if lora:
         from peft import LoraConfig, get_peft_model
 
+        torch.manual_seed(0)  # the same adapters in every call
         targets = r".*(language_model|text_model).*\.(q_proj|v_proj|gate_proj|down_proj)"
         model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     enable_checkpointing(model, checkpointing)
