@@ -1,6 +1,6 @@
 """Steps per second of `orpo-ray train` with one worker against a bare loop of the same steps.
 
-    python benchmarks/run_overhead.py [--rounds N] [--steps N] [--pairs N] [--json]
+    python benchmarks/run_overhead.py [--rounds N] [--steps N] [--pairs N] [--threads N] [--json]
 
   run:  `orpo-ray train` of the quickstart's model and data, with all that a run does beside the step: Ray, reading and
         encoding, metrics of every step, progress, signals, the divergence guard, and four checkpoints
@@ -11,7 +11,8 @@ Each is a process of its own; they run in turn. Steps are counted from the tenth
 the runs to that of the bare loops. The losses of both are compared, so that the steps are the same ones.
 
 On a machine without a GPU, encoding the pairs takes cores from the training. `encoding_share` is the CPU time of that,
-as a part of what the bare loop takes: what no implementation can avoid on the same cores.
+as a part of what the bare loop takes: what no implementation can avoid on the same cores. With fewer `--threads` than
+cores, both train on some of the cores and leave the others free, as training on a GPU does.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +40,31 @@ FIRST = 10  # steps before it start the engine, the allocators and the data
 POLL_S = 0.05
 
 
-def overrides(storage: str, steps: int, pairs: int) -> list[str]:
-    """Return what both change in the quickstart's recipe."""
-    return [
-        f"checkpoint.storage={storage}", "data.eval=null", f"optim.max_steps={steps}", f"optim.pairs_per_step={pairs}",
-        f"checkpoint.every_steps={steps // 4}", "scaling.num_workers=1",
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class Setting:
+    """What both change in the quickstart's recipe."""
+
+    steps: int
+    pairs: int
+    threads: int
+
+    def overrides(self, storage: str) -> list[str]:
+        """Return the fields of the recipe."""
+        return [
+            f"checkpoint.storage={storage}", "data.eval=null", f"optim.max_steps={self.steps}",
+            f"optim.pairs_per_step={self.pairs}", f"checkpoint.every_steps={self.steps // 4}", "scaling.num_workers=1",
+            *([f"scaling.cpus_per_worker={self.threads}"] if self.threads < (os.cpu_count() or 1) else []),
+        ]  # fmt: skip
 
 
-def measure_run(steps: int, pairs: int) -> dict[str, Any]:
+def measure_run(setting: Setting) -> dict[str, Any]:
     """Run `orpo-ray train` in its own Ray; return its steps per second and losses."""
+    steps = setting.steps
     # Short, since the paths of Ray's sockets are limited.
     with tempfile.TemporaryDirectory(prefix="o-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "quickstart" / "metrics.jsonl"
         recipe = str(ROOT / "recipes" / "quickstart.yaml")
-        command = [sys.executable, "-m", "orpo_ray", "train", recipe, *overrides(folder, steps, pairs)]
+        command = [sys.executable, "-m", "orpo_ray", "train", recipe, *setting.overrides(folder)]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         environment |= {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": folder}
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -69,7 +81,7 @@ def measure_run(steps: int, pairs: int) -> dict[str, Any]:
     return {"steps_per_s": (steps - first) / (seen[steps] - seen[first]), "losses": list(losses.values())}
 
 
-def measure_bare(steps: int, pairs: int) -> dict[str, Any]:
+def measure_bare(setting: Setting) -> dict[str, Any]:
     """Run the bare loop in this process; return its steps per second, losses, and the seconds that encoding takes."""
     import torch
 
@@ -82,9 +94,10 @@ def measure_bare(steps: int, pairs: int) -> dict[str, Any]:
     from orpo_ray.training.optimizer import adamw, schedule
     from orpo_ray.training.sharded_loading import load_for_training
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    steps, pairs = setting.steps, setting.pairs
+    torch.set_num_threads(setting.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", overrides("/nowhere", steps, pairs))
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", setting.overrides("/nowhere"))
     recipe = recipe.model_copy(update={"model": with_checkpointing(recipe, device)})
     bounded = recipe.model.gradient_checkpointing != "none"
     encoder = encoder_of(recipe).build()
@@ -120,7 +133,7 @@ def measure_bare(steps: int, pairs: int) -> dict[str, Any]:
     return {
         "steps_per_s": (steps - FIRST) / seconds,
         "losses": losses,
-        "encoding_share": encoding / steps / ((os.cpu_count() or 1) * seconds / (steps - FIRST)),
+        "encoding_share": encoding / steps / (setting.threads * seconds / (steps - FIRST)),
     }
 
 
@@ -136,9 +149,10 @@ def encoded_pairs(recipe: Recipe, encoder: Any) -> Iterator[Any]:
             yield from encode_rows(table.to_pylist(), encoder)
 
 
-def bare_process(steps: int, pairs: int) -> dict[str, Any]:
+def bare_process(setting: Setting) -> dict[str, Any]:
     """Run the bare loop in a process of its own."""
-    command = [sys.executable, __file__, "--bare", "--steps", str(steps), "--pairs", str(pairs)]
+    options = [f"--{name}={value}" for name, value in asdict(setting).items()]
+    command = [sys.executable, __file__, "--bare", *options]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -153,16 +167,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the training (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    setting = Setting(arguments.steps, arguments.pairs, arguments.threads)
     if arguments.bare:
-        print(json.dumps(measure_bare(arguments.steps, arguments.pairs)))
+        print(json.dumps(measure_bare(setting)))
         return
     runs, loops = [], []
     for _ in range(arguments.rounds):
-        loops.append(bare_process(arguments.steps, arguments.pairs))
-        runs.append(measure_run(arguments.steps, arguments.pairs))
+        loops.append(bare_process(setting))
+        runs.append(measure_run(setting))
         off = max(abs(a - b) for a, b in zip(runs[-1]["losses"], loops[-1]["losses"], strict=True))
         print(f"run {runs[-1]['steps_per_s']:.3f}  bare {loops[-1]['steps_per_s']:.3f}  off {off:.1e}", file=sys.stderr)
     medians = {

@@ -244,7 +244,8 @@ class ScalingConfig(Config):
     """GPUs per worker: 0, 1, or a fraction. `auto` is 1 if the cluster has GPUs, otherwise 0. With a fraction, runs of
     one worker share a GPU, such as the trials of a search (`tune.max_concurrent`)."""
     cpus_per_worker: Annotated[float, Field(gt=0), NUMBER] | None = None
-    """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data."""
+    """CPUs reserved per worker. By default 1, or less if that would leave no CPU for reading data. Without GPUs, a
+    worker then uses at most as many threads to compute; by default, the workers share all CPUs of the machine."""
     sequence_parallel: Int = Field(1, ge=1)
     """Number of workers that compute the same pairs together, each a part of their tokens, for pairs that do not fit on
     one GPU; divides `num_workers`. Then `optim.tokens_per_microbatch` counts the tokens of each of them. Requires

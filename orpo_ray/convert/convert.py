@@ -97,7 +97,7 @@ def _drop_evaluation_without_pairs(draft: Draft) -> None:
 
 
 def _as_text(draft: Draft, project: str, path: Path) -> str:
-    comment = [f"Converted from {path.name}, a config of {project}. What the config leaves out has {project}'s defaults."]
+    comment = [f"Converted from {path.name}, a config of {project}.", f"What it leaves out has {project}'s defaults."]
     if draft.notes:
         comment += ["", "Not carried over:", *(f"  {note}" for note in draft.notes)]
     recipe = {name: draft.recipe[name] for name in Recipe.model_fields if name in draft.recipe}

@@ -31,7 +31,7 @@ class Children:
             self._selector.unregister(file)
 
     def wait(self, seconds: float | None = None) -> list[selectors.SelectorKey] | None:
-        """Return the files with input; none of them if forks have ended. Returns None after `seconds` without either."""
+        """Return the files with input, or none if only forks have ended. Returns None after `seconds`."""
         keys = [key for key, _ in self._selector.select(seconds)]
         if any(key.fileobj == self._ended for key in keys):
             os.read(self._ended, 4096)

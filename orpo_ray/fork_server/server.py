@@ -3,9 +3,8 @@
     python -m orpo_ray.fork_server.server DESCRIPTOR FOLDER MODULE... < PIPE
 
 The descriptor is of a listening socket in the folder. The server ends when the pipe is closed, and removes the folder.
-
-A copy (workers.py) imports Ray itself, in the environment that raylet gives the workers of a job, and makes one fork for
-each worker. So this process never imports Ray, which reads raylet's process id and the job when it is imported.
+A copy (workers.py) imports Ray itself, in the environment that raylet gives the workers of a job, and makes one fork
+for each worker. So this process never imports Ray, which reads raylet's process id and the job when it is imported.
 """
 
 from __future__ import annotations

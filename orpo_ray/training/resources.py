@@ -95,7 +95,7 @@ def worker_resources(
     return Resources(
         cpus=wanted,
         gpus=per_worker,
-        cpu_threads=max(1, (os.cpu_count() or 1) // runs),
+        cpu_threads=_threads(recipe.scaling, workers, runs),
         max_encoders=max_encoders(cpus, wanted, workers, runs),
     )
 
@@ -123,7 +123,12 @@ def _of_nodes_to_come(scaling: ScalingConfig, cpus: float, gpus: float, runs: in
         )
     per_worker = 1.0 if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
     encoders = max(ENCODERS_TO_COME * scaling.max_workers, max_encoders(cpus, 0.0, 0, runs))
-    return Resources(scaling.cpus_per_worker or 1.0, per_worker, max(1, (os.cpu_count() or 1) // runs), encoders)
+    return Resources(scaling.cpus_per_worker or 1.0, per_worker, _threads(scaling, scaling.min_workers, runs), encoders)
+
+
+def _threads(scaling: ScalingConfig, workers: int, runs: int) -> int:
+    threads = max(1, (os.cpu_count() or 1) // runs)
+    return threads if scaling.cpus_per_worker is None else min(threads, math.ceil(scaling.cpus_per_worker * workers))
 
 
 def max_encoders(cpus: float, per_worker: float, workers: int, runs: int = 1) -> int:

@@ -45,7 +45,7 @@ def storm_recipe(folder: Path, name: str, data: Path, epochs: int, adapter: str 
             "shuffle_window": 16,
             "max_bad_fraction": 0.2,
         },
-        # With the usual epsilon, this model's training amplifies the rounding of other sums a million times in 300 steps.
+        # With the usual epsilon, the training of this model amplifies rounding a million times in 300 steps.
         optim={"epochs": epochs, "max_steps": None, "pairs_per_step": PER_STEP, "adam_epsilon": 1e-4},
         **sections,
     )

@@ -135,7 +135,7 @@ def test_trl_counts_the_prompt_and_dpo_becomes_orpo(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "theirs",
-    [{}, {"use_peft": True}, {"learning_rate": 2e-5, "gradient_accumulation_steps": 4, "warmup_steps": 10, "beta": 0.3}],
+    [{}, {"use_peft": True}, {"learning_rate": 2e-5, "gradient_accumulation_steps": 4, "warmup_steps": 9, "beta": 0.3}],
     ids=["full", "adapters", "given"],
 )
 def test_what_trl_reads_in_a_config_is_what_the_recipe_has(tmp_path: Path, theirs: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def test_what_trl_reads_in_a_config_is_what_the_recipe_has(tmp_path: Path, their
     from trl import ModelConfig, ScriptArguments, TrlParser
     from trl.experimental.orpo import ORPOConfig
 
-    least = {"model_name_or_path": "me/model", "dataset_name": "me/pairs", "output_dir": str(tmp_path / "out"), "use_cpu": True}
+    least = {"model_name_or_path": "me/model", "dataset_name": "me/pairs", "output_dir": str(tmp_path), "use_cpu": True}
     recipe, _ = converted(tmp_path, least | theirs)
     parser = TrlParser([ScriptArguments, ORPOConfig, ModelConfig])
     script, args, model = parser.parse_args_and_config(["--config", str(tmp_path / "theirs.yaml")])
@@ -163,7 +163,7 @@ def test_what_trl_reads_in_a_config_is_what_the_recipe_has(tmp_path: Path, their
 def test_what_others_leave_out_has_their_defaults(tmp_path: Path) -> None:
     model = {"model_name_or_path": "me/model", "dataset": "me/pairs"}
     factory, text = converted(tmp_path, model | {"stage": "dpo", "pref_loss": "orpo"})
-    assert "What the config leaves out has LLaMA-Factory's defaults." in text
+    assert "What it leaves out has LLaMA-Factory's defaults." in text
     assert "lora_dropout" not in text
     found = factory.optim
     assert (found.learning_rate, found.epochs, found.pairs_per_step, found.warmup) == (5e-5, 3, 8, 0)

@@ -1,0 +1,89 @@
+"""`sbatch cluster/slurm.sh RECIPE` on a real Slurm with two nodes, which are daemons of this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support.paths import ROOT, TESTS
+from support.runs import last_step, run, wait_until
+from support.slurm import KILL_WAIT, Slurm, slurm
+from support.tiny_runs import losses, same_curve, tiny_recipe, write_pairs
+
+STARTED = 300  # seconds for the start of Ray and of the workers
+STEPS = 120
+
+
+def submit(cluster: Slurm, recipe: Path) -> str:
+    """Submit as the documentation says, for nodes of this size. Returns the job's id."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = ["--parsable", "--cpus-per-task=3", f"--output={recipe.parent}/slurm-%j.out"]
+    return cluster.run("sbatch", *options, "cluster/slurm.sh", str(recipe), cwd=ROOT, PATH=path, PYTHONPATH=str(TESTS))
+
+
+def nodes_of_workers() -> set[str]:
+    """Return the names of the Slurm nodes that training workers run on."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "".join(process.cmdline()[:1]).startswith("ray::RayTrainWorker"):
+                found.add(process.environ().get("SLURMD_NODENAME", ""))
+    return found
+
+
+def processes_of(job: str) -> list[str]:
+    """Return the commands of what is left of a job."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("SLURM_JOB_ID") == job:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+@pytest.mark.timeout(1800)
+def test_a_job_trains_on_two_nodes_and_the_same_submission_resumes(ray_cluster: None, tmp_path: Path) -> None:
+    data = {"train": str(write_pairs(tmp_path / "data", 40))}
+    optim = {"max_steps": STEPS, "adam_epsilon": 1e-4}
+    recipe = tiny_recipe(
+        tmp_path, "slurm", optim=optim, checkpoint={"every_steps": 5},
+        data=data | {"format": "support.slow_rows:in_turn"}, scaling={"num_workers": 2, "cpus_per_worker": 1.6},
+    )  # fmt: skip
+    path, folder = tmp_path / "recipe.yaml", Path(recipe.run_uri)
+    path.write_text(recipe.to_yaml())
+    with slurm(["one", "two"]) as cluster:
+
+        def said(job: str) -> str:
+            return (tmp_path / f"slurm-{job}.out").read_text()
+
+        def has_step(job: str, step: int) -> bool:
+            assert cluster.state(job) in ("PENDING", "RUNNING"), said(job)
+            return last_step(folder) >= step
+
+        job = submit(cluster, path)
+        wait_until(lambda: has_step(job, 8), "step 8", STARTED)
+        assert nodes_of_workers() == {"one", "two"}
+        # As at the end of the allocation (`--signal=B:TERM@300`): saves a checkpoint and ends.
+        cluster.run("scancel", "--batch", "--signal=TERM", job)
+        cluster.wait_for_end(job, 120)
+        first = last_step(folder)
+        assert f"stopped: SIGTERM with a checkpoint of step {first};" in said(job)
+        assert first < STEPS
+
+        job = submit(cluster, path)
+        wait_until(lambda: has_step(job, first + 8), f"steps after {first}", STARTED)
+        cluster.run("scancel", job)  # ends Ray at the same time
+        assert cluster.wait_for_end(job, KILL_WAIT + 60) == "CANCELLED"
+        wait_until(lambda: not processes_of(job), "the end of all its processes", KILL_WAIT)
+
+        job = submit(cluster, path)
+        assert cluster.wait_for_end(job, STARTED) == "COMPLETED", said(job)
+        assert "training, last step" in said(job)
+    alone = tiny_recipe(tmp_path, "alone", optim=optim, data=data)
+    run(alone)
+    same_curve(folder, losses(Path(alone.run_uri)))
