@@ -13,7 +13,7 @@ TORCH_AND_TORCHVISION := torch==2.14.1 torchvision==0.29.1
 # Leave it to Python to compile the modules that are imported: pip would compile all 25,000, which takes minutes. (For
 # this option, pip reads a false value in the environment as `--no-compile`.)
 export PIP_NO_COMPILE := 0
-# Containers often forbid to write them: then every process compiles again, which takes longer than the imports.
+# Containers often forbid writing them: then every process compiles again, which takes longer than the imports.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test fast slow gpu nightly torchvision-tests lint clean

@@ -6,6 +6,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
+from orpo_ray.convert.defaults import BETA
 from orpo_ray.convert.draft import Draft, is_true
 
 _SIZED = "tasks and batches are sized by the run itself"
@@ -25,6 +26,7 @@ WITHOUT_COUNTERPART = {
     "gradient_checkpointing_kwargs": "", "push_to_hub": "orpo-ray export RUN --push", "save_only_model": "",
     "hub_model_id": "orpo-ray export RUN --push", "disable_tqdm": "", "use_cpu": "",
 }  # fmt: skip
+MANY_EPOCHS = 10_000.0  # the most that a recipe can have
 _OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw": "adamw",
     "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
@@ -46,6 +48,7 @@ def put_training(draft: Draft, gpus: int) -> None:
     draft.move(("save_total_limit",), "checkpoint.keep", int)
     if (steps := draft.take("max_steps")) is not None and int(steps) > 0:
         draft.put("optim.max_steps", int(steps))
+        draft.put("optim.epochs", MANY_EPOCHS)  # theirs have no effect then
     _put_batch(draft, gpus)
     _put_warmup(draft)
     _put_schedule(draft)
@@ -114,7 +117,7 @@ def put_objective(draft: Draft, loss: str, beta: Any, gamma: Any = None) -> None
         draft.put("objective", options)
     else:
         draft.note("loss", loss, "needs a reference model or other data; this recipe trains ORPO, which needs neither")
-        if beta is not None:
+        if beta not in (None, BETA):
             draft.note("beta", beta, f"the beta of {loss} has another meaning; ORPO's default is kept")
 
 
@@ -128,8 +131,6 @@ def hub_source(name: str, split: str | None = None) -> str:
 def _put_batch(draft: Draft, gpus: int) -> None:
     each = draft.take("per_device_train_batch_size", "micro_batch_size", "batch_size")
     accumulated = draft.take("gradient_accumulation_steps")
-    if each is None and accumulated is None:
-        return
     try:
         pairs = int(each or 1) * int(accumulated or 1) * gpus
     except ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+BETA = 0.1  # of every loss
 # transformers' TrainingArguments
 _TRAINING = {
     "learning_rate": 5e-5, "num_train_epochs": 3.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
@@ -12,15 +13,18 @@ _TRAINING = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     # ORPOConfig, CPOConfig and ModelConfig
     "TRL": _TRAINING
-    | {"learning_rate": 1e-6, "beta": 0.1, "max_length": 1024, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
+    | {"learning_rate": 1e-6, "beta": BETA, "simpo_gamma": 0.5, "max_length": 1024, "lora_r": 16, "lora_alpha": 32,
+       "lora_dropout": 0.05},
     # hparams/finetuning_args.py and data_args.py; lora_alpha is twice the rank
-    "LLaMA-Factory": _TRAINING | {"pref_beta": 0.1, "cutoff_len": 2048, "lora_rank": 8, "lora_dropout": 0.0},
-    # argument/train_args.py and tuner_args.py
+    "LLaMA-Factory": _TRAINING
+    | {"pref_beta": BETA, "simpo_gamma": 0.5, "cutoff_len": 2048, "lora_rank": 8, "lora_dropout": 0.0},
+    # trainers/arguments.py and tuner_args.py; learning rate and accumulation depend on other fields
     "ms-swift": _TRAINING
-    | {"per_device_train_batch_size": 1, "lr_scheduler_type": "cosine", "weight_decay": 0.1, "lora_rank": 8,
-       "lora_alpha": 32, "lora_dropout": 0.05},
-    # utils/schemas/training.py; it requires a learning rate
-    "axolotl": {"num_epochs": 1.0, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "lr_scheduler": "cosine"},
+    | {"per_device_train_batch_size": 1, "lr_scheduler_type": "cosine", "weight_decay": 0.1, "adam_beta2": 0.95,
+       "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05},
+    # utils/schemas/training.py and config.py; a learning rate is required
+    "axolotl": {"num_epochs": 1.0, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "lr_scheduler": "cosine",
+                "sequence_len": 512},
 }  # fmt: skip
-# ms-swift's learning rate depends on what is trained.
 SWIFT_LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
+SWIFT_PAIRS_PER_STEP = 16  # at least

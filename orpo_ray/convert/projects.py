@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from orpo_ray.convert.common import (
     put_objective,
     put_training,
 )
-from orpo_ray.convert.defaults import SWIFT_LEARNING_RATES
+from orpo_ray.convert.defaults import SWIFT_LEARNING_RATES, SWIFT_PAIRS_PER_STEP
 from orpo_ray.convert.draft import Draft, is_true
 
 _TEMPLATE = "the processor's own chat template is used"
@@ -127,6 +128,8 @@ def fill_swift(draft: Draft, folder: Path, gpus: int) -> None:
         for name in each:
             if "#" in str(name):
                 draft.note("dataset", name, "the number of rows after # is not carried over")
+    if draft.theirs.get("max_length") is None:
+        draft.note("max_length", None, "there, the limit is the model's own; here, data.max_length")
     draft.move(("max_length",), "data.max_length", int)
     ratio = draft.take("split_dataset_ratio")
     if ratio is not None and float(ratio) > 0 and held_out is None:
@@ -141,7 +144,11 @@ def fill_swift(draft: Draft, folder: Path, gpus: int) -> None:
         if tuning != "full":
             draft.note("train_type", tuning, "full fine-tuning or LoRA are what there is")
     _put_four_bits(draft)
-    draft.defaults["learning_rate"] = SWIFT_LEARNING_RATES["full" if tuning == "full" else "lora"]
+    batch = int(draft.theirs.get("per_device_train_batch_size") or draft.defaults["per_device_train_batch_size"])
+    draft.defaults |= {
+        "learning_rate": SWIFT_LEARNING_RATES["full" if tuning == "full" else "lora"],
+        "gradient_accumulation_steps": max(1, math.ceil(SWIFT_PAIRS_PER_STEP / batch / gpus)),
+    }
     put_training(draft, gpus)
     draft.drop(WITHOUT_COUNTERPART | {"ref_model": "no reference model is needed", "template": _TEMPLATE, "system": ""})
     draft.drop({"load_from_cache_file": "", "use_hf": "", "max_pixels": _PIXELS, "nproc_per_node": ""})

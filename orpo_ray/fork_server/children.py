@@ -26,12 +26,12 @@ class Children:
         self._selector.register(file, selectors.EVENT_READ, data)
 
     def unregister(self, file: Any) -> None:
-        """Stop to wait for a file."""
+        """Stop waiting for a file."""
         if file in self._selector.get_map():
             self._selector.unregister(file)
 
     def wait(self, seconds: float | None = None) -> list[selectors.SelectorKey] | None:
-        """Return the files with input, or none if only forks have ended. Returns None after `seconds`."""
+        """Return the files with input; an empty list if only forks have ended. Returns None after `seconds`."""
         keys = [key for key, _ in self._selector.select(seconds)]
         if any(key.fileobj == self._ended for key in keys):
             os.read(self._ended, 4096)

@@ -22,7 +22,7 @@ LOG = "log"
 BACKLOG = 128  # requests that wait
 # CUDA cannot be used in a fork of a process that has asked for a device, as some libraries do when imported.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/dxg", "/dev/vfio/[0-9]*")
-# What workers and encoders need. None of it imports Ray, which must wait for the first request (server.py).
+# What workers and encoders need. None of it imports Ray, which a process for each job does (workers.py).
 _MODULES = (
     "torch",
     "transformers.models.auto",

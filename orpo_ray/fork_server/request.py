@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,10 @@ from orpo_ray.fork_server.launcher import LENGTH
 
 LIMIT = 8 << 20  # bytes of a request
 SECONDS = 10.0  # for all of a request to arrive
-# What a Python reads once, at its start, and Ray when it is imported.
+STANDARD_FILES = 3
+# What a Python reads once, at its start, and what libraries and Ray read when they are imported.
 _READ_BY_PYTHON = ("PYTHONPATH", "PYTHONHOME", "LD_PRELOAD")
+_READ_BY_LIBRARIES = ("HF_", "TRANSFORMERS_")  # how names begin
 _READ_BY_RAY = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 
 
@@ -62,15 +65,16 @@ class Request:
     def can_be_forked(self) -> bool:
         """Say whether a fork of this process is what a new Python would be."""
         wanted = self.environment | self.variables
+        names = {name for name in (*wanted, *os.environ) if name.startswith(_READ_BY_LIBRARIES)}
         return (
             self.is_python
-            and len(self.files) == 3
+            and len(self.files) == STANDARD_FILES
             and self.command[:1] != []
             and os.path.basename(self.command[0]) == "default_worker.py"
             and self.context.get("py_executable") in (None, sys.executable)
             and not self.context.get("command_prefix")
             and not self.context.get("override_worker_entrypoint")
-            and all(wanted.get(name) == os.environ.get(name) for name in _READ_BY_PYTHON)
+            and all(wanted.get(name) == os.environ.get(name) for name in (*_READ_BY_PYTHON, *names))
         )
 
     def close_files(self) -> None:
@@ -90,12 +94,12 @@ def receive(connection: socket.socket) -> Request | None:
     files: list[int] = []
     try:
         connection.settimeout(SECONDS)
-        fields = _read_message(connection, files, 3)
+        fields = _read_message(connection, files)
         connection.settimeout(None)
         request = Request(connection, files, **fields)
         if request.can_be_forked():
             return request
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, struct.error):
         pass  # the launcher becomes an ordinary Python
     for descriptor in files:
         os.close(descriptor)
@@ -104,30 +108,45 @@ def receive(connection: socket.socket) -> Request | None:
 
 
 def hand_over(request: Request, to: socket.socket) -> None:
-    """Send a request, with its open files, to another process. Raises OSError if that has ended."""
+    """Send a request, with its open files, to another process, without waiting for that.
+
+    Args:
+        request: the request, which stays open here.
+        to: a socket that keeps messages apart.
+
+    Raises:
+        BrokenPipeError, ConnectionResetError: the process has ended.
+        OSError: the request cannot be sent now, as when many wait already.
+    """
     fields = {"arguments": request.arguments, "environment": request.environment, "folder": request.folder}
-    body = json.dumps(fields).encode()
-    socket.send_fds(to, [LENGTH.pack(len(body))], [request.connection.fileno(), *request.files])
-    to.sendall(body)
+    files = [request.connection.fileno(), *request.files]
+    socket.send_fds(to, [json.dumps(fields).encode()], files, socket.MSG_DONTWAIT)
 
 
 def taken_over(from_: socket.socket) -> Request | None:
-    """Read what `hand_over` sends. Returns None if the other side has ended."""
-    files: list[int] = []
+    """Read what `hand_over` sends. Returns None, and closes what has come, if that is not all of a request.
+
+    Raises:
+        EOFError: the other side has ended.
+    """
+    body, files, _, _ = socket.recv_fds(from_, LIMIT, 1 + STANDARD_FILES)
+    if not body:
+        raise EOFError
     try:
-        fields = _read_message(from_, files, 4)
-    except (OSError, ValueError):
-        return None
-    connection, *standard = files
-    return Request(socket.socket(fileno=connection), standard, **fields)
+        connection, *standard = files
+        if len(standard) == STANDARD_FILES:
+            return Request(socket.socket(fileno=connection), standard, **json.loads(body))
+    except ValueError:
+        pass  # no files have come, as where there are too many open ones
+    for descriptor in files:
+        os.close(descriptor)
+    return None
 
 
-def _read_message(connection: socket.socket, files: list[int], num_files: int) -> dict[str, Any]:
-    """Read what follows its length. Adds the files that come with it to `files`."""
-    head, received, _, _ = socket.recv_fds(connection, LENGTH.size, num_files)
+def _read_message(connection: socket.socket, files: list[int]) -> dict[str, Any]:
+    """Read a launcher's message. Adds the files that come with it to `files`."""
+    head, received, _, _ = socket.recv_fds(connection, LENGTH.size, STANDARD_FILES)
     files += received
-    if len(head) < LENGTH.size:
-        raise ValueError("no request")
     length = LENGTH.unpack(head)[0]
     if length > LIMIT:
         raise ValueError(f"a request of {length} bytes")

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from typing import Any
 
 from orpo_ray.fork_server.children import Children
@@ -20,10 +21,14 @@ from orpo_ray.fork_server.preload import preload
 from orpo_ray.fork_server.request import Request, hand_over, receive
 from orpo_ray.fork_server.workers import Workers, become_worker, end_with
 
+RETRY_S = 0.1  # after a launcher that could not be heard
+
 
 def main() -> None:
     descriptor, folder, *modules = sys.argv[1:]
     preload(modules)
+    if "ray" in sys.modules:
+        raise ImportError("Ray was imported without the environment of a worker")
     server = os.getpid()
     workers = Server(socket.socket(fileno=int(descriptor))).serve()
     if workers is None:
@@ -54,12 +59,28 @@ class Server:
                 if key.fileobj is sys.stdin.buffer:
                     return None
                 if key.fileobj is self._listener:
-                    request = receive(self._listener.accept()[0])
-                    workers = request and self._pass_on(request)
+                    workers = self._accept()
                     if workers is not None:
                         return workers
             for pid, _ in self._children.ended():
                 self._forget(pid)
+
+    def _accept(self) -> Workers | None:
+        """Answer a launcher. What cannot be done for want of processes or files is left to an ordinary Python."""
+        try:
+            request = receive(self._listener.accept()[0])
+        except OSError:
+            time.sleep(RETRY_S)
+            return None
+        if request is None:
+            return None
+        try:
+            workers = self._pass_on(request)
+        except OSError:
+            workers = None
+        if workers is None:
+            request.close()
+        return workers
 
     def _pass_on(self, request: Request) -> Workers | None:
         """Give a request to the process for its job. Returns in that process, if it is new, what it serves."""
@@ -67,20 +88,17 @@ class Server:
             pid, requests = self._jobs[request.job]
             try:
                 hand_over(request, requests)
-            except OSError:  # it has ended because it had nothing to do
-                self._forget(pid)
-            else:
-                request.close()
                 return None
-        here, there = socket.socketpair()
-        pid = os.fork()
-        if pid == 0:
-            self._children.close()
-            for file in (self._listener, here, *(requests for _, requests in self._jobs.values())):
-                file.close()
-            return Workers(there, request)
-        there.close()
-        request.close()
+            except (BrokenPipeError, ConnectionResetError):  # it has ended because it had nothing to do
+                self._forget(pid)
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
+        with there:
+            pid = os.fork()
+            if pid == 0:
+                self._children.close()
+                for file in (self._listener, here, *(requests for _, requests in self._jobs.values())):
+                    file.close()
+                return Workers(there.dup(), request)
         self._jobs[request.job] = (pid, here)
         return None
 

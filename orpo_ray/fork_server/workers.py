@@ -37,6 +37,7 @@ class Workers:
 
     def serve(self) -> Request | None:
         """Serve until there is nothing to do. Returns None then, and in each fork its request."""
+        os.environ.clear()
         os.environ.update(self._first.environment)
         preload_ray()
         self._children.register(self._requests)
@@ -48,10 +49,11 @@ class Workers:
                 return None
             for key in ready or ():
                 if key.fileobj is self._requests:
-                    request = taken_over(self._requests)
-                    if request is None:
+                    try:
+                        request = taken_over(self._requests)
+                    except EOFError:
                         return None
-                    if self._fork(request) == 0:
+                    if request is not None and self._fork(request) == 0:
                         return request
                 elif key.data in self._launchers:
                     # A launcher says nothing: this one was killed, and raylet no longer wants its process.
@@ -60,9 +62,13 @@ class Workers:
             for pid, code in self._children.ended():
                 self._report(pid, code)
 
-    def _fork(self, request: Request) -> int:
-        """Fork; return the process id, and 0 in the fork."""
-        pid = os.fork()
+    def _fork(self, request: Request) -> int | None:
+        """Fork; return the process id, and 0 in the fork; None if there can be no more processes."""
+        try:
+            pid = os.fork()
+        except OSError:
+            request.close()  # the launcher becomes an ordinary Python
+            return None
         if pid == 0:
             self._children.close()
             for file in (self._requests, request.connection, *self._launchers.values()):
@@ -76,7 +82,9 @@ class Workers:
         return pid
 
     def _report(self, pid: int, code: int) -> None:
-        launcher = self._launchers.pop(pid)
+        launcher = self._launchers.pop(pid, None)
+        if launcher is None:  # a process that a library has started
+            return
         self._children.unregister(launcher)
         with launcher, contextlib.suppress(OSError):
             launcher.sendall(ANSWER.pack(code if code >= 0 else 128 - code))

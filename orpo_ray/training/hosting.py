@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import torch
 
+from orpo_ray.config.load import parse_recipe
 from orpo_ray.data.balance import Packing, StepShare
 from orpo_ray.data.from_recipe import encoder_of
 from orpo_ray.errors import OrpoRayError
@@ -23,6 +24,7 @@ from orpo_ray.streaming.steps import iter_shares, open_feed
 from orpo_ray.training.hosted_runs import HostedRuns
 from orpo_ray.training.open_runs import OpenRun, OpenRuns
 from orpo_ray.training.packed_runs import Listener, PackedData, PackedRuns
+from orpo_ray.training.resources import threads_of_worker
 from orpo_ray.training.sharded_loading import load_pair_model
 from orpo_ray.training.worker import Worker
 from orpo_ray.training.worker_context import WorkerContext
@@ -44,7 +46,8 @@ def train_hosted(hosted: HostedRuns, listener: Listener, bases: BaseModels) -> N
             for once more.
     """
     if device_of(hosted).type == "cpu":
-        torch.set_num_threads(hosted.resources.cpu_threads)
+        scaling = parse_recipe(next(iter(hosted.recipes.values()))).scaling
+        torch.set_num_threads(threads_of_worker(scaling, hosted.resources.cpu_threads))
     with OpenRuns(hosted, listener) as runs:
         for together in runs.by_step():
             try:

@@ -95,9 +95,19 @@ def worker_resources(
     return Resources(
         cpus=wanted,
         gpus=per_worker,
-        cpu_threads=_threads(recipe.scaling, workers, runs),
+        cpu_threads=max(1, (os.cpu_count() or 1) // runs),
         max_encoders=max_encoders(cpus, wanted, workers, runs),
     )
+
+
+def threads_of_worker(scaling: ScalingConfig, share: int) -> int:
+    """Return the threads that a worker computes with on a CPU.
+
+    Args:
+        scaling: of the recipe.
+        share: of the machine's CPUs.
+    """
+    return max(1, share if scaling.cpus_per_worker is None else min(share, int(scaling.cpus_per_worker)))
 
 
 def too_many_workers(recipe: Recipe, cluster: Mapping[str, float]) -> str | None:
@@ -123,12 +133,7 @@ def _of_nodes_to_come(scaling: ScalingConfig, cpus: float, gpus: float, runs: in
         )
     per_worker = 1.0 if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
     encoders = max(ENCODERS_TO_COME * scaling.max_workers, max_encoders(cpus, 0.0, 0, runs))
-    return Resources(scaling.cpus_per_worker or 1.0, per_worker, _threads(scaling, scaling.min_workers, runs), encoders)
-
-
-def _threads(scaling: ScalingConfig, workers: int, runs: int) -> int:
-    threads = max(1, (os.cpu_count() or 1) // runs)
-    return threads if scaling.cpus_per_worker is None else min(threads, math.ceil(scaling.cpus_per_worker * workers))
+    return Resources(scaling.cpus_per_worker or 1.0, per_worker, max(1, (os.cpu_count() or 1) // runs), encoders)
 
 
 def max_encoders(cpus: float, per_worker: float, workers: int, runs: int = 1) -> int:

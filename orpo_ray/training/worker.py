@@ -31,6 +31,7 @@ from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.divergence import skipped_message
 from orpo_ray.training.engine import Engine, SavesAlone, make_engine
 from orpo_ray.training.preemption import PreemptionNotice
+from orpo_ray.training.resources import threads_of_worker
 from orpo_ray.training.run_books import RunBooks
 from orpo_ray.training.saving import SaveFailed, Saver
 from orpo_ray.training.sharded_loading import load_pair_model
@@ -62,7 +63,7 @@ class Worker:
         self.feed = feed
         self.rank, self.num_workers, self.device = context.rank, context.num_workers, context.device
         if self.device.type == "cpu":
-            torch.set_num_threads(max(1, config.cpu_threads // self.num_workers))
+            torch.set_num_threads(threads_of_worker(self.recipe.scaling, config.cpu_threads // self.num_workers))
         self.encoder = encoder = config.encoder.build()
         self.model = load_pair_model(self.recipe, encoder.processor, self.device, context.bases)
         self.objective = load_objective(self.recipe)

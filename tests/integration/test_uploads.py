@@ -6,6 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -105,13 +106,15 @@ def test_nothing_is_deleted_while_another_worker_uploads(s3: Faults) -> None:
         s3.written.clear()
         s3.held = "manifest-00001"
         s3.takes_writes.clear()
-        third = threading.Thread(target=workers.run, args=(save_all, storage, [3]))
-        third.start()
-        wait_until(lambda: any(path.endswith("manifest-00000.json") for path in s3.written), "the first worker")
-        third.join(1)
-        assert steps(run) == [None, 2, 1]
-        s3.takes_writes.set()
-        third.join()
+        with ThreadPoolExecutor(1) as threads:
+            third = threads.submit(workers.run, save_all, storage, [3])
+            try:
+                wait_until(lambda: any(path.endswith("manifest-00000.json") for path in s3.written), "the first worker")
+                wait([third], timeout=1)
+                assert steps(run) == [None, 2, 1]
+            finally:
+                s3.takes_writes.set()
+            third.result()
     assert steps(run) == [3, 2]
 
 

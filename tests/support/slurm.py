@@ -65,7 +65,7 @@ class Slurm:
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
-        """Return the state of a job, such as RUNNING; empty once Slurm has forgotten it."""
+        """Return the state of a job, such as RUNNING, which Slurm knows for five minutes after its end."""
         return self.run("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}")
 
     def wait_for_end(self, job: str, seconds: float) -> str:
@@ -103,7 +103,11 @@ def slurm(nodes: list[str]) -> Iterator[Slurm]:
         for node in nodes:
             _start(ended, found, "slurmd", "-D", "-N", node)
         idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
-        wait_until(lambda: found.run(*idle) == str(len(nodes)), f"the nodes: {_logs(folder)}", 60)
+        try:
+            wait_until(lambda: found.run(*idle) == str(len(nodes)), "the nodes", 60)
+        except AssertionError:
+            print(_logs(folder))
+            raise
         try:
             yield found
         finally:

@@ -170,11 +170,19 @@ def test_what_others_leave_out_has_their_defaults(tmp_path: Path) -> None:
     assert (factory.data.max_length, factory.model.lora) == (2048, LoraConfig(r=8, alpha=16))
     swift = {"model": "me/model", "dataset": "me/pairs", "rlhf_type": "orpo"}
     found = converted(tmp_path, swift)[0].optim
-    assert (found.learning_rate, found.schedule, found.weight_decay) == (1e-4, "cosine", 0.1)
-    assert converted(tmp_path, swift | {"train_type": "full"})[0].optim.learning_rate == 1e-5
+    assert (found.learning_rate, found.schedule, found.weight_decay, found.adam_beta2) == (1e-4, "cosine", 0.1, 0.95)
+    assert found.pairs_per_step == 16
+    full, text = converted(tmp_path, swift | {"train_type": "full", "per_device_train_batch_size": 3, "max_steps": 9})
+    assert (full.optim.learning_rate, full.optim.pairs_per_step) == (1e-5, 18)
+    assert (full.optim.max_steps, full.optim.epochs) == (9, 10_000)  # epochs do not end the run before
+    assert "max_length: null, there, the limit is the model's own" in text
     axolotl = {"base_model": "me/model", "rl": "orpo", "datasets": [{"path": "me/pairs"}], "learning_rate": 1e-5}
     found = converted(tmp_path, axolotl)[0].optim
     assert (found.epochs, found.pairs_per_step, found.schedule) == (1, 1, "cosine")
+    simpo, _ = converted(tmp_path, model | {"stage": "dpo", "pref_loss": "simpo"})
+    assert simpo.objective_options == {"beta": 0.1, "gamma": 0.5, "label_smoothing": 0.0}
+    _, text = converted(tmp_path, model | {"stage": "dpo", "pref_loss": "sigmoid"})
+    assert "beta:" not in text
 
 
 def test_axolotl(tmp_path: Path) -> None:

@@ -103,6 +103,18 @@ def test_each_job_has_forks_of_its_own_process(driver: Driver) -> None:
     assert all(each["environment"].items() >= job.items() for each, job in zip(found, jobs, strict=True))
 
 
+def test_the_process_of_a_job_is_replaced_and_takes_requests_while_it_imports(driver: Driver) -> None:
+    parent = driver.run()["parent"]
+    os.kill(parent, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{parent}").exists(), "its end")
+    started = [driver.start() for _ in range(3)]  # the first of them lets Ray be imported
+    found = [json.loads(each.communicate(timeout=60)[0]) for each in started]
+    assert [each.returncode for each in started] == [7, 7, 7]
+    assert len({each["parent"] for each in found}) == 1
+    assert found[0]["parent"] != parent
+    assert all(each["forked"] for each in found)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -110,8 +122,9 @@ def test_each_job_has_forks_of_its_own_process(driver: Driver) -> None:
         {"context": {"py_executable": "/other/python"}},
         {"context": {"command_prefix": ["nice"]}},
         {"env": os.environ | {"PYTHONPATH": "/elsewhere"}},
+        {"context": {"env_vars": {"HF_HOME": "/elsewhere"}}},
     ],
-    ids=["language", "python", "prefix", "path"],
+    ids=["language", "python", "prefix", "path", "library"],
 )
 def test_what_a_fork_is_not_good_for_becomes_an_ordinary_python(driver: Driver, options: dict[str, Any]) -> None:
     started = driver.start(**options)

@@ -11,7 +11,7 @@ from ray.train import ScalingConfig
 
 from orpo_ray.errors import UserError
 from orpo_ray.training.elastic import StayingNodesPolicy
-from orpo_ray.training.resources import Resources, max_encoders, too_many_workers, worker_resources
+from orpo_ray.training.resources import Resources, max_encoders, threads_of_worker, too_many_workers, worker_resources
 from support.tiny_runs import tiny_recipe
 
 
@@ -78,3 +78,13 @@ def test_workers_that_share_cpus_are_named(tmp_path: Path) -> None:
     assert too_many_workers(eight, {"CPU": 2}) == "8 workers share 2 CPU(s): they train slower than 1 worker(s) would"
     assert too_many_workers(eight, {"CPU": 8}) is None
     assert too_many_workers(eight, {"CPU": 4, "GPU": 8}) is None
+
+
+@pytest.mark.parametrize(
+    ("reserved", "share", "threads"), [(None, 16, 16), (None, 0, 1), (2, 16, 2), (1.6, 16, 1), (4, 2, 2)]
+)
+def test_a_worker_computes_with_the_cpus_that_it_reserves(
+    tmp_path: Path, reserved: float | None, share: int, threads: int
+) -> None:
+    recipe = tiny_recipe(tmp_path, "few", scaling={"cpus_per_worker": reserved})
+    assert threads_of_worker(recipe.scaling, share) == threads
