@@ -144,10 +144,11 @@ def fill_swift(draft: Draft, folder: Path, gpus: int) -> None:
         if tuning != "full":
             draft.note("train_type", tuning, "full fine-tuning or LoRA are what there is")
     _put_four_bits(draft)
-    batch = int(draft.theirs.get("per_device_train_batch_size") or draft.defaults["per_device_train_batch_size"])
+    batch = str(draft.theirs.get("per_device_train_batch_size") or 1)
+    pairs = (int(batch) if batch.isdigit() else 1) * gpus
     draft.defaults |= {
         "learning_rate": SWIFT_LEARNING_RATES["full" if tuning == "full" else "lora"],
-        "gradient_accumulation_steps": max(1, math.ceil(SWIFT_PAIRS_PER_STEP / batch / gpus)),
+        "gradient_accumulation_steps": max(1, math.ceil(SWIFT_PAIRS_PER_STEP / max(1, pairs))),
     }
     put_training(draft, gpus)
     draft.drop(WITHOUT_COUNTERPART | {"ref_model": "no reference model is needed", "template": _TEMPLATE, "system": ""})
