@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def memory_of_loading(_rank: int, _workers: int, folder: str, section: dict[str,
     """Return in bytes: `peak` while loading, `held` of base weights after it, and of the model `whole`, `largest`, and
     `scales` of 4-bit weights.
     """
+    gc.collect()  # otherwise what an earlier test left decides when the collector frees a weight of this one
     with LiveMemory() as memory:
         model = load_for_training(recipe_of(folder, section), CPU)
     base = [p for name, p in model.named_parameters() if "lora_" not in name]
