@@ -92,11 +92,16 @@ class ReadSpec:
 
     def of_run(self, run_uri: str) -> ReadSpec:
         """Return the spec for the training rows of a run: every start of the run has a pipeline of the same id."""
-        return replace(self, pipeline=hashlib.sha256(run_uri.encode()).hexdigest()[:16])
+        return replace(self, pipeline=pipeline_of(run_uri))
 
     def root_of(self, shard: Shard) -> str | None:
         """Return the folder that a shard's image paths are relative to."""
         return self.image_root or shard.image_root
+
+
+def pipeline_of(run_uri: str) -> str:
+    """Return the id of the pipeline that reads the training rows of a run."""
+    return hashlib.sha256(run_uri.encode()).hexdigest()[:16]
 
 
 def read_tasks(spec: ReadSpec) -> list[list[tuple[int, int]]]:

@@ -258,7 +258,7 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
     # So that a successor knows what Ray keeps for this run. The context is frozen, and makes its own id.
     object.__setattr__(trainer.train_run_context, "run_id", lease.id)
     if lease.dead is not None:
-        give_back(lease.dead.id)
+        give_back(lease.dead.id, recipe.run_uri)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
@@ -273,8 +273,9 @@ def _fit(status: Any, recipe: Recipe, resources: Resources, callbacks: list[Any]
         ) from error
     except BaseException:  # a signal or a lost lease ended the wait
         trainer.end()
-        give_back(lease.id)
         raise
+    finally:
+        give_back(lease.id, recipe.run_uri)
     fatal = ray.get(status.fatal.remote())
     if fatal is not None:
         raise fatal

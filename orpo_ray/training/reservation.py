@@ -13,20 +13,27 @@ from ray._private import state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from orpo_ray.data.reading import pipeline_of
+
 _COORDINATOR = "AutoscalingCoordinator"  # name and namespace
 
 
-def give_back(run_id: str) -> None:
-    """Cancel what the coordinator keeps for a run, if anything.
+def give_back(run_id: str, run_uri: str) -> None:
+    """Cancel what the coordinator keeps for a run and for the reading of its data, if anything.
+
+    Otherwise, nodes that an autoscaling cluster has started for the data would stay for these three minutes.
 
     Args:
         run_id: the run's id in Ray Train.
+        run_uri: the run folder.
     """
     try:
         coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
     except ValueError:  # no run has asked for room yet
         return
-    coordinator.cancel_request.remote(f"train-{run_id}")
+    # The name that Ray Data gives to the first execution of a dataset.
+    for name in (f"train-{run_id}", f"data-dataset_{pipeline_of(run_uri)}_0"):
+        coordinator.cancel_request.remote(name)
 
 
 def remove_groups(actor: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 
 from orpo_ray.ray_cluster.new_ray import unused_ports
-from support.clusters import NODE, TOKEN
+from support.clusters import NODE
 from support.runs import wait_until
 
 IDLE_MINUTES = 0.2
@@ -37,7 +38,9 @@ class Head:
         """Return how many nodes live, the head included."""
         code = "import ray; ray.init(logging_level='error'); print(sum(node['Alive'] for node in ray.nodes()))"
         command = [sys.executable, "-c", code]
-        return int(subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout)
+        done = subprocess.run(command, env=self.environment, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
 
 
 @contextmanager
@@ -68,7 +71,8 @@ def autoscaling_head(folder: Path, max_nodes: int) -> Iterator[Head]:
     }  # fmt: skip
     path, said = folder / "autoscaling.json", folder / "head.out"
     path.write_text(json.dumps(config))
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name in TOKEN}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     settings = {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
