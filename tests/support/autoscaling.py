@@ -40,7 +40,7 @@ class Head:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=self.environment, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return int(done.stdout)
+        return int(done.stdout.split()[0])  # Ray prints advice after it
 
 
 @contextmanager
