@@ -59,6 +59,7 @@ def start_ray(*, state_api: bool = False) -> None:
         is_here = address.startswith(("127.", "localhost:"))
         with on_loopback() if is_here else contextlib.nullcontext():
             ray.init(address=address, **quiet)
+        _start_lasting_actors()
     except OSError as error:
         fix = "unset it to run on this machine alone, or start a cluster: ray start --head"
         raise UserError(
@@ -96,6 +97,21 @@ def _start_here(**options: Any) -> None:
             f"Ray did not start on this machine: {reason[0]}\n"
             f"  fix: close other programs and try again; Ray's logs are in {logs}"
         ) from error
+
+
+def _start_lasting_actors() -> None:
+    """Start the actors of Ray Data that outlive a run, on the driver's node.
+
+    Otherwise, they start where data is read first. A node that an autoscaling cluster has started for a run would never
+    be idle then.
+    """
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    get_or_create_stats_actor()
+    with contextlib.suppress(ImportError):  # some versions of Ray do not have this one
+        from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
+
+        get_or_create_usage_collection_actor()
 
 
 def _check_answer(address: str) -> None:

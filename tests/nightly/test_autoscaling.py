@@ -57,8 +57,7 @@ def test_nodes_come_for_a_run_and_for_a_sweep_and_go_when_they_are_idle(tmp_path
     with autoscaling_head(tmp_path, max_nodes=2) as head:
 
         def wait_until_idle_nodes_went() -> None:
-            # Actors of Ray Data, which outlive a run, hold the node that they were started on.
-            wait_until(lambda: head.num_nodes() <= 2, "the end of idle nodes", 60 * IDLE_MINUTES + 100)
+            wait_until(lambda: head.num_nodes() == 1, "the end of idle nodes", 60 * IDLE_MINUTES + 100)
 
         assert head.num_nodes() == 1
         seconds = orpo_ray_on(head, "train", two, tmp_path)
