@@ -59,7 +59,6 @@ def start_ray(*, state_api: bool = False) -> None:
         is_here = address.startswith(("127.", "localhost:"))
         with on_loopback() if is_here else contextlib.nullcontext():
             ray.init(address=address, **quiet)
-        _start_lasting_actors()
     except OSError as error:
         fix = "unset it to run on this machine alone, or start a cluster: ray start --head"
         raise UserError(
@@ -68,6 +67,7 @@ def start_ray(*, state_api: bool = False) -> None:
             value=address,
             fix=fix,
         ) from None
+    _start_lasting_actors()
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:

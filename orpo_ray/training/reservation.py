@@ -29,7 +29,7 @@ def give_back(run_id: str, run_uri: str) -> None:
     """
     try:
         coordinator = ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
-    except ValueError:  # no run has asked for room yet
+    except (ValueError, ray.exceptions.RayError):  # no run has asked for room yet, or the cluster is lost
         return
     # The name that Ray Data gives to the first execution of a dataset.
     for name in (f"train-{run_id}", f"data-dataset_{pipeline_of(run_uri)}_0"):

@@ -37,7 +37,7 @@ def nodes_of_workers() -> set[str]:
 
 
 def processes_of(job: str) -> list[str]:
-    """Return the commands of what is left of a job."""
+    """Return the command lines of the processes of a job that still run."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
