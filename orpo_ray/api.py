@@ -152,6 +152,7 @@ def evaluate(
     generate: int = 0,
     benchmarks: Sequence[str] = (),
     images: str | None = None,
+    workers: int | None = None,
 ) -> Evaluation:
     """Score held-out pairs, with their own, with exchanged and with blank images.
 
@@ -163,14 +164,18 @@ def evaluate(
         generate: number of held-out pairs whose prompts the model answers, and the base.
         benchmarks: yes/no benchmarks to answer, as `pope:FILE` or `amber:FILE`.
         images: folder of their images; by default that of each file.
+        workers: number of workers of the cluster to measure on; by default, this process does.
 
     Raises:
-        UserError: the folder or the recipe cannot be used, or there are no held-out pairs.
+        UserError: the folder or the recipe cannot be used, there are no held-out pairs, or no room for the workers.
     """
     from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
+    from orpo_ray.evaluation.measuring import measure
+    from orpo_ray.training.evaluation_workers import on_workers
 
     options = EvaluateOptions(None if base is None else _uri(base), by, generate, benchmarks, images)
-    scored = evaluate_run(_uri(run_or_model), _as_options(overrides), console, options)
+    measuring = measure if workers is None else on_workers(workers)
+    scored = evaluate_run(_uri(run_or_model), _as_options(overrides), console, options, measuring)
     return Evaluation(scored.metrics, scored)
 
 

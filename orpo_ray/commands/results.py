@@ -63,13 +63,20 @@ def evaluate(
         typer.Option(metavar="NAME", help="Have the answers compared with those of the base, or with the chosen ones, "
                      "by this model: a folder, a model of the hub, or one behind --judge.", show_default=False),
     ] = "",
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Measure on N workers of the cluster, each with its own GPU where there are "
+                     "GPUs (default: in this process).", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Score a model on held-out pairs, with their own, with exchanged and with blank images."""
     from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
     from orpo_ray.evaluation.judge import Judge, ServerJudge
     from orpo_ray.evaluation.local_judge import LocalJudge
+    from orpo_ray.evaluation.measuring import measure
     from orpo_ray.evaluation.table import print_evaluation
+    from orpo_ray.training.evaluation_workers import on_workers
 
     if judge and not judge_model:
         raise UserError(
@@ -79,7 +86,8 @@ def evaluate(
     if judge_model and not judge:
         judged_by = LocalJudge(judge_model)
     options = EvaluateOptions(base, by or (), generate, benchmark or (), images, judged_by)
-    evaluation = evaluate_run(run_or_model, overrides or [], console, options)
+    measuring = measure if workers is None else on_workers(workers)
+    evaluation = evaluate_run(run_or_model, overrides or [], console, options, measuring)
     if as_json:
         print(json.dumps(evaluation.as_json()))
     else:

@@ -21,6 +21,7 @@ from orpo_ray.data.packing import PairBatch
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.errors import RowError, UserError, preview
 from orpo_ray.evaluation.statistics import CONFIDENCE, RESAMPLES, Estimate, mean_estimate
+from orpo_ray.objective.collectives import gather_objects
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.step_planner import StepPlanner
 
@@ -147,24 +148,31 @@ def _is_yes(label: str) -> bool:
 
 @torch.no_grad()
 def score_benchmark(
-    benchmark: Benchmark, forward: Callable[[PairBatch], PairLogps], encoder: PairEncoder, planner: StepPlanner
+    benchmark: Benchmark,
+    forward: Callable[[PairBatch], PairLogps],
+    encoder: PairEncoder,
+    planner: StepPlanner,
+    rank: int = 0,
+    num_workers: int = 1,
 ) -> BenchmarkScores:
-    """Ask a model all questions of a benchmark.
+    """Ask a model all questions of a benchmark, divided among the workers. A collective.
 
     Args:
         benchmark: the questions.
         forward: runs the model on a batch.
         encoder: encodes questions for it.
         planner: divides them into batches.
+        rank: of this worker.
+        num_workers: how many workers call this.
 
     Raises:
         UserError: no question can be asked.
     """
     said: dict[int, bool] = {}
     bad: list[BadRow] = []
-    count = len(benchmark.questions)
-    for first in range(0, count, AT_ONCE):
-        places = range(first, min(first + AT_ONCE, count))
+    own = range(rank, len(benchmark.questions), num_workers)
+    for first in range(0, len(own), AT_ONCE):
+        places = own[first : first + AT_ONCE]
         pairs = [_as_pair(benchmark.questions[place]) for place in places]
         encoded = encoder.encode_many(pairs, [benchmark.images] * len(pairs))
         usable = [_placed(each, place) for each, place in zip(encoded, places, strict=True)
@@ -178,6 +186,9 @@ def score_benchmark(
             logps = forward(batch.to(planner.device)).cpu()
             more = (logps.chosen > logps.rejected).tolist()
             said |= {pair.sample_index: more[place] for place, pair in enumerate(asked)}
+    parts = gather_objects((said, bad))
+    said = dict(sorted(item for each, _ in parts for item in each.items()))
+    bad = [row for _, each in parts for row in each]
     if not said:
         raise UserError(f"none of the {len(bad)} questions can be asked: {bad[0].reason}: {bad[0].detail}",
                         field=OPTION, value=benchmark.name, fix="give the folder of the images: --images")  # fmt: skip

@@ -8,31 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-import torch
 from rich.console import Console
 
-from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import held_out_data
-from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
-from orpo_ray.evaluation.benchmarks import Benchmark, BenchmarkScores, read_benchmark, score_benchmark
+from orpo_ray.evaluation.benchmarks import BenchmarkScores, read_benchmark
 from orpo_ray.evaluation.categories import groups_by
-from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, Scores, with_prefix
-from orpo_ray.evaluation.generation import Answerer, generate_held_out
+from orpo_ray.evaluation.evaluator import with_prefix
 from orpo_ray.evaluation.judge import MODEL_OPTION, Judge, Judged, judge_answers
-from orpo_ray.evaluation.pair_scores import read_pair_scores, write_pair_scores
+from orpo_ray.evaluation.measuring import Measure, Work, measure
+from orpo_ray.evaluation.pair_scores import write_pair_scores
 from orpo_ray.evaluation.summary import Summary, summarize
 from orpo_ray.evaluation.targets import Target, find_base, find_target
-from orpo_ray.evaluation.token_scores import Tokens, pairs_to_show, score_tokens, write_tokens
-from orpo_ray.model.loading import concatenated_because, pick_attention
+from orpo_ray.evaluation.token_scores import write_tokens
 from orpo_ray.model.memory import free_memory
-from orpo_ray.objective.base import load_objective
-from orpo_ray.objective.pair_model import PairModel
-from orpo_ray.objective.step_planner import StepPlanner
-from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.ray_cluster.start import start_ray
-from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, EVAL_PAIRS_START_FILE, RECIPE_FILE, RunFolder
+from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, RECIPE_FILE, RunFolder
 from orpo_ray.tracking.generations import Generation
 
 
@@ -62,18 +53,6 @@ class EvaluateOptions:
         if self.images is not None and not self.benchmarks:
             raise UserError("there is no benchmark", field="--images", value=self.images,
                             fix="add --benchmark pope:FILE")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one model was measured by."""
-
-    scores: Scores | None
-    """Of the held-out pairs; None without any."""
-    answers: list[Generation]
-    benchmarks: list[BenchmarkScores]
-    tokens: dict[int, dict[str, Tokens]]
-    """Log-probs of single tokens, of the pairs that a report shows."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +99,11 @@ def both_answers(generation: Generation | None) -> dict[str, str] | None:
 
 
 def evaluate_run(
-    uri: str, overrides: Sequence[str], console: Console, options: EvaluateOptions = EvaluateOptions()
+    uri: str,
+    overrides: Sequence[str],
+    console: Console,
+    options: EvaluateOptions = EvaluateOptions(),
+    measuring: Measure = measure,
 ) -> Evaluation:
     """Score the held-out pairs of a run, a model or adapters.
 
@@ -133,6 +116,7 @@ def evaluate_run(
         overrides: `FIELD=VALUE` for the recipe. With `data.eval`, a fraction that the run held out does not count.
         console: Gets one line about what is scored.
         options: What else to do.
+        measuring: Where to do it: in this process, or on workers of the cluster.
 
     Raises:
         UserError: The folder or the recipe cannot be used, or there are no held-out pairs.
@@ -152,8 +136,8 @@ def evaluate_run(
             start_ray()
         kept = folder.has(RECIPE_FILE) and not any(each.startswith(("data.", "eval.")) for each in overrides)
         work = Work(recipe, held_out, benchmarks, options.generate)
-        own = measure(target, work, console, recipe.eval.grounding, folder if kept else None)
-        other = None if base is None else measure(base, work, console, grounding=False)
+        own = measuring(target, work, console, recipe.eval.grounding, folder if kept else None)
+        other = None if base is None else measuring(base, work, console, False, None)
         if kept and held_out is not None and own.scores is not None:
             write_pair_scores(folder, EVAL_PAIRS_FILE, own.scores.pairs, data=held_out.digest)
             write_tokens(folder, own.tokens, held_out.digest)
@@ -171,61 +155,6 @@ def evaluate_run(
             own.benchmarks,
             [] if other is None else other.benchmarks,
         )
-
-
-@dataclass(frozen=True)
-class Work:
-    """What each model is measured by."""
-
-    recipe: Recipe
-    held_out: ReadSpec | None
-    benchmarks: list[Benchmark]
-    generate: int
-    """Number of held-out pairs to answer."""
-
-
-def measure(target: Target, work: Work, console: Console, grounding: bool, run: RunFolder | None = None) -> Measured:
-    """Load a model and measure it.
-
-    Args:
-        target: the model.
-        work: by what.
-        console: gets a line about each part.
-        grounding: whether to score the held-out pairs with exchanged and with blank images too.
-        run: folder of the run, if single tokens are to be scored for its report.
-
-    Raises:
-        UserError: the model cannot be loaded, or nothing can be scored.
-    """
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-    recipe, held_out = work.recipe, work.held_out
-    if why := pick_attention(target.model).why:
-        say(concatenated_because(why))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec = target.encoder(recipe)
-    encoder = spec.build()
-    model = PairModel(target.load(device, recipe.optim.seed), PixelNorm.of(encoder.processor)).eval()
-    planner = StepPlanner.of(load_objective(recipe), recipe.optim.tokens_per_microbatch, encoder, model, device)
-    scores, answers, found = None, list[Generation](), list[BenchmarkScores]()
-    tokens: dict[int, dict[str, Tokens]] = {}
-    if held_out is not None:
-        say(f"scoring {held_out.end_sample:,} pairs with {target.title}")
-        max_encoders = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
-        scores = Evaluator(model, HeldOut(held_out, spec, max_encoders), planner).evaluate(grounding, blank=grounding)
-        if run is not None:
-            rows = pairs_to_show(scores.pairs, read_pair_scores(run, EVAL_PAIRS_START_FILE))
-            tokens = score_tokens(model, model, encoder, planner, held_out, [row["sample_index"] for row in rows])
-    if held_out is not None and work.generate:
-        say(f"answering {work.generate:,} prompts with {target.title}")
-        answerer = Answerer(model.model, encoder, recipe.eval.max_new_tokens, recipe.optim.seed)
-        answers = generate_held_out(answerer, held_out, work.generate)
-    for benchmark in work.benchmarks:
-        say(f"asking {len(benchmark.questions):,} questions of {benchmark.name}")
-        found.append(score_benchmark(benchmark, model, encoder, planner))
-    return Measured(scores, answers, found, tokens)
 
 
 def _judge(

@@ -1,7 +1,7 @@
 """Score held-out pairs: the objective's metrics with TRL's names, the scores of each pair, and the drop in accuracy
 with other images.
 
-Used by training, on every worker, and by `orpo-ray evaluate`, in one process.
+Used by training, on every worker, and by `orpo-ray evaluate`, in its process or on workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from orpo_ray.objective.collectives import add_sums, gather_objects, reduce_sums
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.pair_model import PairModel
 from orpo_ray.objective.step_planner import StepPlanner
-from orpo_ray.streaming.steps import iter_shares, open_feed
+from orpo_ray.streaming.steps import from_rank_zero_of_ray_train, iter_shares, open_feed
 
 Forward = Callable[[PairBatch], PairLogps]
 GRAY = 127
@@ -48,12 +48,17 @@ class HeldOut:
     num_workers: int = 1
     together: int = 1
     """Workers, of consecutive ranks, that score the same pairs."""
+    from_rank_zero: Callable[[Any], Any] = from_rank_zero_of_ray_train
+    """Gives every worker what rank 0 has. A collective."""
 
     def shares(self, exchange_images: bool, packing: Packing) -> Iterable[StepShare]:
         """All of this worker's shares; with `exchange_images`, each pair gets the images of another pair."""
         steps = -(-self.read.end_sample // self.read.pairs_per_step)
         read = replace(self.read, exchange_images=exchange_images)
-        feed = open_feed(read, self.encoder, self.max_encoders, self.rank, self.num_workers, self.together)
+        feed = open_feed(
+            read, self.encoder, self.max_encoders, self.rank, self.num_workers, self.together,
+            in_process=True, from_rank_zero=self.from_rank_zero,
+        )  # fmt: skip
         return iter_shares(feed, packing, 0, steps)
 
 

@@ -1,6 +1,6 @@
 """Let a model answer the prompts of held-out pairs: greedily, and with a seed.
 
-Used by training on every worker, and by `orpo-ray evaluate` and `orpo-ray chat` in one process.
+Used by training and `orpo-ray evaluate` on every worker, and by `orpo-ray chat`.
 
 Legend: P prompt tokens.
 """

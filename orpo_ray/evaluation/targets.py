@@ -18,6 +18,7 @@ from orpo_ray.data.from_recipe import encoder_of
 from orpo_ray.errors import UserError
 from orpo_ray.model.adapter_folder import ADAPTER_CONFIG, adapter_config, is_adapter, load_adapted
 from orpo_ray.model.loading import load_model
+from orpo_ray.storage.files import is_remote
 from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
 
 # A folder with one of these files has its own processor.
@@ -36,6 +37,10 @@ class Target:
     """How to load the model, or the base model of adapters."""
     folder: Path | None = None
     """The folder of the model or of the adapters; None for a model of the hub."""
+    overrides: tuple[str, ...] = ()
+    """`FIELD=VALUE`, as given."""
+    is_base: bool = False
+    """Whether another model is compared with it."""
 
     @property
     def title(self) -> str:
@@ -45,8 +50,13 @@ class Target:
     def encoder(self, data: Recipe) -> EncoderSpec:
         """Return how this model takes the pairs of a recipe."""
         spec = replace(encoder_of(data), model_id=self.recipe.model.id, revision=self.recipe.model.revision)
-        # Adapters without a processor in their folder use the one of the base model.
-        if self.folder is not None and any((self.folder / name).is_file() for name in PROCESSOR_FILES):
+        # Adapters without a processor in their folder use the one of the base model. A local copy of a remote folder
+        # is on this node alone, and pairs are encoded on all of them.
+        if (
+            self.folder is not None
+            and not is_remote(self.name)
+            and any((self.folder / name).is_file() for name in PROCESSOR_FILES)
+        ):
             return replace(spec, model_id=str(self.folder), revision=None)
         return spec
 
@@ -69,18 +79,24 @@ def find_target(folder: RunFolder, overrides: Sequence[str]) -> Target:
     """
     recipe, found = _recipe_of(folder, overrides)
     if is_adapter(found):
-        return Target(folder.uri, recipe, recipe.model, found)
+        return Target(folder.uri, recipe, recipe.model, found, tuple(overrides))
     whole: dict[str, Any] = {"id": str(found), "revision": None, "lora": None, "freeze": [], "quantization": None}
-    return Target(folder.uri, recipe, recipe.model.model_copy(update=whole), found)
+    return Target(folder.uri, recipe, recipe.model.model_copy(update=whole), found, tuple(overrides))
 
 
 def find_base(name: str, folder: RunFolder) -> Target:
     """Find a model to compare with: as `find_target`, or a model of the hub by its name."""
     if folder.has(RECIPE_FILE) or folder.has(ADAPTER_CONFIG) or folder.has("config.json"):
-        return find_target(folder, [])
+        return replace(find_target(folder, []), is_base=True)
     raw = {"name": "base", "model": {"id": name}, "data": {"train": "none"}}
     recipe = parse_recipe(raw, source=name)
-    return Target(name, recipe, recipe.model)
+    return Target(name, recipe, recipe.model, is_base=True)
+
+
+def find_again(target: Target) -> tuple[RunFolder, Target]:
+    """Download a model of a remote folder on another node. The local copy is deleted with the RunFolder."""
+    folder = RunFolder(target.name)
+    return folder, find_base(target.name, folder) if target.is_base else find_target(folder, target.overrides)
 
 
 def _recipe_of(folder: RunFolder, overrides: Sequence[str]) -> tuple[Recipe, Path]:

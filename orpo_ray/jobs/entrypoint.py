@@ -53,6 +53,8 @@ def entrypoint_of(given: str, name: str, overrides: Sequence[str], recipe: Recip
     if command == "evaluate":
         resources = _of_a_worker(recipe)
         _check_place(recipe, resources)
+        if any(each.partition("=")[0] == "--workers" for each in options):  # the driver only waits for them
+            resources = _NONE
     return Entrypoint(command, " ".join([shlex.join(words), _run_of(recipe), shlex.join(options)]).rstrip(), resources)
 
 

@@ -29,7 +29,6 @@ from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_of, read_tasks, read_windows, stored_bytes
 from orpo_ray.errors import OrpoRayError, RowError
 from orpo_ray.storage.files import image_folder
-from orpo_ray.streaming.pacing import PacedLoop
 
 # A block is one row that holds a list of rows. Ray Data merges small blocks and splits large ones, but never a row, so
 # a task batch stays whole.
@@ -131,7 +130,6 @@ def _dataset(
     context.execution_options.preserve_order = ordered
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.custom_execution_callback_classes = [PacedLoop]
     # So that a UserError of an encoding task (a processor that cannot be loaded) arrives as a UserError.
     context.raise_original_map_exception = True
     # If a command reads in its own process, Ray Data's lines would be mixed with the command's output. The error of a

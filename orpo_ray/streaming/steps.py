@@ -1,8 +1,8 @@
 """A worker's shares of the steps, from the feed of its run.
 
-Several workers share one feed in an actor on the node of rank 0: each row is read and encoded once, and Ray Data runs
-in none of the training processes. A worker that is alone has the feed in its own process, which saves the start of
-another one.
+All workers share one feed in an actor on the node of rank 0: each row is read and encoded once, and Ray Data runs in
+none of the training processes, where its threads would compete with training for the interpreter lock. An evaluation in
+one process has the feed in that process, which saves the start of another one for each pass over the pairs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,24 @@ Take = Callable[[int, Packing], Portion]
 """Step, and how to pack it -> this worker's portion of it."""
 
 
+def from_rank_zero_of_ray_train(own: Any) -> Any:
+    """Give every worker of a Ray Train run what rank 0 has. A collective."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    return broadcast_from_rank_zero(own)
+
+
 def open_feed(
-    read: ReadSpec, encoder: EncoderSpec, max_encoders: int, rank: int = 0, num_workers: int = 1, together: int = 1
+    read: ReadSpec,
+    encoder: EncoderSpec,
+    max_encoders: int,
+    rank: int = 0,
+    num_workers: int = 1,
+    together: int = 1,
+    in_process: bool = False,
+    from_rank_zero: Callable[[Any], Any] = from_rank_zero_of_ray_train,
 ) -> Take:
-    """Start to read and encode for all workers of a run. A collective of Ray Train if there are several.
+    """Start to read and encode for all workers of a run. A collective if there are several.
 
     Args:
         read: which rows; its `first_sample` is the first of a step.
@@ -37,14 +51,14 @@ def open_feed(
         rank: this worker.
         num_workers: workers, each of which must take every step once.
         together: workers, of consecutive ranks, that take the same pairs.
+        in_process: whether a worker that is alone reads in its own process.
+        from_rank_zero: gives every worker what rank 0 has.
     """
-    if num_workers == 1:
+    if num_workers == 1 and in_process:
         return partial(StepFeed(read, encoder, 1, max_encoders).take, 0)
-    from ray.train.collective import broadcast_from_rank_zero
-
     # Rank 0 keeps its own handle: the actor ends with that or with the process. A restarted run starts another actor.
     own = feed_actor(read, encoder, num_workers, max_encoders, together) if rank == 0 else None
-    shared = broadcast_from_rank_zero(own)
+    shared = from_rank_zero(own) if num_workers > 1 else own
     return partial(take_from, shared if own is None else own, rank)
 
 

@@ -109,22 +109,30 @@ class NodesWait:
             except ray.exceptions.RayError:
                 return  # the run is over
             if time.monotonic() > deadline:
-                self._abort(self._error())
+                self._abort(no_room(self._scaling, self._scaling.min_workers, self._per_worker))
                 return
 
-    def _error(self) -> UserError:
-        asked = ", ".join(f"{amount:g} {name}(s)" for name, amount in self._per_worker.items())
-        wanted = _wanted(self._scaling)
-        has = describe([node for node in ray.nodes() if node["Alive"]])
-        return UserError(
-            f"the cluster has no room for {self._scaling.min_workers} worker(s) with {asked} each"
-            + (f", {wanted}" if wanted else "")
-            + f", and has started no nodes for them within {self._scaling.nodes_timeout_s:g} s; it has {has}",
-            field="scaling.nodes_timeout_s",
-            value=self._scaling.nodes_timeout_s,
-            fix="`ray status` says what the autoscaler does; ask for what a pool has, raise the pool's maximum or your "
-            "quota, or wait longer",
-        )
+
+def no_room(scaling: ScalingConfig, workers: int, per_worker: Mapping[str, float]) -> UserError:
+    """Return the error that an autoscaling cluster has started no nodes for some workers.
+
+    Args:
+        scaling: of the recipe.
+        workers: how many at least.
+        per_worker: Ray's resources of each.
+    """
+    asked = ", ".join(f"{amount:g} {name}(s)" for name, amount in per_worker.items())
+    wanted = _wanted(scaling)
+    has = describe([node for node in ray.nodes() if node["Alive"]])
+    return UserError(
+        f"the cluster has no room for {workers} worker(s) with {asked} each"
+        + (f", {wanted}" if wanted else "")
+        + f", and has started no nodes for them within {scaling.nodes_timeout_s:g} s; it has {has}",
+        field="scaling.nodes_timeout_s",
+        value=scaling.nodes_timeout_s,
+        fix="`ray status` says what the autoscaler does; ask for what a pool has, raise the pool's maximum or your "
+        "quota, or wait longer",
+    )
 
 
 def waiting_variables(scaling: ScalingConfig) -> dict[str, str]:

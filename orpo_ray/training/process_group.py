@@ -10,13 +10,16 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import broadcast_from_rank_zero
+
+if TYPE_CHECKING:
+    import torch
 
 LOOPBACK = "127.0.0.1"  # address of the node of a Ray that a command starts
 
@@ -43,14 +46,12 @@ def join_process_group(timeout_s: float) -> None:
         timeout_s: how long a collective waits for a worker that lags behind.
     """
     import ray.train.torch
-    import torch
-    from torch._C._distributed_c10d import TCPStore
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     # Bound to one address, where torch itself would listen on every interface of the machine.
-    listener = _listener() if rank == 0 else None
+    listener = listen() if rank == 0 else None
     found: Any = listener.getsockname()[:2] if listener is not None else None
     address, port = broadcast_from_rank_zero(found) if num_workers > 1 else found
     os.environ |= {
@@ -63,6 +64,31 @@ def join_process_group(timeout_s: float) -> None:
         "NODE_RANK": str(context.get_node_rank()),
         "ACCELERATE_TORCH_DEVICE": str(device),
     }
+    form_process_group(device, rank, num_workers, (address, port), listener, timeout_s)
+
+
+def form_process_group(
+    device: torch.device,
+    rank: int,
+    num_workers: int,
+    meeting: tuple[str, int],
+    listener: socket.socket | None,
+    timeout_s: float,
+) -> None:
+    """Form a process group of workers that agree about where to meet. A collective.
+
+    Args:
+        device: of this worker.
+        rank: of this worker.
+        num_workers: how many there are.
+        meeting: address and port of rank 0.
+        listener: what `listen` returned on rank 0, with that address and port; None on all others.
+        timeout_s: how long a collective waits for a worker that lags behind.
+    """
+    import torch
+    from torch._C._distributed_c10d import TCPStore
+
+    address, port = meeting
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if address == LOOPBACK:
@@ -83,8 +109,8 @@ def leave_process_group() -> None:
     torch.distributed.destroy_process_group()
 
 
-def _listener() -> socket.socket:
-    """Listen on a free port of this node's address."""
+def listen() -> socket.socket:
+    """Listen on a free port of this node's address, and on no other one."""
     address = ray.util.get_node_ip_address()
     return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
 

@@ -229,6 +229,10 @@ def test_a_run_lives_in_s3(ray_cluster: None, s3: Faults, tmp_path: Path, is_kil
     scored = evaluate_run(folder.uri, overrides, Console(file=io.StringIO())).metrics
     last = [line for line in map(json.loads, (folder.path / "metrics.jsonl").open()) if "eval/loss" in line][-1]
     assert scored["eval/loss"] == pytest.approx(last["eval/loss"], abs=1e-4)
+    on_two = [sys.executable, "-m", "orpo_ray", "evaluate", folder.uri, *overrides, "--workers", "2", "--json"]
+    done = subprocess.run(on_two, env=without_cluster(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["eval/loss"] == pytest.approx(scored["eval/loss"], abs=1e-5)
     assert all(s3.injected.values()), s3.injected
     for name in ("recipe.yaml", "metrics.jsonl"):
         assert b"test-secret-never-written" not in read_bytes(f"{folder.uri}/{name}")
