@@ -1,9 +1,10 @@
 """Steps per second of `orpo-ray train` with one worker against a bare loop of the same steps.
 
-    python benchmarks/run_overhead.py [--rounds N] [--steps N] [--pairs N] [--threads N] [--json]
+    python benchmarks/run_overhead.py [--rounds N] [--steps N] [--pairs N] [--threads N] [--width N] [--json]
 
-  run:  `orpo-ray train` of the quickstart's model and data, with all that a run does beside the step: Ray, reading and
-        encoding, metrics of every step, progress, signals, the divergence guard, and four checkpoints
+  run:  `orpo-ray train` of the quickstart's model (or one of another width) and data, with all that a run does beside
+        the step: Ray, reading and encoding, metrics of every step, progress, signals, the divergence guard, and four
+        checkpoints
   bare: a loop in plain PyTorch over the same steps, whose tensors are in memory before it starts: forward, loss,
         backward, clipping and the same AdamW
 
@@ -12,7 +13,8 @@ the runs to that of the bare loops. The losses of both are compared, so that the
 
 On a machine without a GPU, encoding the pairs takes cores from the training. `encoding_share` is the CPU time of that,
 as a part of what the bare loop takes: what no implementation can avoid on the same cores. With fewer `--threads` than
-cores, both train on some of the cores and leave the others free, as training on a GPU does.
+cores, both train on some of the cores and leave the others free, as training on a GPU does. With more `--width`, a step
+takes longer and encoding its pairs does not, as with the models that people train.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from orpo_ray.tracking.jsonl import read_jsonl
 
 FIRST = 10  # steps before it start the engine, the allocators and the data
 POLL_S = 0.05
+QUICKSTART_MODEL = "orpo-ray/tiny-smolvlm"
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,32 @@ class Setting:
     steps: int
     pairs: int
     threads: int
+    model: str
 
     def overrides(self, storage: str) -> list[str]:
         """Return the fields of the recipe."""
         return [
-            f"checkpoint.storage={storage}", "data.eval=null", f"optim.max_steps={self.steps}",
+            f"checkpoint.storage={storage}", f"model.id={self.model}", "data.eval=null",
+            f"optim.max_steps={self.steps}",
             f"optim.pairs_per_step={self.pairs}", f"checkpoint.every_steps={self.steps // 4}", "scaling.num_workers=1",
             *([f"scaling.cpus_per_worker={self.threads}"] if self.threads < (os.cpu_count() or 1) else []),
         ]  # fmt: skip
+
+
+def model_of_width(width: int, folder: Path) -> str:
+    """Write the quickstart's model with another width of its language model, and six layers, for `model.id`."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from orpo_ray.tiny_models.build import resolve
+
+    there = resolve(QUICKSTART_MODEL)
+    config = AutoConfig.from_pretrained(there)
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = width, 3 * width, 6
+    text.head_dim = width // text.num_attention_heads
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    AutoProcessor.from_pretrained(there).save_pretrained(folder)
+    return str(folder)
 
 
 def measure_run(setting: Setting) -> dict[str, Any]:
@@ -168,15 +189,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the training (default: all)")
+    parser.add_argument("--width", type=int, help="of the language model (default: the quickstart's 128)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", default=QUICKSTART_MODEL, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    setting = Setting(arguments.steps, arguments.pairs, arguments.threads)
     if arguments.bare:
+        setting = Setting(arguments.steps, arguments.pairs, arguments.threads, arguments.model)
         print(json.dumps(measure_bare(setting)))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model if arguments.width is None else model_of_width(arguments.width, Path(folder))
+        compare(Setting(arguments.steps, arguments.pairs, arguments.threads, model), arguments.rounds, arguments.json)
+
+
+def compare(setting: Setting, rounds: int, as_json: bool) -> None:
+    """Measure both in turn, and print."""
     runs, loops = [], []
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         loops.append(bare_process(setting))
         runs.append(measure_run(setting))
         off = max(abs(a - b) for a, b in zip(runs[-1]["losses"], loops[-1]["losses"], strict=True))
@@ -189,7 +219,7 @@ def main() -> None:
     row |= {"ratio": round(medians["run"] / medians["bare"], 4)}
     row |= {"encoding_share": round(statistics.median(each["encoding_share"] for each in loops), 4)}
     row |= {"largest_loss_difference": off}
-    print(json.dumps(row) if arguments.json else "\n".join(f"{name:24} {value}" for name, value in row.items()))
+    print(json.dumps(row) if as_json else "\n".join(f"{name:24} {value}" for name, value in row.items()))
 
 
 if __name__ == "__main__":

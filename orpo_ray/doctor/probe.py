@@ -102,6 +102,10 @@ class NodeProbe:
         import torch
         import torch.distributed as dist
 
+        with contextlib.suppress(ImportError):  # a node without the package, which another check names
+            from orpo_ray.ray_cluster.network import connect_by_address_of_node
+
+            connect_by_address_of_node()
         limit = datetime.timedelta(seconds=seconds)
         try:
             dist.init_process_group("gloo", f"tcp://{address}:{port}", timeout=limit, world_size=size, rank=rank)

@@ -62,8 +62,11 @@ class MetricsFile:
 
 
 def logged_kinds(folder: RunFolder) -> set[tuple[int, str]]:
-    """Return the steps that an open file has lines of, each with `train` or `eval`."""
-    lines = read_jsonl(folder.path / METRICS_FILE)
+    """Return the steps that an open file has lines of, each with `train` or `eval`.
+
+    The line about a restart names the step that it follows, and is none of that step's lines.
+    """
+    lines = [line for line in read_jsonl(folder.path / METRICS_FILE) if RESTARTS not in line]
     return {(line["step"], name.partition("/")[0]) for line in lines for name in line if "/" in name}
 
 

@@ -31,9 +31,13 @@ class MultiLogger:
     """Passes every call to all open trackers, of which the workers besides rank 0 have none.
 
     The only place that catches TrackerError: it warns once and drops the tracker, and the run goes on.
+
+    Attributes:
+        folder: the run folder, or its mirror, that trackers write to; None without trackers.
     """
 
-    def __init__(self, warn: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, warn: Callable[[str], None] = lambda text: None, folder: RunFolder | None = None) -> None:
+        self.folder = folder
         self._loggers: dict[str, Logger] = {}
         self._warn = warn
 
@@ -51,7 +55,7 @@ class MultiLogger:
         """
         folder = RunFolder(recipe.run_uri)
         folder.make()
-        multi = cls(warn)
+        multi = cls(warn, folder)
         for name, tracker in trackers.items():
             try:
                 logger = tracker.open(recipe, folder, step)

@@ -167,7 +167,7 @@ class PackedRuns:
             self._listener.tell(name, **state)
 
         tracker = MultiLogger.open(recipe, position.step, warn)
-        log_missing(unlogged, tracker, RunFolder(recipe.run_uri))
+        log_missing(unlogged, tracker)
         books = RunBooks(recipe, self._data.train, self._data.num_steps, position, tracker, tell)
         self._together.runs[name].guard = books.guard
         return _Run(recipe, books, saver)

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import broadcast_from_rank_zero
 
+from orpo_ray.ray_cluster.network import connect_by_address_of_node
+
 if TYPE_CHECKING:
     import torch
-
-LOOPBACK = "127.0.0.1"  # address of the node of a Ray that a command starts
 
 
 @dataclass
@@ -91,8 +90,7 @@ def form_process_group(
     address, port = meeting
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if address == LOOPBACK:
-        _connect_workers_by(address)
+    connect_by_address_of_node()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(
@@ -113,11 +111,3 @@ def listen() -> socket.socket:
     """Listen on a free port of this node's address, and on no other one."""
     address = ray.util.get_node_ip_address()
     return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
-
-
-def _connect_workers_by(address: str) -> None:
-    """Let the workers listen for each other on the interface with this address, unless the user chose another one."""
-    for name, found in psutil.net_if_addrs().items():
-        if any(each.address == address for each in found):
-            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(variable, name)

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from orpo_ray.data.bad_rows import BadRow
-from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.metrics_file import logged_kinds
 from orpo_ray.tracking.trackers import MultiLogger
 
@@ -46,9 +45,10 @@ def read_log(path: Path) -> list[LogLine]:
     ]
 
 
-def log_missing(lines: Sequence[LogLine], tracker: MultiLogger, run: RunFolder) -> None:
+def log_missing(lines: Sequence[LogLine], tracker: MultiLogger) -> None:
     """Log those lines that the run's `metrics.jsonl` does not hold."""
-    logged = logged_kinds(run)
+    # The copy that the tracker writes to: in an object store, there may still be lines that it has dropped.
+    logged = set() if tracker.folder is None else logged_kinds(tracker.folder)
     for line in lines:
         if any((line.step, name.partition("/")[0]) not in logged for name in line.metrics):
             tracker.log_bad_rows(line.bad)

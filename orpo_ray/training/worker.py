@@ -78,7 +78,7 @@ class Worker:
         is_first = self.rank == 0
         self.tracker = MultiLogger.open(self.recipe, position.step, self._warn) if is_first else MultiLogger()
         if is_first:
-            log_missing(unlogged, self.tracker, RunFolder(self.recipe.run_uri))
+            log_missing(unlogged, self.tracker)
         self.books = RunBooks(self.recipe, config.train, config.num_steps, position, self.tracker, self._tell)
         self.guard = self.books.guard
         self.is_stopping = self.is_torn_down = self.wants_teardown = False

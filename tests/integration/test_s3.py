@@ -26,8 +26,10 @@ from orpo_ray.model.loading import load_model
 from orpo_ray.storage.files import TooLarge, image_folder, locate, read_bytes
 from orpo_ray.storage.lease import LEASE_FILE, Lease
 from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.tracking.trackers import MultiLogger
 from orpo_ray.training.checkpoint_choice import checkpoint_names, choose_by_hand, choose_newest, clean, inspect
 from orpo_ray.training.launch import launch_training
+from orpo_ray.training.unlogged import LogLine, log_missing
 from support.commands import without_cluster
 from support.endless_saves import save_step, saver_of
 from support.finished_runs import finished_run
@@ -187,6 +189,22 @@ def test_a_run_folder_in_s3_has_one_writer(s3: Faults) -> None:
     with Lease(folders[1], print):
         pass
     assert not folders[0].has(LEASE_FILE)
+
+
+def test_what_a_survivor_saved_is_logged_once(s3: Faults, tmp_path: Path) -> None:
+    """The lines of a checkpoint that another worker saved for a lost rank 0, which had pushed some of them."""
+    recipe = tiny_recipe(tmp_path, "survived", checkpoint={"storage": f"s3://{BUCKET}/runs"})
+    lines = [LogLine(step, {"train/loss": float(step)}, []) for step in (1, 2, 3)]
+    lost = MultiLogger.open(recipe, 0, print)
+    for line in lines[:2]:
+        lost.log(line.step, line.metrics)
+    lost.close()
+    found = MultiLogger.open(recipe, 3, print)
+    log_missing(lines, found)
+    found.close()
+    folder = RunFolder(recipe.run_uri)
+    folder.pull("metrics.jsonl")
+    assert losses(folder.path) == {1: 1.0, 2: 2.0, 3: 3.0}
 
 
 @pytest.mark.nightly

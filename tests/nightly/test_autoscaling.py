@@ -14,7 +14,7 @@ from orpo_ray.config.recipe import Recipe
 from support.autoscaling import IDLE_MINUTES, Head, autoscaling_head
 from support.clusters import workers_by_step
 from support.paths import TESTS
-from support.runs import wait_until
+from support.runs import last_step, wait_until
 from support.tiny_runs import LONG, losses, tiny_recipe, write_pairs
 
 LIMIT_S = 400  # of a command
@@ -26,17 +26,30 @@ def adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
 
 
-def orpo_ray_on(head: Head, command: str, recipe: Recipe, folder: Path) -> float:
-    """Run a command to its end; return the seconds it took."""
+def orpo_ray_on(head: Head, command: str, recipe: Recipe, folder: Path) -> float | None:
+    """Run a command to its end; return the seconds until the first step of its run, if it has one."""
     path = folder / f"{recipe.name}.yaml"
     path.write_text(recipe.to_yaml())
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "orpo_ray", command, str(path)],
-        env=head.environment, capture_output=True, text=True, check=False, timeout=LIMIT_S,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return time.monotonic() - began
+    began, first = time.monotonic(), None
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orpo_ray", command, str(path)], env=head.environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while process.poll() is None and time.monotonic() - began < LIMIT_S:
+            if first is None and last_step(Path(recipe.run_uri)):
+                first = time.monotonic() - began
+            time.sleep(0.2)
+        assert process.poll() is not None, f"{command} took more than {LIMIT_S} s"
+    finally:
+        process.kill()
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    return first
+
+
+def wait_for_nodes(head: Head, count: int) -> None:
+    """Wait until idle nodes have gone, so that there are so many, the head included."""
+    wait_until(lambda: head.num_nodes() == count, "the end of idle nodes", 60 * IDLE_MINUTES + 100)
 
 
 @pytest.mark.timeout(1800)
@@ -55,19 +68,17 @@ def test_nodes_come_for_a_run_and_for_a_sweep_and_go_when_they_are_idle(tmp_path
         tune={"num_trials": 2, "max_concurrent": 2},
     )  # fmt: skip
     with autoscaling_head(tmp_path, max_nodes=2) as head:
-
-        def wait_until_idle_nodes_went() -> None:
-            wait_until(lambda: head.num_nodes() == 1, "the end of idle nodes", 60 * IDLE_MINUTES + 100)
-
-        assert head.num_nodes() == 1
-        seconds = orpo_ray_on(head, "train", two, tmp_path)
-        print(f"two workers on nodes that had to come: {seconds:.0f} s for {LONG['max_steps']} steps")
-        wait_until_idle_nodes_went()
-        orpo_ray_on(head, "train", some, tmp_path)
-        assert workers_by_step(some)[100] == 2
-        wait_until_idle_nodes_went()
+        print(
+            f"first step of two workers, whose nodes had to come, after {orpo_ray_on(head, 'train', two, tmp_path)} s"
+        )
+        wait_for_nodes(head, 1)
         orpo_ray_on(head, "tune", search, tmp_path)
         assert len(list((Path(search.run_uri) / "trials").iterdir())) == 2
-        wait_until_idle_nodes_went()
+        wait_for_nodes(head, 1)
+    with autoscaling_head(tmp_path, max_nodes=2, min_nodes=1) as head:
+        orpo_ray_on(head, "train", some, tmp_path)
+        workers = workers_by_step(some)
+        assert (workers[1], workers[100]) == (1, 2)
+        wait_for_nodes(head, 2)
     curve = losses(Path(two.run_uri))
     assert {step: losses(Path(some.run_uri))[step] for step in curve} == pytest.approx(curve, abs=1e-4)

@@ -44,12 +44,13 @@ class Head:
 
 
 @contextmanager
-def autoscaling_head(folder: Path, max_nodes: int) -> Iterator[Head]:
+def autoscaling_head(folder: Path, max_nodes: int, min_nodes: int = 0) -> Iterator[Head]:
     """Start a head with one CPU, and end it with its nodes.
 
     Args:
         folder: for the configuration and the log.
         max_nodes: that the autoscaler may start, each with the CPUs of `support.clusters.NODE`.
+        min_nodes: that it starts at once, and keeps.
     """
     from ray._private.services import get_node_ip_address
     from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
@@ -66,7 +67,7 @@ def autoscaling_head(folder: Path, max_nodes: int) -> Iterator[Head]:
         "provider": provider, "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-            "pool": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": max_nodes},
+            "pool": {"resources": worker, "node_config": {}, "min_workers": min_nodes, "max_workers": max_nodes},
         },
     }  # fmt: skip
     path, said = folder / "autoscaling.json", folder / "head.out"
@@ -88,7 +89,9 @@ def autoscaling_head(folder: Path, max_nodes: int) -> Iterator[Head]:
     try:
         wait_until(lambda: "Ray runtime started" in said.read_text() or process.poll() is not None, "the head", STARTED)
         assert process.poll() is None, said.read_text()
-        yield Head(address, own)
+        found = Head(address, own)
+        wait_until(lambda: found.num_nodes() == 1 + min_nodes, "the first nodes", STARTED)
+        yield found
     finally:
         family = [process, *process.children(recursive=True)]
         for each in family:

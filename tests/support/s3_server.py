@@ -69,17 +69,17 @@ class Faults:
 
 
 @contextmanager
-def s3_server(environment: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """Start the server with one bucket, and set `AWS_*` for this process and its children."""
+def s3_server(environment: pytest.MonkeyPatch, host: str = "127.0.0.1") -> Iterator[Faults]:
+    """Start the server with one bucket at this address, and set `AWS_*` for this process and its children."""
     pytest.importorskip("moto", reason="moto's server is not installed")
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
     faults = Faults(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, faults, threaded=True)
+    server = make_server(host, 0, faults, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{server.port}")
     environment.setenv("AWS_ACCESS_KEY_ID", "test")
     environment.setenv("AWS_SECRET_ACCESS_KEY", "test-secret-never-written")
     environment.setenv("AWS_REGION", "us-east-1")
@@ -87,9 +87,9 @@ def s3_server(environment: pytest.MonkeyPatch) -> Iterator[Faults]:
     try:
         from pyarrow.fs import S3FileSystem
 
-        S3FileSystem(
-            endpoint_override=f"127.0.0.1:{server.port}", scheme="http", allow_bucket_creation=True
-        ).create_dir(BUCKET)
+        S3FileSystem(endpoint_override=f"{host}:{server.port}", scheme="http", allow_bucket_creation=True).create_dir(
+            BUCKET
+        )
         yield faults
     finally:
         from orpo_ray.storage import files as storage
