@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # `orpo-ray --help` must not import these
 
 console = Console(stderr=True)
 
+GROUPS_SHOWN = 12  # languages, or domains, of a split
 _TRAIN_FIGURES = ("train/loss", "train/rewards/accuracies", "train/rewards/margins")
 _EVAL_FIGURES = (
     "eval/rewards/accuracies",
@@ -185,9 +186,29 @@ def print_check(report: Mapping[str, Any]) -> None:
     row("chosen longer / shorter", lambda split: _sides(split["length_bias"]))
     row("text-only accuracy", lambda split: _percentage(split["text_only"], "accuracy"))
     console.print(table)
+    for kind, groups in ((report["language"], "languages"), (report["domain"], "domains")):
+        if kind is not None:
+            _print_groups(kind, {name: report[name][groups] for name in splits})
+    for name in splits:
+        for text in report[name]["warnings"]:
+            console.print(f"[yellow]warning:[/yellow] {name}: {escape(text)}", highlight=False, soft_wrap=True)
     if report["images_on_both_sides"]:
         shared = f"{report['images_on_both_sides']:,} image(s) are in both the training and the held-out pairs"
         console.print(f"[yellow]warning:[/yellow] {shared}", highlight=False, soft_wrap=True)
+
+
+def _print_groups(title: str, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Print the figures of each language, or each domain, of the splits."""
+    table = Table(title=f"by {escape(title)}", title_justify="left", box=None, padding=(0, 2))
+    for column in ("", "", "rows", "tokens per character", "too long"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, groups in splits.items():
+        for group in groups[:GROUPS_SHOWN]:
+            density = group["tokens_per_character"]
+            figures = (f"{group['rows']:,}", "-" if density is None else f"{density:.2f}", f"{group['fraction']:.0%}")
+            table.add_row(escape(group["name"]), name, *figures)
+    if table.row_count:
+        console.print(table)
 
 
 def _print_figures(metrics: Mapping[str, float], title: str, names: Sequence[str]) -> None:

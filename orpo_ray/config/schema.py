@@ -141,6 +141,13 @@ class DataConfig(Config):
     columns: dict[str, Text] = Field(default_factory=dict)
     """Columns to rename, as a mapping from the name that the format expects to the name in your data, for example
     `{chosen: good_answer}`."""
+    language: Text | None = None
+    """Column that names the language of each row, by the name in your data; or `script`: the script of prompt and
+    chosen answer together (Latin, Arabic, Han, ...). Evaluations, reports and `orpo-ray data check` then also give
+    their figures by language. Without it, `data check` groups by script."""
+    domain: Text | None = None
+    """Column that names the domain, the task or the origin of each row. Evaluations, reports and `orpo-ray data check`
+    then also give their figures by domain."""
     image_root: PathText | None = None
     """Folder or URI that image paths are relative to. Paths that lead out of it are refused. By default, the folder of
     the file that contains the row."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.groups import KINDS
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE
 
@@ -33,6 +34,10 @@ class BadRow:
     """A short stable word for counting, for example `unreadable_image`."""
     detail: str
     """Description of the problem."""
+    language: str | None = None
+    """As `data.language` names it, where the row could be read."""
+    domain: str | None = None
+    """The same by `data.domain`."""
 
     @classmethod
     def of(cls, error: RowError, sample_index: int, row_id: str, source: str) -> BadRow:
@@ -40,13 +45,13 @@ class BadRow:
         return cls(sample_index, row_id, source, error.reason, error.detail)
 
     def as_line(self) -> dict[str, str]:
-        """Return the line of `bad_rows.jsonl`: id, source, reason, detail."""
-        return {name: value for name, value in asdict(self).items() if name != "sample_index"}
+        """Return the line of `bad_rows.jsonl`: id, source, reason, detail, and language and domain if there are any."""
+        return {name: value for name, value in asdict(self).items() if name != "sample_index" and value is not None}
 
 
 # How Arrow tables carry a BadRow: `asdict` in, `BadRow(**row)` out.
 BAD_ROW_TYPE = pa.struct(
-    [("sample_index", pa.int64()), *((name, pa.string()) for name in ("id", "source", "reason", "detail"))]
+    [("sample_index", pa.int64()), *((name, pa.string()) for name in ("id", "source", "reason", "detail", *KINDS))]
 )
 
 

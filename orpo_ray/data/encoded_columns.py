@@ -7,6 +7,7 @@ are packed into a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +23,12 @@ ENCODED_TYPE = pa.struct(
         ("sample_index", pa.int64()),
         ("id", pa.string()),
         ("truncated", pa.int64()),
+        ("language", pa.string()),
+        ("domain", pa.string()),
         ("tensors", pa.list_(_TENSOR)),
     ]
 )
+_FACTS = ("id", "truncated", "language", "domain")
 # Every tensor starts at a multiple of this many bytes, so that views of any dtype are aligned.
 _ALIGNMENT = 8
 _REJECTED, _OTHER = "rejected_prompt.", "other_prompt."
@@ -53,8 +57,7 @@ def to_arrow(sample_indices: Sequence[int], pairs: Sequence[EncodedPair]) -> pa.
     return pa.StructArray.from_arrays(
         [
             pa.array(sample_indices, pa.int64()),
-            pa.array([pair.id for pair in pairs], pa.string()),
-            pa.array([pair.truncated for pair in pairs], pa.int64()),
+            *(pa.array([getattr(pair, name) for pair in pairs], ENCODED_TYPE.field(name).type) for name in _FACTS),
             pa.ListArray.from_arrays(pa.array(ends), tensor_array),
         ],
         fields=list(ENCODED_TYPE),
@@ -64,7 +67,7 @@ def to_arrow(sample_indices: Sequence[int], pairs: Sequence[EncodedPair]) -> pa.
 def from_arrow(array: pa.StructArray) -> dict[int, EncodedPair]:
     """Read what `to_arrow` wrote, by sample index. The pairs' arrays are views of the Arrow buffers."""
     sample_indices = array.field("sample_index").to_pylist()
-    ids, truncated = (array.field(name).to_pylist() for name in ("id", "truncated"))
+    facts = {name: array.field(name).to_pylist() for name in _FACTS}
     lists = array.field("tensors")
     flat = lists.flatten()
     values = _views(flat)
@@ -75,7 +78,7 @@ def from_arrow(array: pa.StructArray) -> dict[int, EncodedPair]:
     for place, sample_index in enumerate(sample_indices):
         last = first + counts[place]
         tensors = dict(zip(names[first:last], values[first:last], strict=True))
-        out[sample_index] = _pair_of(tensors, ids[place], sample_index, truncated[place])
+        out[sample_index] = _pair_of(tensors, sample_index, {name: column[place] for name, column in facts.items()})
         first = last
     return out
 
@@ -96,18 +99,11 @@ def _tensors_of(pair: EncodedPair) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _pair_of(tensors: dict[str, np.ndarray], pair_id: str, sample_index: int, truncated: int) -> EncodedPair:
+def _pair_of(tensors: dict[str, np.ndarray], sample_index: int, facts: dict[str, Any]) -> EncodedPair:
     rejected_prompt, other_prompt = _pop_prompt(tensors, _REJECTED), _pop_prompt(tensors, _OTHER)
     images = _pop_prefixed(tensors, _IMAGES)
-    return EncodedPair(
-        id=pair_id,
-        images=images,
-        sample_index=sample_index,
-        rejected_prompt=rejected_prompt,
-        other_prompt=other_prompt,
-        truncated=truncated,
-        **tensors,
-    )
+    prompts = {"rejected_prompt": rejected_prompt, "other_prompt": other_prompt}
+    return EncodedPair(images=images, sample_index=sample_index, **prompts, **facts, **tensors)  # type: ignore[arg-type]
 
 
 def _pop_prompt(tensors: dict[str, np.ndarray], prefix: str) -> EncodedPrompt | None:

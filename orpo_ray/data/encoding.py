@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ class EncodedPair:
     """The prompt with the images that the chosen answer is contrasted with; None without an image preference."""
     truncated: int = 0
     """Tokens cut from the answers."""
+    language: str | None = None
+    """Of the `PreferencePair`."""
+    domain: str | None = None
+    """Of the `PreferencePair`."""
 
     @property
     def prompt(self) -> EncodedPrompt:
@@ -184,6 +189,13 @@ class PairEncoder:
             )
         return encoded
 
+    @cached_property
+    def closing_tokens(self) -> int:
+        """Number of tokens that the chat template adds to an answer, such as the end of its turn."""
+        pair = PreferencePair("closing", [], [{"role": "user", "content": [{"type": "text", "text": "?"}]}], "a", "b")
+        whole, alone = self.prompts.tokenize([self._texts(pair)[1], pair.chosen])
+        return len(whole) - len(alone)
+
     def prompt_of(self, pair: PreferencePair, root: Root) -> tuple[str, list[Image.Image]]:
         """Render the prompt of a pair and load its images, for a model that answers it. Raises RowError."""
         self.bounds.check(pair)
@@ -267,7 +279,15 @@ class PairEncoder:
         if not len(chosen_ids) or not len(rejected_ids):
             return RowError("empty_response", f"{'rejected' if len(chosen_ids) else 'chosen'} has no tokens")
         encoded = EncodedPair(
-            draft.pair.id, prompt.ids, chosen_ids, rejected_ids, prompt.is_text, prompt.images, -1, rejected_prompt
+            draft.pair.id,
+            prompt.ids,
+            chosen_ids,
+            rejected_ids,
+            prompt.is_text,
+            prompt.images,
+            rejected_prompt=rejected_prompt,
+            language=draft.pair.language,
+            domain=draft.pair.domain,
         )
         fitted = encoded if encoded.row_length <= self.max_length else self._too_long(encoded)
         if isinstance(fitted, RowError) or not isinstance(other, EncodedPrompt):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.formats import detect_format
+from orpo_ray.data.groups import KINDS, SCRIPT, Grouping
 from orpo_ray.data.order import Order, total_samples
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.shards import Shard
@@ -21,6 +22,7 @@ from orpo_ray.storage.files import is_remote
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 128 << 20
 SMALLEST_WINDOW = 64
+TRAIN = "data.train"
 
 RunRows = tuple[ReadSpec, ReadSpec | None]
 """The training rows of a run, and its held-out rows if there are any."""
@@ -60,7 +62,7 @@ def all_data(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
 
 def _splits(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
     data = recipe.data
-    train = _list_rows(recipe, data.train, "data.train")
+    train = _list_rows(recipe, data.train, TRAIN)
     if data.eval_fraction:
         return split_held_out(train, data.eval_fraction)
     return train, _list_rows(recipe, dict.fromkeys(data.eval, 1.0), "data.eval") if data.eval else None
@@ -95,10 +97,15 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
     data = recipe.data
     sources = list_sources(weighted_sources, field)
     formats: dict[str, str] = {}
+    present: dict[str, None] = {}
     for shard in (shard for source in sources for shard in source.shards):
         if shard.path not in formats:
             columns, rows = read_first_rows(shard)
             formats[shard.path] = detect_format(columns, rows, data.columns, data.format, shard.path)
+            present |= dict.fromkeys(columns)
+    grouping = Grouping(data.language, data.domain)
+    if field == TRAIN:  # a file for `orpo-ray evaluate` may lack what only groups its pairs
+        _check_grouping(grouping, present)
     root = data.image_root
     if root is not None and not is_remote(root) and not Path(root).is_dir():
         raise UserError("no such folder", field="data.image_root", value=root, fix="give an existing folder or a URI")
@@ -120,7 +127,22 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
         columns=data.columns,
         image_root=root,
         other_image=recipe.other_image,
+        grouping=grouping,
     )
+
+
+def _check_grouping(grouping: Grouping, present: Iterable[str]) -> None:
+    """Raise UserError for a column that no source has."""
+    for kind in KINDS:
+        column = getattr(grouping, kind)
+        if column is not None and column not in present and (kind, column) != ("language", SCRIPT):
+            also = f"{SCRIPT}, or " if kind == "language" else ""
+            raise UserError(
+                "no training source has this column",
+                field=f"data.{kind}",
+                value=column,
+                fix=f"give {also}one of: {', '.join(present)}",
+            )
 
 
 def _window_rows(shards: tuple[Shard, ...]) -> int:

@@ -60,6 +60,10 @@ class PreferencePair:
     """Images of the rejected side if they differ, as many as `images`; the two texts may then be equal."""
     other: OtherImages | None = None
     """Images to contrast the chosen answer with; None without an image preference."""
+    language: str | None = field(default=None, compare=False)
+    """As `data.language` names it; None without one."""
+    domain: str | None = field(default=None, compare=False)
+    """The same by `data.domain`."""
 
 
 def make_pair(

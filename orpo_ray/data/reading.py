@@ -20,6 +20,7 @@ import pyarrow as pa
 from orpo_ray.config.field_types import OtherImage
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
 from orpo_ray.data.formats import get_row_id, to_pair
+from orpo_ray.data.groups import Grouping
 from orpo_ray.data.order import Order
 from orpo_ray.data.other_images import FROM_THE_WINDOW, WindowPairs, exchange_images, with_other_images
 from orpo_ray.data.pairs import Message, OtherImages, PreferencePair
@@ -51,6 +52,8 @@ SCHEMA = pa.schema(
         ("prompt", MESSAGES_TYPE),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
+        ("language", pa.string()),
+        ("domain", pa.string()),
         ("bad", BAD_ROW_TYPE),  # null for a pair
     ]
 )
@@ -80,6 +83,8 @@ class ReadSpec:
     images matter."""
     other_image: OtherImage | None = None
     """Which images each pair's chosen answer is contrasted with; None without an image preference."""
+    grouping: Grouping = field(default_factory=Grouping)
+    """What names the language and the domain of each row."""
     pipeline: str = ""
     """Id of the pipeline that reads the rows; empty for a new one. See `of_run`."""
 
@@ -154,7 +159,9 @@ def read_pairs(
         try:
             if isinstance(raw, RowError):
                 raise raw
-            pairs.append(replace(to_pair(raw, format_name, spec.columns, fallback_id=where), source=where))
+            pair = to_pair(raw, format_name, spec.columns, fallback_id=where)
+            language = spec.grouping.language_of(raw, pair.prompt, pair.chosen)
+            pairs.append(replace(pair, source=where, language=language, domain=spec.grouping.domain_of(raw)))
         except RowError as error:
             row_id = where if isinstance(raw, RowError) else get_row_id(raw, spec.columns, where)
             pairs.append(BadRow.of(error, NO_SAMPLE, _writable(row_id), where))
@@ -209,7 +216,9 @@ def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | BadRow
     for sample_index, shard, pair in rows:
         base: dict[str, object] = {"sample_index": sample_index, "image_root": spec.root_of(shard)}
         if isinstance(pair, PreferencePair):
-            named = ("id", "source", "images", "rejected_images", "prompt", "chosen", "rejected")
+            named = (
+                "id", "source", "images", "rejected_images", "prompt", "chosen", "rejected", "language", "domain",
+            )  # fmt: skip
             other = None if pair.other is None else vars(pair.other)
             batch.append(base | {name: getattr(pair, name) for name in named} | {"other": other})
             size += stored_bytes(batch[-1])
@@ -246,6 +255,8 @@ def pair_of(row: Mapping[str, Any]) -> PreferencePair | BadRow:
         source=row["source"],
         rejected_images=row["rejected_images"],
         other=None if row["other"] is None else OtherImages(**row["other"]),
+        language=row["language"],
+        domain=row["domain"],
     )
 
 

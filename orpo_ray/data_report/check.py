@@ -14,11 +14,13 @@ from rich.console import Console
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncoderSpec
 from orpo_ray.data.from_recipe import all_data, encoder_of
+from orpo_ray.data.groups import SCRIPT
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_at
+from orpo_ray.data_report.facts import PairFacts
 from orpo_ray.data_report.page import render_page
 from orpo_ray.data_report.progress import RowProgress
-from orpo_ray.data_report.report import PairFacts, SplitCheck, images_on_both_sides, warnings_of
+from orpo_ray.data_report.report import SplitCheck, images_on_both_sides, warnings_of
 from orpo_ray.data_report.scan import iter_checked
 from orpo_ray.extras import install_command, is_installed
 from orpo_ray.pages.thumbnails import thumbnail
@@ -46,7 +48,8 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
         UserError: a source or the model's processor cannot be read.
     """
     recipe = recipe.with_absolute_paths()
-    train, held_out = all_data(recipe)
+    train, held_out = (each and _grouped(each) for each in all_data(recipe))
+    assert train is not None
     encoder = replace(encoder_of(recipe), max_length=ANY_LENGTH, bound_length=recipe.data.max_length)
     encoder.build()
     folder = RunFolder(recipe.run_uri)
@@ -60,6 +63,8 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
         "name": recipe.name,
         "model": recipe.model.id,
         "max_length": recipe.data.max_length,
+        "language": train.grouping.language,
+        "domain": train.grouping.domain,
         "max_bad_fraction": recipe.data.max_bad_fraction,
         "train": checks["train"].report(),
         "eval": checks["eval"].report() if held_out else None,
@@ -71,6 +76,11 @@ def check_data(recipe: Recipe, console: Console) -> tuple[dict[str, Any], str]:
     folder.push(PAGE_FILE, DATA_CHECK_FILE)
     write_bad_rows(folder, (row for check in checks.values() for row in check.bad))
     return report, f"{recipe.run_uri}/{PAGE_FILE}"
+
+
+def _grouped(read: ReadSpec) -> ReadSpec:
+    """Group the rows by script unless the recipe names their language."""
+    return replace(read, grouping=replace(read.grouping, language=read.grouping.language or SCRIPT))
 
 
 def _check_split(recipe: Recipe, read: ReadSpec, encoder: EncoderSpec, console: Console, name: str) -> SplitCheck:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from orpo_ray.data.groups import SCRIPT
 from orpo_ray.extras import install_command, is_installed
 from orpo_ray.pages.text_format import counted, number, percent
 
 Split = Mapping[str, Any]
+WARNINGS_SHOWN = 3
 LEVELS = ("none", "good", "warning", "problem")  # in order of severity
 
 
@@ -85,6 +87,19 @@ def _too_long(split: Split, report: Mapping[str, Any]) -> Card:
     }[policy]
     level = "problem" if policy == "error" or fraction > 0.05 else "warning"
     return Card(number(count), _of_rows(split), level, f"{percent(fraction)} exceed {limit}. {consequence}")
+
+
+def _groups(split: Split, report: Mapping[str, Any]) -> Card:
+    languages, domains, warnings = split["languages"], split["domains"], split["warnings"]
+    unit = ("script" if report["language"] == SCRIPT else "language") + ("s" if len(languages) != 1 else "")
+    if domains:
+        unit += f", {counted(len(domains), 'domain')}"
+    if warnings:
+        text = " ".join(f"{each[0].upper()}{each[1:]}" for each in warnings[:WARNINGS_SHOWN])
+        return Card(number(len(languages)), unit, "warning", text)
+    if not languages and not domains:
+        return Card("\u2013", "", "none", "No row has a language.")
+    return Card(number(len(languages)), unit, "good", "No language loses most of its pairs to data.max_length.")
 
 
 def _text_only(split: Split, report: Mapping[str, Any]) -> Card:
@@ -172,6 +187,7 @@ def _held_out(split: Split, report: Mapping[str, Any]) -> Card:
 _JUDGES: tuple[tuple[str, Judge], ...] = (
     ("Bad rows", _bad_rows),
     ("Too long", _too_long),
+    ("Languages", _groups),
     ("Text-only accuracy", _text_only),
     ("Length bias", _length_bias),
     ("Repeated rows", _repeated_rows),

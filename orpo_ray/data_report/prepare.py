@@ -22,7 +22,7 @@ from orpo_ray.data.from_recipe import all_data, encoder_of
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.sources import MANIFEST_FILE
 from orpo_ray.data_report.progress import RowProgress
-from orpo_ray.data_report.scan import CLEAN_SCHEMA, iter_clean
+from orpo_ray.data_report.scan import clean_schema, iter_clean
 from orpo_ray.errors import UserError
 from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.files import locate, with_retries
@@ -92,7 +92,7 @@ def _write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Consol
     filesystem, path = locate(uri, "checkpoint.storage")
     with_retries(filesystem.create_dir, path, recursive=True)
     with_retries(filesystem.delete_dir_contents, path)  # files of an interrupted attempt
-    split, writer = Prepared(uri), _ParquetFiles(filesystem, path)
+    split, writer = Prepared(uri), _ParquetFiles(filesystem, path, clean_schema(read.grouping))
     encoders = max(1, int(ray.cluster_resources().get("CPU", 1)))
     with RowProgress(console, f"preparing {uri.rpartition('/')[2]}", read.end_sample) as progress:
         for table, bad in iter_clean(read, encoder, encoders):
@@ -106,8 +106,8 @@ def _write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Consol
 class _ParquetFiles:
     """Writes tables to parquet files of about FILE_BYTES, in row groups of limited size."""
 
-    def __init__(self, filesystem: pafs.FileSystem, folder: str) -> None:
-        self.filesystem, self.folder = filesystem, folder
+    def __init__(self, filesystem: pafs.FileSystem, folder: str, schema: pa.Schema) -> None:
+        self.filesystem, self.folder, self.schema = filesystem, folder, schema
         self.shards: dict[str, int] = {}
         self._tables: list[pa.Table] = []
         self._group_rows = self._group_bytes = self._file_bytes = 0
@@ -133,7 +133,7 @@ class _ParquetFiles:
             name = f"{len(self.shards):05d}.parquet"
             # zstd reduces texts to a third; images are already compressed.
             self._writer = pq.ParquetWriter(
-                f"{self.folder}/{name}", CLEAN_SCHEMA, filesystem=self.filesystem, compression="zstd"
+                f"{self.folder}/{name}", self.schema, filesystem=self.filesystem, compression="zstd"
             )
             self.shards[name] = 0
         self._writer.write_table(pa.concat_tables(self._tables), row_group_size=self._group_rows)

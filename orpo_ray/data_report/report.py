@@ -1,101 +1,27 @@
 """The report of a data check: counts, lengths, bad rows, duplicates, biases.
 
-Encoding processes collect `PairFacts` for each row; this module summarizes them.
+Encoding processes collect `PairFacts` (`facts.py`) for each row; this module summarizes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from orpo_ray.data.bad_rows import BadRow
-from orpo_ray.data.encoding import EncodedPair
-from orpo_ray.data.pairs import PreferencePair
+from orpo_ray.data_report.facts import PairFacts
+from orpo_ray.data_report.groups import figures_by, warnings_of_groups
 from orpo_ray.data_report.text_only_baseline import TextOnlyPair, text_only_accuracy
 from orpo_ray.extras import is_installed
 
 BINS = 30
 BAD_EXAMPLES = 50
-TEXT_CHARACTERS = 600  # of each text, for the text-only accuracy
 GALLERY_SAMPLE = 36
 GALLERY_EXTREMES = 8
-
-
-@dataclass(frozen=True)
-class PairFacts:
-    """Facts about an encoded pair."""
-
-    sample_index: int
-    id: str
-    source: str
-    """File and line or row."""
-    tokens: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Tokens of the prompt, image tokens among them, tokens of chosen and of rejected."""
-    images: tuple[str, ...] = ()
-    """Fingerprints of the images."""
-    question: str = ""
-    """Hash of images and prompt."""
-    pair: str = ""
-    """Hash of the whole pair."""
-    exchanged: str = ""
-    """Hash of the pair with its answers exchanged."""
-    sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) of each image."""
-    texts: tuple[str, str, str] = ("", "", "")
-    """Beginnings of prompt, chosen and rejected."""
-
-    @property
-    def sequence(self) -> int:
-        """Tokens of prompt and longer answer, which `data.max_length` limits."""
-        return self.tokens[0] + max(self.tokens[2], self.tokens[3])
-
-
-def facts_of(
-    pair: PreferencePair, encoded: EncodedPair, fingerprints: Sequence[str], sizes: Sequence[tuple[int, int]]
-) -> PairFacts:
-    """Collect the facts about an encoded pair.
-
-    Args:
-        pair: the pair.
-        encoded: the same pair, encoded.
-        fingerprints: of its images.
-        sizes: (width, height) of its images.
-    """
-    prompt = json.dumps(pair.prompt)
-    question = _hash(*fingerprints, prompt)
-    words = " ".join(part["text"] for turn in pair.prompt for part in turn["content"] if part["type"] == "text")
-    image_tokens = int((~encoded.prompt_is_text).sum())
-    rejected_prompt_ids = encoded.rejected_prompt.ids if encoded.rejected_prompt else encoded.prompt_ids
-    return PairFacts(
-        sample_index=encoded.sample_index,
-        id=pair.id,
-        source=pair.source,
-        tokens=(
-            max(len(encoded.prompt_ids), len(rejected_prompt_ids)),
-            image_tokens,
-            len(encoded.chosen_ids),
-            len(encoded.rejected_ids),
-        ),
-        images=tuple(fingerprints),
-        question=question,
-        pair=_hash(question, pair.chosen, pair.rejected),
-        exchanged=_hash(question, pair.rejected, pair.chosen),
-        sizes=tuple(sizes),
-        texts=(words[:TEXT_CHARACTERS], pair.chosen[:TEXT_CHARACTERS], pair.rejected[:TEXT_CHARACTERS]),
-    )
-
-
-def facts_from_json(facts: Mapping[str, Any]) -> PairFacts:
-    """Rebuild facts from `dataclasses.asdict` after a round trip through JSON."""
-    lists = {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
-    lists["sizes"] = tuple(map(tuple, facts["sizes"]))
-    return PairFacts(**{**facts, **lists})
 
 
 @dataclass
@@ -128,7 +54,7 @@ class SplitCheck:
         bad, good = self.bad, self.facts
         rows = len(good) + len(bad)
         too_long = sum(facts.sequence > self.max_length for facts in good)
-        return {
+        found: dict[str, Any] = {
             "rows": rows,
             "pairs": len(good) - (too_long if self.policy == "skip" else 0),
             "bad": {
@@ -143,12 +69,15 @@ class SplitCheck:
             "tokens": self._tokens(good),
             "histograms": self._histograms(good),
             "too_long": {"count": too_long, "fraction": too_long / max(1, rows), "policy": self.policy},
+            "languages": figures_by("language", good, bad, self.max_length),
+            "domains": figures_by("domain", good, bad, self.max_length),
             "duplicates": _duplicates(good),
             "length_bias": _length_bias(good),
             "text_only": text_only_accuracy([TextOnlyPair(facts.question, *facts.texts) for facts in good])
             if is_installed("sklearn")
             else None,
         }
+        return found | {"warnings": warnings_of_groups(found, self.max_length)}
 
     def gallery(self) -> dict[str, list[int]]:
         """Return the sample indices of pairs to show on the page, by the reason for showing them."""
@@ -242,10 +171,3 @@ def _length_bias(good: Sequence[PairFacts]) -> dict[str, float] | None:
         "equal": float((difference == 0).mean()),
         "median_difference": float(np.median(difference)),
     }
-
-
-def _hash(*parts: str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part.encode())
-    return digest.hexdigest()[:24]

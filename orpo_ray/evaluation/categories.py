@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from orpo_ray.data.groups import SCRIPT, column_value, script_of_pair
 from orpo_ray.data.reading import ReadSpec, read_windows
 from orpo_ray.data.shards import ShardReader
 from orpo_ray.errors import RowError, UserError
-from orpo_ray.evaluation.scripts import script_of
-
-CHARACTERS = 60
-SCRIPT = "script"
 
 
 def groups_by(read: ReadSpec, name: str) -> dict[int, str]:
@@ -42,8 +36,7 @@ def script_values(read: ReadSpec) -> dict[int, str]:
     for table in read_windows(plain, read.order.windows(read.first_sample, read.end_sample)):
         for row in table.select(["sample_index", "prompt", "chosen"]).to_pylist():
             if row["chosen"] is not None:
-                parts = [part.get("text") or "" for turn in row["prompt"] for part in turn["content"]]
-                found[row["sample_index"]] = script_of(" ".join([*parts, row["chosen"]]))
+                found[row["sample_index"]] = script_of_pair(row["prompt"], row["chosen"])
     return found
 
 
@@ -70,7 +63,7 @@ def column_values(read: ReadSpec, column: str) -> dict[int, str]:
                 if isinstance(raw, RowError):
                     continue
                 columns |= dict.fromkeys(map(str, raw))
-                if (value := _value(raw, column)) is not None:
+                if (value := column_value(raw, column)) is not None:
                     found[sample_index] = value
     if not found:
         raise UserError(
@@ -80,11 +73,3 @@ def column_values(read: ReadSpec, column: str) -> dict[int, str]:
             fix=f"give {SCRIPT}, or one of: {', '.join(columns)}",
         )
     return found
-
-
-def _value(row: Mapping[str, Any], column: str) -> str | None:
-    value = row.get(column)
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= CHARACTERS else text[: CHARACTERS - 1] + "…"

@@ -22,6 +22,7 @@ from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.errors import UserError
+from orpo_ray.evaluation.group_metrics import group_metrics
 from orpo_ray.evaluation.pair_scores import BLANK, CORRECT, EXCHANGED, KEYS, join_pass, join_workers
 from orpo_ray.model.vision_cache import KEYS as CACHE_KEYS
 from orpo_ray.objective.base import Normaliser, Objective
@@ -197,7 +198,8 @@ class _Tally:
             "pairs": totals["pairs"],
             "bad_rows": float(len(bad)),
         }
-        return Scores(metrics, join_workers(gather_objects(self._rows)), bad)
+        pairs = join_workers(gather_objects(self._rows))
+        return Scores(metrics | group_metrics(pairs), pairs, bad)
 
 
 def iter_pair_scores(objective: Objective, logps: PairLogps, pairs: Sequence[EncodedPair]) -> Iterator[dict[str, Any]]:
@@ -226,7 +228,8 @@ def iter_pair_scores(objective: Objective, logps: PairLogps, pairs: Sequence[Enc
         sums = {name: torch.stack([each[name] for each in alone]) for name in alone[0]}
     columns = [value.tolist() for value in sums.values()]
     for place, (pair, values) in enumerate(zip(pairs, zip(*columns, strict=True), strict=True)):
-        keys = (pair.sample_index, pair.id, len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+        lengths = (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+        keys = (pair.sample_index, pair.id, *lengths, pair.language, pair.domain)
         figures = objective.metrics(dict(zip(sums, values, strict=True)))
         yield dict(zip(KEYS, keys, strict=True)) | {CORRECT: preferred[place]} | figures
 
@@ -252,7 +255,8 @@ def with_pass(scores: Scores, other: Scores, name: str) -> Scores:
     seen, unseen = (pc.mean(both[column]).as_py() for column in (CORRECT, f"{name}/{CORRECT}"))
     prefix = "grounding" if name == EXCHANGED else f"grounding_{name}"
     found = {f"rewards/accuracies_{name}": unseen, f"{prefix}_gap": seen - unseen, f"{prefix}_pairs": both.num_rows}
-    return replace(scores, pairs=pairs, metrics=scores.metrics | {key: float(value) for key, value in found.items()})
+    metrics = scores.metrics | {key: float(value) for key, value in found.items()} | group_metrics(pairs)
+    return replace(scores, pairs=pairs, metrics=metrics)
 
 
 def with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

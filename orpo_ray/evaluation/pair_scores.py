@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orpo_ray.data.groups import KINDS
 from orpo_ray.storage.run_folder import RunFolder
 
-KEYS = ("sample_index", "id", "prompt_tokens", "chosen_tokens", "rejected_tokens")
+KEYS = ("sample_index", "id", "prompt_tokens", "chosen_tokens", "rejected_tokens", *KINDS)
 CORRECT = "correct"
 """Whether the chosen answer is the more likely one, by the objective's measure."""
 EXCHANGED, BLANK = "exchanged", "blank"
@@ -25,6 +26,9 @@ EXCHANGED, BLANK = "exchanged", "blank"
 def join_workers(parts: Sequence[Sequence[dict[str, Any]]]) -> pa.Table:
     """Make one table of the rows of all workers, in order of sample indices."""
     table = pa.Table.from_pylist([row for part in parts for row in part])
+    for kind in KINDS:  # without one value, the type is not known
+        if kind in table.column_names:
+            table = table.set_column(table.column_names.index(kind), kind, table[kind].cast(pa.string()))
     return table.sort_by("sample_index") if table.num_columns else table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from orpo_ray.data.groups import KINDS
+from orpo_ray.evaluation.group_metrics import OTHER, most_common
 from orpo_ray.evaluation.pair_scores import BLANK, CORRECT, EXCHANGED, KEYS
 from orpo_ray.evaluation.statistics import Comparison, Estimate, compare, mean_estimate, mean_estimates
 
@@ -18,7 +19,8 @@ CHANCE = 0.5
 ACCURATE = "The model prefers the chosen answers"
 # A grounding gap below this is no use of the images that matters.
 SMALL_GAP = 0.05
-GROUPS = 12  # of a breakdown; the rest is "other"
+GROUPS = 12  # of a breakdown; the rest is OTHER
+NO_GROUP = "(none)"
 ACCURACIES, MARGINS, GAP = "rewards/accuracies", "rewards/margins", "grounding_gap"
 Level = Literal["good", "warning", "problem", "none"]
 
@@ -84,7 +86,7 @@ def summarize(
     categories: Mapping[str, Mapping[int, str]] | None = None,
     base: tuple[str, pa.Table] | None = None,
 ) -> Summary:
-    """Summarize a table of pair scores.
+    """Summarize a table of pair scores, also by language and by domain if it has them.
 
     Args:
         pairs: the table.
@@ -94,9 +96,12 @@ def summarize(
     figures = estimates_of(pairs)
     breakdowns = {"length of the answers": _groups(pairs, length_groups(pairs))}
     breakdowns |= {"the longer answer": _groups(pairs, longer_answer(pairs))}
+    for kind in KINDS:
+        if kind in pairs.column_names and (named := pairs[kind].to_pylist()).count(None) < len(named):
+            breakdowns[kind] = _groups(pairs, most_common([name or NO_GROUP for name in named], GROUPS))
     for title, group_of in (categories or {}).items():
-        names = [group_of.get(each, "(none)") for each in pairs["sample_index"].to_pylist()]
-        breakdowns[title] = _groups(pairs, _most_common(names))
+        names = [group_of.get(each, NO_GROUP) for each in pairs["sample_index"].to_pylist()]
+        breakdowns[title] = _groups(pairs, most_common(names, GROUPS))
     comparison = None if base is None else compare_tables(pairs, base[1])
     verdicts = [judge_accuracy(figures[ACCURACIES]), judge_grounding(figures)]
     if base is not None and comparison is not None:
@@ -151,19 +156,11 @@ def longer_answer(pairs: pa.Table) -> list[str]:
     return [("rejected is longer", "equally long", "chosen is longer")[sign + 1] for sign in signs.tolist()]
 
 
-def _most_common(names: Sequence[str]) -> list[str]:
-    counts = Counter(names)
-    if len(counts) <= GROUPS:
-        return list(names)
-    kept = {name for name, _ in counts.most_common(GROUPS - 1)}
-    return [name if name in kept else "other" for name in names]
-
-
 def _groups(pairs: pa.Table, names: Sequence[str]) -> list[Group]:
     """Estimate accuracy, margin and gap of each group, by name; groups of numbers by their first number."""
     labels = np.array(names, dtype=object)
     groups = []
-    for name in sorted(set(names), key=lambda name: (name == "other", _first_number(name), name)):
+    for name in sorted(set(names), key=lambda name: (name == OTHER, _first_number(name), name)):
         rows = pairs.filter(pa.array((labels == name).tolist()))
         accuracy = mean_estimate(column(rows, CORRECT).astype(bool))
         margin = None

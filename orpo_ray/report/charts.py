@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from orpo_ray.data.groups import KINDS
 from orpo_ray.evaluation.summary import CHANCE, MARGINS
 from orpo_ray.pages.axes import Mark, ticks
 from orpo_ray.pages.curves import CurveChart, Series, make_curve_chart, short
@@ -64,7 +65,20 @@ def curves_of(runs: Sequence[RunData]) -> list[CurveChart]:
             series = [_series(run, _of_several(run, curve), run.name, color(place)) for place, run in enumerate(runs)]
         title = "Reward of chosen" if curve.title == "Rewards" and len(runs) > 1 else curve.title
         charts.append(make_curve_chart(title, curve.note, series, curve.reference))
+    if len(runs) == 1:
+        charts += [_by_group(runs[0], kind) for kind in KINDS]
     return [chart for chart in charts if chart is not None]
+
+
+def _by_group(run: RunData, kind: str) -> CurveChart | None:
+    """Make the curves of the accuracy in the largest languages, or domains; None if the run has none."""
+    sizes = {name.removeprefix(f"eval/pairs/{kind}/"): value for name, value in run.latest.items()
+             if name.startswith(f"eval/pairs/{kind}/")}  # fmt: skip
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:RUN_COLORS]
+    series = [
+        _series(run, f"eval/rewards/accuracies/{kind}/{name}", name, color(place)) for place, name in enumerate(largest)
+    ]
+    return make_curve_chart(f"Accuracy by {kind}", "fraction of pairs with chosen preferred", series, CHANCE)
 
 
 def color(place: int) -> str:

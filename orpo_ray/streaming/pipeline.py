@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -177,6 +178,7 @@ def encode_rows(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[Encode
         item = pair if isinstance(pair, BadRow) else next(encoded)
         if isinstance(item, RowError):
             item = BadRow.of(item, row["sample_index"], row["id"], row["source"])
+            item = replace(item, language=row["language"], domain=row["domain"])
         out.append(item)
     return out
 

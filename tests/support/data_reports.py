@@ -40,6 +40,13 @@ def percentiles(low: float, high: float) -> dict[str, float]:
     return {"min": low, "p50": middle, "p90": high, "p95": high, "p99": high, "max": high, "mean": middle}
 
 
+def a_group(name: str, rows: int) -> dict[str, Any]:
+    return {
+        "name": name, "rows": rows, "tokens_per_character": 0.5, "too_long": 1, "fraction": 1 / max(1, rows),
+        "p95_tokens": 280,
+    }  # fmt: skip
+
+
 def a_split(rows: int = 2000, bad: int = 40) -> dict[str, Any]:
     edges = [20.0 + 10 * place for place in range(31)]
     counts = [max(1, 90 - (place - 9) ** 2) for place in range(30)]
@@ -63,6 +70,9 @@ def a_split(rows: int = 2000, bad: int = 40) -> dict[str, Any]:
         "tokens": {name: percentiles(20, 320) for name in lengths},
         "histograms": {name: {"edges": edges, "counts": counts} for name in lengths if name != "image"},
         "too_long": {"count": 0, "fraction": 0.0, "policy": "skip"},
+        "languages": [a_group("Arabic", rows - bad - 40), a_group("Latin", 40)],
+        "domains": [],
+        "warnings": [],
         "duplicates": {"pairs": 0, "prompts": 0, "contradictions": 0},
         "length_bias": {"chosen_longer": 0.5, "equal": 0.1, "median_difference": 1.0},
         "text_only": {"accuracy": 0.55, "low": 0.52, "high": 0.58, "pairs": rows - bad},
@@ -75,6 +85,8 @@ def a_report(held_out: bool = True) -> dict[str, Any]:
         "model": "HuggingFaceTB/SmolVLM-256M-Instruct",
         "max_length": 300,
         "max_bad_fraction": 0.05,
+        "language": "script",
+        "domain": None,
         "train": a_split(),
         "eval": a_split(200, 2) if held_out else None,
         "images_on_both_sides": 0,
@@ -84,6 +96,7 @@ def a_report(held_out: bool = True) -> dict[str, Any]:
 def nothing(rows: int = 0, reason: str = "malformed_row") -> dict[str, Any]:
     """A split without usable rows."""
     empty = {"images_per_pair": {}, "image_sizes": None, "tokens": None, "histograms": {}, "length_bias": None}
+    empty |= {"languages": [], "domains": [], "warnings": []}
     bad = {"total": rows, "fraction": 1.0 if rows else 0.0, "by_reason": {reason: rows} if rows else {}, "examples": []}
     return a_split() | empty | {"rows": rows, "pairs": 0, "bad": bad, "text_only": None, "formats": {}}
 

@@ -14,14 +14,8 @@ from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data_report import progress
-from orpo_ray.data_report.report import (
-    PairFacts,
-    SplitCheck,
-    facts_from_json,
-    facts_of,
-    images_on_both_sides,
-    warnings_of,
-)
+from orpo_ray.data_report.facts import PairFacts, facts_from_json, facts_of
+from orpo_ray.data_report.report import SplitCheck, images_on_both_sides, warnings_of
 from orpo_ray.data_report.text_only_baseline import TextOnlyPair, text_only_accuracy
 
 
@@ -121,7 +115,7 @@ def test_facts_round_trip_through_json() -> None:
     import json
     from dataclasses import asdict
 
-    for each in (facts(0, images=2), PairFacts(3, "3", "a:3", ("missing_image", "gone"))):
+    for each in (facts(0, images=2), PairFacts(3, "3", "a:3", (1, 0, 1, 1), answers=(7, 2), language="ar")):
         assert facts_from_json(json.loads(json.dumps(asdict(each)))) == each
 
 

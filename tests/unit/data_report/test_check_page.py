@@ -127,7 +127,7 @@ def test_levels_of_a_clean_data_set() -> None:
     report = a_report()
     report["train"], report["eval"] = a_split(2000, 0), a_split(200, 0)
     assert set(levels(report).values()) == {"good"}
-    assert len(levels(report)) == 8
+    assert len(levels(report)) == 9
 
 
 def set_in(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

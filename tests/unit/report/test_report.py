@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -40,6 +42,25 @@ def test_several_runs_are_ranked_only_if_the_intervals_say_so(tmp_path: Path) ->
     assert verdict(render_report(far)) == "a is the most accurate."
     near = [far[0], read_run(RunFolder(str(planted_run(tmp_path / "c", "c", 0.93, seed=5))))]
     assert verdict(render_report(near)) == "No run is clearly the most accurate."
+
+
+def test_languages_have_curves_and_groups(tmp_path: Path) -> None:
+    run = planted_run(tmp_path)
+    lines = [
+        {"step": step, f"eval/pairs/language/{name}": 40, f"eval/rewards/accuracies/language/{name}": 0.5 + step / 300}
+        for step in (30, 60)
+        for name in ("العربية", "ja")
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    scores = pq.read_table(run / "eval_pairs.parquet")
+    names = pa.array(["العربية" if place % 2 else "ja" for place in range(scores.num_rows)])
+    pq.write_table(scores.append_column("language", names), run / "eval_pairs.parquet")
+    page = render_report([read_run(RunFolder(str(run)))])
+    assert "Accuracy by language" in page
+    assert "Accuracy by domain" not in page
+    assert "<h3>By language</h3>" in page
+    assert "<bdi>العربية</bdi></th><td>40</td>" in page
 
 
 def test_pairs_that_improved_most_come_first(tmp_path: Path) -> None:

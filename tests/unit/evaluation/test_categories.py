@@ -1,4 +1,4 @@
-"""Groups by script."""
+"""Groups of held-out pairs by a column or by script."""
 
 from __future__ import annotations
 
@@ -10,21 +10,7 @@ import pytest
 from orpo_ray.data.from_recipe import held_out_data
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.categories import groups_by
-from orpo_ray.evaluation.scripts import script_of
 from support.tiny_runs import tiny_recipe
-
-
-@pytest.mark.parametrize(
-    ("text", "script"),
-    [
-        ("What is on the table?", "Latin"), ("Что на столе?", "Cyrillic"), ("ما هذا؟", "Arabic"),
-        ("桌子上有什么", "Han"), ("机の上に何がありますか", "Japanese"), ("책상 위에 뭐가 있어?", "Hangul"),
-        ("मेज पर क्या है", "Devanagari"), ("42 + 7 = 49!", "none"), ("", "none"), ("ΑΒΓ abcd", "Latin"),
-        ("ab яю", "Cyrillic"), ("яю ab", "Cyrillic"), ("\uff21\uff22\uff23", "Latin"),
-    ],
-)  # fmt: skip
-def test_script_of(text: str, script: str) -> None:
-    assert script_of(text) == script
 
 
 def test_pairs_by_script_unless_a_column_has_that_name(tmp_path: Path) -> None:
