@@ -23,6 +23,7 @@ from orpo_ray.config.field_types import (
     PathText,
     RowFormat,
     Text,
+    Weight,
     WeightedSources,
 )
 
@@ -122,6 +123,20 @@ class ModelConfig(Config):
         return self
 
 
+class GroupWeights(Config):
+    """Weights of training rows by their language and their domain, as a mapping from name to weight.
+
+    As the weight of a source, that of a language is the number of times an epoch uses each of its rows: `{sw: 3}` uses
+    each row in Swahili three times, 0.5 every second row. A row's weights are multiplied, and what has no weight counts
+    1. Held-out pairs are not weighted.
+    """
+
+    language: dict[Text, Weight] = Field(default_factory=dict)
+    """Weights by the names that `data.language` gives, such as `{ar: 2}`, or `{Arabic: 2}` with `language: script`."""
+    domain: dict[Text, Weight] = Field(default_factory=dict)
+    """Weights by the values of the column `data.domain`, such as `{charts: 3, photos: 0.5}`."""
+
+
 class DataConfig(Config):
     """Sources of the preference pairs, and what to do with rows that cannot be used."""
 
@@ -148,6 +163,8 @@ class DataConfig(Config):
     domain: Text | None = None
     """Column that names the domain, the task or the origin of each row. Evaluations, reports and `orpo-ray data check`
     then also give their figures by domain."""
+    weights: GroupWeights = Field(default_factory=GroupWeights)
+    """Weights of languages and domains."""
     image_root: PathText | None = None
     """Folder or URI that image paths are relative to. Paths that lead out of it are refused. By default, the folder of
     the file that contains the row."""
@@ -173,6 +190,16 @@ class DataConfig(Config):
     shuffle_window: Annotated[int, Field(ge=1), NUMBER] | None = None
     """Number of rows in a shuffle window: rows are shuffled within a window, and files and row groups among each other.
     A reader holds one window in memory. By default 4096, or fewer if these rows exceed 128 MB."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> DataConfig:
+        for kind in ("language", "domain"):
+            if getattr(self.weights, kind) and getattr(self, kind) is None:
+                also = ", or to script" if kind == "language" else ""
+                raise ValueError(
+                    f"weights.{kind} needs data.{kind}: set it to the column that names the {kind} of a row{also}"
+                )
+        return self
 
     @field_validator("train", mode="before")
     @classmethod

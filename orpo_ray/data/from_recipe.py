@@ -15,6 +15,7 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.shards import Shard
 from orpo_ray.data.sources import list_sources, read_first_rows
 from orpo_ray.data.split import split_held_out
+from orpo_ray.data.weighting import weighted_by_group
 from orpo_ray.errors import UserError
 from orpo_ray.storage.files import is_remote
 
@@ -35,6 +36,7 @@ def run_data(recipe: Recipe) -> RunRows:
         UserError: a source cannot be read, or nothing would be trained on.
     """
     train, held_out = _splits(recipe)
+    train = weighted_by_group(train, {kind: getattr(recipe.data.weights, kind) for kind in KINDS})
     optim = recipe.optim
     samples = total_samples(train.order.num_rows, optim.epochs, optim.pairs_per_step, optim.max_steps)
     if not samples:
@@ -51,7 +53,8 @@ def held_out_data(recipe: Recipe) -> ReadSpec | None:
     """Return the held-out rows for evaluation; None if the recipe has none. Raises UserError."""
     if recipe.data.eval:
         return _for_evaluation(recipe, _list_rows(recipe, dict.fromkeys(recipe.data.eval, 1.0), "data.eval"))
-    return run_data(recipe)[1] if recipe.data.eval_fraction else None
+    held_out = _splits(recipe)[1] if recipe.data.eval_fraction else None
+    return None if held_out is None else _for_evaluation(recipe, held_out)
 
 
 def all_data(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:

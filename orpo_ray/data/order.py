@@ -7,6 +7,7 @@ dropped. A bad row leaves a gap at its sample index; later rows keep theirs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -35,6 +36,10 @@ class ShardRange:
     """Number of complete passes through the source before this one."""
 
 
+Visit = tuple[ShardRange, ...]
+"""Ranges that are read together, since they are parts of one stored shard. Their rows alternate."""
+
+
 @dataclass(frozen=True)
 class Order:
     """The order of the rows of weighted sources, as a function of seed and epoch. It does not depend on the workers.
@@ -54,6 +59,8 @@ class Order:
     """Index of the source of each shard; empty if there is only one source."""
     weights: tuple[float, ...] = (1.0,)
     """Weight of each source."""
+    stored_in: tuple[int, ...] = ()
+    """Where shards are parts of stored ones (`data/weighting.py`): the number of the stored shard of each."""
 
     @cached_property
     def num_rows(self) -> int:
@@ -78,26 +85,42 @@ class Order:
         positions = np.arange(first, min(first + self.window_rows, self.num_rows))
         if self.seed is not None:
             positions = np.random.default_rng([self.seed, epoch, number]).permutation(positions)
-        shard_ranges = _shard_ranges(self, epoch)
-        ends = np.cumsum([shard_range.num_rows for shard_range in shard_ranges])
+        visits = _visits(self, epoch)
+        sizes = [sum(shard_range.num_rows for shard_range in visit) for visit in visits]
+        ends = np.cumsum(sizes)
         which = np.searchsorted(ends, positions, side="right")
         rows = np.empty((len(positions), 2), np.int64)
         for index in np.unique(which):
-            shard_range, here = shard_ranges[index], which == index
-            offsets = positions[here] - (ends[index] - shard_range.num_rows)
-            rows[here] = np.stack(
-                [np.full(len(offsets), shard_range.shard), self._rows_of(shard_range, offsets)], axis=1
-            )
+            here = which == index
+            rows[here] = self._rows_of_visit(visits[index], positions[here] - (ends[index] - sizes[index]))
         return Window(epoch * self.num_rows + first, rows)
 
-    def shard_ranges(self, epoch: int) -> list[ShardRange]:
-        """Return the ranges of rows in an epoch, in the order in which windows take them."""
-        found = [
-            shard_range for source in range(len(self.weights)) for shard_range in self._source_ranges(source, epoch)
-        ]
+    def visits(self, epoch: int) -> list[Visit]:
+        """Return the ranges of rows in an epoch, in the order in which windows take them.
+
+        The first ranges of all parts of a stored shard are read together, then their second ranges, and so on.
+        """
+        passes: Counter[int] = Counter()
+        found: dict[tuple[int, int], list[ShardRange]] = {}
+        for source in range(len(self.weights)):
+            for shard_range in self._source_ranges(source, epoch):
+                key = (self.stored_shard(shard_range.shard), passes[shard_range.shard])
+                found.setdefault(key, []).append(shard_range)
+                passes[shard_range.shard] += 1
+        visits = [tuple(ranges) for ranges in found.values()]
         if self.seed is None:
-            return found
-        return [found[index] for index in np.random.default_rng([self.seed, epoch]).permutation(len(found))]
+            return visits
+        return [visits[index] for index in np.random.default_rng([self.seed, epoch]).permutation(len(visits))]
+
+    def stored_shard(self, shard: int) -> int:
+        """Return the number of the stored shard that a shard is a part of, or its own."""
+        return self.stored_in[shard] if self.stored_in else shard
+
+    @property
+    def stored_rows(self) -> np.ndarray:
+        """Number of rows of each stored shard: int [shards]."""
+        stored = np.array(self.stored_in or range(len(self.shard_rows)), np.int64)
+        return np.bincount(stored, weights=np.array(self.shard_rows, np.int64)).astype(np.int64)
 
     def _source_rows(self, source: int) -> tuple[int, int]:
         """Return the rows of a source, and how many of them an epoch takes."""
@@ -128,6 +151,19 @@ class Order:
                 skip = max(0, skip - self.shard_rows[shard])
             cycle += 1
 
+    def _rows_of_visit(self, visit: Visit, offsets: np.ndarray) -> np.ndarray:
+        """Return (shard, row in the shard) of the rows of a visit at these offsets: int [n, 2]."""
+        if len(visit) == 1:
+            (only,) = visit
+            return np.stack([np.full(len(offsets), only.shard), self._rows_of(only, offsets)], axis=1)
+        parts, offsets_in_parts = _alternate(tuple(shard_range.num_rows for shard_range in visit))
+        rows = np.empty((len(offsets), 2), np.int64)
+        for number, shard_range in enumerate(visit):
+            here = parts[offsets] == number
+            rows[here, 0] = shard_range.shard
+            rows[here, 1] = self._rows_of(shard_range, offsets_in_parts[offsets[here]])
+        return rows
+
     def _rows_of(self, shard_range: ShardRange, offsets: np.ndarray) -> np.ndarray:
         """Return the rows of a range at these offsets. An incomplete range has random rows, not the first ones."""
         size = self.shard_rows[shard_range.shard]
@@ -142,8 +178,22 @@ class Order:
 
 
 @lru_cache(maxsize=4)
-def _shard_ranges(order: Order, epoch: int) -> list[ShardRange]:
-    return order.shard_ranges(epoch)
+def _visits(order: Order, epoch: int) -> list[Visit]:
+    return order.visits(epoch)
+
+
+@lru_cache(maxsize=4)
+def _alternate(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Let the rows of several parts alternate, so that every stretch holds each part in its proportion.
+
+    Returns:
+        The part of each row and its offset in the part: two int arrays [sum of counts].
+    """
+    places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+    parts = np.repeat(np.arange(len(counts)), counts)
+    offsets = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort(places, kind="stable")
+    return parts[order], offsets[order]
 
 
 def step_samples(step: int, pairs_per_step: int, total_samples: int) -> tuple[int, int]:

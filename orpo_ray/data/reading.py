@@ -115,7 +115,7 @@ def read_tasks(spec: ReadSpec) -> list[list[tuple[int, int]]]:
     Where two tasks meet within a shard, both read it. A task has so many windows that this adds a few per cent.
     """
     windows = spec.order.windows(spec.first_sample, spec.end_sample)
-    sizes = np.array(spec.order.shard_rows, np.int64)
+    sizes = spec.order.stored_rows
     # The mean size of the shard that a random row lies in: large shards are cut more often.
     cut = (sizes**2).sum() / max(1, sizes.sum())
     count = max(1, math.ceil(_SHARDS_PER_TASK * cut / spec.order.window_rows))
@@ -136,9 +136,10 @@ def read_windows(spec: ReadSpec, windows: Sequence[tuple[int, int]]) -> Iterator
         # A pair's new images may come from any row of the window, so that a resumed run exchanges alike.
         from_others = spec.exchange_images or spec.other_image in FROM_THE_WINDOW
         read = np.ones_like(wanted) if from_others else wanted
-        shared = set() if following is None else set(following.rows[:, 0].tolist())
+        next_shards = [] if following is None else np.unique(following.rows[:, 0]).tolist()
+        shared = set(map(spec.order.stored_shard, next_shards))
         pairs = _read_window(spec, sample_indices[read], window.rows[read], reader, shared)
-        if not any(reader.holds(spec.shards[shard]) for shard in shared):
+        if not any(reader.holds(spec.shards[shard]) for shard in next_shards):
             reader.release()
         if spec.other_image is not None:
             pairs = with_other_images(pairs, spec.other_image, spec.root_of, spec.order.seed, epoch)
@@ -192,11 +193,16 @@ def _read_window(
         sample_indices: of the rows.
         rows: (shard, row in the shard) of each.
         reader: may still hold a shard of the window before.
-        shared: shards that the window after this one needs too, and which are therefore read last.
+        shared: stored shards that the window after this one needs too, and which are therefore read last.
     """
     shards = np.unique(rows[:, 0]).tolist()
     found: dict[int, list[PreferencePair | BadRow]] = {}
-    for index in sorted(shards, key=lambda shard: (shard in shared, not reader.holds(spec.shards[shard]))):
+
+    def when(shard: int) -> tuple[bool, bool, int]:
+        stored = spec.order.stored_shard(shard)  # whose parts are read one after another
+        return stored in shared, not reader.holds(spec.shards[shard]), stored
+
+    for index in sorted(shards, key=when):
         wanted = rows[rows[:, 0] == index, 1]
         if index in spec.row_indices:
             wanted = spec.row_indices[index][wanted]

@@ -129,7 +129,9 @@ def read_rows(shard: Shard, rows: Sequence[int]) -> list[Row | RowError]:
 class ShardReader:
     """Reads shards one after another, each once, although rows of the last one are wanted several times."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Sequence[str] | None = None) -> None:
+        """Make a reader; `columns` are those to read where a file is stored by columns, by default all."""
+        self._columns = columns
         self._last: tuple[Shard, TakeRows] | None = None
         self._footers: dict[str, pq.FileMetaData] = {}
 
@@ -168,7 +170,10 @@ class ShardReader:
             self._footers[shard.path] = opened.metadata
             if len(self._footers) > _FOOTERS:
                 self._footers.pop(next(iter(self._footers)))
-            group = opened.read_row_group(shard.index)
+            columns = self._columns
+            if columns is not None and not (columns := [name for name in columns if name in opened.schema_arrow.names]):
+                return lambda rows: [{} for _ in rows]
+            group = opened.read_row_group(shard.index, columns)
         _check_rows(group.num_rows, shard)
         return partial(take_rows, group)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 from orpo_ray.config.field_types import OtherImage
 from orpo_ray.data import shards
 from orpo_ray.data.balance import Packing, PairSize, distribute
+from orpo_ray.data.groups import Grouping
 from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import read_tasks, read_windows
+from orpo_ray.data.weighting import weighted_by_group
 from orpo_ray.storage import files
 from support.sources import spec_of, write_jsonl
 
@@ -47,7 +50,10 @@ class _CountingFile(io.FileIO):
 def rows() -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     row = {"prompt": "q", "rejected": "y", "images": []}
-    return [row | {"id": f"r{number}", "chosen": rng.bytes(3000).hex()} for number in range(ROWS)]
+    return [
+        row | {"id": f"r{number}", "chosen": rng.bytes(3000).hex(), "language": f"l{number % 10}"}
+        for number in range(ROWS)
+    ]
 
 
 def write(folder: Path, kind: str) -> int:
@@ -73,6 +79,27 @@ def test_one_epoch_reads_each_byte_once(
         monkeypatch.setattr(module, "locate", lambda path, field="path": (counting, path))
     samples: list[int] = []
     for windows in read_tasks(spec):  # each in a process of its own
+        samples += [index for table in read_windows(spec, windows) for index in table["sample_index"].to_pylist()]
+    assert samples == list(range(ROWS))
+    assert counting.bytes_read / size <= 1.1
+
+
+@pytest.mark.parametrize("kind", ["40", "300", "1600", "jsonl"])
+def test_weights_of_languages_read_no_byte_more_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The rows of ten languages are parts of the same shards, which are still read once."""
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 500)
+    size = write(tmp_path, kind)
+    plain = spec_of([str(tmp_path)], window=WINDOW, grouping=Grouping("language"))
+    weights = {"language": {f"l{number}": 1.0 for number in range(9)}, "domain": {}}
+    spec = replace(weighted_by_group(plain, weights), end_sample=ROWS)
+    assert len(spec.order.weights) == 10
+    counting = CountingFilesystem()
+    for module in (shards, files):
+        monkeypatch.setattr(module, "locate", lambda path, field="path": (counting, path))
+    samples: list[int] = []
+    for windows in read_tasks(spec):
         samples += [index for table in read_windows(spec, windows) for index in table["sample_index"].to_pylist()]
     assert samples == list(range(ROWS))
     assert counting.bytes_read / size <= 1.1
