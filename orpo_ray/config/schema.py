@@ -168,6 +168,9 @@ class DataConfig(Config):
     image_root: PathText | None = None
     """Folder or URI that image paths are relative to. Paths that lead out of it are refused. By default, the folder of
     the file that contains the row."""
+    max_frames: Int = Field(8, ge=1, le=1000)
+    """Maximum number of frames of a video. Of a longer one, so many are taken at even distances, the first and the last
+    among them. Each is an image with its own tokens, which `orpo-ray data check` counts."""
     allow_http: bool = False
     """Download images whose rows give an http or https URL. Private, loopback and link-local addresses are always
     refused."""

@@ -29,10 +29,12 @@ from orpo_ray.data.pairs import (
     with_system,
 )
 from orpo_ray.data.row_adapter import call_adapter, load_adapter
+from orpo_ray.data.videos import read_videos, with_videos
 from orpo_ray.errors import RowError, UserError, preview
 
 Row = Mapping[str, Any]
-_SHARED_COLUMNS = ("id", "idx", "images", "image")
+_SHARED_COLUMNS = ("id", "idx", "images", "image", "videos", "video")
+_INLINE = ("plain", "sharegpt", "alpaca", "swift", "mmpr")  # formats with marks for images and videos in their texts
 
 
 def detect_format(
@@ -92,7 +94,8 @@ def to_pair(row: Row, format_name: str, renames: Mapping[str, str], fallback_id:
     try:
         if ":" in format_name:
             row, format_name = _apply_adapter(row, format_name)
-        return _FORMATS[format_name].read(row, _id_of(row, fallback_id), fallback_id)
+        pair = _FORMATS[format_name].read(row, _id_of(row, fallback_id), fallback_id)
+        return with_videos(pair, read_videos(row), inline=format_name in _INLINE)
     except RecursionError:
         raise RowError("malformed_row", "the values are nested too deeply") from None
 

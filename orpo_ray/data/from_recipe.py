@@ -129,6 +129,7 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
         end_sample=order.num_rows,
         columns=data.columns,
         image_root=root,
+        max_frames=data.max_frames,
         other_image=recipe.other_image,
         grouping=grouping,
     )

@@ -99,10 +99,10 @@ def _read_path(path: Any, root: Path | ImageRoot | None, allow_http: bool) -> by
 
 
 def _read_local(path: str, root: Path) -> bytes:
-    # Do not follow a link that replaces the file after the check in `_inside`, and do not wait for a pipe.
+    # Do not follow a link that replaces the file after the check in `inside`, and do not wait for a pipe.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(_inside(path, root), flags)
+        descriptor = os.open(inside(path, root), flags)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise RowError("missing_image", f"no such file: {path}") from None
@@ -123,7 +123,7 @@ def _read_local(path: str, root: Path) -> bytes:
         os.close(descriptor)
 
 
-def _inside(path: str, root: Path) -> Path:
+def inside(path: str, root: Path) -> Path:
     """Resolve `path` below `root`. Links are resolved before the check, so they cannot lead out of `root`."""
     full, root = (root / path).resolve(), root.resolve()
     if not full.is_relative_to(root):
@@ -131,12 +131,17 @@ def _inside(path: str, root: Path) -> Path:
     return full
 
 
-def _read_remote(path: str, root: ImageRoot) -> bytes:
+def check_remote(path: str) -> None:
+    """Raise RowError unless a path leads to a file below a folder in an object store."""
     if not path or path.startswith("/") or ".." in PurePosixPath(path).parts:
         raise RowError("unsafe_path", f"{path!r} is outside data.image_root")
     # Control characters, lone surrogates, backslashes (a separator in some stores), and fsspec's chained URLs.
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff\\]|://|::", path):
         raise RowError("unsafe_path", f"{path!r} is not a plain relative path")
+
+
+def _read_remote(path: str, root: ImageRoot) -> bytes:
+    check_remote(path)
     try:
         return root.read(path, MAX_BYTES)
     except RowError:

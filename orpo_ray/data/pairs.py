@@ -10,7 +10,7 @@ import binascii
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orpo_ray.errors import RowError, preview
@@ -18,6 +18,7 @@ from orpo_ray.errors import RowError, preview
 PLACEHOLDER = "<image>"  # position of an image, in formats with inline images
 Image = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}
 Message = dict[str, Any]  # {"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}, ...]}
+Video = list[Image] | str  # frames, or the path of a folder of frames
 
 # Characters of all texts of a pair, for any model: a table of some rows of that size is too large for Arrow.
 MAX_CHARACTERS = 64 << 20
@@ -49,7 +50,8 @@ class PreferencePair:
     images: list[Image]
     """`{"bytes": ..., "path": ...}` with one of them None, in the order of their placeholders in the prompt."""
     prompt: list[Message]
-    """Messages before the answer; content is a list of `{"type": "image"}` and `{"type": "text", "text": ...}`."""
+    """Messages before the answer; content is a list of `{"type": "image"}` and `{"type": "text", "text": ...}`, and of
+    `{"type": "video"}` until frames take their place."""
     chosen: str
     """Text of the better answer."""
     rejected: str
@@ -60,6 +62,8 @@ class PreferencePair:
     """Images of the rejected side if they differ, as many as `images`; the two texts may then be equal."""
     other: OtherImages | None = None
     """Images to contrast the chosen answer with; None without an image preference."""
+    videos: list[Video] = field(default_factory=list)
+    """Those of the prompt's `{"type": "video"}` parts, in their order, until frames take their place (`videos.py`)."""
     language: str | None = field(default=None, compare=False)
     """As `data.language` names it; None without one."""
     domain: str | None = field(default=None, compare=False)
@@ -100,17 +104,17 @@ def make_pair(
     if rejected_images is not None and len(rejected_images) != len(images):
         raise RowError("image_count_mismatch", f"{len(rejected_images)} rejected image(s) for {len(images)} image(s)")
     _check_prompt_not_empty(prompt)
-    prompt = _place_images(_without_images(prompt), len(images))
+    videos = [part["video"] for message in prompt for part in message["content"] if "video" in part]
+    prompt = _place_images(_without_media(prompt), len(images))
     pair = PreferencePair(row_id, images, prompt, chosen, rejected, source, rejected_images)
-    _check_encodable(pair)
-    return pair
+    check_encodable(pair)
+    return replace(pair, videos=videos) if videos else pair
 
 
 def row_images(row: Mapping[str, Any], names: tuple[str, ...] = ("images", "image")) -> list[Image]:
     """Read the images of a row from the first of these columns that has any; an empty list if none has."""
-    for other in ("videos", "audios"):
-        if row.get(other):
-            raise RowError("unsupported_media", f"the row has {other}; only images are supported")
+    if row.get("audios"):
+        raise RowError("unsupported_media", "the row has audios; only images and frames of videos are supported")
     return next((images for name in names if (images := read_images(row.get(name)))), [])
 
 
@@ -168,8 +172,8 @@ def read_answer(value: Any, name: str, inline: bool = False) -> str:
         if len(turns) != 1 or turns[0]["role"] != "assistant":
             roles = [turn["role"] for turn in turns]
             raise RowError("malformed_row", f"{name} must be one assistant message, found roles {preview(roles)}")
-        if any(part["type"] == "image" for part in turns[0]["content"]):
-            raise RowError("malformed_row", f"{name} contains an image; only prompts can contain images")
+        if any(part["type"] != "text" for part in turns[0]["content"]):
+            raise RowError("malformed_row", f"{name} contains an image or a video; only prompts can contain them")
         text = "".join(part["text"] for part in turns[0]["content"])
     if inline and PLACEHOLDER in text:
         raise RowError(
@@ -305,10 +309,15 @@ def _parts(content: Any, name: str, inline: bool) -> list[dict[str, Any]]:
             parts.append({"type": "image"} if own is None else {"type": "image", "image": _image(own)})
         elif kind == "image_url":
             parts.append({"type": "image", "image": _image(part.get("image_url", part.get("value")))})
+        elif kind in ("video", "video_url"):
+            own = next((part[key] for key in ("video", "video_url", "path", "url", "value") if part.get(key)), None)
+            parts.append({"type": "video"} if own is None else {"type": "video", "video": own})
         elif kind == "text" and isinstance(text := part.get("text", part.get("value")), str):
             parts.extend(_text_parts(text, inline))
         else:
-            raise RowError("malformed_row", f"a part in {name} must be an image or a text, found {preview(part)}")
+            raise RowError(
+                "malformed_row", f"a part in {name} must be an image, a video or a text, found {preview(part)}"
+            )
     return parts
 
 
@@ -332,10 +341,13 @@ def _check_size(prompt: list[Message], *answers: str) -> None:
         raise RowError("too_long", f"the texts have {size} characters; a pair has at most {MAX_CHARACTERS}")
 
 
-def _without_images(messages: list[Message]) -> list[Message]:
-    """Replace image parts that contain their image by plain placeholders."""
+def _without_media(messages: list[Message]) -> list[Message]:
+    """Replace parts that contain their image or video by plain placeholders."""
     return [
-        {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
+        {
+            **message,
+            "content": [part if part["type"] == "text" else {"type": part["type"]} for part in message["content"]],
+        }
         for message in messages
     ]
 
@@ -359,14 +371,16 @@ def _place_images(messages: list[Message], count: int) -> list[Message]:
 def _check_prompt_not_empty(prompt: list[Message]) -> None:
     """The last message must not be empty; an image without text is enough."""
     last = prompt[-1]
-    has_content = any(part["type"] == "image" or part["text"].strip() for part in last["content"])
+    has_content = any(part["type"] != "text" or part["text"].strip() for part in last["content"])
     if not has_content or last["role"] == "system":
         raise RowError("empty_prompt", "the prompt is empty")
 
 
-def _check_encodable(pair: PreferencePair) -> None:
-    """JSON can contain lone surrogates, which tokenizers and files cannot encode."""
-    paths = [image["path"] or "" for image in (*pair.images, *(pair.rejected_images or []))]
+def check_encodable(pair: PreferencePair) -> None:
+    """Raise RowError for lone surrogates, which JSON can contain, but tokenizers and files cannot encode."""
+    frames = [frame for video in pair.videos if isinstance(video, list) for frame in video]
+    paths = [image["path"] or "" for image in (*pair.images, *(pair.rejected_images or []), *frames)]
+    paths += [video for video in pair.videos if isinstance(video, str)]
     try:
         json.dumps(pair.prompt, ensure_ascii=False).encode()
         "".join((pair.id, pair.chosen, pair.rejected, *paths)).encode()

@@ -25,7 +25,9 @@ from orpo_ray.data.order import Order
 from orpo_ray.data.other_images import FROM_THE_WINDOW, WindowPairs, exchange_images, with_other_images
 from orpo_ray.data.pairs import Message, OtherImages, PreferencePair
 from orpo_ray.data.shards import Shard, ShardReader
+from orpo_ray.data.videos import with_frames
 from orpo_ray.errors import RowError
+from orpo_ray.storage.files import image_folder
 
 # Size of a task batch, which one encoding task takes. A pair with a large photograph costs about 150 ms and 10 MB of
 # pixels, one with a thumbnail 1 ms, and between two tasks a process idles for 100 ms or more.
@@ -78,6 +80,8 @@ class ReadSpec:
     """Rows to read of shards that are not read whole (`data/split.py`). The order counts only these rows."""
     image_root: str | None = None
     """`data.image_root` of the recipe."""
+    max_frames: int = 8
+    """`data.max_frames` of the recipe."""
     exchange_images: bool = False
     """Whether each pair gets the images of another pair of its window, and is contrasted with none, to measure how much
     images matter."""
@@ -153,6 +157,7 @@ def read_pairs(
 ) -> list[PreferencePair | BadRow]:
     """Read rows of a shard. A row that cannot be a pair comes as a `BadRow` without a sample index."""
     there, format_name = spec.shards[shard], spec.format_names[shard]
+    folder_of_images = image_folder(spec.root_of(there))
     pairs: list[PreferencePair | BadRow] = []
     take = (reader or ShardReader()).open(there)
     for row, raw in zip(rows.tolist(), take(rows.tolist()), strict=True):
@@ -160,7 +165,9 @@ def read_pairs(
         try:
             if isinstance(raw, RowError):
                 raise raw
-            pair = to_pair(raw, format_name, spec.columns, fallback_id=where)
+            pair = with_frames(
+                to_pair(raw, format_name, spec.columns, fallback_id=where), spec.max_frames, folder_of_images
+            )
             language = spec.grouping.language_of(raw, pair.prompt, pair.chosen)
             pairs.append(replace(pair, source=where, language=language, domain=spec.grouping.domain_of(raw)))
         except RowError as error:

@@ -119,6 +119,14 @@ class RemoteFolder:
         """Read the file at a relative path. Raises FileNotFoundError, TooLarge or OSError."""
         return read_bytes(f"{self.uri}/{path}", at_most=at_most)
 
+    def names(self, path: str, at_most: int) -> list[str]:
+        """Return the names of the files in a folder. Raises FileNotFoundError, TooLarge or OSError."""
+        filesystem, folder = locate(f"{self.uri}/{path}")
+        found = with_retries(lambda: filesystem.get_file_info(pafs.FileSelector(folder)))
+        if len(found) > at_most:
+            raise TooLarge(f"{len(found)} files exceed the limit of {at_most}")
+        return [info.base_name for info in found if info.type == pafs.FileType.File]
+
 
 def image_folder(root: str | None) -> Path | RemoteFolder | None:
     """Return the folder that image paths are relative to, from its path or URI."""

@@ -75,7 +75,7 @@ def test_a_root_that_is_a_link(root: Path) -> None:
 
 def test_a_file_that_becomes_a_link_is_not_followed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "link.png").symlink_to(root.parent / "outside.png")
-    monkeypatch.setattr(images, "_inside", lambda path, root: root / path)
+    monkeypatch.setattr(images, "inside", lambda path, root: root / path)
     assert reason("link.png", root) == "unreadable_image"
 
 
