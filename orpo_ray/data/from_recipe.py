@@ -137,9 +137,8 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
 
 def _check_grouping(grouping: Grouping, present: Iterable[str]) -> None:
     """Raise UserError for a column that no source has."""
-    for kind in KINDS:
-        column = getattr(grouping, kind)
-        if column is not None and column not in present and (kind, column) != ("language", SCRIPT):
+    for kind, column in grouping.columns.items():
+        if column not in present:
             also = f"{SCRIPT}, or " if kind == "language" else ""
             raise UserError(
                 "no training source has this column",

@@ -25,6 +25,14 @@ class Grouping:
     """May be SCRIPT."""
     domain: str | None = None
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that name something, by what they name: `language`, `domain`."""
+        named = {kind: getattr(self, kind) for kind in KINDS}
+        if self.language == SCRIPT:
+            del named["language"]
+        return {kind: column for kind, column in named.items() if column is not None}
+
     def language_of(self, row: Mapping[str, Any], prompt: list[Message], chosen: str) -> str | None:
         """Return the language of a raw row, with the prompt and the answer that it was read as."""
         return script_of_pair(prompt, chosen) if self.language == SCRIPT else column_value(row, self.language)

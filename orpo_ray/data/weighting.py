@@ -7,8 +7,8 @@ shard together.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -44,30 +44,45 @@ def weighted_by_group(spec: ReadSpec, weights: Mapping[str, Mapping[str, float]]
         return spec
     shards = range(len(spec.shards))
     with ThreadPoolExecutor(READER_THREADS) as pool:
-        names_by_shard = list(pool.map(lambda shard: _names_in(spec, shard, weights), shards))
-    _check_names(names_by_shard, weights)
-    named: list[list[Names]] = [
-        [tuple(name if name in weights[kind] else None for kind, name in zip(KINDS, row, strict=True)) for row in rows]
-        for rows in names_by_shard
-    ]
-    return _divided(spec, named, weights)
+        found = list(pool.map(lambda shard: _groups_in(spec, shard, weights), shards))
+    _check_names([present for present, _ in found], weights)
+    return _divided(spec, [rows for _, rows in found], weights)
 
 
-def _names_in(spec: ReadSpec, shard_index: int, weights: Mapping[str, Mapping[str, float]]) -> list[Names]:
-    """Return language and domain of each row of a shard that the order counts; None for those without a use."""
-    shard, grouping = spec.shards[shard_index], spec.grouping
-    rows = spec.row_indices.get(shard_index, np.arange(shard.num_rows))
-    if weights["language"] and grouping.language == SCRIPT:  # which the texts tell
-        pairs = read_pairs(spec, shard_index, rows)
-        return [(pair.language, pair.domain) if isinstance(pair, PreferencePair) else (None, None) for pair in pairs]
-    columns = [getattr(grouping, kind) if weights[kind] else None for kind in KINDS]
-    raws = ShardReader([name for name in columns if name is not None]).open(shard)(rows.tolist())
-    return [tuple(None if isinstance(raw, RowError) else column_value(raw, name) for name in columns) for raw in raws]
+def _groups_in(
+    spec: ReadSpec, shard_index: int, weights: Mapping[str, Mapping[str, float]]
+) -> tuple[list[Counter[str]], dict[Names, np.ndarray]]:
+    """Return how often each name occurs in a shard, by kind, and the rows of each weighted group."""
+    rows = spec.row_indices.get(shard_index, np.arange(spec.shards[shard_index].num_rows))
+    present: list[Counter[str]] = [Counter() for _ in KINDS]
+    places: dict[Names, list[int]] = defaultdict(list)
+    for place, names in enumerate(_names_of(spec, shard_index, rows, weights)):
+        for counts, name in zip(present, names, strict=True):
+            counts.update([name] if name is not None else [])
+        group = tuple(name if name in weights[kind] else None for kind, name in zip(KINDS, names, strict=True))
+        places[group].append(place)
+    return present, {group: rows[found] for group, found in places.items()}
 
 
-def _check_names(names_by_shard: list[list[Names]], weights: Mapping[str, Mapping[str, float]]) -> None:
+def _names_of(
+    spec: ReadSpec, shard_index: int, rows: np.ndarray, weights: Mapping[str, Mapping[str, float]]
+) -> Iterator[Names]:
+    """Yield language and domain of rows of a shard; None for those without a use."""
+    if weights["language"] and spec.grouping.language == SCRIPT:  # which the texts tell
+        for pair in read_pairs(spec, shard_index, rows):
+            yield (pair.language, pair.domain) if isinstance(pair, PreferencePair) else (None, None)
+        return
+    columns = [spec.grouping.columns.get(kind) if weights[kind] else None for kind in KINDS]
+    reader = ShardReader([name for name in columns if name is not None])
+    for raw in reader.open(spec.shards[shard_index])(rows.tolist()):
+        yield tuple(None if isinstance(raw, RowError) else column_value(raw, name) for name in columns)
+
+
+def _check_names(counts_by_shard: list[list[Counter[str]]], weights: Mapping[str, Mapping[str, float]]) -> None:
     for place, kind in enumerate(KINDS):
-        present = Counter(row[place] for rows in names_by_shard for row in rows if row[place] is not None)
+        present: Counter[str] = Counter()
+        for counts in counts_by_shard:
+            present.update(counts[place])
         for name in weights[kind]:
             if name not in present:
                 shown = ", ".join(f"{each} ({count:,} rows)" for each, count in present.most_common(NAMES_SHOWN))
@@ -79,19 +94,20 @@ def _check_names(names_by_shard: list[list[Names]], weights: Mapping[str, Mappin
                 )
 
 
-def _divided(spec: ReadSpec, named: list[list[Names]], weights: Mapping[str, Mapping[str, float]]) -> ReadSpec:
+def _divided(
+    spec: ReadSpec, rows_by_shard: list[dict[Names, np.ndarray]], weights: Mapping[str, Mapping[str, float]]
+) -> ReadSpec:
     """Divide shards into the parts of each group, and make each group of each source a source of the order."""
     order = spec.order
     source_of = order.shard_source or (0,) * len(spec.shards)
-    found = {(source_of[shard], row) for shard, rows in enumerate(named) for row in rows}
+    found = {(source_of[shard], group) for shard, groups in enumerate(rows_by_shard) for group in groups}
     # In an order of their own, so that it depends on neither the order of the rows nor hashes.
     groups = sorted(found, key=lambda group: (group[0], [name or "" for name in group[1]]))
     number_of = {group: number for number, group in enumerate(groups)}
     parts: list[tuple[int, int, np.ndarray]] = []  # stored shard, group, rows
-    for shard, rows in enumerate(named):
-        stored = spec.row_indices.get(shard, np.arange(len(rows)))
-        numbers = np.array([number_of[source_of[shard], row] for row in rows], np.int64)
-        parts += [(shard, number, stored[numbers == number]) for number in np.unique(numbers).tolist()]
+    for shard, by_group in enumerate(rows_by_shard):
+        numbered = [(number_of[source_of[shard], group], rows) for group, rows in by_group.items()]
+        parts += [(shard, number, rows) for number, rows in sorted(numbered, key=lambda part: part[0])]
     indices = {place: rows for place, (shard, _, rows) in enumerate(parts) if len(rows) < spec.shards[shard].num_rows}
     divided = replace(
         order,

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, BadRow
 from orpo_ray.data.encoding import EncoderSpec
-from orpo_ray.data.groups import KINDS, SCRIPT, Grouping
+from orpo_ray.data.groups import Grouping
 from orpo_ray.data.images import load_image, read_image_bytes
 from orpo_ray.data.other_images import image_fingerprint
 from orpo_ray.data.pairs import Image, PreferencePair
@@ -53,9 +53,7 @@ def clean_schema(grouping: Grouping) -> pa.Schema:
 
 def _group_columns(grouping: Grouping) -> dict[str, str]:
     """Return the columns that name language and domain, each with its kind; not those that hold the pair itself."""
-    columns = {getattr(grouping, kind): kind for kind in KINDS if getattr(grouping, kind) is not None}
-    if grouping.language == SCRIPT:
-        del columns[SCRIPT]
+    columns = {name: kind for kind, name in grouping.columns.items()}
     return {name: kind for name, kind in columns.items() if name == "source" or name not in _CLEAN_COLUMNS.names}
 
 

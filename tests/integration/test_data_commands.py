@@ -48,8 +48,10 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_check_then_prepare_then_train(tmp_path: Path) -> None:
     path, broken = write_broken(tmp_path / "set", 120, 1)
+    path.write_text(path.read_text().replace('{"id": ', '{"topic": "shapes", "id": '))
     write_pairs(tmp_path / "set", 20, "test")
     data: dict[str, Any] = {"train": str(path), "eval": str(tmp_path / "set" / "test.jsonl"), "max_bad_fraction": 0.0}
+    data |= {"domain": "topic"}
     recipe = tiny_recipe(tmp_path / "runs", "set", data=data)
     folder = tmp_path / "runs" / "set"
 
@@ -61,6 +63,9 @@ def test_check_then_prepare_then_train(tmp_path: Path) -> None:
     assert (train["rows"], train["pairs"], train["too_long"]["count"]) == (120, 110, 1)
     assert report["eval"]["rows"] == report["eval"]["pairs"] == 20
     assert report["images_on_both_sides"] == 0
+    for kind, name in (("languages", "Latin"), ("domains", "shapes")):
+        (group,) = train[kind]
+        assert (group["name"], group["rows"], group["too_long"]) == (name, 111, 1)
     written = {row["source"]: row["reason"] for row in read_jsonl(folder / "bad_rows.jsonl")}
     assert written == {source: kind for source, kind in broken.items() if kind != "too_long"}
     assert page == str(folder / "data_check.html")
@@ -83,11 +88,14 @@ def test_check_then_prepare_then_train(tmp_path: Path) -> None:
 
     # The prepared rows equal the original ones, including image bytes.
     from_prepared = tiny_recipe(
-        tmp_path / "runs", "from-prepared", data={name: split.uri for name, split in splits.items()}
+        tmp_path / "runs",
+        "from-prepared",
+        data={name: split.uri for name, split in splits.items()} | {"domain": "topic"},
     )
     read, _ = all_data(from_prepared)
     found = {pair.id: pair for pair in map(pair_of, read_all(read)) if isinstance(pair, PreferencePair)}
     assert len(found) == 110
+    assert {pair.domain for pair in found.values()} == {"shapes"}
     rows = [row for line, row in enumerate(_rows(path), 1) if f"{path}:line {line}" not in broken]
     for row in rows:
         source, pair = to_pair(row, "trl", {}, "x"), found[row["id"]]
