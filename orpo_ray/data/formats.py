@@ -33,7 +33,7 @@ from orpo_ray.data.videos import read_videos, with_videos
 from orpo_ray.errors import RowError, UserError, preview
 
 Row = Mapping[str, Any]
-_SHARED_COLUMNS = ("id", "idx", "images", "image", "videos", "video")
+_SHARED_COLUMNS = ("id", "idx", "images", "image", "videos")
 _INLINE = ("plain", "sharegpt", "alpaca", "swift", "mmpr")  # formats with marks for images and videos in their texts
 
 

@@ -33,17 +33,16 @@ class FrameFolder(Protocol):
 
 
 def read_videos(row: Mapping[str, Any]) -> list[Video]:
-    """Read the videos of a row from its column `videos` or `video`; an empty list if it has none.
+    """Read the videos of a row from its column `videos`; an empty list if it has none.
 
     `videos` is a list of videos, each a list of frames or the path of a folder of frames. A list of frames alone is one
     video. Raises RowError.
     """
-    value: Any = next((row[name] for name in ("videos", "video") if row.get(name) not in (None, "", [])), [])
-    if not isinstance(value, list | tuple):
-        return [read_video(value)]
-    if value and all(map(_is_frame, value)):
-        return [read_video(value)]
-    return [read_video(each) for each in value]
+    value = row.get("videos")
+    if value is None or value in ("", []):
+        return []
+    is_one = not isinstance(value, list | tuple) or all(map(_is_frame, value))
+    return [read_video(each) for each in ([value] if is_one else value)]
 
 
 def read_video(value: Any) -> Video:
@@ -172,7 +171,8 @@ def _has_frame_suffix(name: str) -> bool:
 def _path_of(value: Any) -> str:
     if isinstance(value, Mapping):
         value = value.get("path") or value.get("url")
-    return value if isinstance(value, str) else ""
+    path = value if isinstance(value, str) else ""
+    return path.partition("?")[0] if "://" in path else path
 
 
 def _is_frame(value: Any) -> bool:
@@ -183,7 +183,7 @@ def _is_frame(value: Any) -> bool:
 
 
 def _refuse_file(value: Any) -> None:
-    path = PurePosixPath(_path_of(value).partition("?")[0])
+    path = PurePosixPath(_path_of(value))
     if path.suffix.lower() in VIDEO_FILES:
         raise RowError(
             "unsupported_media",

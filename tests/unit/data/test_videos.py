@@ -44,7 +44,7 @@ def error_of(row: dict[str, Any]) -> RowError:
 
 @pytest.mark.parametrize(
     "columns",
-    [{"videos": [FRAMES]}, {"videos": FRAMES}, {"video": FRAMES}, {"videos": [[{"path": each} for each in FRAMES]]}],
+    [{"videos": [FRAMES]}, {"videos": FRAMES}, {"videos": [[{"path": each} for each in FRAMES]]}],
 )
 def test_a_list_of_frames_is_a_video(columns: dict[str, Any]) -> None:
     pair = frames_of(TRL | columns)
@@ -111,7 +111,7 @@ def test_the_rejected_side_has_the_same_frames() -> None:
     ("change", "reason"),
     [
         ({"videos": ["clips/7.MP4"]}, "unsupported_media"),
-        ({"video": "https://a.example/b.webm?x=1"}, "unsupported_media"),
+        ({"videos": "https://a.example/b.webm?x=1"}, "unsupported_media"),
         ({"videos": [["a.jpg", "b.mp4"]]}, "unsupported_media"),
         ({"videos": [{"bytes": b"x", "path": "b.mov"}]}, "unsupported_media"),
         ({"audios": ["a.wav"]}, "unsupported_media"),
@@ -195,4 +195,7 @@ def test_rows_with_videos_are_read_and_encoded_as_their_frames(tmp_path: Path) -
 
 
 def test_a_row_without_videos_has_none() -> None:
-    assert read_videos({"videos": None, "video": ""}) == []
+    assert read_videos({"videos": None, "video": "the name of a film"}) == read_videos({"videos": ""}) == []
+    urls = ["https://a.example/1.jpg?x=1", "https://a.example/2.jpg"]
+    (frames,) = read_videos({"videos": urls})
+    assert [frame["path"] for frame in frames if isinstance(frame, dict)] == urls
