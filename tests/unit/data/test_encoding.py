@@ -91,6 +91,18 @@ def test_tiny_smolvlm_is_exact(tiny: PairEncoder, tmp_path: Path, sizes: list[tu
     assert (~encoded.prompt_is_text).sum() == 16 * len(sizes)
 
 
+@pytest.mark.parametrize("family", ["smolvlm", "gemma3", "llava", "mllama"])
+def test_closing_tokens_are_those_after_the_text_of_an_answer(family: str, tmp_path: Path) -> None:
+    encoder = PairEncoder(load_processor(f"orpo-ray/tiny-{family}", None), max_length=256)
+    for answer in ("a", "円", "مثلث"):
+        (encoded,) = encode(encoder, tmp_path, replace(pair([]), chosen=answer))
+        assert isinstance(encoded, EncodedPair)
+        text = f" {answer}" if family == "smolvlm" else answer  # its template writes "Assistant: ..."
+        alone = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len(encoded.chosen_ids) - encoder.closing_tokens == len(alone)
+        assert encoder.closing_tokens > 0
+
+
 # These processors add padding images or tiles, which are removed; see tests/unit/model/test_families.py.
 PADDING = ("idefics", "idefics2", "mllama", "llava_next", "llava_onevision", "pixtral", "mistral3")
 
