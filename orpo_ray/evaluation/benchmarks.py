@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from orpo_ray.data.bad_rows import NO_SAMPLE, BadRow
-from orpo_ray.data.encoding import EncodedPair, PairEncoder
+from orpo_ray.data.encoding import PairEncoder
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.errors import RowError, UserError, preview
+from orpo_ray.evaluation.answer_scores import iter_answer_logps
 from orpo_ray.evaluation.statistics import CONFIDENCE, RESAMPLES, Estimate, mean_estimate
 from orpo_ray.objective.collectives import gather_objects
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.step_planner import StepPlanner
 
 OPTION = "--benchmark"
-AT_ONCE = 16  # questions that are encoded together
 ANNOTATIONS = "annotations.json"
 _AMBER_TYPES = {
     "discriminative-hallucination": "existence",
@@ -146,7 +145,6 @@ def _is_yes(label: str) -> bool:
     return found
 
 
-@torch.no_grad()
 def score_benchmark(
     benchmark: Benchmark,
     forward: Callable[[PairBatch], PairLogps],
@@ -171,21 +169,13 @@ def score_benchmark(
     said: dict[int, bool] = {}
     bad: list[BadRow] = []
     own = range(rank, len(benchmark.questions), num_workers)
-    for first in range(0, len(own), AT_ONCE):
-        places = own[first : first + AT_ONCE]
-        pairs = [_as_pair(benchmark.questions[place]) for place in places]
-        encoded = encoder.encode_many(pairs, [benchmark.images] * len(pairs))
-        usable = [_placed(each, place) for each, place in zip(encoded, places, strict=True)
-                  if isinstance(each, EncodedPair)]  # fmt: skip
-        bad += [BadRow.of(each, NO_SAMPLE, pair.id, benchmark.name) for each, pair in zip(encoded, pairs, strict=True)
-                if isinstance(each, RowError)]  # fmt: skip
-        if not usable:
-            continue
-        share = planner.share(usable)
-        for batch, asked in zip(planner.plan(share).batches, share.microbatches, strict=True):
-            logps = forward(batch.to(planner.device)).cpu()
-            more = (logps.chosen > logps.rejected).tolist()
-            said |= {pair.sample_index: more[place] for place, pair in enumerate(asked)}
+    pairs = [_as_pair(benchmark.questions[place]) for place in own]
+    logps = iter_answer_logps(pairs, [benchmark.images] * len(pairs), forward, encoder, planner)
+    for place, pair, found in zip(own, pairs, logps, strict=True):
+        if isinstance(found, RowError):
+            bad.append(BadRow.of(found, NO_SAMPLE, pair.id, benchmark.name))
+        else:
+            said[place] = found.chosen > found.rejected
     parts = gather_objects((said, bad))
     said = dict(sorted(item for each, _ in parts for item in each.items()))
     bad = [row for _, each in parts for row in each]
@@ -251,7 +241,3 @@ def _as_pair(question: Question) -> PreferencePair:
     content: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": question.text}]
     image = {"bytes": None, "path": question.image}
     return PreferencePair(question.id, [image], [{"role": "user", "content": content}], "Yes", "No")
-
-
-def _placed(pair: EncodedPair, place: int) -> EncodedPair:
-    return replace(pair, sample_index=place)

@@ -19,6 +19,7 @@ from orpo_ray.data.encoding import PairEncoder
 from orpo_ray.data.pairs import Message, PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_of, read_windows
 from orpo_ray.errors import RowError
+from orpo_ray.evaluation.draws import Draw, Drawn, OneTokenEach
 from orpo_ray.model.loading import own_attention, without_adapters
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.objective.collectives import gather_objects
@@ -64,28 +65,57 @@ class Answerer:
         """
         return self._generate(self.encoder.inputs_of(text, images), seed, streamer)
 
+    def draw(self, text: str, images: list[Image.Image], draws: Sequence[Draw]) -> list[Drawn]:
+        """Draw answers to a rendered prompt, all in one batch.
+
+        Args:
+            text: the prompt as the chat template renders it.
+            images: its images.
+            draws: temperature and seed of each answer.
+
+        Raises:
+            RowError: the processor refuses the prompt, or it is too long.
+        """
+        inputs = self.encoder.inputs_of(text, images)
+        check_room(self.encoder, inputs)
+        options = {"logits_processor": [OneTokenEach(draws, self.base.device)], "num_return_sequences": len(draws)}
+        return [self._drawn(ids) for ids in self._answer_ids(inputs, 0, temperature=1.0, **options)]
+
     def _generate(self, inputs: dict[str, Any], seed: int | None, streamer: Any = None) -> str:
+        (ids,) = self._answer_ids(inputs, seed, streamer=streamer)
+        return self._text_of(ids)
+
+    def _answer_ids(
+        self, inputs: dict[str, Any], seed: int | None, temperature: float = TEMPERATURE, **options: Any
+    ) -> torch.Tensor:
+        """Return the tokens of answers, [answers, tokens], with what fills up the shorter ones."""
         device, dtype = self.base.device, self.base.dtype
         inputs = {
             name: value.to(device, dtype if value.is_floating_point() else value.dtype)
             for name, value in inputs.items()
         }
-        sampling = _PLAIN if seed is None else {"temperature": TEMPERATURE, "top_p": 1.0, "top_k": 0}
+        sampling = _PLAIN if seed is None else {"temperature": temperature, "top_p": 1.0, "top_k": 0}
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), _for_generation(self.base):
             torch.manual_seed(self.seed + (seed or 0))
-            ids = self.base.generate(
+            ids: torch.Tensor = self.base.generate(
                 **inputs,
                 **sampling,
+                **options,
                 do_sample=seed is not None,
                 max_new_tokens=self.max_new_tokens,
                 use_cache=True,
                 eos_token_id=self.endings or None,
                 pad_token_id=self._pad,
-                streamer=streamer,
             )
-        prompt_tokens = inputs["input_ids"].shape[1]
-        answer: str = self.encoder.tokenizer.decode(ids[0, prompt_tokens:], skip_special_tokens=True)
+        return ids[:, inputs["input_ids"].shape[1] :]
+
+    def _drawn(self, ids: torch.Tensor) -> Drawn:
+        ends = torch.isin(ids.cpu(), torch.tensor(self.endings, dtype=ids.dtype)).nonzero().flatten().tolist()
+        return Drawn(self._text_of(ids[: ends[0]] if ends else ids), bool(ends))
+
+    def _text_of(self, ids: torch.Tensor) -> str:
+        answer: str = self.encoder.tokenizer.decode(ids, skip_special_tokens=True)
         return answer.strip()
 
     def generation(self, place: _Place, data: str, allow_http: bool) -> Generation | None:
@@ -147,6 +177,12 @@ def generate_held_out(
         answerer.base.train(was_training)
     found = [each for part in gather_objects(own) for each in part if each is not None]
     return sorted(found, key=lambda each: each.sample_index)
+
+
+def check_room(encoder: PairEncoder, inputs: dict[str, Any]) -> None:
+    """Raise RowError if an encoded prompt leaves no room for an answer."""
+    if (length := inputs["input_ids"].shape[1]) >= encoder.max_length:
+        raise RowError("too_long", f"prompt of {length} tokens; data.max_length is {encoder.max_length}")
 
 
 def text_of(messages: Sequence[Message]) -> str:

@@ -6,28 +6,18 @@ else is a tie.
 
 from __future__ import annotations
 
-import base64
-import ipaddress
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 import numpy as np
-import requests
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from orpo_ray.errors import UserError, preview
+from orpo_ray.evaluation.chat_server import ChatServer, image_part
 from orpo_ray.evaluation.statistics import Estimate, mean_estimate
 from orpo_ray.tracking.generations import Generation
 
-KEY = "OPENAI_API_KEY"
 OPTION, MODEL_OPTION = "--judge", "--judge-model"
-TIMEOUT = 120.0  # seconds for one verdict
-ATTEMPTS = 4
-RETRIED = {408, 429, 500, 502, 503, 504}
 QUESTION = (
     "You compare two answers to a question about the image. Judge which is more correct and helpful; do not prefer an "
     "answer for its length or position.\n\nQuestion: {prompt}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\n"
@@ -37,6 +27,7 @@ _ARTICLE = re.compile(r"(?:\A|(?<=[.!?:\n]))\s*A(?=\s+(?!is\b|was\b|wins\b|has\b
 """An "A" that begins a sentence and goes with a noun."""
 Verdict = Literal["win", "loss", "tie"]
 Choice = Literal["A", "B", "TIE"]
+POINTS: dict[Verdict, float] = {"win": 1.0, "loss": 0.0, "tie": 0.5}
 
 
 class Judge(Protocol):
@@ -64,10 +55,6 @@ def question(prompt: str, first: str, second: str) -> str:
     return QUESTION.format(prompt=prompt, first=first or "(nothing)", second=second or "(nothing)")
 
 
-class _Busy(Exception):
-    """The judge should be asked again."""
-
-
 @dataclass(frozen=True)
 class ServerJudge:
     """A `Judge` behind an address."""
@@ -75,62 +62,22 @@ class ServerJudge:
     url: str
     """Up to and including the version, such as `http://localhost:8000/v1`."""
     model: str
+    field: str = OPTION
+    """The option or recipe field that gives the address, for messages."""
 
     def check(self) -> None:
         """Check the address, and that a key would not travel in the clear. Raises UserError."""
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("not an address", field=OPTION, value=self.url, fix="give http(s)://HOST[:PORT]/v1")
-        if parts.username or parts.password or parts.query:
-            raise UserError("an address with a key in it", field=OPTION, fix=f"set {KEY} in the environment instead")
-        if parts.scheme == "http" and os.environ.get(KEY) and not _is_own_machine(parts.hostname):
-            raise UserError(
-                f"{KEY} would be sent to another machine without encryption",
-                field=OPTION,
-                value=self.url,
-                fix=f"use https, or unset {KEY}",
-            )
+        self._server.check()
 
     def better(self, prompt: str, images: tuple[bytes, ...], first: str, second: str) -> Choice:
         """Ask which answer is better. Raises UserError."""
-        shown = [
-            {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(image).decode()}}
-            for image in images
-        ]
+        shown = [image_part(image, "image/jpeg") for image in images]
         message = {"role": "user", "content": [*shown, {"type": "text", "text": question(prompt, first, second)}]}
-        body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 256}
-        try:
-            for attempt in Retrying(
-                retry=retry_if_exception_type(_Busy), stop=stop_after_attempt(ATTEMPTS),
-                wait=wait_exponential(max=30), reraise=True,
-            ):  # fmt: skip
-                with attempt:
-                    reply = self._post(body)
-        except _Busy as error:
-            raise self._failed(str(error)) from None
-        return verdict_of(reply)
+        return verdict_of(self._server.reply([message], max_tokens=256, temperature=0).text)
 
-    def _post(self, body: dict[str, Any]) -> str:
-        key = os.environ.get(KEY)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        address = self.url.rstrip("/") + "/chat/completions"
-        try:
-            # A redirect could lead the key elsewhere.
-            found = requests.post(address, json=body, headers=headers, timeout=TIMEOUT, allow_redirects=False)
-        except requests.RequestException as error:
-            raise _Busy(type(error).__name__) from None
-        if found.status_code in RETRIED:
-            raise _Busy(f"status {found.status_code}")
-        if found.status_code != 200:
-            raise self._failed(f"status {found.status_code}: {preview(found.text)}")
-        try:
-            return str(found.json()["choices"][0]["message"]["content"] or "")
-        except (ValueError, LookupError, TypeError):
-            raise self._failed(f"not a chat completion: {preview(found.text)}") from None
-
-    def _failed(self, why: str) -> UserError:
-        return UserError(f"the judge does not answer: {why}", field=OPTION, value=self.url,
-                         fix="check address, model and key; the server must offer /chat/completions")  # fmt: skip
+    @property
+    def _server(self) -> ChatServer:
+        return ChatServer(self.url, self.model, self.field, "judge")
 
 
 @dataclass(frozen=True)
@@ -152,6 +99,32 @@ class Judged:
         return {"against": self.against, **counts, "swapped": self.swapped, "win_rate": self.win_rate.as_json()}
 
 
+def compare_twice(
+    judge: Judge, prompt: str, images: tuple[bytes, ...], answer: str, other: str
+) -> tuple[Verdict, bool]:
+    """Have an answer compared with another in both positions; equal answers are a tie that needs no judge.
+
+    Args:
+        judge: the judge.
+        prompt: the text of the prompt.
+        images: its images, as JPEG files.
+        answer: the answer that wins or loses.
+        other: the other one.
+
+    Returns:
+        The verdict, and whether the judge preferred the same position twice.
+
+    Raises:
+        UserError: the judge does not answer.
+    """
+    if answer == other:
+        return "tie", False
+    one, two = judge.better(prompt, images, answer, other), judge.better(prompt, images, other, answer)
+    if (one, two) == ("A", "B"):
+        return "win", False
+    return ("loss", False) if (one, two) == ("B", "A") else ("tie", one == two != "TIE")
+
+
 def judge_answers(judge: Judge, answers: Sequence[Generation], others: Sequence[str], against: str) -> Judged:
     """Judge the greedy answers of a model against others to the same prompts.
 
@@ -167,14 +140,10 @@ def judge_answers(judge: Judge, answers: Sequence[Generation], others: Sequence[
     verdicts: list[Verdict] = []
     swapped = 0
     for answer, other in zip(answers, others, strict=True):
-        if answer.greedy == other:
-            verdicts.append("tie")
-            continue
-        one = judge.better(answer.prompt, answer.images, answer.greedy, other)
-        two = judge.better(answer.prompt, answer.images, other, answer.greedy)
-        swapped += one == two != "TIE"
-        verdicts.append("win" if (one, two) == ("A", "B") else "loss" if (one, two) == ("B", "A") else "tie")
-    points = np.array([{"win": 1.0, "loss": 0.0, "tie": 0.5}[each] for each in verdicts])
+        verdict, same_position = compare_twice(judge, answer.prompt, answer.images, answer.greedy, other)
+        verdicts.append(verdict)
+        swapped += same_position
+    points = np.array([POINTS[each] for each in verdicts])
     return Judged(against, verdicts, mean_estimate(points), swapped)
 
 
@@ -185,10 +154,3 @@ def verdict_of(reply: str) -> Choice:
         return whole[1].upper()  # type: ignore[return-value]
     found = re.findall(r"\b(A|B|TIE)\b", _ARTICLE.sub("", re.sub(r"\b[Tt]ie\b", "TIE", text)))
     return found[-1] if found else "TIE"
-
-
-def _is_own_machine(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -25,10 +25,12 @@ class LocalJudge:
 
     Args:
         name: folder of a run, a model or adapters, or a model of the hub.
+        field: the option or recipe field that gives the name, for messages.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name, self._folder = name, RunFolder(name.rstrip("/"))  # a mirror of a remote run is deleted with it
+    def __init__(self, name: str, field: str = MODEL_OPTION) -> None:
+        self.name, self.field = name, field
+        self._folder = RunFolder(name.rstrip("/"))  # a mirror of a remote run is deleted with it
 
     def check(self) -> None:
         """Check that the model is there. Raises UserError."""
@@ -37,7 +39,7 @@ class LocalJudge:
         except UserError as error:
             raise UserError(
                 f"the judge cannot be loaded: {error.problem}",
-                field=MODEL_OPTION,
+                field=self.field,
                 value=self.name,
                 fix="give the folder of a run or a model, or a model of the hub that this machine can reach",
             ) from None
@@ -56,7 +58,7 @@ class LocalJudge:
         except RowError as error:
             raise UserError(
                 f"the judge cannot take the question: {error.detail}",
-                field=MODEL_OPTION,
+                field=self.field,
                 value=self.name,
                 fix="give an instruction-tuned model that takes as many images as a pair has",
             ) from None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +18,15 @@ from orpo_ray.evaluation.judge import ServerJudge, judge_answers, verdict_of
 from orpo_ray.evaluation.local_judge import LocalJudge
 from orpo_ray.tiny_models.build import resolve
 from orpo_ray.tracking.generations import Generation
+from support.chat_servers import ChatServer, answers_of, serving
 
 KEY = "sk-test"
 
 
-class Server(ThreadingHTTPServer):
-    """Replies by a function of the two answers; `statuses` come first."""
-
-    def __init__(self, reply: Callable[[str, str], str]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.statuses, self.seen = reply, list[int](), list[dict[str, Any]]()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
-        text = body["messages"][0]["content"][-1]["text"]
-        first, _, second = text.partition("Answer A: ")[2].partition("\n\nAnswer B: ")
-        status = self.server.statuses.pop(0) if self.server.statuses else 200
-        reply = {"choices": [{"message": {"role": "assistant", "content": self.server.reply(first, second)}}]}
-        data = json.dumps(reply if status == 200 else {"error": "no"}).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[str, str], str]], Server]]:
-    started: list[Server] = []
-
-    def start(reply: Callable[[str, str], str]) -> Server:
-        server = Server(reply)
-        started.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return server
-
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
+def serve() -> Iterator[Callable[[Callable[[str, str], str]], ChatServer]]:
+    with ExitStack() as started:
+        yield lambda reply: started.enter_context(serving(lambda body: reply(*answers_of(body))))
 
 
 def answer(index: int, greedy: str) -> Generation:
@@ -74,14 +34,14 @@ def answer(index: int, greedy: str) -> Generation:
 
 
 def test_positions_are_swapped_and_a_preference_for_one_is_a_tie(
-    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., ChatServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def reply(first: str, second: str) -> str:
         if "same" in first + second:
             return "A"  # whatever stands first
         if "equal" in first + second:
             return "Tie."
-        return "A" if len(first) > len(second.split("\n")[0]) else "The better one is: B"
+        return "A" if len(first) > len(second) else "The better one is: B"
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(reply)
@@ -109,7 +69,7 @@ def test_positions_are_swapped_and_a_preference_for_one_is_a_tie(
 
 
 def test_a_busy_judge_is_asked_again_and_a_broken_one_is_one_message(
-    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., ChatServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
