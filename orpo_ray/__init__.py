@@ -9,11 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orpo_ray.api import check_data, evaluate, export, plan, train, tune
+    from orpo_ray.api import check_data, evaluate, export, iterate, plan, synthesize, train, tune
     from orpo_ray.config.recipe import Recipe
 
 __version__ = "0.2.0.dev0"
-__all__ = ["Recipe", "__version__", "check_data", "evaluate", "export", "plan", "train", "tune"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "check_data",
+    "evaluate",
+    "export",
+    "iterate",
+    "plan",
+    "synthesize",
+    "train",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

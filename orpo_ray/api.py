@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from orpo_ray.evaluation.evaluate_run import Evaluation as Scored
     from orpo_ray.exporting.export import Exported
     from orpo_ray.sweep.outcome import Sweep
+    from orpo_ray.synthesis.outcome import Synthesized
+    from orpo_ray.synthesis.rounds import Rounds
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 Overrides = Mapping[str, Any]
@@ -177,6 +179,37 @@ def evaluate(
     measuring = measure if workers is None else on_workers(workers)
     scored = evaluate_run(_uri(run_or_model), _as_options(overrides), console, options, measuring)
     return Evaluation(scored.metrics, scored)
+
+
+def synthesize(recipe: RecipeLike, overrides: Overrides | None = None) -> Synthesized:
+    """Make preference pairs of images and prompts, as the recipe's section `synthesize` says, or go on with them.
+
+    Args:
+        recipe: the recipe.
+        overrides: fields to override.
+
+    Raises:
+        UserError: a source or a model cannot be used, no row became a pair, or the folder holds another set.
+    """
+    from orpo_ray.synthesis.run import synthesize as make_pairs
+
+    return make_pairs(as_recipe(recipe, overrides), console)
+
+
+def iterate(recipe: RecipeLike, overrides: Overrides | None = None) -> Rounds:
+    """Synthesize pairs, train on them and evaluate, for several rounds, or go on with them.
+
+    Args:
+        recipe: the recipe.
+        overrides: fields to override.
+
+    Raises:
+        UserError: the recipe has no held-out pairs of its own, or a round cannot be run.
+        TrainingFailed: the run of a round failed.
+    """
+    from orpo_ray.synthesis.rounds import iterate as run_rounds
+
+    return run_rounds(as_recipe(recipe, overrides), console)
 
 
 def plan(recipe: RecipeLike, overrides: Overrides | None = None, *, pairs: int | None = None) -> Plan:

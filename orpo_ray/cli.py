@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from orpo_ray import __version__
-from orpo_ray.commands import results
-from orpo_ray.commands.options import Address, AsJson, Overrides, Prices, RecipeFile
+from orpo_ray.commands import results, synthetic
+from orpo_ray.commands.options import Address, AsJson, Overrides, Prices, RecipeFile, load_for_ray
 from orpo_ray.config.load import load_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.console import (
@@ -33,7 +32,6 @@ from orpo_ray.console import (
     stdout_to_stderr,
 )
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.fork_server.control import start_fork_server
 
 app = typer.Typer(
     help="Align vision-language models to preferences with ORPO, from a laptop to a cluster.",
@@ -49,14 +47,6 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"orpo-ray {__version__}")
         raise typer.Exit
-
-
-def _load_for_ray(recipe: Path, overrides: list[str] | None) -> Recipe:
-    """Load a recipe, and start to import what Ray's processes need while this process imports what it needs."""
-    loaded = load_recipe(recipe, overrides or [])
-    if not os.environ.get("RAY_ADDRESS"):
-        start_fork_server(["peft"] if loaded.model.lora is not None else [])
-    return loaded
 
 
 @app.callback()
@@ -83,7 +73,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model; run the same command again to resume."""
-    loaded = _load_for_ray(recipe, overrides)
+    loaded = load_for_ray(recipe, overrides)
     from orpo_ray.training.launch import launch_training
 
     summary = launch_training(loaded, console, from_checkpoint=from_checkpoint)
@@ -100,7 +90,7 @@ def train(
 @app.command()
 def tune(recipe: RecipeFile, overrides: Overrides = None, price_per_hour: Prices = None) -> None:
     """Search recipe fields with Ray Tune; run the same command again to go on. Every trial is an ordinary run."""
-    loaded = _load_for_ray(recipe, overrides)
+    loaded = load_for_ray(recipe, overrides)
     searched = list(loaded.search)
     from orpo_ray.sweep.board import INTERRUPTED
     from orpo_ray.sweep.run import run_sweep
@@ -187,7 +177,7 @@ def export(
 @data_app.command("check")
 def data_check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check every row for errors, lengths, duplicates and biases, and write a page with plots and examples."""
-    loaded = _load_for_ray(recipe, overrides)
+    loaded = load_for_ray(recipe, overrides)
     from orpo_ray.data_report.check import check_data
 
     with stdout_to_stderr():
@@ -202,7 +192,7 @@ def data_check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson 
 @data_app.command("prepare")
 def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write all usable pairs, with their images, as sharded parquet to train from."""
-    loaded = _load_for_ray(recipe, overrides)
+    loaded = load_for_ray(recipe, overrides)
     from orpo_ray.data_report.prepare import prepare_data
 
     with stdout_to_stderr():
@@ -210,6 +200,9 @@ def data_prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJso
     if as_json:
         print(json.dumps({name: {"uri": split.uri, "rows": split.rows} for name, split in written.items()}))
     print_prepared(written, str(recipe), overrides or [])
+
+
+synthetic.add_to(app, data_app)
 
 
 @app.command()
@@ -267,8 +260,8 @@ def submit(
         str,
         typer.Option(
             metavar="COMMAND",
-            help="What to run, with its options: train, tune, `data check` or `data prepare`; or evaluate or export, "
-            "which take the recipe's run.",
+            help="What to run, with its options: train, tune, iterate, `data check`, `data prepare` or "
+            "`data synthesize`; or evaluate or export, which take the recipe's run.",
         ),
     ] = "train",
     working_dir: Annotated[

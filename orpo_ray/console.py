@@ -18,9 +18,13 @@ if TYPE_CHECKING:  # `orpo-ray --help` must not import these
     from orpo_ray.doctor.finding import Finding
     from orpo_ray.exporting.export import Exported
     from orpo_ray.sweep.outcome import Sweep
+    from orpo_ray.synthesis.outcome import Synthesized
+    from orpo_ray.synthesis.rounds import Rounds
     from orpo_ray.training.launch import RunSummary
 
 console = Console(stderr=True)
+# How a recipe reads a set that was written in one format, and without pairs that it would hold out.
+_SPLIT_ALREADY = {"data.format": "auto", "data.columns": "{}", "data.eval_fraction": "0"}
 
 GROUPS_SHOWN = 12  # languages, or domains, of a split
 _TRAIN_FIGURES = ("train/loss", "train/rewards/accuracies", "train/rewards/margins")
@@ -144,12 +148,53 @@ def print_prepared(written: Mapping[str, Prepared], recipe: str, overrides: Sequ
     for name, split in written.items():
         shards = f"{split.rows:,} pairs in {len(split.shards)} shard(s), {len(split.bad):,} bad row(s) left out"
         print_line(f"{name:5}  {shards}")
-    own = {f"data.{name}": split.uri for name, split in written.items()}
     # The written data has one format with its own columns, is split already, and holds its images.
-    own |= {"data.format": "auto", "data.columns": "{}", "data.eval_fraction": "0", "data.image_root": "null"}
+    own = {f"data.{name}": split.uri for name, split in written.items()} | {"data.image_root": "null"} | _SPLIT_ALREADY
+    print_line(f"next   {_train_command(recipe, overrides, own)}")
+
+
+def print_synthesized(made: Synthesized, recipe: str, overrides: Sequence[str]) -> None:
+    """Print what became of the rows, and the command that trains from the pairs."""
+    if made.was_finished:
+        print_line(
+            "This set is complete already. For another one, choose another name (name=...) or delete its folder."
+        )
+    reasons = "".join(f", {count:,} {reason}" for reason, count in made.thrown_away.items())
+    print_line(f"rows        {made.rows:,}, of which {len(made.bad):,} bad")
+    print_line(f"pairs       {made.pairs:,}, mean margin {made.mean_margin:.4g}")
+    print_line(f"thrown away {made.thrown_away_fraction:.1%}{reasons}")
+    print_line(f"candidates  {made.candidates:,}, and {made.left_out:,} empty, repeated or cut off")
+    print_line(f"next        {_train_command(recipe, overrides, {'data.train': made.uri} | _SPLIT_ALREADY)}")
+
+
+def print_rounds(found: Rounds) -> None:
+    """Print a table of the rounds of `orpo-ray iterate`."""
+    title = "held-out pairs; change: against the start"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    for name in ("round", "pairs", "thrown", "accuracy", "95 %", "change", "p", "gap"):
+        table.add_column(name, justify="left" if name == "round" else "right")
+    start = found.start
+    table.add_row("start", "", "", f"{start.value:.4f}", f"{start.low:.4f} to {start.high:.4f}")
+    for each in found.rounds:
+        own, gap, compared = each.accuracy, each.grounding_gap, each.against_start
+        table.add_row(
+            str(each.number),
+            f"{each.made.pairs:,}",
+            f"{each.made.thrown_away_fraction:.1%}",
+            f"{own.value:.4f}",
+            f"{own.low:.4f} to {own.high:.4f}",
+            "-" if compared is None else f"{compared.accuracy.value:+.4f}",
+            "-" if compared is None else f"{compared.p_accuracy:.2g}",
+            "-" if gap is None else f"{gap.value:.4f}",
+        )
+    console.print(table)
+    print_line(f"rounds  {found.uri}")
+
+
+def _train_command(recipe: str, overrides: Sequence[str], own: Mapping[str, str]) -> str:
+    """Return the command that trains a recipe with other data."""
     kept = [each for each in overrides if each.partition("=")[0] not in own and not each.startswith("data.columns.")]
-    options = [*kept, *(f"{name}={value}" for name, value in own.items())]
-    print_line(f"next   {shlex.join(['orpo-ray', 'train', recipe, *options])}")
+    return shlex.join(["orpo-ray", "train", recipe, *kept, *(f"{name}={value}" for name, value in own.items())])
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

@@ -1,11 +1,16 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options that several commands have, and how they load a recipe."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from orpo_ray.config.load import load_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.fork_server.control import start_fork_server
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML); recipes/ has examples.", show_default=False)
@@ -38,3 +43,11 @@ Prices = Annotated[
         show_default=False,
     ),
 ]
+
+
+def load_for_ray(recipe: Path, overrides: list[str] | None) -> Recipe:
+    """Load a recipe, and start to import what Ray's processes need while this process imports what it needs."""
+    loaded = load_recipe(recipe, overrides or [])
+    if not os.environ.get("RAY_ADDRESS"):
+        start_fork_server(["peft"] if loaded.model.lora is not None else [])
+    return loaded

@@ -22,7 +22,7 @@ RESERVED_NAMES = (
     "best_recipe.yaml", "bad_rows.jsonl", "data", "data.json", "data_check.html", "data_check.json",
     "environment.json", "eval_pairs.parquet", "eval_pairs_start.parquet", "eval_tokens.json", "export",
     "export-adapter", "final", "generations.jsonl", "lease.json", "metrics.jsonl", "optuna.journal", "recipe.yaml",
-    "report.html", "sweep.html", "sweep.json", "tensorboard", "trials", "trials.csv", "wandb",
+    "report.html", "rounds.json", "sweep.html", "sweep.json", "tensorboard", "trials", "trials.csv", "wandb",
 )  # fmt: skip
 PARTS = ("language", "connector", "vision")
 FORMATS = (

@@ -160,6 +160,7 @@ NOT_SEARCHED = {
     "checkpoint": "it does not change what a run learns",
     "tracking": "it does not change what a run learns",
     "scaling": "it does not change what a run learns",
+    "synthesize": "it makes pairs, and trials only read them",
     "eval": "trials that are measured in different ways cannot be compared",
     "data.eval": "trials that are measured on different pairs cannot be compared",
     "data.eval_fraction": "trials that are measured on different pairs cannot be compared",

@@ -31,6 +31,7 @@ from orpo_ray.config.schema import (
     OptimConfig,
     ScalingConfig,
 )
+from orpo_ray.config.synthesis import SynthesizeConfig
 from orpo_ray.config.tune_schema import SearchRange, TuneConfig
 from orpo_ray.errors import UserError
 
@@ -62,6 +63,8 @@ class Recipe(Config):
     """Trackers that receive metrics."""
     tune: TuneConfig = Field(default_factory=TuneConfig)
     """Hyperparameter search."""
+    synthesize: SynthesizeConfig = Field(default_factory=SynthesizeConfig)
+    """Preference pairs made from images and prompts."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
@@ -170,16 +173,20 @@ class Recipe(Config):
             raw["checkpoint"]["scratch"] = _absolute(self.checkpoint.scratch)
         if self.data.image_root is not None:
             raw["data"]["image_root"] = _absolute(self.data.image_root)
-        for split in ("train", "eval"):
+        for section, field in (("data", "train"), ("data", "eval"), ("synthesize", "source")):
             sources: dict[str, float] = {}
-            for source, weight in raw["data"][split].items():
+            for source, weight in raw[section][field].items():
                 # Two spellings of one path (`a.jsonl`, `./a.jsonl`) become one source.
                 sources[_absolute(source)] = sources.get(_absolute(source), 0.0) + weight
-            raw["data"][split] = sources
-        model = Path(os.path.expanduser(self.model.id))
-        if model.is_dir():
-            raw["model"]["id"] = str(model.resolve())
-        elif self.model.id.startswith((".", "/", "~")):
+            raw[section][field] = sources
+        if self.synthesize.image_root is not None:
+            raw["synthesize"]["image_root"] = _absolute(self.synthesize.image_root)
+        if self.synthesize.model is not None:
+            raw["synthesize"]["model"] = _absolute_folder(self.synthesize.model)
+        if self.synthesize.judge.url is None:
+            raw["synthesize"]["judge"]["model"] = _absolute_folder(self.synthesize.judge.model)
+        raw["model"]["id"] = _absolute_folder(self.model.id)
+        if self.model.id.startswith((".", "/", "~")) and not os.path.isdir(raw["model"]["id"]):
             fix = "give a model's folder, or its name on the Hugging Face hub"
             raise UserError("no such folder", field="model.id", value=self.model.id, fix=fix)
         return Recipe.model_validate(raw)
@@ -195,6 +202,12 @@ def _base_folder() -> Path:
     This is the working directory, except in a submitted Ray job: Ray deletes that directory with the job.
     """
     return Path.home() if "working_dir_files" in Path.cwd().parts else Path.cwd()
+
+
+def _absolute_folder(name: str) -> str:
+    """Make a name absolute if it is that of a folder here, and not a model of the hub."""
+    found = Path(os.path.expanduser(name))
+    return str(found.resolve()) if name and found.is_dir() else name
 
 
 def _absolute(source: str) -> str:

@@ -58,9 +58,9 @@ def detect_format(
     if ":" in requested:
         load_adapter(requested)
         return requested
-    present = set(_renamed(dict.fromkeys(columns), renames))
+    present = set(renamed(dict.fromkeys(columns), renames))
     if requested == "auto":
-        if found := _detect_automatically(present, [_renamed(row, renames) for row in first_rows]):
+        if found := _detect_automatically(present, [renamed(row, renames) for row in first_rows]):
             return found
         nearest = sorted(_FORMATS, key=lambda name: len(_FORMATS[name].missing_for_detection(present)))[:3]
         raise UserError(
@@ -90,7 +90,7 @@ def to_pair(row: Row, format_name: str, renames: Mapping[str, str], fallback_id:
     Raises:
         RowError: the row cannot be used.
     """
-    row = _renamed(row, renames)
+    row = renamed(row, renames)
     try:
         if ":" in format_name:
             row, format_name = _apply_adapter(row, format_name)
@@ -102,7 +102,7 @@ def to_pair(row: Row, format_name: str, renames: Mapping[str, str], fallback_id:
 
 def get_row_id(row: Row, renames: Mapping[str, str], fallback_id: str) -> str:
     """Return the id of a raw row, which may be a bad row."""
-    return _id_of(_renamed(row, renames), fallback_id)
+    return _id_of(renamed(row, renames), fallback_id)
 
 
 def _id_of(row: Row, fallback_id: str) -> str:
@@ -148,6 +148,11 @@ def _from_sharegpt(row: Row, row_id: str, source: str) -> PreferencePair:
 def _from_alpaca(row: Row, row_id: str, source: str) -> PreferencePair:
     """LLaMA-Factory ranking, alpaca: `instruction` and `input`, with earlier turns in `history`."""
     refuse_unread(row, "tools")
+    return _inline_pair(row, row_id, source, with_system(alpaca_prompt(row), row.get("system")))
+
+
+def alpaca_prompt(row: Row) -> list[Message]:
+    """Read the prompt of a row of LLaMA-Factory's alpaca format: `instruction`, `input` and `history`."""
     texts = [row[name] for name in ("instruction", "input") if row.get(name) not in (None, "")]
     if not all(isinstance(text, str) for text in texts):
         raise RowError("malformed_row", f"instruction and input must be strings, found {preview(texts)}")
@@ -158,8 +163,7 @@ def _from_alpaca(row: Row, row_id: str, source: str) -> PreferencePair:
     for question, answer in history:
         prompt += [user_turn(question, "history", inline=True)]
         prompt += [user_turn(answer, "history", inline=True) | {"role": "assistant"}]
-    prompt += [user_turn("\n".join(texts), "instruction", inline=True)]
-    return _inline_pair(row, row_id, source, with_system(prompt, row.get("system")))
+    return [*prompt, user_turn("\n".join(texts), "instruction", inline=True)]
 
 
 def _from_swift(row: Row, row_id: str, source: str) -> PreferencePair:
@@ -289,7 +293,7 @@ def _is_dialogue(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1
 
 
-def _renamed(row: Row, renames: Mapping[str, str]) -> dict[str, Any]:
+def renamed(row: Row, renames: Mapping[str, str]) -> dict[str, Any]:
     """Rename the columns of a row to the format's names. A renamed column replaces one that already has that name."""
     others = {name: value for name, value in row.items() if name not in renames}
     return others | {name: row[column] for name, column in renames.items() if column in row}

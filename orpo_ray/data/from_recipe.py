@@ -109,14 +109,12 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
     grouping = Grouping(data.language, data.domain)
     if field == TRAIN:  # a file for `orpo-ray evaluate` may lack what only groups its pairs
         _check_grouping(grouping, present)
-    root = data.image_root
-    if root is not None and not is_remote(root) and not Path(root).is_dir():
-        raise UserError("no such folder", field="data.image_root", value=root, fix="give an existing folder or a URI")
+    check_image_root(data.image_root, "data.image_root")
     shards = tuple(shard for source in sources for shard in source.shards)
     order = Order(
         shard_rows=tuple(shard.num_rows for shard in shards),
         seed=data.shuffle_seed,
-        window_rows=data.shuffle_window or _window_rows(shards),
+        window_rows=data.shuffle_window or rows_of_window(shards),
         shard_source=tuple(number for number, source in enumerate(sources) for _ in source.shards),
         weights=tuple(source.weight for source in sources),
     )
@@ -128,7 +126,7 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
         first_sample=0,
         end_sample=order.num_rows,
         columns=data.columns,
-        image_root=root,
+        image_root=data.image_root,
         max_frames=data.max_frames,
         other_image=recipe.other_image,
         grouping=grouping,
@@ -148,7 +146,13 @@ def _check_grouping(grouping: Grouping, present: Iterable[str]) -> None:
             )
 
 
-def _window_rows(shards: tuple[Shard, ...]) -> int:
+def check_image_root(root: str | None, field: str) -> None:
+    """Raise UserError if a folder of images on this machine does not exist."""
+    if root is not None and not is_remote(root) and not Path(root).is_dir():
+        raise UserError("no such folder", field=field, value=root, fix="give an existing folder or a URI")
+
+
+def rows_of_window(shards: tuple[Shard, ...]) -> int:
     """Return the number of rows in a window, limited by the size of the rows in the largest shard."""
     largest = max((shard.num_bytes / max(1, shard.num_rows) for shard in shards), default=0)
     fitting = int(WINDOW_BYTES / max(largest, 1))

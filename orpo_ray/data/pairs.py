@@ -10,7 +10,7 @@ import binascii
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from orpo_ray.errors import RowError, preview
@@ -95,20 +95,38 @@ def make_pair(
     """
     if not chosen.strip() or not rejected.strip():
         raise RowError("empty_response", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
-    _check_size(prompt, chosen, rejected)
-    images = images or [part["image"] for message in prompt for part in message["content"] if "image" in part]
+    paths = [image["path"] or "" for image in rejected_images or ()]
+    videos = [part["video"] for message in prompt for part in message["content"] if "video" in part]
+    images, prompt = check_prompt(images, prompt, row_id, chosen, rejected, *paths)
     if rejected_images == images:
         rejected_images = None
     if chosen == rejected and rejected_images is None:
         raise RowError("identical_responses", f"chosen and rejected are equal: {chosen[:80]!r}")
     if rejected_images is not None and len(rejected_images) != len(images):
         raise RowError("image_count_mismatch", f"{len(rejected_images)} rejected image(s) for {len(images)} image(s)")
+    return PreferencePair(row_id, images, prompt, chosen, rejected, source, rejected_images, videos=videos)
+
+
+def check_prompt(images: list[Image], prompt: list[Message], *texts: str) -> tuple[list[Image], list[Message]]:
+    """Check the images and the prompt of a row, and give the prompt a placeholder for each image.
+
+    Args:
+        images: images in the row's own column; if empty, the images inside the prompt's messages are used.
+        prompt: messages before the answer.
+        texts: the other texts of the row.
+
+    Returns:
+        The images, and the prompt with placeholders only.
+
+    Raises:
+        RowError: no model can take the row.
+    """
+    _check_size(prompt, *texts)
+    images = images or [part["image"] for message in prompt for part in message["content"] if "image" in part]
     _check_prompt_not_empty(prompt)
-    videos = [part["video"] for message in prompt for part in message["content"] if "video" in part]
     prompt = _place_images(_without_media(prompt), len(images))
-    pair = PreferencePair(row_id, images, prompt, chosen, rejected, source, rejected_images)
-    check_encodable(pair)
-    return replace(pair, videos=videos) if videos else pair
+    check_encodable(prompt, *texts, *(image["path"] or "" for image in images))
+    return images, prompt
 
 
 def row_images(row: Mapping[str, Any], names: tuple[str, ...] = ("images", "image")) -> list[Image]:
@@ -376,13 +394,10 @@ def _check_prompt_not_empty(prompt: list[Message]) -> None:
         raise RowError("empty_prompt", "the prompt is empty")
 
 
-def check_encodable(pair: PreferencePair) -> None:
+def check_encodable(prompt: list[Message], *texts: str) -> None:
     """Raise RowError for lone surrogates, which JSON can contain, but tokenizers and files cannot encode."""
-    frames = [frame for video in pair.videos if isinstance(video, list) for frame in video]
-    paths = [image["path"] or "" for image in (*pair.images, *(pair.rejected_images or []), *frames)]
-    paths += [video for video in pair.videos if isinstance(video, str)]
     try:
-        json.dumps(pair.prompt, ensure_ascii=False).encode()
-        "".join((pair.id, pair.chosen, pair.rejected, *paths)).encode()
+        json.dumps(prompt, ensure_ascii=False).encode()
+        "".join(texts).encode()
     except UnicodeEncodeError as error:
         raise RowError("malformed_row", f"a text contains a lone surrogate: {error}") from None

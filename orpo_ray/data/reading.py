@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from orpo_ray.config.field_types import OtherImage
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
 from orpo_ray.data.formats import get_row_id, to_pair
 from orpo_ray.data.groups import Grouping
+from orpo_ray.data.json_rows import Row
 from orpo_ray.data.order import Order
 from orpo_ray.data.other_images import FROM_THE_WINDOW, WindowPairs, exchange_images, with_other_images
 from orpo_ray.data.pairs import Message, OtherImages, PreferencePair
@@ -29,6 +30,7 @@ from orpo_ray.data.videos import with_frames
 from orpo_ray.errors import RowError
 from orpo_ray.storage.files import image_folder
 
+T = TypeVar("T")
 # Size of a task batch, which one encoding task takes. A pair with a large photograph costs about 150 ms and 10 MB of
 # pixels, one with a thumbnail 1 ms, and between two tasks a process idles for 100 ms or more.
 ROWS_PER_TASK_BATCH = 128
@@ -156,24 +158,49 @@ def read_pairs(
     spec: ReadSpec, shard: int, rows: np.ndarray, reader: ShardReader | None = None
 ) -> list[PreferencePair | BadRow]:
     """Read rows of a shard. A row that cannot be a pair comes as a `BadRow` without a sample index."""
-    there, format_name = spec.shards[shard], spec.format_names[shard]
-    folder_of_images = image_folder(spec.root_of(there))
-    pairs: list[PreferencePair | BadRow] = []
-    take = (reader or ShardReader()).open(there)
+    format_name = spec.format_names[shard]
+    folder_of_images = image_folder(spec.root_of(spec.shards[shard]))
+
+    def convert(raw: Row, where: str) -> PreferencePair:
+        pair = to_pair(raw, format_name, spec.columns, fallback_id=where)
+        pair = with_frames(pair, spec.max_frames, folder_of_images)
+        language = spec.grouping.language_of(raw, pair.prompt, pair.chosen)
+        return replace(pair, source=where, language=language, domain=spec.grouping.domain_of(raw))
+
+    return convert_rows(spec.shards[shard], rows, convert, spec.columns, reader or ShardReader())
+
+
+def convert_rows(
+    shard: Shard,
+    rows: np.ndarray,
+    convert: Callable[[Row, str], T],
+    columns: Mapping[str, str],
+    reader: ShardReader,
+) -> list[T | BadRow]:
+    """Read rows of a shard, and convert each.
+
+    Args:
+        shard: the shard.
+        rows: indices in the shard.
+        convert: takes a raw row, and the file and position of it. Raises RowError if the row cannot be used.
+        columns: columns to rename, for the id of a bad row.
+        reader: keeps the shard for the next call.
+
+    Returns:
+        What `convert` made of each row, or a `BadRow` without a sample index.
+    """
+    found: list[T | BadRow] = []
+    take = reader.open(shard)
     for row, raw in zip(rows.tolist(), take(rows.tolist()), strict=True):
-        where = there.describe(row)
+        where = shard.describe(row)
         try:
             if isinstance(raw, RowError):
                 raise raw
-            pair = with_frames(
-                to_pair(raw, format_name, spec.columns, fallback_id=where), spec.max_frames, folder_of_images
-            )
-            language = spec.grouping.language_of(raw, pair.prompt, pair.chosen)
-            pairs.append(replace(pair, source=where, language=language, domain=spec.grouping.domain_of(raw)))
+            found.append(convert(raw, where))
         except RowError as error:
-            row_id = where if isinstance(raw, RowError) else get_row_id(raw, spec.columns, where)
-            pairs.append(BadRow.of(error, NO_SAMPLE, _writable(row_id), where))
-    return pairs
+            row_id = where if isinstance(raw, RowError) else get_row_id(raw, columns, where)
+            found.append(BadRow.of(error, NO_SAMPLE, _writable(row_id), where))
+    return found
 
 
 def _writable(text: str) -> str:

@@ -84,9 +84,9 @@ def with_videos(pair: PreferencePair, videos: list[Video], inline: bool) -> Pref
     elif placed != len(videos):
         problem = f"the prompt has {placed} video placeholder(s), but the row has {len(videos)} video(s)"
         raise RowError("video_count_mismatch", problem)
-    found = replace(pair, prompt=prompt, videos=videos)
-    check_encodable(found)
-    return found
+    frames = [frame["path"] or "" for video in videos if isinstance(video, list) for frame in video]
+    check_encodable(prompt, *frames, *(video for video in videos if isinstance(video, str)))
+    return replace(pair, prompt=prompt, videos=videos)
 
 
 def with_frames(pair: PreferencePair, max_frames: int, root: Path | FrameFolder | None) -> PreferencePair:

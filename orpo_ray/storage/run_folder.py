@@ -38,6 +38,8 @@ SWEEP_FILE = "sweep.json"  # what every trial was given and reached, from which 
 SWEEP_PAGE = "sweep.html"
 TRIALS_TABLE = "trials.csv"
 OPTUNA_FILE = "optuna.journal"
+# Of `orpo-ray iterate`: what each round made and reached.
+ROUNDS_FILE = "rounds.json"
 # Report of `orpo-ray data check`, which `orpo-ray plan` reads.
 DATA_CHECK_FILE = "data_check.json"
 # Of a model folder and of an adapter folder, the file that is written last: if it exists, the folder is complete.
@@ -108,6 +110,15 @@ class RunFolder:
         for name in names:
             if self.is_remote and (self.path / name).exists():
                 self._upload(self.path / name, self._path_in_store(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file: readers see it whole, or what was there before. Raises OSError."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        scratch.write_bytes(data)
+        scratch.replace(path)
+        self.push(name)
 
     def list_folders(self) -> list[str]:
         """Return the names of the folders in the run folder."""

@@ -126,8 +126,19 @@ def _dataset(
         # Ray's AutoscalingCoordinator keeps the room of a pipeline that was killed for three minutes, and gives a new
         # pipeline less than an encoder needs. A pipeline with the id of the killed one has its room at once.
         dataset._set_uuid(read.pipeline)
+    dataset.context.target_max_block_size = 1  # one row is one block
+    quiet(dataset, ordered)
+    return dataset
+
+
+def quiet(dataset: ray.data.Dataset, ordered: bool) -> None:
+    """Let a pipeline print nothing, and raise the errors of its tasks as they were there.
+
+    Args:
+        dataset: the pipeline.
+        ordered: whether its results come in the order of its inputs.
+    """
     context = dataset.context
-    context.target_max_block_size = 1  # one row is one block
     context.execution_options.preserve_order = ordered
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -136,7 +147,6 @@ def _dataset(
     # If a command reads in its own process, Ray Data's lines would be mixed with the command's output. The error of a
     # task, which it logs with a traceback, is raised too.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    return dataset
 
 
 def one_block(rows: pa.StructArray) -> pa.Table:

@@ -217,7 +217,7 @@ def _differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the fields in which two sweeps differ, other than those that do not change its trials."""
     found = []
     for section, values in now.items():
-        if section in ("scaling", "checkpoint", "tracking"):
+        if section in ("scaling", "checkpoint", "tracking", "synthesize"):
             continue
         before = saved.get(section)
         if not isinstance(values, dict) or not isinstance(before, dict):

@@ -10,7 +10,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 
 # A resumed run may change these: they decide how it runs, not what it computes.
-MAY_CHANGE = ("scaling", "checkpoint", "tracking", "eval", "tune", "model.vision_cache")
+MAY_CHANGE = ("scaling", "checkpoint", "tracking", "eval", "tune", "synthesize", "model.vision_cache")
 
 
 def pinned(recipe: Recipe, saved: Recipe | None) -> Recipe:

@@ -17,6 +17,8 @@ from orpo_ray.evaluation.evaluate_run import Evaluation as Scored
 from orpo_ray.evaluation.summary import summarize
 from orpo_ray.exporting.export import Exported
 from orpo_ray.sweep.outcome import Sweep
+from orpo_ray.synthesis.outcome import Synthesized
+from orpo_ray.synthesis.rounds import Rounds
 from support.paths import ROOT
 from support.planted_runs import planted_run
 from support.planted_scores import planted
@@ -28,7 +30,7 @@ def test_import_is_light_and_functions_come_when_asked_for() -> None:
     code = (
         "import sys, orpo_ray\n"
         "heavy = {'torch', 'ray', 'numpy', 'pydantic', 'rich'} & set(sys.modules)\nassert not heavy, heavy\n"
-        "from orpo_ray import Recipe, check_data, evaluate, export, plan, train, tune\n"
+        "from orpo_ray import Recipe, check_data, evaluate, export, iterate, plan, synthesize, train, tune\n"
         "import orpo_ray.exporting.export\n"
         "from orpo_ray import export as again\nassert again is export and callable(export)\n"
         "heavy = {'ray', 'deepspeed'} & {name for name in sys.modules if name != 'ray'}\nassert not heavy, heavy\n"
@@ -84,6 +86,8 @@ def test_the_page_about_python_names_what_there_is() -> None:
     functions = set(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE))
     assert functions == set(orpo_ray.__all__) - {"Recipe", "__version__"}
     for name, attributes in re.findall(r"`(\w+)`: ((?:`[\w()]+`(?:, )?)+)", page):
-        kind = getattr(api, name, None) or {"Sweep": Sweep, "Exported": Exported}[name]
+        kind = (
+            getattr(api, name, None) or {each.__name__: each for each in (Sweep, Exported, Synthesized, Rounds)}[name]
+        )
         for attribute in re.findall(r"\w+", attributes):
             assert attribute in kind.__dataclass_fields__ or hasattr(kind, attribute), (name, attribute)

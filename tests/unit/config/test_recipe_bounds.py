@@ -140,6 +140,7 @@ def test_what_a_run_writes_to_its_folder_is_reserved() -> None:
         run_folder.SWEEP_PAGE,
         run_folder.TRIALS_TABLE,
         run_folder.OPTUNA_FILE,
+        run_folder.ROUNDS_FILE,
         lease.LEASE_FILE,
     )
     assert {

@@ -81,6 +81,8 @@ def test_every_command_is_in_the_reference(site: Path) -> None:
         "plan",
         "schema",
         "data-check",
+        "data-synthesize",
+        "iterate",
     ):
         assert re.search(rf'id="?{command}\b', page)
 

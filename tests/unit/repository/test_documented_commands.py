@@ -14,7 +14,7 @@ from support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
 BLOCK = re.compile(r"^ *```(\w+)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-WITH_RECIPE = ("train", "tune", "plan", "submit", "data check", "data prepare")
+WITH_RECIPE = ("train", "tune", "iterate", "plan", "submit", "data check", "data prepare", "data synthesize")
 OTHERS = ("chat", "evaluate", "export", "report", "runs", "init", "convert", "schema", "doctor")
 
 

@@ -1,0 +1,291 @@
+"""`orpo-ray data synthesize` on a real Ray: the same set for any number of workers and after kills, and training."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.data.from_recipe import all_data
+from orpo_ray.data.shards import ShardReader
+from orpo_ray.errors import UserError
+from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.synthesis.ahead import draw_ahead
+from orpo_ray.synthesis.distribute import PartFailed
+from orpo_ray.synthesis.engines.vllm_engine import OWN
+from orpo_ray.synthesis.part import Job, PartMaker
+from orpo_ray.synthesis.part_files import read_facts
+from orpo_ray.synthesis.run import synthesize
+from orpo_ray.synthesis.source import source_rows
+from orpo_ray.training.launch import launch_training
+from support.chat_servers import answers_of, serving, text_of
+from support.commands import on_this_cluster, orpo_ray_here
+from support.runs import wait_until
+from support.synthesis import lines_of, pairs_of, set_of, synthesis_recipe, write_questions
+from support.tiny_runs import losses, tiny_recipe, write_pairs
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+QUIET = Console(file=io.StringIO())
+
+
+def say_a_color(body: dict[str, Any]) -> str:
+    """A candidate that depends on the seed alone, so that it is the same whenever it is asked for."""
+    return ("red", "blue", "circle")[body["seed"] % 3]
+
+
+def served_recipe(storage: Path, name: str, source: Path, url: str, **fields: Any) -> Recipe:
+    served = {"engine": "server", "server": {"url": url, "model": "m"}, "label": "reference", "candidates": 6}
+    return synthesis_recipe(storage, name, source, **(served | fields))
+
+
+def test_a_set_for_training_with_every_row_accounted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    path = write_questions(tmp_path / "rows", 48)
+    held_out = write_pairs(tmp_path / "held", 3)  # of the same images
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:20], "{", *lines[20:]]) + "\n")
+    with serving(say_a_color) as server:
+        recipe = served_recipe(tmp_path / "runs", "made", path, server.url, min_margin=0.9)
+        recipe = Recipe.model_validate(recipe.model_dump(mode="json") | {
+            "data": {"train": {str(path): 1.0}, "eval": {str(held_out): 1.0}, "max_length": 128},
+        })  # fmt: skip
+        made = synthesize(recipe, QUIET)
+        again = synthesize(recipe, QUIET)
+    folder = tmp_path / "runs" / "made"
+    assert again.was_finished
+    assert again.as_json() == made.as_json()
+    results = lines_of(folder)
+    assert len(results) == made.rows == 49
+    outcomes = [line["outcome"] for line in results]
+    assert made.pairs + sum(made.thrown_away.values()) + len(made.bad) == 49
+    assert made.pairs == outcomes.count("pair") == len(pairs_of(folder)) > 5
+    images = {json.loads(line)["image"] for line in lines[:3]}
+    assert made.thrown_away["held_out"] == outcomes.count("held_out") >= len(images)
+    assert outcomes.count("malformed_row") == 1
+    assert [row["reason"] for row in map(json.loads, (folder / "bad_rows.jsonl").read_text().splitlines())] == [
+        "malformed_row"
+    ]
+    answers = {json.loads(line)["id"]: json.loads(line)["answer"] for line in lines}
+    for row in pairs_of(folder):
+        assert row["chosen"] == answers[row["id"]] != row["rejected"]
+        assert (row["chosen_score"], row["rejected_score"], row["chosen_origin"]) == (1.0, 0.0, "model")
+        assert row["images"][0]["bytes"][:4] == b"\x89PNG"
+    manifest = json.loads((folder / "data" / "manifest.json").read_text())
+    assert manifest["splits"]["train"]["rows"] == made.pairs
+    assert sum(manifest["splits"]["train"]["shards"].values()) == made.pairs
+    assert manifest["synthesis"]["thrown_away"] == made.thrown_away
+    assert manifest["synthesis"]["thrown_away_fraction"] == pytest.approx(sum(made.thrown_away.values()) / 48)
+    assert manifest["synthesis"]["synthesize.seed"] == 0
+    # `train` reads the set like any other.
+    trained = tiny_recipe(tmp_path / "runs", "trained", data={"train": made.uri}, optim={"max_steps": 3})
+    assert all_data(trained)[0].order.num_rows == made.pairs
+    launch_training(trained, QUIET)
+    assert len(losses(tmp_path / "runs" / "trained")) == 3
+    with pytest.raises(UserError, match=r"another synthetic set; the two differ in data\.eval, synthesize\.seed"):
+        synthesize(served_recipe(tmp_path / "runs", "made", path, server.url, min_margin=0.9, seed=1), QUIET)
+
+
+def test_the_set_is_the_same_for_one_and_two_workers_and_after_a_loss_of_parts(tmp_path: Path) -> None:
+    """With a model of its own: candidates are drawn and scored in the workers' processes."""
+    path = write_questions(tmp_path / "rows", 30)
+
+    def recipe(name: str, workers: int) -> Recipe:
+        fields = {"label": "grounding", "include_answer": True, "other_images": 3, "num_workers": workers}
+        return synthesis_recipe(tmp_path / "runs", name, path, model=str(ending_model(tmp_path)), **fields)
+
+    one = synthesize(recipe("one", 1), QUIET)
+    two = synthesize(recipe("two", 2), QUIET)
+    sets = [set_of(tmp_path / "runs" / name) for name in ("one", "two")]
+    assert one.pairs > 10
+    assert one.as_json() | {"uri": ""} == two.as_json() | {"uri": ""}
+    assert sets[0] == sets[1]
+    folder = tmp_path / "runs" / "two"
+    for lost in ("manifest.json", "train/00001.parquet", "candidates/00001.jsonl"):
+        (folder / "data" / lost).unlink()
+    synthesize(recipe("two", 1), QUIET)
+    assert set_of(folder) == sets[0]
+    (folder / "data" / "synthesis.json").unlink()
+    with pytest.raises(UserError, match="holds pairs of `data prepare`"):
+        synthesize(recipe("two", 1), QUIET)
+
+
+def ending_model(folder: Path) -> Path:
+    """A tiny model of random weights that ends its answers: each third token is an end."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from orpo_ray.tiny_models.build import resolve
+
+    target = folder / "ending"
+    if not target.is_dir():
+        source = resolve("orpo-ray/tiny-smolvlm")
+        model = AutoModelForImageTextToText.from_pretrained(source)
+        model.generation_config.eos_token_id = list(range(0, model.config.get_text_config().vocab_size, 3))
+        model.save_pretrained(target)
+        AutoProcessor.from_pretrained(source).save_pretrained(target)
+    return target
+
+
+def test_a_killed_command_goes_on_to_the_same_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL to the driver while the server holds back an answer of a later part."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    path = write_questions(tmp_path / "rows", 50)
+    asked: list[int] = []
+    released = False
+
+    def reply(body: dict[str, Any]) -> str:
+        asked.append(body["seed"])
+        wait_until(lambda: released or len(asked) < 150, "the kill", 60)
+        return say_a_color(body)
+
+    with serving(reply) as server:
+        recipe = served_recipe(tmp_path / "runs", "killed", path, server.url, num_workers=1)
+        (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+        command = [sys.executable, "-m", "orpo_ray", "data", "synthesize", str(tmp_path / "recipe.yaml")]
+        process = subprocess.Popen(command, env=on_this_cluster(), stderr=subprocess.DEVNULL)
+        folder = RunFolder(recipe.run_uri)
+        try:
+            wait_until(lambda: len(asked) >= 150, "a third part", 240)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            released = True
+        done = [part for part in range(5) if read_facts(folder, part) is not None]
+        assert 0 < len(done) < 5
+        assert not folder.has("data/manifest.json")
+        before = {part: os.stat(folder.path / f"data/train/{part:05d}.parquet").st_mtime_ns for part in done}
+        synthesize(recipe, QUIET)
+        after = {part: os.stat(folder.path / f"data/train/{part:05d}.parquet").st_mtime_ns for part in done}
+        assert after == before, "complete parts are not made again"
+        uninterrupted = served_recipe(tmp_path / "runs", "whole", path, server.url)
+        synthesize(uninterrupted, QUIET)
+    assert set_of(folder.path) == set_of(tmp_path / "runs" / "whole")
+
+
+def test_one_server_gives_candidates_and_judges_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    path = write_questions(tmp_path / "rows", 20)
+
+    def reply(body: dict[str, Any]) -> str:
+        if "Answer A: " not in text_of(body):
+            return say_a_color(body)
+        first, second = answers_of(body)
+        return "A" if first > second else "B"  # red before circle before blue
+
+    with serving(reply) as server:
+        (tmp_path / "recipe.yaml").write_text(served_recipe(tmp_path / "runs", "judged", path, server.url).to_yaml())
+        judge = f"{{url: '{server.url}', model: m}}"
+        fields = ["synthesize.label=judge", f"synthesize.judge={judge}"]
+        ran = orpo_ray_here("data", "synthesize", str(tmp_path / "recipe.yaml"), *fields, "--json")
+    assert ran.returncode == 0, ran.stderr
+    made = json.loads(ran.stdout)
+    assert made["pairs"] == len(pairs_of(tmp_path / "runs" / "judged")) > 10
+    assert {row["chosen"] for row in pairs_of(tmp_path / "runs" / "judged")} == {"red", "circle"}
+    assert all(row["chosen"] > row["rejected"] for row in pairs_of(tmp_path / "runs" / "judged"))
+    assert f"data.train={made['uri']}" in ran.stderr
+    shutil.rmtree(tmp_path / "runs")
+    with serving(reply) as server:
+        server.statuses = [401] * 99
+        failed = orpo_ray_here(
+            "data", "synthesize", str(tmp_path / "recipe.yaml"), f"synthesize.server.url={server.url}"
+        )
+    assert failed.returncode == 2
+    assert "synthesize.server.url: the server does not answer: status 401" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_answers_drawn_ahead_come_in_any_order_and_make_the_same_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of vLLM's answers, with the processor of `ray.data.llm` that asks a server instead."""
+    from ray.data.llm import HttpRequestProcessorConfig, build_processor
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    path = write_questions(tmp_path / "rows", 30)
+    with serving(say_a_color) as server:
+
+        def request(row: dict[str, Any]) -> dict[str, Any]:
+            message = {"role": "user", "content": [{"type": "text", "text": row["prompt"]}]}
+            own = {name: row[name] for name in OWN}
+            return own | {"payload": {"seed": row["seed"], "max_tokens": 3, "messages": [message]}}
+
+        def answer(row: dict[str, Any]) -> dict[str, Any]:
+            text = row["http_response"]["choices"][0]["message"]["content"]
+            return {name: row[name] for name in OWN} | {"text": text, "finished": True}
+
+        config = HttpRequestProcessorConfig(url=f"{server.url}/chat/completions", batch_size=4, concurrency=1)
+        drawn = served_recipe(tmp_path / "runs", "drawn", path, server.url)
+        synthesize(drawn, QUIET)
+        ahead = served_recipe(tmp_path / "runs", "ahead", path, server.url, engine="vllm")
+        folder, job = RunFolder(ahead.run_uri), Job(ahead.model_dump(mode="json"), source_rows(ahead), frozenset())
+        folder.make()
+        for parts in ([1], [0, 1, 2]):  # as if interrupted after the first
+            draw_ahead(folder, job, parts, build_processor(config, preprocess=request, postprocess=answer))
+        asked = len(server.seen)
+        made = [PartMaker(job).make(part) for part in range(3)]
+    assert len(server.seen) == asked == 2 * 30 * 6, "each answer was asked for once"
+    assert sum(part.pairs for part in made) > 5
+    for kind in ("train", "candidates"):
+        files = [sorted((tmp_path / "runs" / name / "data" / kind).iterdir()) for name in ("drawn", "ahead")]
+        assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+
+
+def test_rounds_synthesize_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds; a lost training of the second is made again, and nothing else."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    path, held_out = write_questions(tmp_path / "rows", 30), write_pairs(tmp_path / "held", 12, "test")
+    with serving(say_a_color) as server:
+        recipe = served_recipe(tmp_path / "runs", "rounds", path, server.url, rounds=2, max_rows=20)
+        raw = recipe.model_dump(mode="json")
+        raw["data"]["eval"], raw["optim"]["max_steps"] = {str(held_out): 1.0}, 2
+        (tmp_path / "recipe.yaml").write_text(Recipe.model_validate(raw).to_yaml())
+        ran = orpo_ray_here("iterate", str(tmp_path / "recipe.yaml"), "--json")
+        assert ran.returncode == 0, ran.stderr
+        folder, asked = tmp_path / "runs" / "rounds", len(server.seen)
+        table = (folder / "rounds.json").read_bytes()
+        (folder / "rounds.json").unlink()
+        shutil.rmtree(folder / "round-2" / "final")
+        again = orpo_ray_here("iterate", str(tmp_path / "recipe.yaml"), "--json")
+    assert again.returncode == 0, again.stderr
+    assert len(server.seen) == asked, "the pairs of both rounds are kept"
+    assert (folder / "rounds.json").read_bytes() == table
+    found = json.loads(ran.stdout)
+    assert found == json.loads(again.stdout) == json.loads(table)
+    assert [each["round"] for each in found["rounds"]] == [1, 2]
+    assert all(each["accuracy"]["pairs"] == 12 for each in found["rounds"])
+    assert "change: against the start" in ran.stderr
+    assert (folder / "report.html").is_file()
+    # Each round trains the model of the round before, on pairs of its own.
+    second = yaml.safe_load((folder / "round-2" / "recipe.yaml").read_text())
+    assert second["model"]["id"] == str(folder / "round-1" / "final")
+    assert list(second["data"]["train"]) == [str(folder / "round-2" / "data" / "train")]
+    ids = [{row["id"] for row in pairs_of(folder / f"round-{number}")} for number in (1, 2)]
+    assert ids[0] != ids[1]
+
+
+def test_a_part_that_ends_its_worker_each_time_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of lost workers are made again, but not without end; what is complete stays."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    path = write_questions(tmp_path / "rows", 30)
+    with serving(say_a_color) as server:
+        recipe = served_recipe(tmp_path / "runs", "deadly", path, server.url, num_workers=1)
+        second = source_rows(recipe.with_absolute_paths()).read(1, ShardReader())[0]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        deadly = [row | ({"question": "die"} if row["id"] == second.id else {}) for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in deadly))
+        raw = recipe.model_dump(mode="json")
+        raw["synthesize"]["format"], raw["scaling"]["max_failures"] = "support.dying_rows:dying_question", 1
+        with pytest.raises(PartFailed, match=r"part 1 ended its worker 2 times(.|\n)*rows_per_part"):
+            synthesize(Recipe.model_validate(raw), QUIET)
+    assert read_facts(RunFolder(recipe.run_uri), 1) is None
