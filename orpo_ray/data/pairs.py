@@ -9,7 +9,7 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,7 @@ def make_pair(
         raise RowError("empty_response", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
     paths = [image["path"] or "" for image in rejected_images or ()]
     videos = [part["video"] for message in prompt for part in message["content"] if "video" in part]
-    images, prompt = check_prompt(images, prompt, row_id, chosen, rejected, *paths)
+    images, prompt = check_prompt(images, prompt, (chosen, rejected), (row_id, *paths))
     if rejected_images == images:
         rejected_images = None
     if chosen == rejected and rejected_images is None:
@@ -107,13 +107,16 @@ def make_pair(
     return PreferencePair(row_id, images, prompt, chosen, rejected, source, rejected_images, videos=videos)
 
 
-def check_prompt(images: list[Image], prompt: list[Message], *texts: str) -> tuple[list[Image], list[Message]]:
+def check_prompt(
+    images: list[Image], prompt: list[Message], answers: Sequence[str], names: Sequence[str]
+) -> tuple[list[Image], list[Message]]:
     """Check the images and the prompt of a row, and give the prompt a placeholder for each image.
 
     Args:
         images: images in the row's own column; if empty, the images inside the prompt's messages are used.
         prompt: messages before the answer.
-        texts: the other texts of the row.
+        answers: the answers of the row, which count for its size.
+        names: its id and paths.
 
     Returns:
         The images, and the prompt with placeholders only.
@@ -121,11 +124,11 @@ def check_prompt(images: list[Image], prompt: list[Message], *texts: str) -> tup
     Raises:
         RowError: no model can take the row.
     """
-    _check_size(prompt, *texts)
+    _check_size(prompt, *answers)
     images = images or [part["image"] for message in prompt for part in message["content"] if "image" in part]
     _check_prompt_not_empty(prompt)
     prompt = _place_images(_without_media(prompt), len(images))
-    check_encodable(prompt, *texts, *(image["path"] or "" for image in images))
+    check_encodable(prompt, *answers, *names, *(image["path"] or "" for image in images))
     return images, prompt
 
 

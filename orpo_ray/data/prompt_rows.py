@@ -106,20 +106,29 @@ def to_prompt_row(row: Row, format_name: str, renames: Mapping[str, str], fallba
     """
     if format_name.startswith(_PAIR):
         pair = to_pair(row, format_name.removeprefix(_PAIR), renames, fallback_id)
-        if pair.videos:
-            raise RowError("unsupported_media", "the row has a video; only images are supported here")
+        _refuse_videos(row, pair.prompt)
         return PromptRow(pair.id, pair.images, pair.prompt, pair.chosen, pair.source)
     row = renamed(row, renames)
     if ":" in format_name:
         return _adapted(row, format_name, fallback_id)
-    refuse_unread(row, "tools", "videos", "video")
+    refuse_unread(row, "tools")
     try:
         prompt, answer = _LAYOUTS[format_name].read(row)
         row_id = get_row_id(row, {}, fallback_id)
-        images, prompt = check_prompt(row_images(row), with_system(prompt, row.get("system")), row_id, answer or "")
+        _refuse_videos(row, prompt)
+        images, prompt = check_prompt(row_images(row), with_system(prompt, row.get("system")), [answer or ""], [row_id])
         return PromptRow(row_id, images, prompt, answer if answer and answer.strip() else None, fallback_id)
     except RecursionError:
         raise RowError("malformed_row", "the values are nested too deeply") from None
+
+
+def _refuse_videos(row: Row, prompt: list[Message]) -> None:
+    if (
+        row.get("videos")
+        or row.get("video")
+        or any(part["type"] == "video" for turn in prompt for part in turn["content"])
+    ):
+        raise RowError("unsupported_media", "the row has a video; only images are supported here")
 
 
 def _adapted(row: dict[str, Any], name: str, fallback_id: str) -> PromptRow:

@@ -67,6 +67,11 @@ def test_a_row_of_pairs_gives_its_chosen_answer() -> None:
         ({"image": IMAGE, "prompt": "?", "answer": "\ud800"}, "malformed_row"),
         ({"image": IMAGE, "prompt": "?", "tools": "[1]"}, "unread_column"),
         ({"prompt": "?", "videos": ["a.mp4"]}, "unsupported_media"),
+        ({"prompt": "?", "chosen": "a", "rejected": "b", "videos": [["1.png"]]}, "unsupported_media"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]},
+            "unsupported_media",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used(row: dict[str, Any], reason: str) -> None:
