@@ -14,6 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
+from orpo_ray.data.branches import Branch
+
 PIXELS = "pixel_values"
 # Tensors whose names begin with this stay in main memory: reading numbers back from a device would wait for it.
 ON_HOST = "on_host."
@@ -28,8 +30,8 @@ class TokenRows:
     """int64 [rows, T], as `PairBatch.input_ids`."""
     is_image: np.ndarray
     """bool [rows, T]: image placeholders."""
-    spans: Sequence[tuple[int, int, int, int]] = ()
-    """`PairBatch.spans`: start, chosen, rejected and end of each pair in a packed row."""
+    branches: Sequence[Branch] = ()
+    """`PairBatch.branches`, of a packed row."""
 
     @property
     def width(self) -> int:

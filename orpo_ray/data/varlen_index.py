@@ -1,6 +1,6 @@
 """The sequences of a packed row as variable-length attention kernels take them, made while the batch is built.
 
-Legend: T tokens of the row; P tokens of a pair's prompt.
+Legend: T tokens of the row; C tokens of a branch's context.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from orpo_ray.data.spans import PairSpan
+from orpo_ray.data.branches import Branch
 from orpo_ray.data.transfer import to_device
 
 
@@ -21,7 +21,7 @@ class VarlenIndex:
     """The sequences of a row, for kernels that take sequences of different lengths."""
 
     keys: torch.Tensor
-    """int64 [T + sum of P]: indices into the row, with each prompt repeated before its rejected answer."""
+    """int64 [T + sum of C]: indices into the row, with the context of each branch repeated before its own tokens."""
     cu_queries: torch.Tensor
     """int32 [sequences + 1]: where the queries of each sequence begin in the row."""
     cu_keys: torch.Tensor
@@ -32,17 +32,10 @@ class VarlenIndex:
     """Most keys of a sequence, in tokens."""
 
     @classmethod
-    def of(cls, spans: Sequence[PairSpan]) -> VarlenIndex:
-        """Make the index from the positions of the pairs in the row."""
-        keys: list[np.ndarray] = []
-        queries: list[int] = []
-        for span in spans:
-            prompt = np.arange(span.start, span.chosen)
-            keys.append(np.arange(span.start, span.rejected))
-            queries.append(span.rejected - span.start)
-            if not span.is_single:
-                keys.append(np.concatenate([prompt, np.arange(span.rejected, span.end)]))
-                queries.append(span.end - span.rejected)
+    def of(cls, branches: Sequence[Branch]) -> VarlenIndex:
+        """Make the index from the branches of the row."""
+        keys = [np.concatenate([np.arange(*each) for each in branch.ranges]) for branch in branches]
+        queries = [branch.end - branch.start for branch in branches]
 
         def starts(lengths: Sequence[int]) -> torch.Tensor:
             return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)

@@ -116,11 +116,14 @@ def read_tokens(folder: RunFolder) -> tuple[str, dict[int, dict[str, Tokens]]]:
 def _tokens_of(model: PairModel, batch: PairBatch, pair: EncodedPair, tokenizer: Any) -> dict[str, Tokens]:
     assert model.token_logps is not None
     logps, response = model.token_logps.float().cpu(), batch.target_in_response.cpu()
-    answers = batch.target_answer.cpu()
-    sides = {"chosen": (0, pair.chosen_ids), "rejected": (batch.num_pairs, pair.rejected_ids)}
+    sums = batch.target_sum.cpu()
+    sides = {
+        "chosen": (batch.pairs.chosen[0], pair.chosen_ids),
+        "rejected": (batch.pairs.rejected[0], pair.rejected_ids),
+    }
     return {
-        side: list(zip(pieces(ids.tolist(), tokenizer), logps[response & (answers == number)].tolist(), strict=True))
-        for side, (number, ids) in sides.items()
+        side: list(zip(pieces(ids.tolist(), tokenizer), logps[response & (sums == int(own))].tolist(), strict=True))
+        for side, (own, ids) in sides.items()
     }
 
 

@@ -28,14 +28,15 @@ def rope_positions(rows: TokenRows, grids: np.ndarray, merge: int) -> np.ndarray
     """
     # The rows of rejected answers may have the images of the chosen ones, which are stored once.
     sizes = cycle((grids // [1, merge, merge]).tolist())
-    if not rows.spans:
+    if not rows.branches:
         return np.stack([_sequence(each, sizes) for each in rows.is_image], axis=1)
-    parts = []
-    for start, chosen, rejected, end in rows.spans:
-        own = _sequence(rows.is_image[0, start:rejected], sizes)
-        after_prompt = own[:, chosen - start, None]  # the first token of an answer has one position on all axes
-        parts += [own, after_prompt + np.arange(end - rejected)]
-    return np.concatenate(parts, axis=1)[:, None]
+    positions = np.empty((3, rows.width), np.int64)
+    for branch in rows.branches:
+        own = _sequence(rows.is_image[0, branch.start : branch.end], sizes)
+        if branch.context:  # what continues it is at the position of this branch, one position on all axes
+            own += positions[:, branch.context[-1][1], None]
+        positions[:, branch.start : branch.end] = own
+    return positions[:, None]
 
 
 def _sequence(is_image: np.ndarray, sizes: Iterator[Sequence[int]]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Attention over packed rows: each answer sees its prompt and itself, and no pair sees another.
+"""Attention over packed rows: each answer sees its prompt and itself, and no answer sees another.
 
 Registered with transformers under `NAME`, so no model is patched. The layout of the row comes as an extra argument of
 the model's forward (`shared_prefix=`), which transformers hands down to every layer.
@@ -156,20 +156,20 @@ def _attend_varlen(
 def _attend_per_sequence(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PrefixLayout, options: ScoreOptions
 ) -> torch.Tensor:
-    """Call torch's scaled_dot_product_attention twice per pair."""
-    # As [1, T, heads, D], which is how states lie in memory, each sequence is contiguous and joining them is one copy.
+    """Call torch's scaled_dot_product_attention for each branch."""
+    # As [1, T, heads, D], which is how states lie in memory, each branch is contiguous and joining them is one copy.
     # split, not slices: the gradient of a slice is as large as the row, so time would grow with the pairs squared.
     queries, keys, values = (states.transpose(1, 2).split(layout.lengths, dim=1) for states in (query, key, value))
     out = []
-    for index, span in enumerate(layout.spans):
-        first, second, prompt = 2 * index, 2 * index + 1, span.chosen - span.start
-        mask = layout.chosen_mask(index, options.window)
-        out.append(_attend_sequence(queries[first], keys[first], values[first], mask, options))
-        if span.is_single:
-            continue
-        key_, value_ = (torch.cat([s[first][:, :prompt], s[second]], dim=1) for s in (keys, values))
-        mask = layout.rejected_mask(index, options.window)
-        out.append(_attend_sequence(queries[second], key_, value_, mask, options))
+    for index, context in enumerate(layout.contexts):
+        mask = layout.mask(index, options.window)
+        key_, value_ = (
+            torch.cat([*(states[other][:, tokens] for other, tokens in context), states[index]], dim=1)
+            if context
+            else states[index]
+            for states in (keys, values)
+        )
+        out.append(_attend_sequence(queries[index], key_, value_, mask, options))
     return torch.cat(out, dim=1)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from orpo_ray.data.pair_index import PairIndex
+
 # Most bytes for the logits of one chunk if they are float32, by the type of the device. A chunk reads the whole weight
 # of the head, which a GPU does at a fraction of the speed of its arithmetic.
 CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
@@ -56,30 +58,31 @@ class PairLogps:
 
 
 def sum_by_pair(
-    logps: torch.Tensor,
-    target_answer: torch.Tensor,
-    target_in_response: torch.Tensor,
-    num_pairs: int,
-    answers_per_pair: int = 2,
+    logps: torch.Tensor, target_sum: torch.Tensor, target_in_response: torch.Tensor, pairs: PairIndex
 ) -> PairLogps:
-    """Add up log-probs of tokens by pair.
+    """Add up log-probs of tokens by pair. Tokens that several pairs share are added up once, and count for each pair.
 
     Args:
         logps: [M], log-prob of each target token.
-        target_answer: int64 [M], the answer of each token: 0 .. B - 1 are chosen answers, B .. 2B - 1 rejected ones,
-            2B .. 3B - 1 chosen ones to other images.
+        target_sum: int64 [M], the sum that each token counts for.
         target_in_response: bool [M], False for prompt tokens, which count for the NLL only.
-        num_pairs: B.
-        answers_per_pair: 2, or 3 with other images.
+        pairs: the sums of each pair.
     """
     logps, response = logps.float(), target_in_response.float()
 
-    def by_answer(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(answers_per_pair * num_pairs).index_add(0, target_answer, values)
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(pairs.num_sums).index_add(0, target_sum, values)
 
-    chosen, rejected, *other = by_answer(logps * response).split(num_pairs)
-    chosen_tokens, rejected_tokens, *other_tokens = by_answer(response).split(num_pairs)
-    nll, nll_tokens = (by_answer(values)[:num_pairs] for values in (logps, torch.ones_like(logps)))
+    def answers(sums: torch.Tensor) -> list[torch.Tensor]:
+        return [sums.index_select(0, of) for of in (pairs.chosen, pairs.rejected, pairs.other) if of is not None]
+
+    def prompt_and_chosen(sums: torch.Tensor) -> torch.Tensor:
+        own = sums.index_select(0, pairs.chosen)
+        return own if pairs.prompts is None else own + sums.take(pairs.prompts).sum(1)
+
+    chosen, rejected, *other = answers(sums(logps * response))
+    chosen_tokens, rejected_tokens, *other_tokens = answers(sums(response))
+    nll, nll_tokens = (prompt_and_chosen(sums(values)) for values in (logps, torch.ones_like(logps)))
     return PairLogps(chosen, rejected, -nll, chosen_tokens, rejected_tokens, nll_tokens, *other, *other_tokens)
 
 

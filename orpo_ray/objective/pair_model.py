@@ -101,8 +101,7 @@ class PairModel(nn.Module):
         logps = self._logps(base, selected, batch.target_ids)
         if self.keeps_tokens:
             self.token_logps = logps.detach()
-        targets = (batch.target_answer, batch.target_in_response)
-        return sum_by_pair(logps, *targets, batch.num_pairs, batch.answers_per_pair)
+        return sum_by_pair(logps, batch.target_sum, batch.target_in_response, batch.pairs)
 
     def _forward_in_group(
         self, base: Any, batch: PairBatch, images: ImageFeatures | None, group: SequenceGroup
@@ -116,8 +115,8 @@ class PairModel(nn.Module):
         own = group.owned(batch.target_position)
         selected = hidden.flatten(0, 1).index_select(0, batch.target_position[own] // group.size)
         logps = self._logps(base, selected, batch.target_ids[own])
-        targets = (batch.target_answer[own], batch.target_in_response[own])
-        return sum_by_pair(logps, *targets, batch.num_pairs, batch.answers_per_pair).changed(group.sum)
+        sums = sum_by_pair(logps, batch.target_sum[own], batch.target_in_response[own], batch.pairs)
+        return sums.changed(group.sum)
 
     def _logps(self, base: Any, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         """Log-probs [M] of target tokens, from the hidden state before each [M, D]."""

@@ -71,7 +71,7 @@ class StepPlanner:
     ) -> StepPlanner:
         """Make the planner for a model, with dummy pairs from its encoder."""
         dummy_pairs = (encoder.dummy_pair(with_image=False), encoder.dummy_pair(with_image=True))
-        packing = Packing(token_budget, model.layout, model.tokens_per_image_value)
+        packing = Packing(token_budget, model.layout, model.tokens_per_image_value, model.family.shares)
         planner = cls(objective, packing, *dummy_pairs, device, model.collate)
         planner.counts = model.group is None or model.group.member == 0
         return planner
@@ -99,4 +99,5 @@ class StepPlanner:
             dummy_pairs = [self.image_dummy]
         elif not batch:
             dummy_pairs = [self.text_dummy]
-        return build_batch(batch, self.objective.nll_span, self.packing.layout, dummy_pairs, self.collate)
+        packing = self.packing
+        return build_batch(batch, self.objective.nll_span, packing.layout, dummy_pairs, self.collate, packing.shares)

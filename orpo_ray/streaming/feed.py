@@ -40,7 +40,7 @@ _FACT_TYPE = pa.struct(
     [
         ("sample_index", pa.int64()),
         ("block", pa.int64()),  # which of the blocks after these facts; null for a bad row
-        ("size", pa.list_(pa.int64())),  # a `PairSize`; null for a bad row
+        ("size", pa.list_(pa.int64())),  # `PairSize.numbers`; null for a bad row
         ("bad", BAD_ROW_TYPE),  # null for a pair
     ]
 )
@@ -132,7 +132,7 @@ class StepFeed:
         for fact in facts:
             bad = fact["bad"]
             self._arrived[fact["sample_index"]] = (
-                _Located(PairSize(*fact["size"]), blocks[fact["block"]]) if bad is None else BadRow(**bad)
+                _Located(PairSize.from_numbers(fact["size"]), blocks[fact["block"]]) if bad is None else BadRow(**bad)
             )
             self._next_sample = fact["sample_index"] + 1
 
@@ -186,7 +186,7 @@ def encoded_blocks(
             size = 0
         groups[-1].append(place)
         size += num_bytes(item)
-        facts.append({"sample_index": sample_index, "block": len(groups) - 1, "size": list(PairSize.of(item))})
+        facts.append({"sample_index": sample_index, "block": len(groups) - 1, "size": PairSize.of(item).numbers})
     yield _block(pa.array(facts, _FACT_TYPE), pa.array([], ENCODED_TYPE))
     for group in groups:
         pairs = to_arrow([sample_indices[place] for place in group], [items[place] for place in group])  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Attention over a packed row: the kernel that training uses, against float32 attention of each sequence by itself."""
+"""Attention over a packed row: the kernel that training uses, against float32 attention of each branch by itself."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import pytest
 import torch
 
 from orpo_ray.data.packing import RESPONSE, TEXT
-from orpo_ray.data.spans import PairSpan
 from orpo_ray.model.attention_kernel import Hardware, choose_kernel
 from orpo_ray.model.prefix_layout import PrefixLayout
 from orpo_ray.model.shared_prefix import ScoreOptions, attend
 from support.gpu_training import CountOps, row_on
 from support.pairs_by_hand import relative_distance, run_as, tiny_pair_model
+from support.rows_by_hand import Tree, row_of
 
 pytestmark = pytest.mark.gpu
-# Tokens of prompt, chosen and rejected of each pair.
-LENGTHS = [(37, 20, 5), (130, 1, 64), (8, 90, 70)]
+# Two pairs, four answers to a prompt, and two prompts about an image.
+TREES: list[Tree] = [
+    (37, [(0, [20, 5])]),
+    (130, [(0, [1, 64])]),
+    (8, [(0, [90, 70, 33, 21])]),
+    (50, [(12, [40, 3]), (9, [17, 28, 5])]),
+]
 
 
 def layout_on(device: torch.device) -> PrefixLayout:
-    spans, kinds, start = [], [], 0
-    for prompt, chosen, rejected in LENGTHS:
-        ends = [start + prompt, start + prompt + chosen, start + prompt + chosen + rejected]
-        spans.append(PairSpan(start, *ends))
-        kinds += [TEXT] * prompt + [RESPONSE] * (chosen + rejected)
-        start = ends[-1]
-    return PrefixLayout(spans, torch.tensor([kinds], device=device))
+    branches, tokens = row_of(TREES)
+    kinds = [TEXT if token.in_prompt else RESPONSE for token in tokens]
+    return PrefixLayout(branches, torch.tensor([kinds], device=device))
 
 
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2)])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-def test_equals_float32_attention_of_each_sequence(
+def test_equals_float32_attention_of_each_branch(
     head_dim: int, heads: int, key_heads: int, window: int | None, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Values, and the gradients of queries, keys and values."""

@@ -15,6 +15,7 @@ from orpo_ray.data.balance import Layout
 from orpo_ray.data.collate_images import TokenRows
 from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.data.packing import build_batch
+from orpo_ray.data.sharing import Shares
 from orpo_ray.model import shared_prefix, vision_attention
 from orpo_ray.model.gradient_checkpointing import enable_checkpointing
 from orpo_ray.model.loading import vocabulary_size, without_adapters
@@ -171,10 +172,11 @@ def run(
     nll: str = "response",
     targets: int = 2**20,
     objective: ORPO = ORPO(0.5),  # noqa: B008 - frozen
+    shares: Shares = "nothing",
 ) -> Any:
     """Return log-probs, loss and the gradients of all parameters, in a layout; the head takes `targets` at once."""
     run_as(model, layout)
-    batch = build_batch(pairs, nll, layout, collate=model.family.collate)
+    batch = build_batch(pairs, nll, layout, collate=model.family.collate, shares=shares)
     torch.manual_seed(0)
     with patch.dict(CHUNK_BYTES, cpu=targets * 4 * vocabulary_size(model.model)):
         logps = model(batch)

@@ -13,20 +13,21 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.sequence_group import SequenceGroup
 from support.counting import Counter
 from support.pairs_by_hand import make_row, run, tiny_pair_model
+from support.trees_by_hand import all_kinds
 
 # Images, and tokens of prompt, chosen and rejected answer, of each pair. The second row has no image, and fewer targets
-# than some groups have workers.
+# than some groups have workers. A third row has pairs of every kind, some of them in trees.
 ROWS = [[(1, 5, 7, 4), (2, 6, 3, 9)], [(0, 4, 1, 1)]]
 
 
 def in_group(rank: int, size: int, family: str, lora: bool, checkpointing: Checkpointing) -> list[Any]:
-    """Return log-probs, loss and gradients of each of `ROWS`, the gradients added up over all workers."""
+    """Return log-probs, loss and gradients of each row, the gradients added up over all workers."""
     found = []
-    for row in ROWS:
+    for pairs in (*(make_row(family, row) for row in ROWS), all_kinds(family)):
         torch.manual_seed(0)  # adapters begin at random
         model = tiny_pair_model(family, lora, checkpointing)
         model.group = SequenceGroup.join(size, 60.0) if size > 1 else None
-        logps, loss, gradients = run(model, make_row(family, row), "shared_prefix", "prompt+response")
+        logps, loss, gradients = run(model, pairs, "shared_prefix", "prompt+response", shares=model.family.shares)
         if size > 1:
             trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
             gradients = {name: gradients.get(name, torch.zeros_like(weight)) for name, weight in trained}

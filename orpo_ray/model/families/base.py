@@ -18,6 +18,7 @@ import torch
 
 from orpo_ray.data.collate_images import PIXELS, ImageArrays, TokenRows, concatenate_images
 from orpo_ray.data.packing import PairBatch
+from orpo_ray.data.sharing import Shares
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout
 from orpo_ray.model.sequence_group import SequenceGroup
@@ -108,6 +109,12 @@ class Family:
     def bidirectional(self) -> Bidirectional | None:
         """Which tokens of a prompt also see later tokens; None if none do."""
         return None
+
+    @property
+    def shares(self) -> Shares:
+        """What pairs of a packed row can share. Where all tokens of a prompt see each other, only whole prompts."""
+        bidirectional = self.bidirectional
+        return "prompts" if bidirectional is not None and bidirectional.scope == "prompt" else "images"
 
     def fitted(self, config: Any) -> Family:
         """This family with what its other methods must know of a model's config."""
@@ -254,14 +261,14 @@ class Family:
     def _forward_inputs(self, base: Any, batch: PairBatch, images: ImageFeatures | None) -> dict[str, Any]:
         """All arguments of the model's forward."""
         inputs: dict[str, Any] = {"use_cache": False}
-        copies = 1 if batch.spans or not batch.images_shared else 2
+        copies = 1 if batch.branches or not batch.images_shared else 2
         if images is not None and IMAGE_POSITIONS in batch.images:
             inputs["inputs_embeds"] = _embeddings(base, batch, images.features, copies)
         else:
             inputs["input_ids"] = batch.input_ids
             if images is not None:
                 inputs["mm_encoder_outputs"] = {"image": images.as_output(copies)}
-        if batch.spans:
+        if batch.branches:
             inputs["shared_prefix"] = PrefixLayout.of(batch, self.bidirectional)
             inputs["position_ids"] = self.packed_positions(base, batch)
             # Attention ignores the mask. One of four dimensions keeps transformers from making its own, for which it

@@ -103,15 +103,12 @@ def packed_rope_index(base: Any, batch: PairBatch) -> torch.Tensor:
         mm_token_type_ids=(batch.token_kind == IMAGE).int(),
         image_grid_thw=batch.images.get(GRID),
     )
-    sequences = []
-    for span in batch.spans:
-        chosen, rejected = positions[..., span.start : span.rejected], positions[..., span.rejected : span.end]
-        own = chosen - chosen[0, 0, 0]
-        sequences.append(own)
-        if not span.is_single:
-            after_prompt = own[..., span.chosen - span.start].unsqueeze(-1)
-            sequences.append(rejected - positions[..., span.rejected].unsqueeze(-1) + after_prompt)
-    return torch.cat(sequences, dim=-1)
+    found = torch.empty_like(positions)
+    for branch in batch.branches:
+        own = positions[..., branch.start : branch.end]
+        first = found[..., branch.context[-1][1]].unsqueeze(-1) if branch.context else 0
+        found[..., branch.start : branch.end] = own - own[..., :1] + first
+    return found
 
 
 QWEN_VL = QwenVL(

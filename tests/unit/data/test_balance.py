@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo_ray.data.balance import Microbatches, Packing, PairSize, distribute
+from orpo_ray.data.sharing import Use
 
 
 def of_tokens(prompt: int, chosen: int, rejected: int, image_values: int = 0) -> PairSize:
@@ -100,3 +101,63 @@ def test_pairs_of_similar_length_are_padded_together() -> None:
     sizes = [of_tokens(length, 1, 1) for length in (10, 40, 11, 41)]
     found = distribute(sizes, 1, Packing(2 * 2 * 42, "concatenated"))
     assert found == [[[1, 3], [0, 2]]]
+
+
+def in_tree(root: int, prompt: int, chosen: int, rejected: int, tokens: int = 5) -> PairSize:
+    """A pair whose image and answers have these numbers; every part has as many tokens."""
+    keys = (root, 100 * root + prompt)
+    uses = tuple(
+        Use(tokens, keys[0], 2 * tokens, keys[1], tokens, 10_000 * keys[1] + answer, tokens)
+        for answer in (chosen, rejected)
+    )
+    return PairSize(2 * tokens, tokens, tokens, tokens, 0, tokens, uses=uses)
+
+
+pairs_of_trees = st.lists(st.builds(in_tree, *[st.integers(1, 4)] * 4), max_size=20)
+
+
+@given(
+    pairs_of_trees,
+    st.integers(1, 5),
+    st.integers(1, 200),
+    st.sampled_from([0.0, 0.3]),
+    st.sampled_from(["prompts", "images"]),
+)
+def test_trees_stay_within_the_budget(
+    sizes: list[PairSize], workers: int, budget: int, vision: float, shares: str
+) -> None:
+    packing = Packing(budget, "shared_prefix", vision, shares)  # type: ignore[arg-type]
+    found = distribute(sizes, workers, packing)
+    assert sorted(index for worker in found for each in worker for index in each) == list(range(len(sizes)))
+    assert len({len(worker) for worker in found}) == 1
+    for each in (each for worker in found for each in worker):
+        assert len(each) <= 1 or packing.tokens([sizes[index] for index in each]) <= budget
+    # Where there are as many trees as workers, and room for each of them, none is divided.
+    roots = [size.uses[0].prefix_key if shares == "images" else size.uses[0].prompt_key for size in sizes]
+    whole = [[index for index, each in enumerate(roots) if each == root] for root in dict.fromkeys(roots)]
+    if len(whole) >= workers and all(packing.tokens([sizes[index] for index in tree]) <= budget for tree in whole):
+        together = [{roots[index] for index in each} for worker in found for each in worker]
+        assert sum(map(len, together)) == len(whole)
+
+
+def test_a_tree_counts_once() -> None:
+    """Six pairs of four answers: 10 tokens of prompt and 4 * 5 of answers, instead of 6 * 20."""
+    sizes = [in_tree(1, 1, better, worse) for better, worse in combinations(range(4), 2)]
+    packing = Packing(30, "shared_prefix", 1.0, "images")
+    assert (packing.tokens(sizes), packing.work(sizes)) == (30, 35)
+    assert distribute(sizes, 1, packing) == [[list(range(6))]]
+    assert Packing(30, "shared_prefix").tokens(sizes) == 120
+    small = distribute(sizes, 1, Packing(25, "shared_prefix", shares="images"))
+    assert [packing.tokens([sizes[index] for index in each]) for each in small[0]] == [25, 25, 20]
+
+
+def test_a_worker_has_half_of_a_tree_rather_than_none() -> None:
+    sizes = [in_tree(1, 1, better, worse) for better, worse in combinations(range(4), 2)]
+    found = distribute(sizes, 4, Packing(100, "shared_prefix", shares="images"))
+    assert sorted(len(worker[0]) for worker in found) == [1, 1, 2, 2]
+
+
+def test_sizes_are_sent_as_numbers() -> None:
+    size = in_tree(1, 2, 3, 4)
+    assert PairSize.from_numbers(size.numbers) == size
+    assert PairSize.from_numbers(of_tokens(1, 2, 3).numbers) == of_tokens(1, 2, 3)

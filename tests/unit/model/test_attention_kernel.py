@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_ray.data.spans import PairSpan
+from orpo_ray.data.branches import Branch
 from orpo_ray.model import shared_prefix
 from orpo_ray.model.attention_kernel import PLANNED_GPU, AttentionKernel, Hardware, choose_kernel
 from orpo_ray.model.prefix_layout import Bidirectional, PrefixLayout
@@ -83,7 +83,9 @@ def test_the_plan_runs_the_kernel_that_training_would(
     dtype: torch.dtype, softcap: float | None, bidirectional: Bidirectional | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = attention_calls(monkeypatch)
-    layout = PrefixLayout([PairSpan(0, 4, 6, 9)], torch.tensor([[0, 1, 1, 0, 2, 2, 2, 2, 2]]), bidirectional)
+    layout = PrefixLayout(
+        [Branch(0, 4, 6), Branch(6, 6, 9, ((0, 4),))], torch.tensor([[0, 1, 1, 0, 2, 2, 2, 2, 2]]), bidirectional
+    )
     states = [torch.randn(1, heads, 9, 8, dtype=dtype) for heads in (4, 2, 2)]
     options = {"softcap": softcap, "shared_prefix": layout}
     planned, _ = _attention_as_on_cuda(torch.nn.Module(), *states, None, **options)

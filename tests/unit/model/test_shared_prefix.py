@@ -20,7 +20,6 @@ from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.encoded_columns import from_arrow, to_arrow
 from orpo_ray.data.packing import IMAGE, RESPONSE, TEXT, build_batch
-from orpo_ray.data.spans import PairSpan
 from orpo_ray.data.varlen_index import VarlenIndex
 from orpo_ray.errors import OrpoRayError, UserError
 from orpo_ray.model import shared_prefix
@@ -44,6 +43,7 @@ from support.pairs_by_hand import (
     run_as,
     tiny_pair_model,
 )
+from support.rows_by_hand import Token, Tree, row_of
 
 # (images, prompt, chosen, rejected) of each pair of a row
 ROWS = {
@@ -100,57 +100,59 @@ def test_answers_that_were_given_to_different_images(family: str) -> None:
     torch.testing.assert_close(run(model, [plain[0], again, plain[1]], "shared_prefix")[1], packed[1])
 
 
-# A second, simple implementation of which tokens attend to which, to compare the masks with.
-spans_of = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8)
+some = st.integers(1, 9)
+pairs_of = st.lists(st.tuples(st.integers(1, 12), some, some), min_size=1, max_size=8)
+one_prompt = st.lists(st.tuples(st.just(0), st.lists(some, min_size=1, max_size=4)), min_size=1, max_size=1)
+several_prompts = st.lists(st.tuples(some, st.lists(some, min_size=1, max_size=3)), min_size=1, max_size=3)
+trees_of = st.lists(st.tuples(st.integers(1, 12), one_prompt | several_prompts), min_size=1, max_size=4)
 kinds = st.sampled_from([None, Bidirectional("images", True), Bidirectional("images", False),
                          Bidirectional("prompt", True), Bidirectional("prompt", False)])  # fmt: skip
 
 
-def layout_of(lengths: list[tuple[int, int, int]], bidirectional: Bidirectional | None, seed: int) -> PrefixLayout:
+def layout_of(trees: list[Tree], bidirectional: Bidirectional | None, seed: int) -> tuple[PrefixLayout, list[Token]]:
+    """Images are in what several prompts begin with. Where a prompt sees all of itself, it is not divided."""
+    if bidirectional is not None and bidirectional.scope == "prompt":
+        trees = [(prefix + rest, [(0, answers)]) for prefix, questions in trees for rest, answers in questions]
+    branches, tokens = row_of(trees)
     rng = np.random.default_rng(seed)
-    spans, row = [], []
-    for prompt, chosen, rejected in lengths:
-        start = len(row)
-        row += rng.choice([TEXT, IMAGE], prompt).tolist() + [RESPONSE] * (chosen + rejected)
-        spans.append(PairSpan(start, start + prompt, start + prompt + chosen, len(row)))
-    return PrefixLayout(spans, torch.tensor([row]), bidirectional)
+    prompt_kinds = [[TEXT, IMAGE] if len(token.path) == 1 else [TEXT] for token in tokens]
+    kinds = [
+        rng.choice(kinds) if token.in_prompt else RESPONSE for token, kinds in zip(tokens, prompt_kinds, strict=True)
+    ]
+    return PrefixLayout(branches, torch.tensor([kinds]), bidirectional), tokens
 
 
-def may_see(layout: PrefixLayout, span: PairSpan, query: int, key: int, window: int | None) -> bool:
-    """Whether a token of the row attends to another token of its pair."""
-
-    def place(index: int) -> int:  # position in its own sequence, prompt + answer
-        return index - span.start if index < span.rejected else index - span.rejected + span.chosen - span.start
-
-    key_in_prompt = key < span.chosen
-    if not key_in_prompt and (query < span.chosen or (query < span.rejected) != (key < span.rejected)):
-        return False
-    causal = place(key) <= place(query)
-    near = window is None or place(key) > place(query) - window
+def may_see(layout: PrefixLayout, tokens: list[Token], query: int, key: int, window: int | None) -> bool:
+    """Whether a token of the row attends to another one."""
+    own, other = tokens[query], tokens[key]
+    both_in_prompt = own.in_prompt and other.in_prompt
     block = False
-    if layout.bidirectional is not None and query < span.chosen and key_in_prompt:
+    if layout.bidirectional is not None and both_in_prompt and own.path[0] == other.path[0]:
         between = layout.token_kind[0, min(query, key) : max(query, key) + 1]
         block = layout.bidirectional.scope == "prompt" or bool((between == IMAGE).all())
+    causal = own.follows(other) and other.place <= own.place
+    near = window is None or other.place > own.place - window
     if layout.bidirectional is not None and layout.bidirectional.within_window:
         return (causal or block) and near
     return (causal and near) or block
 
 
-@given(spans_of, kinds, st.sampled_from([None, 1, 3, 8]), st.integers(0, 99))
+@given(trees_of, kinds, st.sampled_from([None, 1, 3, 8]), st.integers(0, 99))
 @settings(deadline=None)
 def test_masks_say_who_sees_whom(
-    lengths: list[tuple[int, int, int]], bidirectional: Bidirectional | None, window: int | None, seed: int
+    trees: list[Tree], bidirectional: Bidirectional | None, window: int | None, seed: int
 ) -> None:
-    layout = layout_of(lengths, bidirectional, seed)
-    for index, span in enumerate(layout.spans):
-        first, second = range(span.start, span.rejected), range(span.rejected, span.end)
-        mask = layout.chosen_mask(index, window)
-        if mask is None:
-            mask = torch.ones(len(first), len(first), dtype=torch.bool).tril()
-        assert mask.tolist() == [[may_see(layout, span, q, k, window) for k in first] for q in first]
-        keys = [*range(span.start, span.chosen), *second]
-        mask = layout.rejected_mask(index, window)
-        assert mask.tolist() == [[may_see(layout, span, q, k, window) for k in keys] for q in second]
+    layout, tokens = layout_of(trees, bidirectional, seed)
+    total = len(tokens)
+    seen = torch.zeros(total, total, dtype=torch.bool)
+    for index, branch in enumerate(layout.branches):
+        own = range(branch.start, branch.end)
+        keys = [place for each in branch.ranges for place in range(*each)]
+        mask = layout.mask(index, window)
+        seen[torch.tensor(own).unsqueeze(1), torch.tensor(keys)] = (
+            torch.ones(len(own), len(own), dtype=torch.bool).tril() if mask is None else mask
+        )
+    assert seen.tolist() == [[may_see(layout, tokens, q, k, window) for k in range(total)] for q in range(total)]
 
 
 def reference_varlen(query: Any, key: Any, value: Any, index: VarlenIndex, window: int | None) -> torch.Tensor:
@@ -166,15 +168,12 @@ def reference_varlen(query: Any, key: Any, value: Any, index: VarlenIndex, windo
     return torch.cat(out)
 
 
-@given(spans_of, st.sampled_from([None, 3]))
+@given(trees_of, st.sampled_from([None, 3]))
 @settings(deadline=None, max_examples=25)
-def test_the_index_of_variable_length_kernels_means_the_same(
-    lengths: list[tuple[int, int, int]], window: int | None
-) -> None:
+def test_the_index_of_variable_length_kernels_means_the_same(trees: list[Tree], window: int | None) -> None:
     """Only the kernel needs a GPU, not the check of its input."""
-    layout = layout_of(lengths, None, 0)
-    total = layout.spans[-1].end
-    query, key, value = (torch.randn(total, heads, 8) for heads in (4, 2, 2))
+    layout, tokens = layout_of(trees, None, 0)
+    query, key, value = (torch.randn(len(tokens), heads, 8) for heads in (4, 2, 2))
     index = layout.varlen_index
     assert index.longest_query == max(layout.lengths)
     assert index.longest_key == int((index.cu_keys[1:] - index.cu_keys[:-1]).max())
@@ -193,7 +192,7 @@ def llava() -> PairModel:
     return model.eval()
 
 
-@given(spans_of, st.data())
+@given(pairs_of, st.data())
 @settings(deadline=None, max_examples=25)
 def test_no_answer_hears_of_another(llava: PairModel, lengths: list[tuple[int, int, int]], data: Any) -> None:
     rng = np.random.default_rng(len(lengths))
@@ -292,17 +291,17 @@ def test_load_model_gives_the_attention_asked_for(attention: Any) -> None:
 
 
 def states_of(layout: PrefixLayout) -> list[torch.Tensor]:
-    total = layout.spans[-1].end
+    total = layout.branches[-1].end
     return [torch.randn(1, heads, total, 8, requires_grad=True) for heads in (4, 2, 2)]
 
 
-@given(spans_of, kinds, st.sampled_from([None, 3]), st.sampled_from([None, 1e6]))
+@given(trees_of, kinds, st.sampled_from([None, 3]), st.sampled_from([None, 1e6]))
 @settings(deadline=None, max_examples=40)
 def test_all_ways_to_attend_are_one(
-    lengths: list[tuple[int, int, int]], bidirectional: Bidirectional | None, window: int | None, softcap: float | None
+    trees: list[Tree], bidirectional: Bidirectional | None, window: int | None, softcap: float | None
 ) -> None:
     """The implementations without a CPU flash kernel (masks on CUDA, soft-capped scores) equal the one on a CPU."""
-    layout = layout_of(lengths, bidirectional, 1)
+    layout, _ = layout_of(trees, bidirectional, 1)
     states = states_of(layout)
     expected, _ = shared_prefix.shared_prefix_attention(
         torch.nn.Module(), *states, None, sliding_window=window, scaling=0.3, shared_prefix=layout
@@ -340,7 +339,7 @@ def documented_varlen(
 def test_the_call_of_the_variable_length_kernel(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's kernel needs a GPU, but its arguments can be checked without one."""
     monkeypatch.setattr(varlen, "varlen_attn", documented_varlen)
-    layout = layout_of([(5, 4, 3), (1, 1, 1), (7, 2, 9)], None, 0)
+    layout, _ = layout_of([(5, [(0, [4, 3])]), (1, [(0, [1, 1])]), (7, [(2, [2, 9, 4]), (3, [1, 6])])], None, 0)
     states = states_of(layout)
     got = attend("varlen", *states, layout, ScoreOptions(0.3, window))
     expected, _ = shared_prefix.shared_prefix_attention(
@@ -350,7 +349,7 @@ def test_the_call_of_the_variable_length_kernel(window: int | None, monkeypatch:
 
 
 def test_attention_s_dropout_is_not_forgotten() -> None:
-    layout = layout_of([(30, 10, 10)], None, 0)
+    layout, _ = layout_of([(30, [(0, [10, 10])])], None, 0)
     states = [*(each.detach() for each in states_of(layout)[:2]), torch.ones(1, 2, 50, 8)]
     torch.manual_seed(0)
     out, _ = shared_prefix.shared_prefix_attention(torch.nn.Module(), *states, None, dropout=0.5, shared_prefix=layout)
@@ -359,7 +358,7 @@ def test_attention_s_dropout_is_not_forgotten() -> None:
 
 
 def test_what_a_model_adds_to_attention_is_refused_and_not_dropped() -> None:
-    layout = layout_of([(3, 2, 2)], None, 0)
+    layout, _ = layout_of([(3, [(0, [2, 2])])], None, 0)
     with pytest.raises(OrpoRayError, match="s_aux"):
         shared_prefix.shared_prefix_attention(
             torch.nn.Module(), *states_of(layout), None, shared_prefix=layout, s_aux=torch.zeros(4)

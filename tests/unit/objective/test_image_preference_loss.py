@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from orpo_ray.data.pair_index import PairIndex
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.logps import PairLogps, sum_by_pair
 from orpo_ray.objective.orpo import ORPO
@@ -123,7 +124,8 @@ def test_sums_by_pair_of_three_answers() -> None:
     """Two pairs, of which the second has other images."""
     logps = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0])
     answers = torch.tensor([0, 1, 2, 3, 5, 5])
-    sums = sum_by_pair(logps, answers, torch.ones(6, dtype=torch.bool), num_pairs=2, answers_per_pair=3)
+    in_response = torch.ones(6, dtype=torch.bool)
+    sums = sum_by_pair(logps, answers, in_response, PairIndex.separate(2, answers_per_pair=3))
     assert sums.other is not None
     assert sums.other_tokens is not None
     assert sums.chosen.tolist() == [-1.0, -2.0]

@@ -17,6 +17,7 @@ from orpo_ray.objective.multi_adapter import MultiAdapterModel, OneAdapter, divi
 from orpo_ray.objective.orpo import ORPO
 from orpo_ray.objective.pair_model import PairModel
 from support.pairs_by_hand import make_row, run_as, tiny_pair_model
+from support.trees_by_hand import all_kinds
 
 NAMES = ["default", "second", "third"]
 ROW = [(1, 6, 12, 9), (2, 5, 4, 7)]
@@ -43,7 +44,8 @@ def batch_of(model: PairModel, family: str, with_images: bool = True) -> PairBat
 
 def loss_of(logps: PairLogps, number: int) -> torch.Tensor:
     """Each adapter has its own beta."""
-    loss, _ = ORPO(0.1 + number).loss(logps, torch.ones(len(ROW)), Normaliser(len(ROW)))
+    pairs = len(logps.chosen)
+    loss, _ = ORPO(0.1 + number).loss(logps, torch.ones(pairs), Normaliser(pairs))
     return loss
 
 
@@ -73,6 +75,14 @@ def check(model: PairModel, batch: PairBatch, tokens_at_once: int) -> None:
 def test_equals_each_adapter_alone(family: str) -> None:
     model = several_adapters(family)
     check(model, batch_of(model, family), tokens_at_once=2**20)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
+def test_trees_equal_each_adapter_alone(family: str) -> None:
+    model = several_adapters(family)
+    pairs, collate = all_kinds(family), model.family.collate
+    batch = build_batch(pairs, "prompt+response", "shared_prefix", collate=collate, shares="images")
+    check(model, batch, tokens_at_once=2**20)
 
 
 def test_groups_and_text_alone() -> None:

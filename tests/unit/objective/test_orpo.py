@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orpo_ray.data.pair_index import PairIndex
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.logps import PairLogps, sum_by_pair
 from orpo_ray.objective.orpo import ORPO, log1mexp, log_odds
@@ -119,7 +120,8 @@ def test_log_odds_gradient_is_one_over_one_minus_p() -> None:
 def test_sums_by_pair() -> None:
     """Two pairs; chosen rows 0 and 1, rejected rows 2 and 3; the first token of row 0 is of the prompt."""
     logps = torch.tensor([-10.0, -1.0, -2.0, -4.0, -8.0])
-    sums = sum_by_pair(logps, torch.tensor([0, 0, 1, 2, 3]), torch.tensor([False, True, True, True, True]), num_pairs=2)
+    index, in_response = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([False, True, True, True, True])
+    sums = sum_by_pair(logps, index, in_response, PairIndex.separate(2, answers_per_pair=2))
     assert sums.chosen.tolist() == [-1.0, -2.0]
     assert sums.rejected.tolist() == [-4.0, -8.0]
     assert sums.nll.tolist() == [11.0, 2.0]

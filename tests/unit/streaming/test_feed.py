@@ -29,7 +29,7 @@ def test_facts_come_before_the_blocks_that_hold_the_pairs(bytes_per_block: int, 
     good = [fact for fact in found if fact["bad"] is None]
     assert [fact["block"] for fact in good] == places
     for fact, pair in zip(good, PAIRS, strict=True):
-        assert PairSize(*fact["size"]) == PairSize.of(pair)
+        assert PairSize.from_numbers(fact["size"]) == PairSize.of(pair)
         (rows,) = rows_of_blocks(blocks[fact["block"]])
         assert from_arrow(rows)[fact["sample_index"]].chosen_ids.tolist() == pair.chosen_ids.tolist()
 
