@@ -215,6 +215,13 @@ def set_attention(model: PairModel, name: str) -> None:
     without_adapters(model.model).set_attn_implementation({"text_config": name, "vision_config": "sdpa"})
 
 
+def keep_no_freed_memory() -> None:
+    """Have freed tensors returned to the system. glibc would keep them, so that a peak were not what lived at a time
+    but what ever had."""
+    if (c_library := ctypes.CDLL(None)) and hasattr(c_library, "mallopt"):
+        c_library.mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
+
+
 def measured(run: Callable[[], torch.Tensor], model: PairModel, device: torch.device) -> dict[str, float]:
     """Run a step; returns seconds and the peak memory in MiB of the process (on CUDA: of the allocator)."""
     model.zero_grad(set_to_none=True)
@@ -339,9 +346,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if (c_library := ctypes.CDLL(None)) and hasattr(c_library, "mallopt"):
-        # glibc would keep what is freed for later, so that a peak were not what lived at a time but what ever had.
-        c_library.mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
+    keep_no_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = arguments.shapes or [shape.name for shape in SHAPES if device.type == "cuda" or not shape.cuda_only]

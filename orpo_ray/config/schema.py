@@ -194,6 +194,12 @@ class DataConfig(Config):
     """Number of rows in a shuffle window: rows are shuffled within a window, and files and row groups among each other.
     A reader holds one window in memory. By default 4096, or fewer if these rows exceed 128 MB."""
 
+    group: Literal["auto", "off"] = "off"
+    """Order of training rows that share an image. `auto`: within a shuffle window, rows with the same images follow
+    each other, and among them those with the same prompt, so that a step computes image, prompt and each answer once.
+    A step then has fewer different images, and the first rows of a run wait until a whole window is read. `off`: the
+    order does not depend on what rows hold."""
+
     @model_validator(mode="after")
     def _check_weights(self) -> DataConfig:
         for kind in ("language", "domain"):

@@ -73,13 +73,14 @@ def _splits(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
 
 def _in_order(spec: ReadSpec) -> ReadSpec:
     order = replace(spec.order, seed=None, weights=(1.0,) * len(spec.order.weights))
-    return replace(spec, order=order, end_sample=order.num_rows, other_image=None)
+    return replace(spec, order=order, end_sample=order.num_rows, other_image=None, group=False)
 
 
 def _for_evaluation(recipe: Recipe, spec: ReadSpec) -> ReadSpec:
     # Always shuffled, so that images are exchanged between random pairs and max_pairs takes a random sample.
     order = replace(spec.order, seed=0)
-    return replace(spec, order=order, end_sample=min(order.num_rows, recipe.eval.max_pairs or order.num_rows))
+    end = min(order.num_rows, recipe.eval.max_pairs or order.num_rows)
+    return replace(spec, order=order, end_sample=end, group=False)
 
 
 def encoder_of(recipe: Recipe) -> EncoderSpec:
@@ -130,6 +131,7 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
         max_frames=data.max_frames,
         other_image=recipe.other_image,
         grouping=grouping,
+        group=data.group == "auto",
     )
 
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 from orpo_ray.config.field_types import OtherImage
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
 from orpo_ray.data.formats import get_row_id, to_pair
+from orpo_ray.data.grouping import grouped
 from orpo_ray.data.groups import Grouping
 from orpo_ray.data.json_rows import Row
 from orpo_ray.data.order import Order
@@ -91,6 +92,8 @@ class ReadSpec:
     """Which images each pair's chosen answer is contrasted with; None without an image preference."""
     grouping: Grouping = field(default_factory=Grouping)
     """What names the language and the domain of each row."""
+    group: bool = False
+    """Whether rows that share an image or a prompt follow each other within their window (`data.group`)."""
     pipeline: str = ""
     """Id of the pipeline that reads the rows; empty for a new one. See `of_run`."""
 
@@ -139,9 +142,9 @@ def read_windows(spec: ReadSpec, windows: Sequence[tuple[int, int]]) -> Iterator
         assert window is not None
         sample_indices = window.first_sample + np.arange(len(window.rows))
         wanted = (sample_indices >= spec.first_sample) & (sample_indices < spec.end_sample)
-        # A pair's new images may come from any row of the window, so that a resumed run exchanges alike.
-        from_others = spec.exchange_images or spec.other_image in FROM_THE_WINDOW
-        read = np.ones_like(wanted) if from_others else wanted
+        # New images, and what a row is grouped with, may come from any row of the window, also in a resumed run.
+        needs_all = spec.exchange_images or spec.group or spec.other_image in FROM_THE_WINDOW
+        read = np.ones_like(wanted) if needs_all else wanted
         next_shards = [] if following is None else np.unique(following.rows[:, 0]).tolist()
         shared = set(map(spec.order.stored_shard, next_shards))
         pairs = _read_window(spec, sample_indices[read], window.rows[read], reader, shared)
@@ -151,6 +154,8 @@ def read_windows(spec: ReadSpec, windows: Sequence[tuple[int, int]]) -> Iterator
             pairs = with_other_images(pairs, spec.other_image, spec.root_of, spec.order.seed, epoch)
         if spec.exchange_images:
             pairs = exchange_images(pairs, spec.root_of)
+        if spec.group:
+            pairs = grouped(pairs, spec.root_of)
         yield from _tables(spec, [(int(sample_index), *pairs[sample_index]) for sample_index in sample_indices[wanted]])
 
 
@@ -209,12 +214,13 @@ def _writable(text: str) -> str:
 
 
 def pair_at(spec: ReadSpec, sample_index: int) -> tuple[Shard, PreferencePair | BadRow]:
-    """Read the pair of one sample index."""
+    """Read the pair of one sample index, without other images."""
     ((epoch, number),) = spec.order.windows(sample_index, sample_index + 1)
     window = spec.order.window(epoch, number)
-    place = sample_index - window.first_sample
-    rows = window.rows[place : place + 1]
-    return _read_window(spec, np.array([sample_index]), rows, ShardReader(), set())[sample_index]
+    sample_indices = window.first_sample + np.arange(len(window.rows))
+    read = np.ones(len(window.rows), bool) if spec.group else sample_indices == sample_index
+    pairs = _read_window(spec, sample_indices[read], window.rows[read], ShardReader(), set())
+    return (grouped(pairs, spec.root_of) if spec.group else pairs)[sample_index]
 
 
 def _read_window(
