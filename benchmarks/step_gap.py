@@ -70,7 +70,7 @@ def gaps(
 
     def plans() -> Iterator[StepPlan]:
         for number, block in enumerate(blocks):
-            share: StepShare = planner.share(list(from_arrow(block).values()), step=number)
+            share: StepShare = planner.share(from_arrow(block), step=number)
             plan = planner.plan(share)
             yield replace(plan, batches=pinned(plan.batches, device))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import combinations, islice
@@ -67,7 +68,9 @@ def compare(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
         for which in ("trees", "pairs") if number % 2 else ("pairs", "trees"):
             shares = model.family.shares if which == "trees" else "nothing"
             batch = build_batch(pairs, "response", "shared_prefix", shares=shares).to(device)
+            started = time.process_time()
             result = measured(partial(ours, model, batch), model, device)
+            result["cpu_seconds"] = time.process_time() - started
             if not number:
                 continue
             results[which].append(result)
@@ -88,6 +91,9 @@ def compare(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
         "separate_pairs_per_s": pairs_per_step * arguments.rounds / seconds["pairs"],
         "pairs_per_s_ratio": seconds["pairs"] / seconds["trees"],
         "pairs_per_s_median_ratio": statistics.median(b["seconds"] / a["seconds"] for a, b in together),
+        # Other programs on the machine disturb this ratio less than that of times.
+        "cpu_seconds_ratio": sum(each["cpu_seconds"] for each in results["pairs"])
+        / sum(each["cpu_seconds"] for each in results["trees"]),
         "trees_peak_mib": peak["trees"],
         "separate_peak_mib": peak["pairs"],
         "peak_memory_ratio": peak["trees"] / peak["pairs"],

@@ -147,6 +147,7 @@ CheckpointingField = Annotated[
 ]
 FrozenParts = Annotated[list[Literal["vision", "connector", "language"]], BeforeValidator(_string_as_list)]
 OtherImage = Literal["exchange", "exchange_other_answer", "crop", "noise", "blank", "column"]
+PairsFromRanking = Literal["best_worst", "best_rest", "all"]
 RowFormat = Annotated[str, AfterValidator(_check_format)]
 Weight = Annotated[float, Field(gt=0, le=1000), NUMBER]
 WorkerRange = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]

@@ -127,6 +127,11 @@ class Recipe(Config):
         return section.model_dump(exclude={"name"})
 
     @property
+    def samples(self) -> str:
+        """What steps and epochs count, in words: pairs, or rows that may give several of them."""
+        return "pairs" if self.data.pairs_from_ranking == "best_worst" else "rows"
+
+    @property
     def other_image(self) -> OtherImage | None:
         """Which images the chosen answers are contrasted with; None without an image preference."""
         uses_orpo = self.objective.section == "orpo"

@@ -20,6 +20,7 @@ from orpo_ray.config.field_types import (
     Int,
     Names,
     NumWorkers,
+    PairsFromRanking,
     PathText,
     RowFormat,
     Text,
@@ -194,6 +195,10 @@ class DataConfig(Config):
     """Number of rows in a shuffle window: rows are shuffled within a window, and files and row groups among each other.
     A reader holds one window in memory. By default 4096, or fewer if these rows exceed 128 MB."""
 
+    pairs_from_ranking: PairsFromRanking = "best_worst"
+    """Pairs of a training row with several rated answers (VLFeedback, NeMo-RL). `best_worst`: one, of the answers with
+    the highest and the lowest rating. `best_rest`: the best answer with each one rated lower. `all`: every two answers
+    with different ratings. The pairs of a row are in one step."""
     group: Literal["auto", "off"] = "off"
     """Order of training rows that share an image. `auto`: within a shuffle window, rows with the same images follow
     each other, and among them those with the same prompt, so that a step computes image, prompt and each answer once.
@@ -246,7 +251,9 @@ class OptimConfig(Config):
     max_steps: Annotated[int, Field(ge=1), NUMBER] | None = None
     """Maximum number of optimizer steps. By default, `epochs` alone determines the length of the run."""
     pairs_per_step: Int = Field(32, ge=1)
-    """Pairs per optimizer step, summed over all workers. Changing the number of workers does not change it."""
+    """Pairs per optimizer step, summed over all workers. Changing the number of workers does not change it. If rows
+    give several pairs (`data.pairs_from_ranking`), this is the number of rows; losses and metrics are averages over
+    their pairs."""
     tokens_per_microbatch: Int = Field(8192, ge=1)
     """Maximum number of tokens (prompt, both answers, image tokens) in one micro-batch of a worker. Lower it if a GPU
     runs out of memory; the loss of a step does not depend on it. With concatenated attention, prompts count twice and

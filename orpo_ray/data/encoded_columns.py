@@ -6,7 +6,7 @@ are packed into a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,13 @@ from orpo_ray.data.encoding import EncodedPair
 from orpo_ray.processing.prompts import EncodedPrompt
 
 _TENSOR = pa.struct(
-    [("name", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int64())), ("data", pa.large_binary())]
+    [
+        ("name", pa.string()),
+        ("dtype", pa.string()),
+        ("shape", pa.list_(pa.int64())),
+        ("back", pa.int64()),  # how many tensors before this one its data is: 0 if it is here
+        ("data", pa.large_binary()),
+    ]
 )
 ENCODED_TYPE = pa.struct(
     [
@@ -35,21 +41,34 @@ _REJECTED, _OTHER = "rejected_prompt.", "other_prompt."
 _IMAGES = "images."
 
 
-def num_bytes(pair: EncodedPair) -> int:
-    """Return the bytes of a pair's tensors."""
-    return sum(value.nbytes for value in _tensors_of(pair).values())
+def num_bytes(pair: EncodedPair, stored: Collection[int] = ()) -> int:
+    """Return the bytes of a pair's tensors, without those that are `stored` already (`tensor_ids`)."""
+    return sum(value.nbytes for value in _tensors_of(pair).values() if id(value) not in stored)
+
+
+def tensor_ids(pair: EncodedPair) -> set[int]:
+    """Identify a pair's tensors. Pairs of one row share those of its prompt and images."""
+    return {id(value) for value in _tensors_of(pair).values()}
 
 
 def to_arrow(sample_indices: Sequence[int], pairs: Sequence[EncodedPair]) -> pa.StructArray:
-    """Write pairs, each with its sample index, as an array of `ENCODED_TYPE`. Copies tensors once."""
+    """Write pairs, each with its sample index, as an array of `ENCODED_TYPE`.
+
+    Copies each tensor once, and stores a tensor that several pairs share once.
+    """
     tensors = [_tensors_of(pair) for pair in pairs]
-    flat = [(name, np.ascontiguousarray(value)) for each in tensors for name, value in each.items()]
+    flat = [item for each in tensors for item in each.items()]
+    first: dict[int, int] = {}
+    back = [place - first.setdefault(id(value), place) for place, (_, value) in enumerate(flat)]
+    nothing = np.empty(0, np.uint8)
+    data = [nothing if distance else value for distance, (_, value) in zip(back, flat, strict=True)]
     tensor_array = pa.StructArray.from_arrays(
         [
             pa.array([name for name, _ in flat], pa.string()),
             pa.array([value.dtype.str for _, value in flat], pa.string()),
             pa.array([value.shape for _, value in flat], pa.list_(pa.int64())),
-            _aligned_binary([value for _, value in flat]),
+            pa.array(back, pa.int64()),
+            _aligned_binary([np.ascontiguousarray(value) for value in data]),
         ],
         fields=list(_TENSOR),
     )
@@ -64,23 +83,22 @@ def to_arrow(sample_indices: Sequence[int], pairs: Sequence[EncodedPair]) -> pa.
     )
 
 
-def from_arrow(array: pa.StructArray) -> dict[int, EncodedPair]:
-    """Read what `to_arrow` wrote, by sample index. The pairs' arrays are views of the Arrow buffers."""
+def from_arrow(array: pa.StructArray) -> list[EncodedPair]:
+    """Read what `to_arrow` wrote. The pairs' arrays are views of the Arrow buffers."""
     sample_indices = array.field("sample_index").to_pylist()
     facts = {name: array.field(name).to_pylist() for name in _FACTS}
     lists = array.field("tensors")
-    flat = lists.flatten()
-    values = _views(flat)
-    names = flat.field("name").to_pylist()
-    counts = np.diff(lists.offsets.to_numpy()).tolist()
-    out: dict[int, EncodedPair] = {}
-    first = 0
-    for place, sample_index in enumerate(sample_indices):
-        last = first + counts[place]
-        tensors = dict(zip(names[first:last], values[first:last], strict=True))
-        out[sample_index] = _pair_of(tensors, sample_index, {name: column[place] for name, column in facts.items()})
-        first = last
-    return out
+    # All tensors, even if `array` is a slice: the data of a tensor may be before the slice.
+    values, names = _views(lists.values), lists.values.field("name").to_pylist()
+    ends = lists.offsets.to_numpy().tolist()
+    return [
+        _pair_of(
+            dict(zip(names[start:end], values[start:end], strict=True)),
+            sample_index,
+            {name: column[place] for name, column in facts.items()},
+        )
+        for place, (start, end, sample_index) in enumerate(zip(ends[:-1], ends[1:], sample_indices, strict=True))
+    ]
 
 
 def _tensors_of(pair: EncodedPair) -> dict[str, np.ndarray]:
@@ -135,9 +153,10 @@ def _views(tensors: pa.StructArray) -> list[np.ndarray]:
     if not len(data):
         return []
     _, offsets, buffer = data.buffers()
-    starts = np.frombuffer(offsets, np.int64)[data.offset : data.offset + len(data)].tolist()
+    starts = np.frombuffer(offsets, np.int64)[data.offset : data.offset + len(data)]
+    places = np.arange(len(data)) - tensors.field("back").to_numpy()
     dtypes, shapes = tensors.field("dtype").to_pylist(), tensors.field("shape").to_pylist()
     return [
         np.frombuffer(buffer, np.dtype(dtype), int(np.prod(shape, dtype=np.int64)), start).reshape(shape)
-        for start, dtype, shape in zip(starts, dtypes, shapes, strict=True)
+        for start, dtype, shape in zip(starts[places].tolist(), dtypes, shapes, strict=True)
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +106,7 @@ class _Draft:
     """A pair with its images decoded and its texts rendered, before it has tokens."""
 
     pair: PreferencePair
+    root: Root
     images: list[Image.Image]
     rejected_images: list[Image.Image] | None  # None if the rejected answer was given to the same images
     other_images: list[Image.Image] | None  # None if the chosen answer is not contrasted with others
@@ -118,6 +119,17 @@ class _Draft:
         """The images of each prompt to encode."""
         lists = {"own": self.images, "rejected": self.rejected_images, "other": self.other_images}
         return {side: images for side, images in lists.items() if images is not None}
+
+    def has_images_of(self, pair: PreferencePair, root: Root) -> bool:
+        """Whether a pair has the same images, as objects of a row that both are from."""
+        own = self.pair
+        same = pair.images is own.images and pair.rejected_images is own.rejected_images and pair.other == own.other
+        return same and root == self.root
+
+
+def _key(prompt: str, images: list[Image.Image]) -> Hashable:
+    """Identify a prompt and its images. Prompts with one key are encoded once."""
+    return prompt, *map(id, images)
 
 
 class PairEncoder:
@@ -152,26 +164,29 @@ class PairEncoder:
             An EncodedPair for each pair, or a RowError for one that cannot be trained on.
         """
         drafts: list[_Draft | RowError] = []
-        groups: dict[tuple[tuple[int, int], ...], list[tuple[int, str]]] = defaultdict(list)
-        for index, (pair, root) in enumerate(zip(pairs, roots, strict=True)):
+        groups: dict[tuple[tuple[int, int], ...], dict[Hashable, tuple[str, list[Image.Image]]]] = defaultdict(dict)
+        before: _Draft | None = None
+        for pair, root in zip(pairs, roots, strict=True):
             try:
-                draft = self._draft(pair, root)
+                before = self._draft(pair, root, before)
             except RowError as bad:
                 drafts.append(bad)
                 continue
-            drafts.append(draft)
-            for side, images in draft.image_lists.items():
-                groups[tuple(image.size for image in images)].append((index, side))
-        prompts: dict[tuple[int, str], EncodedPrompt | RowError] = {}
-        for places in groups.values():
+            drafts.append(before)
+            for images in before.image_lists.values():
+                sizes = tuple(image.size for image in images)
+                groups[sizes][_key(before.prompt, images)] = before.prompt, images
+        prompts: dict[Hashable, EncodedPrompt | RowError] = {}
+        for rendered in groups.values():
             # The processor gives images of one size one shape, so its batch can be split by prompt again.
-            rendered = [(drafts[index].prompt, drafts[index].image_lists[side]) for index, side in places]  # type: ignore[union-attr]
-            prompts |= dict(zip(places, self._encode_prompts(rendered), strict=True))
+            prompts |= dict(zip(rendered, self._encode_prompts(list(rendered.values())), strict=True))
         return [
             draft
             if isinstance(draft, RowError)
-            else self._finish(draft, {side: prompts[index, side] for side in draft.image_lists})
-            for index, draft in enumerate(drafts)
+            else self._finish(
+                draft, {side: prompts[_key(draft.prompt, images)] for side, images in draft.image_lists.items()}
+            )
+            for draft in drafts
         ]
 
     def dummy_pair(self, with_image: bool) -> EncodedPair:
@@ -179,7 +194,7 @@ class PairEncoder:
         images = [Image.new("RGB", (64, 64), "gray")] if with_image else []
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
         pair = PreferencePair("dummy_pair", [], [{"role": "user", "content": content}], "a", "b")
-        draft = _Draft(pair, images, None, None, *self._texts(pair))
+        draft = _Draft(pair, None, images, None, None, *self._texts(pair))
         encoded = self._finish(draft, {"own": self.prompts.encode([(draft.prompt, images)])[0]})
         if isinstance(encoded, RowError):
             raise UserError(
@@ -209,12 +224,15 @@ class PairEncoder:
         except REFUSALS as error:
             raise RowError("refused_by_processor", f"{type(error).__name__}: {error}"[:300]) from None
 
-    def _draft(self, pair: PreferencePair, root: Root) -> _Draft:
+    def _draft(self, pair: PreferencePair, root: Root, before: _Draft | None) -> _Draft:
+        """Load images and render texts. Pairs of one row follow each other, and their images are loaded once."""
         self.bounds.check(pair)
         self._refuse_placeholders(pair)
+        if before is not None and before.has_images_of(pair, root):
+            return _Draft(pair, root, before.images, before.rejected_images, before.other_images, *self._texts(pair))
         images = self._load(pair.images, root)
         rejected_images = None if pair.rejected_images is None else self._load(pair.rejected_images, root)
-        return _Draft(pair, images, rejected_images, self._other_images(pair, images), *self._texts(pair))
+        return _Draft(pair, root, images, rejected_images, self._other_images(pair, images), *self._texts(pair))
 
     def _other_images(self, pair: PreferencePair, own: list[Image.Image]) -> list[Image.Image] | None:
         """Load the images to contrast the chosen answer with. Without them, the pair is still a pair."""

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from orpo_ray.config.field_types import PairsFromRanking
 from orpo_ray.data.pairs import (
     Message,
     PreferencePair,
-    best_and_worst,
     extract_prompt,
     make_pair,
-    mean_rating,
     read_answer,
     read_images,
     read_messages,
     read_prompt,
-    read_records,
     refuse_unread,
     row_images,
     user_turn,
     with_system,
 )
+from orpo_ray.data.ranking import Rated, best_and_worst, rank_answers, rated_in_nemo_rl, rated_in_vlfeedback
 from orpo_ray.data.row_adapter import call_adapter, load_adapter
 from orpo_ray.data.videos import read_videos, with_videos
 from orpo_ray.errors import RowError, UserError, preview
@@ -78,7 +77,13 @@ def detect_format(
     return requested
 
 
-def to_pair(row: Row, format_name: str, renames: Mapping[str, str], fallback_id: str) -> PreferencePair:
+def to_pair(
+    row: Row,
+    format_name: str,
+    renames: Mapping[str, str],
+    fallback_id: str,
+    pairs_from_ranking: PairsFromRanking = "best_worst",
+) -> PreferencePair:
     """Convert a raw row to a pair.
 
     Args:
@@ -86,6 +91,7 @@ def to_pair(row: Row, format_name: str, renames: Mapping[str, str], fallback_id:
         format_name: as `detect_format` returned it.
         renames: the recipe's `data.columns`.
         fallback_id: id of the pair if the row has none; also recorded as its source.
+        pairs_from_ranking: the recipe's `data.pairs_from_ranking`.
 
     Raises:
         RowError: the row cannot be used.
@@ -94,10 +100,17 @@ def to_pair(row: Row, format_name: str, renames: Mapping[str, str], fallback_id:
     try:
         if ":" in format_name:
             row, format_name = _apply_adapter(row, format_name)
-        pair = _FORMATS[format_name].read(row, _id_of(row, fallback_id), fallback_id)
-        return with_videos(pair, read_videos(row), inline=format_name in _INLINE)
+        read, rated = _FORMATS[format_name].read, _FORMATS[format_name].rated
+        pair = read(row, _id_of(row, fallback_id), fallback_id)
+        pair = with_videos(pair, read_videos(row), inline=format_name in _INLINE)
+        return pair if rated is None else replace(pair, ranking=rank_answers(rated(row), pairs_from_ranking))
     except RecursionError:
         raise RowError("malformed_row", "the values are nested too deeply") from None
+
+
+def has_ratings(format_name: str) -> bool:
+    """Whether rows of a format can have several rated answers. Those of an adapter may have any format."""
+    return ":" in format_name or _FORMATS[format_name].rated is not None
 
 
 def get_row_id(row: Row, renames: Mapping[str, str], fallback_id: str) -> str:
@@ -219,14 +232,7 @@ def _from_rlhf_v(row: Row, row_id: str, source: str) -> PreferencePair:
 
 def _from_vlfeedback(row: Row, row_id: str, source: str) -> PreferencePair:
     """MMInstruction/VLFeedback: rated answers. The pair consists of those with the highest and lowest mean rating."""
-    rated = []
-    for completion in read_records(row.get("completions"), "completions"):
-        if not isinstance(completion, Mapping):
-            raise RowError("malformed_row", f"a completion must be a mapping, found {preview(completion)}")
-        mean = mean_rating(completion.get("annotations"))
-        if mean is not None and completion.get("response") not in (None, ""):
-            rated.append((mean, completion["response"]))
-    chosen, rejected = (read_answer(answer, "response") for answer in best_and_worst(rated))
+    chosen, rejected = (read_answer(answer, "response") for answer in best_and_worst(rated_in_vlfeedback(row)))
     images = row_images(row, ("images", "image", "img_path"))
     return make_pair(row_id, source, images, [user_turn(row.get("prompt"), "prompt")], chosen, rejected)
 
@@ -238,13 +244,7 @@ def _from_mmpr(row: Row, row_id: str, source: str) -> PreferencePair:
 
 def _from_nemo_rl(row: Row, row_id: str, source: str) -> PreferencePair:
     """NeMo-RL: `context` and ranked `completions`; the lowest rank is the best."""
-    ranked = []
-    for completion in read_records(row.get("completions"), "completions"):
-        rank = completion.get("rank") if isinstance(completion, Mapping) else None
-        if isinstance(rank, bool) or not isinstance(rank, int | float) or rank != rank:  # NaN
-            raise RowError("malformed_row", f"the rank of a completion must be a number, found {preview(completion)}")
-        ranked.append((-rank, completion.get("completion")))
-    chosen, rejected = (read_answer(answer, "completion") for answer in best_and_worst(ranked))
+    chosen, rejected = (read_answer(answer, "completion") for answer in best_and_worst(rated_in_nemo_rl(row)))
     return make_pair(row_id, source, row_images(row), read_prompt(row.get("context"), "context"), chosen, rejected)
 
 
@@ -325,6 +325,8 @@ class _Format:
     """Condition on a row; automatic detection requires one of the first rows to meet it."""
     optional: tuple[str, ...] = ()
     """Further columns that are read."""
+    rated: Callable[[Row], Rated] | None = None
+    """Reads all rated answers of a row; None if the rows of the format are pairs."""
 
     def missing_columns(self, present: set[str]) -> list[str]:
         """Return the columns that are missing to read rows with these columns."""
@@ -392,7 +394,9 @@ _FORMATS = {
     "llamafactory-v1": _Format(_from_llamafactory_v1, ("chosen_messages", "rejected_messages")),
     "rlaif-v": _Format(_from_rlaif_v, ("image", "question", *_ANSWERS), detected_by=_RLAIF_V),
     "rlhf-v": _Format(_from_rlhf_v, ("image", "text"), accepts=_has_rlhf_v_text),
-    "vlfeedback": _Format(_from_vlfeedback, ("prompt", "completions"), optional=("img_path",)),
+    "vlfeedback": _Format(
+        _from_vlfeedback, ("prompt", "completions"), optional=("img_path",), rated=rated_in_vlfeedback
+    ),
     "mmpr": _Format(_from_mmpr, ("question", *_ANSWERS), optional=("system",)),
-    "nemo-rl": _Format(_from_nemo_rl, ("context", "completions")),
+    "nemo-rl": _Format(_from_nemo_rl, ("context", "completions"), rated=rated_in_nemo_rl),
 }

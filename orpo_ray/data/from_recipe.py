@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.encoding import EncoderSpec
-from orpo_ray.data.formats import detect_format
+from orpo_ray.data.formats import detect_format, has_ratings
 from orpo_ray.data.groups import KINDS, SCRIPT, Grouping
 from orpo_ray.data.order import Order, total_samples
 from orpo_ray.data.reading import ReadSpec
@@ -73,14 +73,19 @@ def _splits(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
 
 def _in_order(spec: ReadSpec) -> ReadSpec:
     order = replace(spec.order, seed=None, weights=(1.0,) * len(spec.order.weights))
-    return replace(spec, order=order, end_sample=order.num_rows, other_image=None, group=False)
+    return replace(_plain(spec), order=order, end_sample=order.num_rows, other_image=None)
 
 
 def _for_evaluation(recipe: Recipe, spec: ReadSpec) -> ReadSpec:
     # Always shuffled, so that images are exchanged between random pairs and max_pairs takes a random sample.
     order = replace(spec.order, seed=0)
-    end = min(order.num_rows, recipe.eval.max_pairs or order.num_rows)
-    return replace(spec, order=order, end_sample=end, group=False)
+    end_sample = min(order.num_rows, recipe.eval.max_pairs or order.num_rows)
+    return replace(_plain(spec), order=order, end_sample=end_sample)
+
+
+def _plain(spec: ReadSpec) -> ReadSpec:
+    """The rows as one pair each, in an order that does not depend on what they hold."""
+    return replace(spec, group=False, pairs_from_ranking="best_worst")
 
 
 def encoder_of(recipe: Recipe) -> EncoderSpec:
@@ -112,6 +117,17 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
         _check_grouping(grouping, present)
     check_image_root(data.image_root, "data.image_root")
     shards = tuple(shard for source in sources for shard in source.shards)
+    if (
+        field == "data.train"
+        and data.pairs_from_ranking != "best_worst"
+        and not any(map(has_ratings, formats.values()))
+    ):
+        raise UserError(
+            f"no source has rows of several rated answers; the formats are {', '.join(sorted(set(formats.values())))}",
+            field="data.pairs_from_ranking",
+            value=data.pairs_from_ranking,
+            fix="leave it out, or set data.format",
+        )
     order = Order(
         shard_rows=tuple(shard.num_rows for shard in shards),
         seed=data.shuffle_seed,
@@ -132,6 +148,7 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
         other_image=recipe.other_image,
         grouping=grouping,
         group=data.group == "auto",
+        pairs_from_ranking=data.pairs_from_ranking,
     )
 
 

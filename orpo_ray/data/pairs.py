@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +41,18 @@ class OtherImages:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """The rated answers of a row, and all pairs of them."""
+
+    answers: list[str]
+    """In the order of the row."""
+    better: list[int]
+    """For each pair, which of the answers is chosen."""
+    worse: list[int]
+    """For each pair, which of the answers is rejected."""
+
+
+@dataclass(frozen=True)
 class PreferencePair:
     """One image-text preference, independent of the format of its row."""
 
@@ -68,6 +79,8 @@ class PreferencePair:
     """As `data.language` names it; None without one."""
     domain: str | None = field(default=None, compare=False)
     """The same by `data.domain`."""
+    ranking: Ranking | None = None
+    """Further pairs of the row's answers (`data.pairs_from_ranking`); None if the row is one pair."""
 
 
 def make_pair(
@@ -93,15 +106,14 @@ def make_pair(
     Raises:
         RowError: the parts do not form a pair.
     """
-    if not chosen.strip() or not rejected.strip():
-        raise RowError("empty_response", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
+    _check_not_empty(chosen, rejected)
     paths = [image["path"] or "" for image in rejected_images or ()]
     videos = [part["video"] for message in prompt for part in message["content"] if "video" in part]
     images, prompt = check_prompt(images, prompt, (chosen, rejected), (row_id, *paths))
     if rejected_images == images:
         rejected_images = None
-    if chosen == rejected and rejected_images is None:
-        raise RowError("identical_responses", f"chosen and rejected are equal: {chosen[:80]!r}")
+    if rejected_images is None:
+        _check_different(chosen, rejected)
     if rejected_images is not None and len(rejected_images) != len(images):
         raise RowError("image_count_mismatch", f"{len(rejected_images)} rejected image(s) for {len(images)} image(s)")
     return PreferencePair(row_id, images, prompt, chosen, rejected, source, rejected_images, videos=videos)
@@ -130,6 +142,18 @@ def check_prompt(
     prompt = _place_images(_without_media(prompt), len(images))
     check_encodable(prompt, *answers, *names, *(image["path"] or "" for image in images))
     return images, prompt
+
+
+def check_answers(chosen: str, rejected: str) -> None:
+    """Check that two answers to the same images form a pair. Raises RowError."""
+    _check_not_empty(chosen, rejected)
+    _check_different(chosen, rejected)
+
+
+def check_texts(answers: list[str]) -> None:
+    """Check that answers can be stored and are not too long. Raises RowError."""
+    _check_size([], *answers)
+    _check_surrogates(*answers)
 
 
 def row_images(row: Mapping[str, Any], names: tuple[str, ...] = ("images", "image")) -> list[Image]:
@@ -227,33 +251,6 @@ def read_records(value: Any, name: str) -> list[Any]:
     if len({len(column) for column in columns.values()}) > 1:
         raise RowError("malformed_row", f"{name} contains lists of different lengths: {preview(value)}")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def best_and_worst(scored: list[tuple[float, Any]]) -> tuple[Any, Any]:
-    """Return the answers with the highest and with the lowest score; of equal scores, the first."""
-    if len(scored) < 2:
-        raise RowError("no_preference", f"a pair needs two rated answers, found {len(scored)}")
-    best, worst = max(scored, key=lambda item: item[0]), min(scored, key=lambda item: item[0])
-    if best[0] == worst[0]:
-        raise RowError("no_preference", f"all {len(scored)} answers have the same rating")
-    return best[1], worst[1]
-
-
-def mean_rating(annotations: Any) -> float | None:
-    """Average the numeric ratings over all aspects; None if there are none."""
-    if annotations is None:
-        return None
-    if not isinstance(annotations, Mapping):
-        raise RowError("malformed_row", f"annotations must be a mapping of aspects, found {preview(annotations)}")
-    ratings = []
-    for aspect in annotations.values():
-        rating = aspect.get("Rating") if isinstance(aspect, Mapping) else aspect
-        try:
-            ratings.append(float(rating))  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError):  # "N/A", missing, or too large for a float
-            continue
-    ratings = [rating for rating in ratings if math.isfinite(rating)]
-    return sum(ratings) / len(ratings) if ratings else None
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -355,6 +352,16 @@ def _text_parts(text: str, inline: bool) -> list[dict[str, Any]]:
     return parts
 
 
+def _check_not_empty(chosen: str, rejected: str) -> None:
+    if not chosen.strip() or not rejected.strip():
+        raise RowError("empty_response", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
+
+
+def _check_different(chosen: str, rejected: str) -> None:
+    if chosen == rejected:
+        raise RowError("identical_responses", f"chosen and rejected are equal: {chosen[:80]!r}")
+
+
 def _check_size(prompt: list[Message], *answers: str) -> None:
     texts = [part["text"] for message in prompt for part in message["content"] if part["type"] == "text"]
     size = sum(map(len, (*texts, *answers)))
@@ -399,8 +406,11 @@ def _check_prompt_not_empty(prompt: list[Message]) -> None:
 
 def check_encodable(prompt: list[Message], *texts: str) -> None:
     """Raise RowError for lone surrogates, which JSON can contain, but tokenizers and files cannot encode."""
+    _check_surrogates(json.dumps(prompt, ensure_ascii=False), *texts)
+
+
+def _check_surrogates(*texts: str) -> None:
     try:
-        json.dumps(prompt, ensure_ascii=False).encode()
         "".join(texts).encode()
     except UnicodeEncodeError as error:
         raise RowError("malformed_row", f"a text contains a lone surrogate: {error}") from None

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from orpo_ray.config.field_types import OtherImage
+from orpo_ray.config.field_types import OtherImage, PairsFromRanking
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
 from orpo_ray.data.formats import get_row_id, to_pair
 from orpo_ray.data.grouping import grouped
@@ -26,6 +26,7 @@ from orpo_ray.data.json_rows import Row
 from orpo_ray.data.order import Order
 from orpo_ray.data.other_images import FROM_THE_WINDOW, WindowPairs, exchange_images, with_other_images
 from orpo_ray.data.pairs import Message, OtherImages, PreferencePair
+from orpo_ray.data.ranking import RANKING_TYPE
 from orpo_ray.data.shards import Shard, ShardReader
 from orpo_ray.data.videos import with_frames
 from orpo_ray.errors import RowError
@@ -59,6 +60,7 @@ SCHEMA = pa.schema(
         ("rejected", pa.string()),
         ("language", pa.string()),
         ("domain", pa.string()),
+        ("ranking", RANKING_TYPE),  # a `Ranking`, or null for a row that is one pair
         ("bad", BAD_ROW_TYPE),  # null for a pair
     ]
 )
@@ -94,6 +96,8 @@ class ReadSpec:
     """What names the language and the domain of each row."""
     group: bool = False
     """Whether rows that share an image or a prompt follow each other within their window (`data.group`)."""
+    pairs_from_ranking: PairsFromRanking = "best_worst"
+    """Which pairs a row with several rated answers gives."""
     pipeline: str = ""
     """Id of the pipeline that reads the rows; empty for a new one. See `of_run`."""
 
@@ -167,7 +171,7 @@ def read_pairs(
     folder_of_images = image_folder(spec.root_of(spec.shards[shard]))
 
     def convert(raw: Row, where: str) -> PreferencePair:
-        pair = to_pair(raw, format_name, spec.columns, fallback_id=where)
+        pair = to_pair(raw, format_name, spec.columns, where, spec.pairs_from_ranking)
         pair = with_frames(pair, spec.max_frames, folder_of_images)
         language = spec.grouping.language_of(raw, pair.prompt, pair.chosen)
         return replace(pair, source=where, language=language, domain=spec.grouping.domain_of(raw))
@@ -265,8 +269,9 @@ def _tables(spec: ReadSpec, rows: list[tuple[int, Shard, PreferencePair | BadRow
             named = (
                 "id", "source", "images", "rejected_images", "prompt", "chosen", "rejected", "language", "domain",
             )  # fmt: skip
-            other = None if pair.other is None else vars(pair.other)
-            batch.append(base | {name: getattr(pair, name) for name in named} | {"other": other})
+            structs = {"other": pair.other, "ranking": pair.ranking}
+            values = {name: None if value is None else vars(value) for name, value in structs.items()}
+            batch.append(base | {name: getattr(pair, name) for name in named} | values)
             size += stored_bytes(batch[-1])
         else:
             batch.append(base | {"id": pair.id, "source": pair.source, "bad": asdict(pair)})
@@ -283,13 +288,13 @@ def stored_bytes(row: Mapping[str, Any]) -> int:
     images = [*(row.get("images") or ()), *(row.get("rejected_images") or ()), *(other.get("images") or ())]
     size = sum(len(image["bytes"]) if image["bytes"] else BYTES_OF_A_PATH for image in images)
     if row.get("bad") is None:
-        size += len(row["chosen"]) + len(row["rejected"])
+        size += sum(map(len, (row["ranking"] or {}).get("answers") or (row["chosen"], row["rejected"])))
         size += sum(len(part.get("text") or "") for message in row["prompt"] for part in message["content"])
     return size
 
 
 def pair_of(row: Mapping[str, Any]) -> PreferencePair | BadRow:
-    """Rebuild a pair, or a bad row, from a row of `SCHEMA`."""
+    """Rebuild a pair, or a bad row, from a row of `SCHEMA` without a ranking (`ranking.split_ranking`)."""
     if row["bad"] is not None:
         return BadRow(**row["bad"])
     return PreferencePair(

@@ -243,9 +243,10 @@ def _vllm_rank(rank: int) -> int:
 
 def _training(facts: CardFacts) -> str:
     sources = ", ".join(f"`{name}`" for name in _public_sources(facts.recipe.data.train))
-    rows = f" ({facts.rows:,} pairs)" if facts.rows else ""
+    samples = facts.recipe.samples
+    rows = f" ({facts.rows:,} {samples})" if facts.rows else ""
     steps = facts.metrics.get("step")
-    trained = f", {int(steps):,} steps of {facts.recipe.optim.pairs_per_step:,} pairs" if steps else ""
+    trained = f", {int(steps):,} steps of {facts.recipe.optim.pairs_per_step:,} {samples}" if steps else ""
     text = f"Trained on {sources}{rows}{trained}."
     if not facts.bad:
         return f"{text} No row was left out."

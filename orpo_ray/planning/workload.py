@@ -69,7 +69,7 @@ def estimate_workload(recipe: Recipe, config: Any, pairs: int | None) -> Workloa
         has_other=bool(images) and recipe.other_image is not None,
     )
     longest = min(recipe.data.max_length, int(train["tokens"]["sequence"]["max"]))
-    assumptions = []
+    assumptions = _uncounted_pairs(recipe)
     if report["model"] != recipe.model.id:
         assumptions.append(f"token counts are from a data check with another model, {report['model']}")
     return Workload(shape, longest, pairs or train["pairs"], "data check", tuple(assumptions))
@@ -83,6 +83,7 @@ def _assume_workload(recipe: Recipe, config: Any, pairs: int | None) -> Workload
     assumptions = [
         f"one image per pair, a photo of {WIDTH} x {HEIGHT}: {image.tokens:,} tokens ({image.description})",
         f"{shape.prompt} text tokens per prompt, {ANSWER} tokens per answer",
+        *_uncounted_pairs(recipe),
     ]
     if image.tokens + PROMPT + ANSWER > recipe.data.max_length:
         assumptions.append(
@@ -92,6 +93,11 @@ def _assume_workload(recipe: Recipe, config: Any, pairs: int | None) -> Workload
         assumptions.append(f"{PAIRS:,} training pairs (change with --pairs)")
     assumptions.append("run `orpo-ray data check` with this recipe to replace these assumptions by your data's figures")
     return Workload(shape, recipe.data.max_length, pairs or PAIRS, "assumptions", tuple(assumptions))
+
+
+def _uncounted_pairs(recipe: Recipe) -> list[str]:
+    kind = recipe.data.pairs_from_ranking
+    return [] if kind == "best_worst" else [f"one pair per row; data.pairs_from_ranking is {kind}, so a step has more"]
 
 
 def _read_data_check(recipe: Recipe) -> dict[str, Any] | None:

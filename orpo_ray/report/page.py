@@ -203,7 +203,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("Model", recipe.model.id),
         ("Tuning", tuning),
         ("Objective", recipe.objective.title),
-        ("Steps", f"{run.step:,} of {recipe.optim.pairs_per_step:,} pairs"),
+        ("Steps", f"{run.step:,} of {recipe.optim.pairs_per_step:,} {recipe.samples}"),
         ("State", run.state),
     ]
 

@@ -20,9 +20,10 @@ import ray
 
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, BadRow
 from orpo_ray.data.balance import Microbatches, Packing, PairSize, StepTotals, distribute
-from orpo_ray.data.encoded_columns import ENCODED_TYPE, num_bytes, to_arrow
+from orpo_ray.data.encoded_columns import ENCODED_TYPE, num_bytes, tensor_ids, to_arrow
 from orpo_ray.data.encoding import EncodedPair, EncoderSpec
 from orpo_ray.data.order import step_samples
+from orpo_ray.data.ranking import split_ranking
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.streaming.pipeline import (
     encode_rows,
@@ -40,6 +41,7 @@ _FACT_TYPE = pa.struct(
     [
         ("sample_index", pa.int64()),
         ("block", pa.int64()),  # which of the blocks after these facts; null for a bad row
+        ("place", pa.int64()),  # which of the block's pairs
         ("size", pa.list_(pa.int64())),  # `PairSize.numbers`; null for a bad row
         ("bad", BAD_ROW_TYPE),  # null for a pair
     ]
@@ -53,7 +55,7 @@ class Portion:
     step: int
     totals: StepTotals
     places: list[list[tuple[int, int]]]
-    """Block and sample index of the pairs of each micro-batch."""
+    """Block, and place in it, of the pairs of each micro-batch."""
     blocks: list[ray.ObjectRef]
     bad: list[BadRow]
 
@@ -77,7 +79,7 @@ class StepFeed:
         bytes_per_block = BYTES_PER_SHARED_BLOCK if num_workers > 1 else sys.maxsize
         work = partial(_encode, encoder=encoder, bytes_per_block=bytes_per_block)
         self._refs = iter_block_refs(read, work, max_encoders)
-        self._arrived: dict[int, _Located | BadRow] = {}
+        self._arrived: dict[int, list[_Located | BadRow]] = {}  # by sample index; a ranked row has several pairs
         self._next_sample = read.first_sample
         self._failure: Exception | None = None
         self._steps: dict[int, _Step] = {}
@@ -111,10 +113,10 @@ class StepFeed:
         first, end = step_samples(step, self._read.pairs_per_step, self._read.end_sample)
         while self._next_sample < end:
             self._pull()
-        items = {sample_index: self._arrived.pop(sample_index) for sample_index in range(first, end)}
-        pairs = [(sample_index, item) for sample_index, item in items.items() if isinstance(item, _Located)]
-        bad = [item for item in items.values() if isinstance(item, BadRow)]
-        sizes = [item.size for _, item in pairs]
+        items = [item for sample_index in range(first, end) for item in self._arrived.pop(sample_index)]
+        pairs = [item for item in items if isinstance(item, _Located)]
+        bad = [item for item in items if isinstance(item, BadRow)]
+        sizes = [pair.size for pair in pairs]
         microbatches = distribute(sizes, self._num_workers // self._together, packing)
         return _Step(step, StepTotals.of(sizes), pairs, microbatches, bad)
 
@@ -130,10 +132,11 @@ class StepFeed:
             self._failure = error  # the next worker would find only that the pipeline has ended
             raise
         for fact in facts:
-            bad = fact["bad"]
-            self._arrived[fact["sample_index"]] = (
-                _Located(PairSize.from_numbers(fact["size"]), blocks[fact["block"]]) if bad is None else BadRow(**bad)
-            )
+            items = self._arrived.setdefault(fact["sample_index"], [])
+            if fact["bad"] is None:
+                items.append(_Located(PairSize.from_numbers(fact["size"]), blocks[fact["block"]], fact["place"]))
+            else:
+                items.append(BadRow(**fact["bad"]))
             self._next_sample = fact["sample_index"] + 1
 
 
@@ -143,14 +146,16 @@ class _Located:
 
     size: PairSize
     block: ray.ObjectRef
+    place: int
+    """Which of the block's pairs."""
 
 
 @dataclass
 class _Step:
     step: int
     totals: StepTotals
-    pairs: list[tuple[int, _Located]]
-    """With their sample indices, in order."""
+    pairs: list[_Located]
+    """In the order of their sample indices."""
     microbatches: Microbatches
     bad: list[BadRow]
     taken: int = 0
@@ -159,13 +164,14 @@ class _Step:
     def portion(self, share: int) -> Portion:
         blocks: dict[ray.ObjectRef, int] = {}
         own = [[self.pairs[index] for index in each] for each in self.microbatches[share]]
-        places = [[(blocks.setdefault(item.block, len(blocks)), index) for index, item in each] for each in own]
+        places = [[(blocks.setdefault(item.block, len(blocks)), item.place) for item in each] for each in own]
         return Portion(self.step, self.totals, places, list(blocks), self.bad)
 
 
 def _encode(task_batch: pa.Table, encoder: EncoderSpec, bytes_per_block: int) -> Iterator[pa.Table]:
     """Encode one task batch. A row that cannot be encoded becomes a BadRow and does not fail the task."""
-    for rows in encoder_batches(task_batch):
+    for batch in encoder_batches(task_batch):
+        rows = [pair for row in batch for pair in split_ranking(row)]
         encoded = encode_rows(rows, encoder_of_this_process(encoder))
         yield from encoded_blocks([row["sample_index"] for row in rows], encoded, bytes_per_block)
 
@@ -176,17 +182,19 @@ def encoded_blocks(
     """Yield a block of facts about some rows, then the blocks with the pairs among them."""
     facts: list[dict[str, Any]] = []
     groups: list[list[int]] = []
-    size = 0
+    size, stored = 0, set[int]()  # of the last group
     for place, (sample_index, item) in enumerate(zip(sample_indices, items, strict=True)):
         if isinstance(item, BadRow):
             facts.append({"sample_index": sample_index, "bad": vars(item)})
             continue
-        if not groups or size + num_bytes(item) > bytes_per_block:
+        if not groups or size + num_bytes(item, stored) > bytes_per_block:
             groups.append([])
-            size = 0
+            size, stored = 0, set()
+        size += num_bytes(item, stored)
+        stored |= tensor_ids(item)
+        where = {"block": len(groups) - 1, "place": len(groups[-1])}
+        facts.append({"sample_index": sample_index, **where, "size": PairSize.of(item).numbers})
         groups[-1].append(place)
-        size += num_bytes(item)
-        facts.append({"sample_index": sample_index, "block": len(groups) - 1, "size": PairSize.of(item).numbers})
     yield _block(pa.array(facts, _FACT_TYPE), pa.array([], ENCODED_TYPE))
     for group in groups:
         pairs = to_arrow([sample_indices[place] for place in group], [items[place] for place in group])  # type: ignore[misc]

@@ -72,7 +72,7 @@ def _share(portion: Portion) -> StepShare:
     """Fetch a portion's pairs. Their arrays are views of the object store."""
     tables: list[Any] = ray.get(portion.blocks)
     blocks = [from_arrow(rows) for table in tables for rows in rows_of_blocks(table)]
-    microbatches = [[blocks[block][sample_index] for block, sample_index in each] for each in portion.places]
+    microbatches = [[blocks[block][place] for block, place in each] for each in portion.places]
     return StepShare(portion.step, portion.totals, microbatches, portion.bad)
 
 

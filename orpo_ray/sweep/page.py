@@ -101,7 +101,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     return [
         ("Model", recipe.model.id),
         ("Objective", recipe.objective.title),
-        ("Steps of a trial", f"{record.num_steps:,} of {recipe.optim.pairs_per_step} pairs"),
+        ("Steps of a trial", f"{record.num_steps:,} of {recipe.optim.pairs_per_step} {recipe.samples}"),
         ("Ranked by", f"{record.tune.metric}, {'highest' if record.tune.direction == 'max' else 'lowest'} first"),
     ]
 

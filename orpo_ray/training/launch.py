@@ -306,7 +306,8 @@ def _headline(
     return (
         f"[bold]{recipe.name}[/bold]  {recipe.model.id}{revision}, {_tuning(recipe)}, {recipe.objective.title}, "
         f"ZeRO {recipe.deepspeed.zero_stage}, {recipe.scaling.workers_text}\n"
-        f"{read.order.num_rows:,} pairs ({formats}){held}; {num_steps:,} steps of {recipe.optim.pairs_per_step} "
+        f"{read.order.num_rows:,} {recipe.samples} ({formats}){held}; "
+        f"{num_steps:,} steps of {recipe.optim.pairs_per_step} "
         f"-> {recipe.run_uri}" + (f"\n{without_sharing}" if without_sharing else "")
     )
 

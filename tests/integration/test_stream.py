@@ -20,7 +20,7 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.shards import list_file_shards
 from orpo_ray.errors import UserError
 from orpo_ray.streaming.steps import feed_actor, iter_shares, open_feed, take_from
-from support.tiny_runs import write_pairs
+from support.tiny_runs import write_pairs, write_ranked
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -111,6 +111,46 @@ def test_a_resumed_stream_is_the_tail_of_the_whole_one(spec: ReadSpec, first: in
     whole, tail = steps_of(spec), steps_of(spec, first)
     assert [ids(share) for share in tail] == [ids(share) for share in whole[first:]]
     assert [other_pixels(share) for share in tail] == [other_pixels(share) for share in whole[first:]]
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
+    """24 rows about eight images, of four rated answers each, in windows of 16; a row and an answer are bad."""
+    path = write_ranked(tmp_path_factory.mktemp("ranked"), 24, images=8)
+    lines = path.read_text().splitlines()
+    lines[5] = lines[5].replace("answer 5 1", " ")
+    lines[11] = "{broken"
+    path.write_text("\n".join(lines))
+    (shard,) = list_file_shards(str(path), "data.train")
+    order = Order((24,), 3, 16)
+    return ReadSpec((shard,), ("vlfeedback",), order, PER_STEP, 0, 48, group=True, pairs_from_ranking="all")
+
+
+def test_pairs_of_ranked_rows_reach_every_worker_as_trees(ranked: ReadSpec) -> None:
+    """Two epochs, for one worker and for two, and from the middle of a window."""
+    packing = replace(PACKING, shares="images")
+    feeds = {workers: feed_actor(ranked, ENCODER, num_workers=workers, max_encoders=1) for workers in (1, 2)}
+    alone = list(iter_shares(partial(take_from, feeds[1], 0), packing, 0, 6))
+    both = [list(iter_shares(partial(take_from, feeds[2], rank), packing, 0, 6)) for rank in (0, 1)]
+    resumed = feed_actor(replace(ranked, first_sample=PER_STEP), ENCODER, num_workers=1, max_encoders=1)
+    tail = list(iter_shares(partial(take_from, resumed, 0), packing, 1, 6))
+    for step, (share, one, two) in enumerate(zip(alone, *both, strict=True)):
+        names = sorted(pair.id for pair in share.pairs)
+        assert sorted(pair.id for each in (one, two) for pair in each.pairs) == names
+        assert {pair.sample_index // PER_STEP for pair in share.pairs} == {step}
+        assert share.totals.pairs == len(names)
+        assert share.bad == one.bad == two.bad
+        if step:
+            assert sorted(pair.id for pair in tail[step - 1].pairs) == names
+        # Rows about one image follow each other, and are computed together.
+        batches = [*one.microbatches, *two.microbatches]
+        images = [{pair.images["pixel_values"].tobytes() for pair in each} for each in batches]
+        assert sum(map(len, images)) == len(set().union(*images))
+    names = sorted(pair.id for share in alone for pair in share.pairs)
+    assert len(names) == 2 * (22 * 6 + 3)
+    assert len(set(names)) == 22 * 6 + 3
+    assert sorted(bad.reason for share in alone for bad in share.bad) == ["empty_response"] * 6 + ["malformed_row"] * 2
+    assert len({pair.images["pixel_values"].tobytes() for share in alone[:2] for pair in share.pairs}) <= 8
 
 
 def test_a_processor_that_cannot_be_loaded_is_said_as_itself(spec: ReadSpec, tmp_path: Path) -> None:

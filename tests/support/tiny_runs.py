@@ -27,6 +27,26 @@ def write_pairs(folder: Path, count: int, split: str = "train") -> Path:
     return path
 
 
+def write_ranked(folder: Path, count: int, images: int, answers: int = 4) -> Path:
+    """Write rows as VLFeedback has them, about a few images, with this many rated answers, the best one last."""
+    rows = [json.loads(line) for line in write_pairs(folder, count).read_text().splitlines()]
+    ranked = [
+        {
+            "id": row["id"],
+            "prompt": "What is there?",
+            "img_path": rows[number % images]["images"][0],
+            "completions": [
+                {"response": f"answer {number} {place}", "annotations": {"Helpfulness": {"Rating": str(place)}}}
+                for place in range(answers)
+            ],
+        }
+        for number, row in enumerate(rows)
+    ]
+    path = folder / "ranked.jsonl"
+    path.write_text("\n".join(map(json.dumps, ranked)) + "\n")
+    return path
+
+
 def tiny_recipe(storage: Path, name: str, **sections: Any) -> Recipe:
     """Return a recipe for the tiny model: 10 steps of 4 pairs. `sections` override its fields."""
     raw: dict[str, Any] = {

@@ -217,7 +217,7 @@ def test_only_answers_are_truncated(tmp_path: Path) -> None:
     assert cut.chosen_ids.tolist() == whole.chosen_ids[:3].tolist()
     assert cut.rejected_ids.tolist() == whole.rejected_ids[:3].tolist()
     assert cut.truncated == len(whole.chosen_ids) + len(whole.rejected_ids) - 6
-    assert from_arrow(to_arrow([5], [cut]))[5].truncated == cut.truncated
+    assert from_arrow(to_arrow([5], [cut]))[0].truncated == cut.truncated
     assert encode(PairEncoder(processor, prompt + 3), tmp_path, long)[0].reason == "too_long"
     # The truncated answers are equal, or empty.
     assert encode(PairEncoder(processor, prompt + 1, truncate=True), tmp_path, long)[0].reason == "identical_responses"
@@ -235,7 +235,7 @@ def test_answers_to_different_images_have_separate_prompts(tiny: PairEncoder, tm
     assert together.rejected_prompt is not None
     np.testing.assert_array_equal(together.rejected_prompt.images["pixel_values"], alone[1].images["pixel_values"])
     assert together.rejected_prompt.ids.tolist() == alone[1].prompt_ids.tolist()
-    again = from_arrow(to_arrow([3], [together]))[3]
+    again = from_arrow(to_arrow([3], [together]))[0]
     assert again.rejected_prompt is not None
     np.testing.assert_array_equal(again.rejected_prompt.is_text, together.rejected_prompt.is_text)
 

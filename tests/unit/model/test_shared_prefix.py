@@ -96,7 +96,7 @@ def test_answers_that_were_given_to_different_images(family: str) -> None:
     alone = run(model, [one, replace(other, rejected_ids=one.rejected_ids)], "concatenated")
     torch.testing.assert_close(packed[0].chosen[1], alone[0].chosen[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed[0].rejected[1], alone[0].rejected[1], rtol=1e-5, atol=1e-5)
-    (again,) = from_arrow(to_arrow([pairs[1].sample_index], pairs[1:2])).values()
+    (again,) = from_arrow(to_arrow([pairs[1].sample_index], pairs[1:2]))
     torch.testing.assert_close(run(model, [plain[0], again, plain[1]], "shared_prefix")[1], packed[1])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from orpo_ray.data.bad_rows import BadRow
@@ -31,9 +33,21 @@ def test_facts_come_before_the_blocks_that_hold_the_pairs(bytes_per_block: int, 
     for fact, pair in zip(good, PAIRS, strict=True):
         assert PairSize.from_numbers(fact["size"]) == PairSize.of(pair)
         (rows,) = rows_of_blocks(blocks[fact["block"]])
-        assert from_arrow(rows)[fact["sample_index"]].chosen_ids.tolist() == pair.chosen_ids.tolist()
+        assert from_arrow(rows)[fact["place"]].chosen_ids.tolist() == pair.chosen_ids.tolist()
 
 
 def test_rows_that_are_all_bad_make_no_block() -> None:
     (facts,) = encoded_blocks([5], [BAD], 1)
     assert [BadRow(**fact["bad"]) for fact in facts["facts"].to_pylist()[0]] == [BAD]
+
+
+def test_pairs_of_a_row_are_in_one_block_as_long_as_what_they_add_fits() -> None:
+    """What they share counts once."""
+    others = [replace(PAIRS[0], chosen_ids=PAIRS[0].chosen_ids + number) for number in (1, 2)]
+    room = num_bytes(PAIRS[0]) + 2 * others[0].chosen_ids.nbytes
+    facts, *blocks = encoded_blocks([3, 3, 3, 4], [PAIRS[0], *others, PAIRS[1]], room)
+    (found,) = facts["facts"].to_pylist()
+    assert [(fact["sample_index"], fact["block"], fact["place"]) for fact in found] == [
+        (3, 0, 0), (3, 0, 1), (3, 0, 2), (4, 1, 0)
+    ]  # fmt: skip
+    assert len(blocks) == 2
