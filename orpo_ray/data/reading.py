@@ -20,13 +20,13 @@ import pyarrow as pa
 from orpo_ray.config.field_types import OtherImage, PairsFromRanking
 from orpo_ray.data.bad_rows import BAD_ROW_TYPE, NO_SAMPLE, BadRow
 from orpo_ray.data.formats import get_row_id, to_pair
-from orpo_ray.data.grouping import grouped
 from orpo_ray.data.groups import Grouping
 from orpo_ray.data.json_rows import Row
 from orpo_ray.data.order import Order
 from orpo_ray.data.other_images import FROM_THE_WINDOW, WindowPairs, exchange_images, with_other_images
 from orpo_ray.data.pairs import Message, OtherImages, PreferencePair
 from orpo_ray.data.ranking import RANKING_TYPE
+from orpo_ray.data.related_rows import grouped
 from orpo_ray.data.shards import Shard, ShardReader
 from orpo_ray.data.videos import with_frames
 from orpo_ray.errors import RowError

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.from_recipe import all_data, held_out_data, run_data
-from orpo_ray.data.grouping import grouped
 from orpo_ray.data.other_images import WindowPairs
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import pair_at
+from orpo_ray.data.related_rows import grouped
 from orpo_ray.data.shards import Shard
 from support.sources import read_all, rows, spec_of, write_jsonl
 
