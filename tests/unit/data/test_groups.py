@@ -67,7 +67,7 @@ def test_groups_reach_encoded_pairs_and_bad_rows(tmp_path: Path) -> None:
     good = [item for item in items if isinstance(item, EncodedPair)]
     assert [item.language for item in good] == ["ar", "ja", None]
     again = from_arrow(to_arrow([5, 6, 7], good))
-    assert [(again[place].language, again[place].domain) for place in (5, 6, 7)] == [
+    assert [(each.language, each.domain) for each in again] == [
         ("ar", '{"name": "pets"}'), ("ja", None), (None, "7"),
     ]  # fmt: skip
     (bad,) = [item for item in items if isinstance(item, BadRow)]
