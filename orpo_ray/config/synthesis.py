@@ -61,7 +61,7 @@ class JudgeConfig(Config):
 
     url: Text | None = None
     """Address of an OpenAI-compatible server. By default, each worker loads the judge itself."""
-    model: Text = ""
+    model: PathText = ""
     """Name of the model on the server; without one, a folder of a run or a model, or a model of the hub."""
 
 
