@@ -33,6 +33,7 @@ class _Handler(BaseHTTPRequestHandler):
         reply = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}]}
         data = json.dumps(reply if status == 200 else {"error": "no"}).encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
