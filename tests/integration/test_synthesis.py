@@ -18,11 +18,9 @@ from rich.console import Console
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.from_recipe import all_data
-from orpo_ray.data.shards import ShardReader
 from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.synthesis.ahead import draw_ahead
-from orpo_ray.synthesis.distribute import PartFailed
 from orpo_ray.synthesis.engines.vllm_engine import OWN
 from orpo_ray.synthesis.part import Job, PartMaker
 from orpo_ray.synthesis.part_files import read_facts
@@ -271,20 +269,3 @@ def test_rounds_synthesize_train_and_evaluate(tmp_path: Path, monkeypatch: pytes
     assert list(second["data"]["train"]) == [str(folder / "round-2" / "data" / "train")]
     ids = [{row["id"] for row in pairs_of(folder / f"round-{number}")} for number in (1, 2)]
     assert ids[0] != ids[1]
-
-
-def test_a_part_that_ends_its_worker_each_time_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of lost workers are made again, but not without end; what is complete stays."""
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    path = write_questions(tmp_path / "rows", 30)
-    with serving(say_a_color) as server:
-        recipe = served_recipe(tmp_path / "runs", "deadly", path, server.url, num_workers=1)
-        second = source_rows(recipe.with_absolute_paths()).read(1, ShardReader())[0]
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        deadly = [row | ({"question": "die"} if row["id"] == second.id else {}) for row in rows]
-        path.write_text("".join(json.dumps(row) + "\n" for row in deadly))
-        raw = recipe.model_dump(mode="json")
-        raw["synthesize"]["format"], raw["scaling"]["max_failures"] = "support.dying_rows:dying_question", 1
-        with pytest.raises(PartFailed, match=r"part 1 ended its worker 2 times(.|\n)*rows_per_part"):
-            synthesize(Recipe.model_validate(raw), QUIET)
-    assert read_facts(RunFolder(recipe.run_uri), 1) is None
