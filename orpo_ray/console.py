@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # `orpo-ray --help` must not import these
 
 console = Console(stderr=True)
 # How a recipe reads a set that was written in one format, and without pairs that it would hold out.
-_SPLIT_ALREADY = {"data.format": "auto", "data.columns": "{}", "data.eval_fraction": "0"}
+_SPLIT_ALREADY = {
+    "data.format": "auto", "data.columns": "{}", "data.eval_fraction": "0", "data.pairs_from_ranking": "best_worst"
+}  # fmt: skip
 
 GROUPS_SHOWN = 12  # languages, or domains, of a split
 _TRAIN_FIGURES = ("train/loss", "train/rewards/accuracies", "train/rewards/margins")

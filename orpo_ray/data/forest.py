@@ -1,6 +1,6 @@
 """The prompts and answers of pairs as trees, in which what several pairs share is one node.
 
-Legend: B pairs. The side of a pair that a target token counts for is a number, as in `PairBatch.target_answer`: i for
+Legend: B pairs. The side of a pair that a target token counts for is a number, as in `PairIndex`: i for
 the chosen answer of pair i, B + i for the rejected one, 2B + i for the chosen one again, to other images.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from typing import Any
 
@@ -62,11 +62,15 @@ def split_ranking(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for better, worse in zip(ranking["better"], ranking["worse"], strict=True):
         chosen, rejected = ranking["answers"][better], ranking["answers"][worse]
         pair = {**row, "id": f"{row['id']}#{better + 1}-{worse + 1}", "ranking": None}
+        if chosen != row["chosen"] and (row["other"] or {}).get("images") is not None:
+            # The images of another row were chosen for the best answer of this one. Another one may be right there.
+            pair["other"] = None
         try:
             check_answers(chosen, rejected)
             yield pair | {"chosen": chosen, "rejected": rejected}
         except RowError as error:
-            yield pair | {"bad": asdict(BadRow.of(error, pair["sample_index"], pair["id"], pair["source"]))}
+            bad = BadRow.of(error, pair["sample_index"], pair["id"], pair["source"])
+            yield pair | {"bad": asdict(replace(bad, language=row["language"], domain=row["domain"]))}
 
 
 def best_and_worst(rated: Rated) -> tuple[Any, Any]:

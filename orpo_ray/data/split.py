@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,8 @@ def _read_keys(spec: ReadSpec, shard_index: int) -> list[tuple[str, ...]]:
     """Return the grouping keys of each row of a shard: its images, or its prompt; none for a bad row."""
     shard = spec.shards[shard_index]
     keys: list[tuple[str, ...]] = []
-    for pair in read_pairs(spec, shard_index, np.arange(shard.num_rows)):
+    # By all frames of videos, so that a run with another data.max_frames holds out the same rows.
+    for pair in read_pairs(replace(spec, max_frames=sys.maxsize), shard_index, np.arange(shard.num_rows)):
         if not isinstance(pair, PreferencePair):
             keys.append(())
             continue

@@ -65,7 +65,8 @@ def _group(name: str, pairs: Sequence[PairFacts], unread: int, max_length: int) 
         "tokens_per_character": tokens / characters if characters else None,
         "too_long": too_long,
         "fraction": too_long / rows,
-        "p95_tokens": int(np.percentile(lengths, 95, method="higher")) if len(lengths) else None,
+        # Pairs that are too long to be tokenized have no number of tokens.
+        "p95_tokens": int(np.percentile(lengths, 95, method="higher")) if unread <= 0.05 * rows else None,
     }
 
 

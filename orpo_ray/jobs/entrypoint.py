@@ -53,7 +53,9 @@ def entrypoint_of(given: str, name: str, overrides: Sequence[str], recipe: Recip
     if command == "evaluate":
         resources = _of_a_worker(recipe)
         _check_place(recipe, resources)
-        if any(each.partition("=")[0] == "--workers" for each in options):  # the driver only waits for them
+        given_options = {each.partition("=")[0] for each in options}
+        loads_judge = "--judge-model" in given_options and "--judge" not in given_options
+        if "--workers" in given_options and not loads_judge:  # the driver only waits for them
             resources = _NONE
     return Entrypoint(command, " ".join([shlex.join(words), _run_of(recipe), shlex.join(options)]).rstrip(), resources)
 

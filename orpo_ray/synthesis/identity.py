@@ -19,6 +19,7 @@ from orpo_ray.synthesis.source import SourceRows
 FILE = f"{PREPARED}/synthesis.json"
 # Of the section `synthesize`: how a set is made, or what else is done with it.
 _MAY_CHANGE = {"num_workers", "rounds", "server.concurrency"}
+_OF_MODEL = ("dtype", "attention", "quantization", "trust_remote_code")  # what an answer depends on, beside the weights
 _CHUNK = 16 << 20
 
 
@@ -34,6 +35,10 @@ def identity_of(recipe: Recipe, source: SourceRows, target: Target) -> dict[str,
     found = {key: value for key, value in found.items() if key.removeprefix("synthesize.") not in _MAY_CHANGE}
     data = recipe.data
     return found | {
+        **{f"source.{name}": value for name, value in source.how_read.items()},
+        **{f"model.{name}": getattr(recipe.model, name) for name in _OF_MODEL if name != "quantization"},
+        "model.quantization": recipe.model.quantization and recipe.model.quantization.model_dump(mode="json"),
+        "scaling.cpus_per_worker": recipe.scaling.cpus_per_worker,
         "data.max_length": data.max_length,
         "data.on_too_long": data.on_too_long,
         "data.eval": data.eval,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,14 @@ class SourceRows:
         """Hash of the data files' names and sizes: equal for the same files in another folder."""
         facts = [(PurePosixPath(each.path).name, each.num_rows, each.num_bytes) for each in self.shards]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def how_read(self) -> dict[str, Any]:
+        """What decides how a row is read."""
+        return {
+            "formats": self.formats, "columns": dict(self.columns), "image_root": self.image_root,
+            "allow_http": self.allow_http,
+        }  # fmt: skip
 
     @property
     def formats(self) -> list[str]:

@@ -41,7 +41,7 @@ class MetricsFile:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line, visible to other processes at once."""
         # JSON has no NaN and no infinity.
-        line = {n: round(value, 10) if math.isfinite(value) else None for n, value in metrics.items()}
+        line = {n: _shortened(value) if math.isfinite(value) else None for n, value in metrics.items()}
         self._file.write(json.dumps({"step": step} | line, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -59,6 +59,11 @@ class MetricsFile:
         """Close and push the file."""
         self._file.close()
         self.flush()
+
+
+def _shortened(value: float) -> float:
+    """Keep 12 digits, of a learning rate of 1e-9 too."""
+    return value if isinstance(value, int) else float(f"{value:.12g}")
 
 
 def logged_kinds(folder: RunFolder) -> set[tuple[int, str]]:

@@ -63,6 +63,7 @@ class EvaluationWorker:
     def __init__(self, rank: int, task: Task) -> None:
         """Keep what to do, and as which worker."""
         self._rank, self._task = rank, task
+        self._feeds: list[Any] = []
 
     def listen(self) -> tuple[str, int]:
         """Open the port at which the workers meet; return its address. Of rank 0."""
@@ -87,7 +88,13 @@ class EvaluationWorker:
         listener = self._listener if self._rank == 0 else None
         form_process_group(device, self._rank, task.num_workers, meeting, listener, scaling.timeout_s)
         said = io.StringIO()
-        place = Place(self._rank, task.num_workers, task.max_encoders, lambda own: gather_objects(own)[0])
+
+        def from_rank_zero(own: Any) -> Any:
+            # The other workers' copies do not count as handles: the feed lives as long as the one that is kept here.
+            self._feeds.append(own)
+            return gather_objects(own)[0]
+
+        place = Place(self._rank, task.num_workers, task.max_encoders, from_rank_zero)
         # The mirror of a remote folder lives as long as `_folder`.
         _folder, target = find_again(task.target) if is_remote(task.target.name) else (None, task.target)
         run = None if task.run_uri is None else RunFolder(task.run_uri)

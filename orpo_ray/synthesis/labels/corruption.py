@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -72,20 +73,22 @@ class Corruption:
 
     def _seen_degraded(self, rows: Sequence[PromptRow], kinds: Sequence[Kind]) -> list[Candidate | None]:
         """Let the model answer with degraded images."""
-        degraded = [_degraded(row, kind, self._config.seed) for row, kind in zip(rows, kinds, strict=True)]
+        found: list[Candidate | None] = [None] * len(rows)
+        degraded: dict[int, PromptRow] = {}
+        for place, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
+            with suppress(RowError):  # an image that cannot be decoded, which no other step has looked at
+                degraded[place] = _degraded(row, kind, self._config.seed)
+        if not degraded:
+            return found
         draws = [
-            [Draw(self._config.temperatures[0], seed_of(self._config.seed, row.id, kind))]
-            for row, kind in zip(rows, kinds, strict=True)
+            [Draw(self._config.temperatures[0], seed_of(self._config.seed, rows[place].id, kinds[place]))]
+            for place in degraded
         ]
-        if not rows:
-            return []
-        found: list[Candidate | None] = []
-        for answers, (draw,), kind in zip(self._engine.answers(degraded, draws), draws, kinds, strict=True):
-            if isinstance(answers, RowError) or not answers[0].finished or not answers[0].text:
-                found.append(None)
-                continue
-            note = f"image: {kind}"
-            found.append(Candidate(answers[0].text, CHANGED, draw.temperature, draw.seed, note=note))
+        answered = self._engine.answers(list(degraded.values()), draws)
+        for place, answers, (draw,) in zip(degraded, answered, draws, strict=True):
+            if not isinstance(answers, RowError) and answers[0].finished and answers[0].text:
+                note = f"image: {kinds[place]}"
+                found[place] = Candidate(answers[0].text, CHANGED, draw.temperature, draw.seed, note=note)
         return found
 
 

@@ -17,6 +17,7 @@ from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.formats import to_pair
 from orpo_ray.data.from_recipe import all_data, held_out_data, run_data
+from orpo_ray.data.pairs import Ranking
 from orpo_ray.data.ranking import rank_answers, split_ranking
 from orpo_ray.data.reading import ReadSpec, pair_of
 from orpo_ray.errors import RowError, UserError
@@ -36,8 +37,13 @@ def vlfeedback(ratings: list[str], image: str = "a.png", **others: Any) -> dict[
 
 def ids_of(row: dict[str, Any], kind: PairsFromRanking) -> list[str]:
     ranking = to_pair(row, "vlfeedback", {}, "f:1", kind).ranking
-    pair = {"id": "row", "sample_index": 3, "source": "f:1", "ranking": None if ranking is None else vars(ranking)}
-    return [each["id"] for each in split_ranking(pair | {"chosen": "x", "rejected": "y", "bad": None})]
+    return [each["id"] for each in split_ranking(stored(ranking))]
+
+
+def stored(ranking: Ranking | None, **others: Any) -> dict[str, Any]:
+    """A row of `reading.SCHEMA`, without its images and prompt."""
+    row = {"id": "row", "sample_index": 3, "source": "f:1", "chosen": "x", "rejected": "y", "bad": None, "other": None}
+    return row | {"language": None, "domain": None, "ranking": ranking and vars(ranking)} | others
 
 
 def test_the_pairs_of_four_answers() -> None:
@@ -80,13 +86,28 @@ def test_pairs_that_are_none_are_bad_rows_of_their_own() -> None:
     row["completions"].append({"response": "answer 1", "annotations": {"Helpfulness": {"Rating": "2.5"}}})
     ranking = to_pair(row, "vlfeedback", {}, "f:1", "all").ranking
     assert ranking is not None
-    whole = {"id": "row", "sample_index": 3, "source": "f:1", "ranking": vars(ranking), "bad": None}
+    whole = stored(ranking, language="ar", domain="charts")
     bad = {each["id"]: BadRow(**each["bad"]) for each in split_ranking(whole) if each["bad"]}
     assert {row_id: each.reason for row_id, each in bad.items()} == {
         "row#1-2": "empty_response", "row#1-4": "identical_responses",
         "row#2-4": "empty_response", "row#2-3": "empty_response",
     }  # fmt: skip
-    assert all(each.sample_index == 3 for each in bad.values())
+    assert all((each.sample_index, each.language, each.domain) == (3, "ar", "charts") for each in bad.values())
+
+
+@pytest.mark.parametrize(("images", "contrasted"), [([{"path": "b.png"}], {"row#1-2", "row#1-3"}), (None, None)])
+def test_images_of_another_row_contrast_the_best_answer_only(
+    images: list[Any] | None, contrasted: set[str] | None
+) -> None:
+    """They were chosen for it; changes of the row's own images suit every answer."""
+    ranking = to_pair(vlfeedback(["4", "3", "2"]), "vlfeedback", {}, "f:1", "all").ranking
+    other = {"images": images, "image_root": None, "change": None if images else "crop", "seed": 0}
+    assert ranking is not None
+    found = {
+        each["id"]: each["other"] for each in split_ranking(stored(ranking, chosen=ranking.answers[0], other=other))
+    }
+    assert set(found) == {"row#1-2", "row#1-3", "row#2-3"}
+    assert {name for name, each in found.items() if each == other} == (contrasted or set(found))
 
 
 @pytest.mark.parametrize(("answer", "reason"), [("\ud800", "malformed_row"), (5, "malformed_row")])

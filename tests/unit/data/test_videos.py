@@ -194,6 +194,24 @@ def test_rows_with_videos_are_read_and_encoded_as_their_frames(tmp_path: Path) -
     assert (~first.prompt_is_text).sum() == 3 * 16
 
 
+def test_the_same_rows_are_held_out_for_any_number_of_frames(tmp_path: Path) -> None:
+    rows = []
+    for number in range(20):
+        write_frames(tmp_path / "clips" / str(number), 6)
+        rows.append(
+            TRL | {"id": str(number), "videos": [[f"clips/{number}/frame{frame}.png" for frame in range(1, 7)]]}
+        )
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    held_out = []
+    for most in (1, 2, 6):
+        data = {"train": path, "max_frames": most, "eval_fraction": 0.3, "max_length": 512}
+        _, read = all_data(tiny_recipe(tmp_path, "run", data=data))
+        assert read is not None
+        held_out.append({row["id"] for row in read_all(read)})
+    assert held_out[0] == held_out[1] == held_out[2]
+    assert len(held_out[0]) in range(4, 9)
+
+
 def test_a_row_without_videos_has_none() -> None:
     assert read_videos({"videos": None, "video": "the name of a film"}) == read_videos({"videos": ""}) == []
     urls = ["https://a.example/1.jpg?x=1", "https://a.example/2.jpg"]

@@ -56,6 +56,8 @@ def test_a_job_is_a_command_that_any_shell_reads_as_given(project: Path) -> None
          {"entrypoint_num_gpus": 1}),
         ("evaluate --workers 2", ["scaling.gpus_per_worker=1"], "evaluate /shared/runs/job --workers 2",
          {"entrypoint_num_gpus": 0}),
+        ("evaluate --workers 2 --judge-model m", ["scaling.gpus_per_worker=1"],
+         "evaluate /shared/runs/job --workers 2 --judge-model m", {"entrypoint_num_gpus": 1}),
         ("evaluate", ["checkpoint.storage=~/a/./b"], 'evaluate "$HOME"/a/b/job', {"entrypoint_num_gpus": 0}),
         ("export --adapter", ["checkpoint.storage=s3://b/runs"], "export s3://b/runs/job --adapter",
          {"entrypoint_num_gpus": 0}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def test_an_answer_to_a_degraded_image(tmp_path: Path, kind: str) -> None:
     if kind != "crop":  # a part of one color looks like the whole
         assert seen[1][0].images[0]["bytes"] != picture("green")
     assert rows[1].images[0]["bytes"] == picture("green")
+
+
+def test_an_image_that_cannot_be_decoded_costs_its_own_row(tmp_path: Path) -> None:
+    made, _ = label(tmp_path, lambda row, draw: "gray", corruptions=["blank"])
+    broken = replace(row_of(0, "red"), images=[{"bytes": b"no image", "path": None}])
+    lost, found = made.score([Answered(broken, []), Answered(row_of(1, "green"), [])])
+    assert isinstance(lost, RowError)
+    assert found[1].text == "gray"  # type: ignore[index]
 
 
 def test_changes_are_tried_until_one_applies(tmp_path: Path) -> None:

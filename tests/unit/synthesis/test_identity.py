@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def test_what_decides_a_set_and_what_does_not(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "x"))
     check_identity(folder, own)
     check_identity(folder, identity(tmp_path, num_workers=7))
+    for columns, dtype in (({"question": "ask"}, "float32"), ({}, "bfloat16")):
+        recipe = synthesis_recipe(tmp_path, "x", write_questions(tmp_path / "rows", 4))
+        source = replace(source_rows(recipe), columns=columns)
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+        assert own != identity_of(recipe, source, LocalModel(recipe).target)
     with pytest.raises(UserError, match=r"differ in synthesize\.judge\.model, synthesize\.seed"):
         check_identity(folder, identity(tmp_path, seed=1, judge={"model": "other"}))
 

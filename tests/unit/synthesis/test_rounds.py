@@ -45,6 +45,9 @@ def test_a_round_begins_with_the_model_of_the_round_before(tmp_path: Path) -> No
         ({"data": {"eval": {}, "eval_fraction": 0.1}}, "each round would hold out synthetic pairs"),
         ({"data": {"format": "plain"}}, "data.format: a round reads synthetic pairs"),
         ({"data": {"columns": {"chosen": "good"}}}, "data.columns: a round reads synthetic pairs"),
+        ({"data": {"language": "lang"}}, "data.language: synthetic pairs have no columns"),
+        ({"data": {"domain": "topic"}}, "data.domain: synthetic pairs have no columns"),
+        ({"data": {"language": "script", "weights": {"language": {"Arabic": 2}}}}, "data.weights: synthetic pairs"),
         ({"synthesize": {"model": "runs/a"}}, "synthesize.model: each round begins"),
         ({"checkpoint": {"storage": "s3://b/runs"}}, "checkpoint.storage: each round loads"),
     ],
@@ -53,3 +56,4 @@ def test_what_rounds_cannot_be_compared_with(tmp_path: Path, sections: dict[str,
     with pytest.raises(UserError, match=said):
         check_can_iterate(recipe(tmp_path, **sections))
     check_can_iterate(recipe(tmp_path))
+    check_can_iterate(recipe(tmp_path, data={"language": "script"}))

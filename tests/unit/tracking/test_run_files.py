@@ -43,6 +43,15 @@ def test_metrics_after_the_resumed_step_are_taken_back(tmp_path: Path) -> None:
     assert last_metrics(RunFolder(recipe.run_uri)) == expected
 
 
+def test_small_numbers_keep_their_digits(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "run")
+    logger = MultiLogger.open(recipe, step=0, warn=pytest.fail)
+    logger.log(1, {"train/learning_rate": 1.23456789e-9, "train/tokens": 12345678901234})
+    logger.close()
+    (line,) = read_jsonl(Path(recipe.run_uri) / "metrics.jsonl")
+    assert line == {"step": 1, "train/learning_rate": 1.23456789e-9, "train/tokens": 12345678901234}
+
+
 def test_a_line_cut_off_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "run")
     Path(recipe.run_uri).mkdir()
