@@ -20,7 +20,7 @@ from support.runs import wait_until
 
 IDLE_MINUTES = 0.2
 STARTED = 120  # seconds
-PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+PROVIDER = "support.late_nodes.LateNodes"
 EMPTY: dict[str, Any] = {
     "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": [],
     "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
