@@ -14,7 +14,7 @@ from orpo_ray.config.recipe import Recipe
 from support.autoscaling import IDLE_MINUTES, Head, autoscaling_head
 from support.clusters import workers_by_step
 from support.paths import TESTS
-from support.runs import last_step, wait_until
+from support.runs import last_step, run, wait_until
 from support.tiny_runs import LONG, losses, tiny_recipe, write_pairs
 
 LIMIT_S = 400  # of a command
@@ -26,8 +26,8 @@ def adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
 
 
-def orpo_ray_on(head: Head, command: str, recipe: Recipe, folder: Path) -> float | None:
-    """Run a command to its end; return the seconds until the first step of its run, if it has one."""
+def orpo_ray_on(head: Head, command: str, recipe: Recipe, folder: Path) -> float:
+    """Run a command to its end; return the seconds until the first step of its run, or until the end."""
     path = folder / f"{recipe.name}.yaml"
     path.write_text(recipe.to_yaml())
     began, first = time.monotonic(), None
@@ -44,7 +44,7 @@ def orpo_ray_on(head: Head, command: str, recipe: Recipe, folder: Path) -> float
         process.kill()
     _, said = process.communicate()
     assert process.returncode == 0, said
-    return first
+    return time.monotonic() - began if first is None else first
 
 
 def wait_for_nodes(head: Head, count: int) -> None:
@@ -52,33 +52,42 @@ def wait_for_nodes(head: Head, count: int) -> None:
     wait_until(lambda: head.num_nodes() == count, "the end of idle nodes", 60 * IDLE_MINUTES + 100)
 
 
+SCALING = {"cpus_per_worker": 1.6, "nodes_timeout_s": 200, "gpus_per_worker": 0}
+OPTIM = LONG | {"adam_epsilon": 1e-4, "schedule": "constant"}
+
+
 @pytest.mark.timeout(1800)
 def test_nodes_come_for_a_run_and_for_a_sweep_and_go_when_they_are_idle(tmp_path: Path) -> None:
     data = {"train": str(write_pairs(tmp_path / "data", 40))}
-    scaling = {"cpus_per_worker": 1.6, "nodes_timeout_s": 200, "gpus_per_worker": 0}
-    optim = LONG | {"adam_epsilon": 1e-4, "schedule": "constant"}
-    two = tiny_recipe(tmp_path, "two", data=data, optim=optim, scaling=scaling | {"num_workers": 2})
-    slow = data | {"format": "support.slow_rows:in_turn"}
-    some = tiny_recipe(
-        tmp_path, "some", data=slow, optim=optim | {"max_steps": 100},
-        scaling=scaling | {"num_workers": [1, 2], "resize_interval_s": 2},
-    )  # fmt: skip
+    two = tiny_recipe(tmp_path, "two", data=data, optim=OPTIM, scaling=SCALING | {"num_workers": 2})
     search = tiny_recipe(
-        tmp_path, "sweep", data=data | {"eval_fraction": 0.2}, optim=optim, scaling=scaling | {"num_workers": 1},
+        tmp_path, "sweep", data=data | {"eval_fraction": 0.2}, optim=OPTIM, scaling=SCALING | {"num_workers": 1},
         tune={"num_trials": 2, "max_concurrent": 2},
     )  # fmt: skip
     with autoscaling_head(tmp_path, max_nodes=2) as head:
-        print(
-            f"first step of two workers, whose nodes had to come, after {orpo_ray_on(head, 'train', two, tmp_path)} s"
-        )
+        seconds = orpo_ray_on(head, "train", two, tmp_path)
+        print(f"first step of two workers, whose nodes had to come, after {seconds:.0f} s")
         wait_for_nodes(head, 1)
         orpo_ray_on(head, "tune", search, tmp_path)
         assert len(list((Path(search.run_uri) / "trials").iterdir())) == 2
         wait_for_nodes(head, 1)
+
+
+@pytest.mark.timeout(1800)
+def test_a_run_starts_on_one_node_and_takes_the_second_when_it_comes(ray_cluster: None, tmp_path: Path) -> None:
+    data = {"train": str(write_pairs(tmp_path / "data", 40))}
+    slow = data | {"format": "support.slow_rows:in_turn"}
+    some = tiny_recipe(
+        tmp_path, "some", data=slow, optim=OPTIM | {"max_steps": 100},
+        scaling=SCALING | {"num_workers": [1, 2], "resize_interval_s": 2},
+    )  # fmt: skip
     with autoscaling_head(tmp_path, max_nodes=2, min_nodes=1) as head:
-        orpo_ray_on(head, "train", some, tmp_path)
+        first = orpo_ray_on(head, "train", some, tmp_path)
         workers = workers_by_step(some)
         assert (workers[1], workers[100]) == (1, 2)
+        second = min(step for step, count in workers.items() if count == 2)
+        print(f"first step after {first:.0f} s; two workers from step {second}")
         wait_for_nodes(head, 2)
-    curve = losses(Path(two.run_uri))
-    assert {step: losses(Path(some.run_uri))[step] for step in curve} == pytest.approx(curve, abs=1e-4)
+    alone = tiny_recipe(tmp_path, "alone", data=data, optim=OPTIM | {"max_steps": 100})
+    run(alone)
+    assert losses(Path(some.run_uri)) == pytest.approx(losses(Path(alone.run_uri)), abs=1e-4)
