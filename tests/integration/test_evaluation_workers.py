@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import threading
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from orpo_ray.tiny_models.easy_vqa import easy_vqa_rows
 from orpo_ray.training.evaluation_workers import WorkerLost, on_workers
 from support.clusters import processes
 from support.finished_runs import finished_run
-from support.paths import TESTS
 from support.runs import wait_until
 from support.tiny_runs import tiny_recipe, write_pairs
 
@@ -101,11 +99,7 @@ def placement_groups() -> list[str]:
     return [group["state"] for group in groups if group["state"] != "REMOVED"]
 
 
-def test_a_worker_that_dies_ends_the_evaluation_with_one_message(
-    ray_cluster: None, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
-
+def test_a_worker_that_dies_ends_the_evaluation_with_one_message(ray_cluster: None, run: Path) -> None:
     def kill_one() -> None:
         wait_until(lambda: len(processes("EvaluationWorker")) == 2, "the workers")
         processes("EvaluationWorker")[1].kill()

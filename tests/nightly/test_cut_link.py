@@ -81,7 +81,7 @@ def test_a_run_outlasts_a_short_cut_and_goes_on_without_a_host_that_stays_away(
             assert third.has("RayTrainWorker")
             third.cut()
             time.sleep(SHORT_S)
-            third.mend()
+            third.connect()
             last = wait_for(2, last, BOUND_S)
             third.cut()
             began = time.monotonic()

@@ -75,11 +75,15 @@ def processes(role: str) -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            name = "".join(child.cmdline()[:1])
-            # An actor's process is called `ray::RunStatus.lines` while it answers a call.
-            if child.status() != psutil.STATUS_ZOMBIE and name.partition(".")[0] == f"ray::{role}":
+            if child.status() != psutil.STATUS_ZOMBIE and has_role(child, role):
                 found.append(child)
     return found
+
+
+def has_role(process: psutil.Process, role: str) -> bool:
+    """Say whether a process is an actor of this role. Raises psutil.Error if it has ended."""
+    # An actor's process is called `ray::RunStatus.lines` while it answers a call.
+    return "".join(process.cmdline()[:1]).partition(".")[0] == f"ray::{role}"
 
 
 def is_on(cluster: Any, node: Any, role: str) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.clusters import NODE
+from support.clusters import NODE, has_role
 from support.runs import wait_until
 
 NETWORK = "198.18.77"
@@ -47,7 +47,7 @@ class Host:
         """Cut its link, as a pulled cable does: no connection is closed, and no packet arrives."""
         _ip("link", "set", self.link, "down")
 
-    def mend(self) -> None:
+    def connect(self) -> None:
         """Connect it again."""
         _ip("link", "set", self.link, "up")
 
@@ -64,7 +64,7 @@ class Host:
         """Say whether an actor of this role runs on it, such as `RayTrainWorker`."""
         for process in self.processes():
             with suppress(psutil.Error):
-                if "".join(process.cmdline()[:1]).partition(".")[0] == f"ray::{role}":
+                if has_role(process, role):
                     return True
         return False
 

@@ -1,4 +1,4 @@
-"""Videos as frames: what rows may hold, which frames are taken, where they stand in the prompt."""
+"""Videos as frames: which rows are accepted, which frames are taken, and their places in the prompt."""
 
 from __future__ import annotations
 
