@@ -1,8 +1,9 @@
 """Hold out a fraction of the training rows (`data.eval_fraction`), deterministically, without images on both sides.
 
 Rows with a common image form a group, and so do text-only rows with the same prompt. Groups are held out as a whole.
-They are selected by a hash of their own content, so that adding rows to a dataset changes the split little. Images
-given by path are compared by path: two files with the same content count as different images.
+They are selected by a hash of their own content, so that adding rows to a dataset changes the split little, and
+copying the dataset to another folder or bucket does not change it. Images given by path are compared by path: two
+files with the same content count as different images.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from orpo_ray.data.order import Order
 from orpo_ray.data.other_images import image_fingerprint
-from orpo_ray.data.pairs import PreferencePair
+from orpo_ray.data.pairs import Image, PreferencePair
 from orpo_ray.data.reading import ReadSpec, read_pairs
 from orpo_ray.errors import UserError
 
@@ -72,10 +73,20 @@ def _read_keys(spec: ReadSpec, shard_index: int) -> list[tuple[str, ...]]:
             continue
         images = [*pair.images, *(pair.rejected_images or ())]
         if images:
-            keys.append(tuple(image_fingerprint(image, spec.root_of(shard)) for image in images))
+            keys.append(tuple(_image_key(image, spec.root_of(shard)) for image in images))
         else:
             keys.append((hashlib.sha256(json.dumps(pair.prompt).encode()).hexdigest(),))
     return keys
+
+
+def _image_key(image: Image, root: str | None) -> str:
+    """Return a key of an image whose start is the same wherever the dataset lies; the rest tells folders apart."""
+    return f"{image_fingerprint(image, None)} {image_fingerprint(image, root)}"
+
+
+def _place(key: str) -> tuple[bytes, str]:
+    """Return where the group of this key stands in the order of selection."""
+    return hashlib.sha256(key.split(" ")[0].encode()).digest(), key
 
 
 def _select_held_out(keys_by_shard: Mapping[int, list[tuple[str, ...]]], fraction: float) -> dict[int, np.ndarray]:
@@ -90,7 +101,7 @@ def _select_held_out(keys_by_shard: Mapping[int, list[tuple[str, ...]]], fractio
                 groups[find_group(keys[0])].append((shard, row))
     wanted = max(1, round(fraction * total))
     held_out: list[tuple[int, int]] = []
-    for key in sorted(groups, key=lambda key: hashlib.sha256(key.encode()).digest()):
+    for key in sorted(groups, key=_place):
         # Skip a group that would exceed the requested number by more than half.
         if len(held_out) + len(groups[key]) <= wanted + wanted // 2 and len(held_out) < wanted:
             held_out += groups[key]

@@ -67,6 +67,22 @@ def test_the_fraction_is_met_and_stable(tmp_path: Path) -> None:
     assert len(first & again) >= 50
 
 
+def test_a_copy_of_the_dataset_is_split_in_the_same_way(tmp_path: Path) -> None:
+    """So that no pair that a model was trained on is held out on another machine."""
+    rows = [row(number, [f"{number // 2}.png"]) for number in range(40)]
+    held = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        spec = spec_of([str(write_jsonl(tmp_path / folder / "a.jsonl", rows))])
+        held.append(ids(read_all(split_held_out(spec, 0.2)[1])))
+    assert held[0] == held[1]
+    # Images of the same name in two folders are different images.
+    both = spec_of([str(tmp_path / "here" / "a.jsonl"), str(tmp_path / "there" / "a.jsonl")])
+    train, held_out = (read_all(part) for part in split_held_out(both, 0.025))
+    assert len(held_out) == 2
+    assert images(train) & images(held_out)
+
+
 def test_text_only_rows_with_one_prompt_stay_together_and_bad_rows_stay_in_training(tmp_path: Path) -> None:
     rows: list[Any] = [row(number, [], f"prompt {number // 2}") for number in range(40)]
     rows[7] = "{broken"
