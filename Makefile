@@ -16,7 +16,7 @@ export PIP_NO_COMPILE := 0
 # Containers often forbid writing them: then every process compiles again, which takes longer than the imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test fast slow gpu nightly torchvision-tests lint clean
+.PHONY: quickstart test fast slow notebook gpu nightly torchvision-tests lint clean
 
 quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, about 3 minutes after installation
 	$(BIN)/orpo-ray train recipes/quickstart.yaml
@@ -30,6 +30,9 @@ fast: $(INSTALLED)  ## run tests/unit; each test takes seconds at most
 
 slow: $(INSTALLED)  ## run tests/integration: runs on a real Ray, engines in several processes, a browser
 	$(BIN)/pytest -q tests/integration -n 2 --dist loadfile
+
+notebook: $(INSTALLED)  ## run the notebook with the whole story from top to bottom, in fewer steps, about 3 minutes
+	$(BIN)/pytest -q -m nightly tests/unit/test_notebooks.py
 
 gpu: $(INSTALLED)  ## run tests/gpu on one NVIDIA GPU, 8 minutes at most; without a GPU they are skipped
 	$(BIN)/pytest -q -m gpu tests/gpu

@@ -14,7 +14,8 @@ the runs to that of the bare loops. The losses of both are compared, so that the
 On a machine without a GPU, encoding the pairs takes cores from the training. `encoding_share` is the CPU time of that,
 as a part of what the bare loop takes: what no implementation can avoid on the same cores. With fewer `--threads` than
 cores, both train on some of the cores and leave the others free, as training on a GPU does. With more `--width`, a step
-takes longer and encoding its pairs does not, as with the models that people train.
+takes longer and encoding its pairs does not, as with the models that people train. `checkpoint_share` is the part of the run's
+time that checkpoints take.
 """
 
 from __future__ import annotations
@@ -98,8 +99,14 @@ def measure_run(setting: Setting) -> dict[str, Any]:
         if process.returncode != 0:
             raise SystemExit(said)
         first = min(step for step in seen if step >= FIRST)
-        losses = {line["step"]: line["train/loss"] for line in read_jsonl(path) if "train/loss" in line}
-    return {"steps_per_s": (steps - first) / (seen[steps] - seen[first]), "losses": list(losses.values())}
+        lines = {line["step"]: line for line in read_jsonl(path) if "train/loss" in line}
+    seconds = seen[steps] - seen[first]
+    saving = sum(line["train/worker_checkpoint_seconds/0"] for step, line in lines.items() if step > first)
+    return {
+        "steps_per_s": (steps - first) / seconds,
+        "losses": [line["train/loss"] for line in lines.values()],
+        "checkpoint_share": saving / seconds,
+    }
 
 
 def measure_bare(setting: Setting) -> dict[str, Any]:
@@ -217,7 +224,8 @@ def compare(setting: Setting, rounds: int, as_json: bool) -> None:
     }
     row = provenance() | {f"{name}_steps_per_s": round(value, 3) for name, value in medians.items()}
     row |= {"ratio": round(medians["run"] / medians["bare"], 4)}
-    row |= {"encoding_share": round(statistics.median(each["encoding_share"] for each in loops), 4)}
+    for name, found in (("encoding_share", loops), ("checkpoint_share", runs)):
+        row |= {name: round(statistics.median(each[name] for each in found), 4)}
     row |= {"largest_loss_difference": off}
     print(json.dumps(row) if as_json else "\n".join(f"{name:24} {value}" for name, value in row.items()))
 
