@@ -30,7 +30,7 @@ from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.from_recipe import encoder_of, run_data
 from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import ReadSpec, read_windows
-from orpo_ray.evaluation.evaluator import grounding_metrics, score
+from orpo_ray.evaluation.evaluator import EXCHANGED, score, with_pass
 from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.collectives import add_sums
@@ -95,7 +95,7 @@ class Experiment:
             score(self.model, shares(read, self.encoder, self.planner), self.planner)
             for read in (self.held_out, exchanged)
         )
-        return own.metrics | grounding_metrics(own, other, self.device)
+        return with_pass(own, other, EXCHANGED).metrics
 
 
 def shares(read: ReadSpec, encoder: PairEncoder, planner: StepPlanner) -> Iterator[StepShare]:

@@ -7,14 +7,16 @@ import pickle
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
 def in_second_process(compute: Callable[[], T]) -> Callable[[], T]:
     """Start to compute in a fork of this process; the function that is returned waits for the result.
 
-    Only for a process of its own that has run nothing on several threads, such as a command's: their locks would stay
-    locked in the fork. Where there is no second core or no fork, or the fork fails, this process computes.
+    Only for a process of its own without threads of Python, such as a command's: their locks would stay locked in the
+    fork. Where there is no second core or no fork, or the fork fails, this process computes.
 
     Args:
         compute: returns something that can be pickled.
@@ -26,6 +28,7 @@ def in_second_process(compute: Callable[[], T]) -> Callable[[], T]:
     if child == 0:
         status = 1
         try:
+            torch.set_num_threads(1)  # OpenMP's other threads do not exist in a fork; it would wait for them forever
             with os.fdopen(write, "wb") as pipe:
                 pipe.write(pickle.dumps(compute()))
             status = 0

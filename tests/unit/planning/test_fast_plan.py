@@ -100,3 +100,17 @@ def test_a_plan_without_a_hub_prints_nothing_else_and_imports_no_compiler(tmp_pa
     report, imported = done.stdout.splitlines()
     assert json.loads(report)["model"]["config"] == "known shape"
     assert json.loads(imported) == []
+
+
+def test_a_second_process_computes_after_this_one_used_several_threads() -> None:
+    """Threads of OpenMP do not survive a fork: an operation large enough to use them would never end."""
+    code = """
+import torch
+from orpo_ray.planning.second_process import in_second_process
+size = 20_000_000
+torch.set_num_threads(2)
+torch.zeros(size).add_(1)
+print(in_second_process(lambda: float(torch.ones(size).sum()))())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert float(done.stdout) == 20_000_000
