@@ -9,14 +9,14 @@
         backward, clipping and the same AdamW
 
 Each is a process of its own; they run in turn. Steps are counted from the tenth to the last. `ratio` is the median of
-the runs to that of the bare loops, and `ratio_of_best` the fastest to the fastest, which other users of a shared machine
+the runs to that of the bare loops, and `ratio_of_best` the fastest to the fastest, which others on a shared machine
 disturb least. The losses of both are compared, so that the steps are the same ones.
 
 On a machine without a GPU, encoding the pairs takes cores from the training. `encoding_share` is the CPU time of that,
-as a part of what the bare loop takes: what no implementation can avoid on the same cores. With fewer `--threads` than
-cores, both train on some of the cores and leave the others free, as training on a GPU does. With more `--width`, a step
-takes longer and encoding its pairs does not, as with the models that people train. `checkpoint_share` is the part of the run's
-time that checkpoints take.
+as a part of what the bare loop takes: what no implementation can avoid on the same cores. `checkpoint_share` is the
+part of the run's time that its checkpoints take. With fewer `--threads` than cores, both train on some of the cores and
+leave the others free, as training on a GPU does. With more `--width`, a step takes longer and encoding its pairs does
+not, as with the models that people train.
 """
 
 from __future__ import annotations

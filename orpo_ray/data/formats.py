@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orpo_ray.config.field_types import PairsFromRanking
-from orpo_ray.data.pairs import (
-    Message,
-    PreferencePair,
+from orpo_ray.data.pairs import Message, PreferencePair, make_pair
+from orpo_ray.data.ranking import Rated, best_and_worst, rank_answers, rated_in_nemo_rl, rated_in_vlfeedback
+from orpo_ray.data.row_adapter import call_adapter, load_adapter
+from orpo_ray.data.row_values import (
     extract_prompt,
-    make_pair,
     read_answer,
     read_images,
     read_messages,
@@ -26,8 +26,6 @@ from orpo_ray.data.pairs import (
     user_turn,
     with_system,
 )
-from orpo_ray.data.ranking import Rated, best_and_worst, rank_answers, rated_in_nemo_rl, rated_in_vlfeedback
-from orpo_ray.data.row_adapter import call_adapter, load_adapter
 from orpo_ray.data.videos import read_videos, with_videos
 from orpo_ray.errors import RowError, UserError, preview
 

@@ -12,10 +12,9 @@ from typing import Any
 
 from orpo_ray.config.synthesis import PROMPT_FORMATS
 from orpo_ray.data.formats import Row, alpaca_prompt, detect_format, get_row_id, renamed, to_pair
-from orpo_ray.data.pairs import (
-    Image,
-    Message,
-    check_prompt,
+from orpo_ray.data.pairs import Image, Message, check_prompt
+from orpo_ray.data.row_adapter import call_adapter, load_adapter
+from orpo_ray.data.row_values import (
     read_answer,
     read_messages,
     read_prompt,
@@ -24,7 +23,6 @@ from orpo_ray.data.pairs import (
     user_turn,
     with_system,
 )
-from orpo_ray.data.row_adapter import call_adapter, load_adapter
 from orpo_ray.errors import RowError, UserError, preview
 
 _PAIR = "pair:"  # before the name of a format of pairs

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from orpo_ray.config.field_types import PairsFromRanking
 from orpo_ray.data.bad_rows import BadRow
-from orpo_ray.data.pairs import Ranking, check_answers, check_texts, read_answer, read_records
+from orpo_ray.data.pairs import Ranking, check_answers, check_texts
+from orpo_ray.data.row_values import read_answer, read_records
 from orpo_ray.errors import RowError, preview
 
 Rated = list[tuple[float, Any]]

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from orpo_ray.data.images import FORMATS, check_remote, inside
-from orpo_ray.data.pairs import Image, Message, PreferencePair, Video, check_encodable, read_images
+from orpo_ray.data.pairs import Image, Message, PreferencePair, Video, check_encodable
+from orpo_ray.data.row_values import read_images
 from orpo_ray.errors import RowError, preview
 from orpo_ray.storage.files import TooLarge
 

@@ -10,7 +10,7 @@ import pytest
 
 from orpo_ray.config.field_types import FORMATS
 from orpo_ray.data import formats
-from orpo_ray.data.pairs import extract_prompt
+from orpo_ray.data.row_values import extract_prompt
 from support.format_rows import (
     A_PNG,
     ALPACA,
