@@ -20,49 +20,51 @@ from orpo_ray.errors import UserError
 MAX_BYTES = 1 << 20
 MAX_VALUES = 20_000  # keys count too, and an alias counts as everything it stands for
 MAX_DEPTH = 20  # sections and lists within one another
-_FIX = "correct it; recipes/quickstart.yaml is an example"
+_FIXES = {"recipe": "correct it; recipes/quickstart.yaml is an example"}
 
 
-def read_text(path: Path) -> str:
-    """Read a recipe file. Raises UserError if it is missing, too large or not UTF-8."""
+def read_text(path: Path, kind: str = "recipe") -> str:
+    """Read a recipe file, or one of another kind. Raises UserError if it is missing, too large or not UTF-8."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         text = data.decode("utf-8")
     except FileNotFoundError:
-        raise UserError("no such recipe file", field=str(path), fix="give the path of a YAML file") from None
+        raise UserError(f"no such {kind} file", field=str(path), fix="give the path of a YAML file") from None
     except OSError as error:
-        problem = f"cannot read the recipe: {error.strerror}"
+        problem = f"cannot read the {kind}: {error.strerror}"
         raise UserError(problem, field=str(path), fix="give the path of a YAML file") from None
     except ValueError as error:  # not UTF-8, or a path with a NUL
-        problem = f"cannot read the recipe: {error}"
+        problem = f"cannot read the {kind}: {error}"
         raise UserError(problem, field=str(path), fix="give the path of a YAML file in UTF-8") from None
     if len(data) > MAX_BYTES:
         raise UserError(
-            f"the file is larger than a recipe can be ({MAX_BYTES} bytes)",
+            f"the file is larger than a {kind} can be ({MAX_BYTES} bytes)",
             field=str(path),
-            fix="give a recipe; for many data files, name their folder or a glob",
+            fix=f"give a {kind}; for many data files, name their folder or a glob",
         )
     return text
 
 
-def parse_yaml(text: str, field: str) -> Any:
+def parse_yaml(text: str, field: str, kind: str = "recipe") -> Any:
     """Parse YAML.
 
     Args:
         text: one document.
         field: file or recipe key, for error messages.
+        kind: what the text belongs to, for error messages.
 
     Raises:
         UserError: the text is not valid YAML, has a tag, or exceeds a bound.
     """
+    fix = _FIXES.get(kind, "correct it")
     if len(text) > MAX_BYTES:
-        raise UserError(f"the value is longer than a recipe can be ({MAX_BYTES} characters)", field=field, fix=_FIX)
+        raise UserError(f"the value is longer than a {kind} can be ({MAX_BYTES} characters)", field=field, fix=fix)
     try:
         _check_bounds(text)
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML for a recipe: {error}", field=field, fix=_FIX) from None
+        raise UserError(f"not valid YAML for a {kind}: {error}", field=field, fix=fix) from None
 
 
 # The parser in C is ten times as fast; PyYAML can be built without it.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
-from typing import Any
 
 from orpo_ray.convert.defaults import BETA
-from orpo_ray.convert.draft import Draft, is_true
+from orpo_ray.convert.draft import Draft, as_number, is_true
 
 _SIZED = "tasks and batches are sized by the run itself"
 WITHOUT_COUNTERPART = {
@@ -23,7 +22,9 @@ WITHOUT_COUNTERPART = {
     "attn_implementation": "model.attention chooses", "attn_impl": "model.attention chooses",
     "flash_attn": "model.attention chooses", "flash_attention": "model.attention chooses",
     "sdp_attention": "model.attention chooses", "xformers_attention": "model.attention chooses",
-    "gradient_checkpointing_kwargs": "", "push_to_hub": "orpo-ray export RUN --push", "save_only_model": "",
+    "gradient_checkpointing_kwargs": "",
+    "config_file": "accelerate's config is not read; set deepspeed.zero_stage and scaling.num_workers as it does",
+    "push_to_hub": "orpo-ray export RUN --push", "save_only_model": "",
     "hub_model_id": "orpo-ray export RUN --push", "disable_tqdm": "", "use_cpu": "",
 }  # fmt: skip
 MANY_EPOCHS = 10_000.0  # the most that a recipe can have
@@ -46,17 +47,18 @@ def put_training(draft: Draft, gpus: int) -> None:
         draft.move((name,), f"optim.{name}", float)
     draft.move(("seed",), "optim.seed", int)
     draft.move(("save_total_limit",), "checkpoint.keep", int)
-    if (steps := draft.take("max_steps")) is not None and int(steps) > 0:
-        draft.put("optim.max_steps", int(steps))
+    steps = draft.take_number(("max_steps",), "optim.max_steps", int)
+    if steps is not None and steps > 0:
+        draft.put("optim.max_steps", steps)
         draft.put("optim.epochs", MANY_EPOCHS)  # theirs have no effect then
     _put_batch(draft, gpus)
     _put_warmup(draft)
     _put_schedule(draft)
     _put_precision(draft)
     for theirs, ours in (("save_steps", "checkpoint.every_steps"), ("eval_steps", "eval.every_steps")):
-        value = draft.take(theirs)
-        if value is not None and float(value) >= 1:
-            draft.put(ours, int(float(value)))
+        value = draft.take_number((theirs,), ours)
+        if value is not None and value >= 1:
+            draft.put(ours, int(value))
         elif value is not None:
             draft.note(theirs, value, f"a fraction of the run; {ours} is a number of steps")
     if (value := draft.take("optim", "optimizer")) is not None:
@@ -105,52 +107,56 @@ def put_deepspeed(draft: Draft) -> None:
         draft.put("deepspeed.offload_optimizer", "cpu")
 
 
-def put_objective(draft: Draft, loss: str, beta: Any, gamma: Any = None) -> None:
-    """Carry over the loss; DPO and others that need a reference model become ORPO."""
+def put_objective(draft: Draft, loss: str, *betas: str) -> None:
+    """Carry over the loss; DPO and others that need a reference model become ORPO.
+
+    Args:
+        draft: the draft.
+        loss: their name of the loss.
+        betas: their names of the loss's beta.
+    """
     if loss in ("orpo", "odds_ratio"):
-        if beta is not None:
-            draft.put("orpo.beta", float(beta))
+        draft.move(betas, "orpo.beta", float)
     elif loss in ("simpo", "cpo"):
-        options = {"name": loss} | ({} if beta is None else {"beta": float(beta)})
-        if gamma is not None and loss == "simpo":
-            options["gamma"] = float(gamma)
-        draft.put("objective", options)
+        draft.put("objective.name", loss)
+        draft.move(betas, "objective.beta", float)
+        if loss == "simpo":
+            draft.move(("simpo_gamma",), "objective.gamma", float)
     else:
         draft.note("loss", loss, "needs a reference model or other data; this recipe trains ORPO, which needs neither")
-        if beta not in (None, BETA):
-            draft.note("beta", beta, f"the beta of {loss} has another meaning; ORPO's default is kept")
-
-
-def hub_source(name: str, split: str | None = None) -> str:
-    """Return the source of a dataset: a file or folder as it is, a name of the hub as `hf://datasets/...`."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith((".json", ".jsonl", ".parquet")):
-        return f"hf://datasets/{name}" + (f"?split={split}" if split and split != "train" else "")
-    return name
+        name, beta = draft.take_named(*betas)
+        if beta is not None and str(beta) != str(BETA):
+            draft.note(name, beta, f"the beta of {loss} has another meaning; ORPO's default is kept")
+    draft.take("simpo_gamma")
 
 
 def _put_batch(draft: Draft, gpus: int) -> None:
-    each = draft.take("per_device_train_batch_size", "micro_batch_size", "batch_size")
-    accumulated = draft.take("gradient_accumulation_steps")
-    try:
-        pairs = int(each or 1) * int(accumulated or 1) * gpus
-    except ValueError:
-        draft.note("gradient_accumulation_steps", accumulated, "not a number; set optim.pairs_per_step")
+    batch = draft.take_named("per_device_train_batch_size", "micro_batch_size", "batch_size")
+    accumulation = draft.take_named("gradient_accumulation_steps")
+    pairs = gpus
+    for name, value in (batch, accumulation):
+        try:
+            count = 1 if value is None else as_number(value, int)
+        except ValueError:
+            count = 0
+        if count < 1:
+            draft.note(name, value, "not a number of 1 or more; set optim.pairs_per_step")
+        pairs *= max(0, count)
+    if not pairs:
         return
     draft.put("optim.pairs_per_step", pairs)
     if gpus > 1:
         draft.put("scaling.num_workers", gpus)
     else:
-        draft.note(
-            "per_device_train_batch_size", each or 1, f"pairs_per_step is {pairs} for one GPU; multiply by theirs"
-        )
+        name, value = batch
+        reason = f"pairs_per_step is {pairs} for one GPU; multiply it by your number of GPUs"
+        draft.note(name, 1 if value is None else value, reason)
 
 
 def _put_warmup(draft: Draft) -> None:
-    steps, ratio = draft.take("warmup_steps"), draft.take("warmup_ratio")
-    if ratio is not None and not float(steps or 0):
-        draft.put("optim.warmup", float(ratio))
-    elif steps is not None:
-        draft.put("optim.warmup", float(steps))
+    steps = draft.take_number(("warmup_steps",), "optim.warmup")
+    ratio = draft.take_number(("warmup_ratio",), "optim.warmup")
+    draft.put("optim.warmup", ratio if ratio is not None and not steps else steps)
 
 
 def _put_schedule(draft: Draft) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.config.yaml_text import parse_yaml, read_text
 from orpo_ray.convert.defaults import DEFAULTS
 from orpo_ray.convert.draft import Draft
-from orpo_ray.convert.projects import PROJECTS, project_of
+from orpo_ray.convert.projects import MODELS, PROJECTS, project_of
+from orpo_ray.convert.reading import GIVE, read_config
 from orpo_ray.errors import UserError
 
 _NO_DATA = "put your data here"
-_GIVE = "give the YAML file or the shell script that you start their training with"
+_NO_MODEL = "put-your-model-here"
+_SHELL_VARIABLE = re.compile(r"\$[\w{(@*]")
 
 
 def convert_config(path: Path) -> str:
@@ -34,57 +33,55 @@ def convert_config(path: Path) -> str:
     Raises:
         UserError: the file cannot be read, or is no config of these projects, or no recipe can say what it says.
     """
-    theirs, gpus = read_config(path)
+    found = read_config(path)
+    theirs = found.fields
     project = project_of(theirs)
     if project is None:
         raise UserError(
             "this is no config of TRL, LLaMA-Factory, ms-swift or axolotl that names a model",
             field=str(path),
             value=", ".join(map(str, list(theirs)[:8])),
-            fix=_GIVE,
+            fix=GIVE,
         )
-    draft = Draft(theirs, defaults=dict(DEFAULTS[project]))
-    PROJECTS[project](draft, path.parent, gpus)
+    draft = Draft(theirs, defaults=dict(DEFAULTS[project]), trainer=found.trainer)
+    variables = _list_variables(draft)
+    PROJECTS[project](draft, path.parent, found.gpus)
     draft.drop_rest()
     if not draft.recipe.get("data", {}).get("train"):
         draft.note("data.train", _NO_DATA, "their config names no dataset that can be carried over")
         draft.put("data.train", "pairs.jsonl")
+    if MODELS & variables:
+        draft.put("model.id", _NO_MODEL)
     _drop_evaluation_without_pairs(draft)
-    parse_recipe(draft.recipe, source=f"the recipe made of {path}")
+    _check(draft, path)
     return _as_text(draft, project, path)
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], int]:
-    """Read the fields of a config, and on how many GPUs it runs as far as it says.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    text = read_text(path)
-    if path.suffix in (".sh", ".bash"):
-        return _read_script(text)
-    raw = parse_yaml(text, field=str(path))
-    if not isinstance(raw, dict):
-        raise UserError("a config must be a mapping", field=str(path), value=type(raw).__name__, fix=_GIVE)
-    return {str(name): value for name, value in raw.items()}, 1
+def _list_variables(draft: Draft) -> set[str]:
+    """List fields whose values only the shell knows, and return their names."""
+    found = set()
+    for name, value in draft.theirs.items():
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, str) and _SHELL_VARIABLE.search(part) for part in parts):
+            draft.note(name, value, "a variable of the shell; put in its value")
+            found.add(name)
+    for name in found:
+        del draft.theirs[name]
+    return found
 
 
-def _read_script(text: str) -> tuple[dict[str, Any], int]:
-    """Read `--name value` arguments, and variables that say how many GPUs there are."""
-    found = re.search(r"(?i)\b(?:nproc_per_node|num_processes|nproc)[= ]+(\d+)", text)
-    gpus = int(found[1]) if found else 1
-    text = re.sub(r"\$\(expr (\d+) / \$\w+\)", lambda match: str(int(match[1]) // gpus), text.replace("\\\n", " "))
-    theirs: dict[str, Any] = {}
-    name = None
-    for word in shlex.split(text, comments=True):
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            theirs[name] = value or True
-        elif name is not None and theirs[name] is True:
-            theirs[name] = word
-        elif name is not None and isinstance(theirs[name], str | list):
-            theirs[name] = [*(theirs[name] if isinstance(theirs[name], list) else [theirs[name]]), word]
-    return theirs, gpus
+def _check(draft: Draft, path: Path) -> None:
+    """Raise UserError if the recipe is not valid. Says which of their fields to correct."""
+    try:
+        parse_recipe(draft.recipe, source=f"the recipe made of {path}")
+    except UserError as error:
+        wrong = [
+            f"{theirs} ({ours})"
+            for ours, theirs in draft.origins.items()
+            if re.search(rf"(?m)^(?:  - )?{re.escape(ours)}:", error.problem)
+        ]
+        fix = f"correct {', '.join(wrong)} in {path.name}" if wrong else f"correct {path.name}"
+        raise UserError(error.problem, field=error.field, fix=fix) from None
 
 
 def _drop_evaluation_without_pairs(draft: Draft) -> None:

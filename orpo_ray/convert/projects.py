@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.convert.common import (
-    WITHOUT_COUNTERPART,
-    hub_source,
-    put_name,
-    put_objective,
-    put_training,
+from orpo_ray.convert.common import WITHOUT_COUNTERPART, put_name, put_objective, put_training
+from orpo_ray.convert.datasets import (
+    put_entries,
+    put_eval_fraction,
+    put_llamafactory_data,
+    put_swift_data,
+    put_trl_data,
 )
 from orpo_ray.convert.defaults import SWIFT_LEARNING_RATES, SWIFT_PAIRS_PER_STEP
 from orpo_ray.convert.draft import Draft, is_true
 
 _TEMPLATE = "the processor's own chat template is used"
+# Fields of TRL's DPOConfig that ORPOConfig and CPOConfig lack, with two of earlier versions.
+_OF_DPO = (
+    "precompute_ref_log_probs", "loss_weights", "ld_alpha", "f_divergence_type", "use_weighting", "discopop_tau",
+    "sync_ref_model", "rpo_alpha", "reference_free",
+)  # fmt: skip
 # Without a meaning for a recipe.
 _OF_AXOLOTL = (
     "model_type", "tokenizer_type", "processor_type", "dataset_prepared_path", "skip_prepare_dataset", "strict",
@@ -34,10 +39,10 @@ def fill_trl(draft: Draft, folder: Path, gpus: int) -> None:
     draft.move(("model_name_or_path",), "model.id", str)
     draft.move(("model_revision",), "model.revision", str)
     draft.move(("trust_remote_code",), "model.trust_remote_code", bool)
-    _put_trl_data(draft)
+    put_trl_data(draft)
     draft.move(("max_length",), "data.max_length", int)
-    loss = str(draft.take("loss_type") or ("orpo" if draft.theirs.get("rpo_alpha") is None else "dpo"))
-    put_objective(draft, loss, draft.take("beta"), draft.take("simpo_gamma"))
+    loss = _trl_loss(draft)
+    put_objective(draft, loss, "beta")
     if loss == "orpo":
         draft.put("orpo.nll", "prompt+response")  # as TRL computes it
     if is_true(draft.take("use_peft")):
@@ -48,15 +53,22 @@ def fill_trl(draft: Draft, folder: Path, gpus: int) -> None:
     draft.drop({"max_completion_length": "data.on_too_long: truncate_response cuts answers to data.max_length"})
 
 
-def _put_trl_data(draft: Draft) -> None:
-    name, mixture = draft.take("dataset_name"), draft.take("datasets")
-    split, held_out = draft.take("dataset_train_split"), draft.take("dataset_test_split")
-    evaluates = draft.theirs.get("eval_strategy") not in (None, "no", False)
-    names = [str(each.get("path")) for each in mixture] if isinstance(mixture, list) else [str(name)] if name else []
-    draft.put("data.train", [hub_source(each, split) for each in names] or None)
-    if evaluates and names:
-        draft.put("data.eval", hub_source(names[0], held_out or "test"))
-    draft.drop({"dataset_config": "name the files of the configuration in data.train", "dataset_streaming": ""})
+def _trl_loss(draft: Draft) -> str:
+    """Find the loss. `loss_type` has a default in DPOConfig and CPOConfig, and does not exist in ORPOConfig."""
+    given = draft.take("loss_type")
+    named = "+".join(map(str, given)) if isinstance(given, list) else str(given or "")
+    if draft.trainer == "cpo" and named in ("", "sigmoid"):
+        return "cpo"
+    if draft.trainer not in (None, "orpo", "dpo"):
+        return named or draft.trainer
+    if named:
+        return named
+    if draft.trainer == "dpo" or any(draft.theirs.get(name) not in (None, False) for name in _OF_DPO):
+        return "sigmoid"
+    if draft.trainer is None:
+        reason = "the config does not say which trainer it is for; ORPO is assumed, and beta may need another value"
+        draft.note("loss_type", None, reason)
+    return "orpo"
 
 
 def fill_llamafactory(draft: Draft, folder: Path, gpus: int) -> None:
@@ -65,14 +77,17 @@ def fill_llamafactory(draft: Draft, folder: Path, gpus: int) -> None:
     draft.move(("model_name_or_path",), "model.id", str)
     draft.move(("model_revision",), "model.revision", str)
     draft.move(("trust_remote_code",), "model.trust_remote_code", bool)
-    _put_llamafactory_data(draft, folder)
+    put_llamafactory_data(draft, folder)
     draft.move(("cutoff_len",), "data.max_length", int)
     stage, loss = str(draft.take("stage") or "dpo"), str(draft.take("pref_loss") or "sigmoid")
-    put_objective(draft, loss if stage == "dpo" else stage, draft.take("pref_beta"), draft.take("simpo_gamma"))
+    put_objective(draft, loss if stage == "dpo" else stage, "pref_beta")
     tuning = str(draft.take("finetuning_type") or "lora")
     if tuning == "lora":
-        draft.defaults["lora_alpha"] = 2 * int(draft.theirs.get("lora_rank") or draft.defaults["lora_rank"])
+        draft.defaults["lora_alpha"] = 2 * draft.peek_number("lora_rank", draft.defaults["lora_rank"])
         _put_lora(draft, "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target")
+        _put_freezing_with_lora(
+            draft, "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model", by_default=True
+        )
     elif tuning != "full":
         draft.note("finetuning_type", tuning, "full fine-tuning or LoRA are what there is")
     else:
@@ -85,70 +100,30 @@ def fill_llamafactory(draft: Draft, folder: Path, gpus: int) -> None:
     draft.drop({"max_samples": "optim.max_steps or fewer files", "overwrite_cache": "", "tokenized_path": ""})
 
 
-def _put_llamafactory_data(draft: Draft, folder: Path) -> None:
-    names, where = draft.take("dataset"), folder / str(draft.take("dataset_dir") or "data")
-    info = _dataset_info(where)
-    sources = []
-    for name in str(names).split(",") if names else []:
-        entry = info.get(name.strip(), {})
-        source = entry.get("hf_hub_url") or entry.get("file_name") or name.strip()
-        is_file = "hf_hub_url" not in entry and "file_name" in entry
-        sources.append(str(where / source) if is_file else hub_source(str(source)))
-        if not entry and "/" not in name:
-            draft.note("dataset", name, "a name in a dataset_info.json that is not here; name its file in data.train")
-    draft.put("data.train", sources or None)
-    draft.move(("media_dir", "image_dir"), "data.image_root", str)
-    size = draft.take("val_size")
-    if (held_out := draft.take("eval_dataset")) is not None:
-        draft.put("data.eval", [hub_source(each.strip()) for each in str(held_out).split(",")])
-    elif size is not None and 0 < float(size) < 1:
-        draft.put("data.eval_fraction", float(size))
-    elif size is not None:
-        draft.note("val_size", size, "a number of rows; data.eval_fraction is a fraction")
-
-
-def _dataset_info(folder: Path) -> Mapping[str, Any]:
-    path = folder / "dataset_info.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def fill_swift(draft: Draft, folder: Path, gpus: int) -> None:
     """ms-swift's arguments for `swift rlhf`, from a YAML file or a shell script."""
     put_name(draft, "swift")
     draft.move(("model", "model_id_or_path"), "model.id", str)
     draft.move(("model_revision",), "model.revision", str)
-    held_out = draft.take("val_dataset")
-    for path, names in (("data.train", draft.take("dataset")), ("data.eval", held_out)):
-        each = names if isinstance(names, list) else str(names).split() if names else []
-        draft.put(path, [hub_source(str(name).partition("#")[0]) for name in each] or None)
-        for name in each:
-            if "#" in str(name):
-                draft.note("dataset", name, "the number of rows after # is not carried over")
+    put_swift_data(draft)
     if draft.theirs.get("max_length") is None:
         draft.note("max_length", None, "there, the limit is the model's own; here, data.max_length")
     draft.move(("max_length",), "data.max_length", int)
-    ratio = draft.take("split_dataset_ratio")
-    if ratio is not None and float(ratio) > 0 and held_out is None:
-        draft.put("data.eval_fraction", float(ratio))
-    put_objective(draft, str(draft.take("rlhf_type") or "dpo"), draft.take("beta"), draft.take("simpo_gamma"))
+    put_objective(draft, str(draft.take("rlhf_type") or "dpo"), "beta")
     tuning = str(draft.take("train_type", "tuner_type", "sft_type") or "lora")
     if tuning == "lora":
         _put_lora(draft, "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+        _put_freezing_with_lora(draft, "freeze_vit", "freeze_aligner", "freeze_llm", by_default=False)
     else:
         _put_freezing(draft, "freeze_vit", "freeze_aligner", "freeze_llm")
         draft.drop({"lora_rank": "", "lora_alpha": "", "target_modules": ""})
         if tuning != "full":
             draft.note("train_type", tuning, "full fine-tuning or LoRA are what there is")
     _put_four_bits(draft)
-    batch = str(draft.theirs.get("per_device_train_batch_size") or 1)
-    pairs = (int(batch) if batch.isdigit() else 1) * gpus
+    pairs = draft.peek_number("per_device_train_batch_size", 1) * gpus
     draft.defaults |= {
         "learning_rate": SWIFT_LEARNING_RATES["full" if tuning == "full" else "lora"],
-        "gradient_accumulation_steps": max(1, math.ceil(SWIFT_PAIRS_PER_STEP / max(1, pairs))),
+        "gradient_accumulation_steps": max(1, math.ceil(SWIFT_PAIRS_PER_STEP / pairs)),
     }
     put_training(draft, gpus)
     draft.drop(WITHOUT_COUNTERPART | {"ref_model": "no reference model is needed", "template": _TEMPLATE, "system": ""})
@@ -161,21 +136,12 @@ def fill_axolotl(draft: Draft, folder: Path, gpus: int) -> None:
     draft.move(("base_model",), "model.id", str)
     draft.move(("revision_of_model",), "model.revision", str)
     draft.move(("trust_remote_code",), "model.trust_remote_code", bool)
-    for path, names in (("data.train", draft.take("datasets")), ("data.eval", draft.take("test_datasets"))):
-        entries = [each if isinstance(each, dict) else {"path": each} for each in names or []]
-        draft.put(path, [hub_source(str(each.get("path")), each.get("split")) for each in entries] or None)
-        for each in entries:
-            fields = {name: value for name, value in each.items() if name.startswith("field_")}
-            if fields:
-                draft.note("datasets", fields, "name other columns in data.columns")
+    put_entries(draft, "datasets", "data.train")
+    put_entries(draft, "test_datasets", "data.eval")
     draft.move(("sequence_len",), "data.max_length", int)
-    size = draft.take("val_set_size")
-    if size is not None and 0 < float(size) < 1:
-        draft.put("data.eval_fraction", float(size))
-    elif size is not None and float(size) >= 1:
-        draft.note("val_set_size", size, "a number of rows; data.eval_fraction is a fraction")
+    put_eval_fraction(draft, "val_set_size")
     loss = str(draft.take("rl") or "sft")
-    put_objective(draft, loss, draft.take("orpo_alpha", "rl_beta", "dpo_beta"), draft.take("simpo_gamma"))
+    put_objective(draft, loss, "orpo_alpha", "rl_beta", "dpo_beta")
     adapter = str(draft.take("adapter") or "")
     if adapter in ("lora", "qlora"):
         if is_true(draft.take("lora_target_linear")):
@@ -205,6 +171,9 @@ PROJECTS: dict[str, Callable[[Draft, Path, int], None]] = {
 }
 
 
+MODELS = frozenset({"base_model", "model", "model_id_or_path", "model_name_or_path"})
+
+
 def project_of(theirs: Mapping[str, Any]) -> str | None:
     """Recognize whose config it is by its fields; None if it is nobody's."""
     if "base_model" in theirs:
@@ -229,19 +198,43 @@ def _put_lora(draft: Draft, rank: str, alpha: str, dropout: str, targets: str, s
     for theirs, path in ((targets, "model.lora.target_modules"), (saved, "model.lora.modules_to_save")):
         value = draft.take(theirs)
         names = value if isinstance(value, list) else re.split(r"[,\s]+", str(value)) if value else []
-        if names and not set(names) & set(_ALL_LINEAR):
-            draft.put(path, [str(name) for name in names])
+        if not all(isinstance(name, str) for name in names):
+            draft.note(theirs, value, f"not understood; it would be {path}")
+        elif names and not set(names) & set(_ALL_LINEAR):
+            draft.put(path, names)
 
 
 def _put_four_bits(draft: Draft) -> None:
-    bits = draft.take("quantization_bit", "quant_bits")
-    if is_true(draft.take("load_in_4bit")) or (bits is not None and int(bits) == 4):
+    name, bits = draft.take_named("quantization_bit", "quant_bits")
+    if is_true(draft.take("load_in_4bit")) or str(bits) == "4":
         kind = draft.take("bnb_4bit_quant_type", "quantization_type")
         draft.put("model.quantization", {"quant_type": kind} if kind in ("nf4", "fp4") else {})
-    elif is_true(draft.take("load_in_8bit")) or bits is not None:
-        draft.note("load_in_8bit", True, "weights are in 4 bits or not quantized (model.quantization)")
+    elif bits is not None or is_true(draft.theirs.get("load_in_8bit")):
+        name, bits = (name, bits) if bits is not None else ("load_in_8bit", True)
+        draft.note(name, bits, "weights are in 4 bits or not quantized (model.quantization)")
     draft.drop({"load_in_8bit": "", "quant_method": "", "quantization_method": "", "double_quantization": "",
                 "bnb_4bit_compute_dtype": "", "use_bnb_nested_quant": ""})  # fmt: skip
+
+
+def _put_freezing_with_lora(draft: Draft, vision: str, connector: str, language: str, *, by_default: bool) -> None:
+    """Carry over parts that get no adapter.
+
+    Args:
+        draft: the draft, with LoRA.
+        vision, connector, language: their names of the fields that freeze a part.
+        by_default: whether vision encoder and connector get no adapters unless their config says so.
+    """
+    named = "target_modules" in draft.recipe["model"]["lora"]  # these names match layers of all parts
+    frozen = []
+    for part, name in (("vision", vision), ("connector", connector), ("language", language)):
+        value = draft.take(name)
+        if (named or part == "language") and (is_true(value) or (value is None and by_default and part != "language")):
+            frozen.append(part)
+        elif is_true(value):
+            draft.note(name, value, f"LoRA freezes the base weights anyway, and the {part} part gets no adapter")
+        elif value is not None and part != "language" and not named:
+            draft.note(name, value, f"adapters are in the language model; add {part} to model.lora.target_modules")
+    draft.put("model.freeze", frozen or None)
 
 
 def _put_freezing(draft: Draft, vision: str, connector: str, language: str) -> None:
