@@ -40,7 +40,7 @@ def convert_config(path: Path) -> str:
         raise UserError(
             "this is no config of TRL, LLaMA-Factory, ms-swift or axolotl that names a model",
             field=str(path),
-            value=", ".join(map(str, list(theirs)[:8])),
+            value=", ".join(map(str, list(theirs)[:8])) or None,
             fix=GIVE,
         )
     draft = Draft(theirs, defaults=dict(DEFAULTS[project]), trainer=found.trainer)

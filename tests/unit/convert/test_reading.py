@@ -149,3 +149,8 @@ def test_messages_about_their_file(tmp_path: Path, name: str, text: str, message
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such config file"):
         convert_config(tmp_path / "none.yaml")
+
+
+def test_a_script_without_a_training_shows_no_empty_value(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"that names a model\n  fix: give"):
+        converted(tmp_path, "echo hi")
