@@ -1,9 +1,11 @@
 """Does a model look more with an image preference? Accuracy and grounding gap on held-out pairs, by variant and seed.
 
     python benchmarks/grounding.py RECIPE [--variant NAME FIELD=VALUE ...]... [--seeds N] [--every STEPS] [--json]
+    python benchmarks/grounding.py --reports FILE... [--plot FILE.svg] [--json]
 
 Each variant is the recipe with overrides, trained in this process on one device, without Ray. A seed changes the order
 of the pairs. The held-out pairs are scored with their own images and with exchanged ones, as by `orpo-ray evaluate`.
+The second form joins the JSON of earlier commands, whose variants may have run side by side.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from dot_plot import dot_plot
 from machine import provenance
 
 from orpo_ray.config.load import apply_overrides, parse_recipe, read_mapping
@@ -60,7 +62,7 @@ class Experiment:
         budget = recipe.optim.tokens_per_microbatch
         self.planner = StepPlanner.of(self.objective, budget, self.encoder, self.model, self.device)
 
-    def run(self, every: int | None, log: Any) -> dict[str, float]:
+    def run(self, every: int | None, log: Callable[[str], None]) -> dict[str, float]:
         """Train; every so many steps, and at the end, return or log the metrics of the held-out pairs."""
         optim, per_step = self.recipe.optim, self.recipe.optim.pairs_per_step
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -136,32 +138,58 @@ def summary(results: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
     return out
 
 
+def train_variants(
+    recipe: Path, variants: Sequence[Sequence[str]], seeds: int, every: int | None
+) -> dict[str, list[dict[str, float]]]:
+    """Train all variants with all seeds, and return the metrics of each run by variant."""
+    results: dict[str, list[dict[str, float]]] = {}
+    for seed, (name, *overrides) in ((seed, variant) for variant in variants for seed in range(seeds)):
+        raw = read_mapping(recipe)
+        apply_overrides(raw, [*overrides, f"data.shuffle_seed={seed}"])
+        found = Experiment(parse_recipe(raw)).run(every, log)
+        log(f"{name}, seed {seed}: {_short(found)} in {found['training_seconds']:.0f} s")
+        results.setdefault(name, []).append(found)
+    return results
+
+
+def log(text: str) -> None:
+    """Print to stderr at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _short(metrics: Mapping[str, float]) -> str:
     return " ".join(f"{name.removeprefix('rewards/')} {metrics[name]:.4f}" for name in _SHOWN if name in metrics)
 
 
 def main() -> None:
-    """Run all variants with all seeds."""
+    """Train, or join reports; then print and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--variant", nargs="+", action="append", metavar=("NAME", "FIELD=VALUE"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, help="steps between scores on stderr")
+    parser.add_argument("--reports", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, help="write accuracy and gap of the variants as an SVG file")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if (options.recipe is None) == (options.reports is None):
+        parser.error("give a recipe or --reports")
 
-    def log(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    results: dict[str, list[dict[str, float]]] = {}
-    for seed, (name, *overrides) in chain.from_iterable(
-        ((seed, variant) for variant in options.variant or [["recipe"]]) for seed in range(options.seeds)
-    ):
-        raw = read_mapping(options.recipe)
-        apply_overrides(raw, [*overrides, f"data.shuffle_seed={seed}"])
-        found = Experiment(parse_recipe(raw)).run(options.every, log)
-        log(f"{name}, seed {seed}: {_short(found)} in {found['training_seconds']:.0f} s")
-        results.setdefault(name, []).append(found)
+    if options.reports:
+        results = {
+            name: runs for path in options.reports for name, runs in json.loads(path.read_text())["runs"].items()
+        }
+    else:
+        results = train_variants(options.recipe, options.variant or [["recipe"]], options.seeds, options.every)
+    if options.plot:
+        shown = {"held-out accuracy": "rewards/accuracies", "grounding gap": "grounding_gap"}
+        values = {
+            title: {name: [run[key] for run in runs] for name, runs in results.items()} for title, key in shown.items()
+        }
+        dot_plot(
+            {title: {name: (each, interval(each)) for name, each in found.items()} for title, found in values.items()},
+            options.plot,
+        )
     report = {"summary": summary(results), "runs": results, **provenance()}
     print(json.dumps(report, indent=None if options.json else 2))
 
