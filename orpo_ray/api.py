@@ -18,7 +18,7 @@ from rich.console import Console
 
 from orpo_ray.config.load import apply_overrides, load_recipe, parse_recipe
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.console import console
+from orpo_ray.console import console, print_left_out
 
 if TYPE_CHECKING:
     from orpo_ray.evaluation.evaluate_run import Evaluation as Scored
@@ -125,7 +125,7 @@ def train(recipe: RecipeLike, overrides: Overrides | None = None, *, from_checkp
     from orpo_ray.training.launch import launch_training
 
     summary = launch_training(as_recipe(recipe, overrides), console, from_checkpoint=from_checkpoint)
-    return Run(summary.run_uri, summary.metrics, write_report([summary.run_uri]))
+    return Run(summary.run_uri, summary.metrics, write_report([summary.run_uri], warn=print_left_out))
 
 
 def tune(recipe: RecipeLike, overrides: Overrides | None = None, *, price_per_hour: Sequence[str] = ()) -> Sweep:

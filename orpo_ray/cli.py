@@ -23,6 +23,7 @@ from orpo_ray.console import (
     print_error,
     print_exported,
     print_findings,
+    print_left_out,
     print_line,
     print_next_to_recipe,
     print_prepared,
@@ -81,7 +82,7 @@ def train(
 
     try:
         with stdout_to_stderr():
-            page = write_report([summary.run_uri])
+            page = write_report([summary.run_uri], warn=print_left_out)
     except (UserError, OSError) as error:  # the run itself is whole
         page = f"not written: {error}"
     print_trained(summary, page)

@@ -54,6 +54,12 @@ def print_error(title: str, error: Exception) -> None:
     console.print(f"[red]{title}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
+def print_left_out(problem: str) -> None:
+    """Print a warning about a damaged file that a report leaves out."""
+    text = f"[yellow]warning:[/yellow] left out of the report: {escape(problem)}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 def print_trained(summary: RunSummary, page: str) -> None:
     """Print what a run reached, where it is, and what to do next.
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orpo_ray.commands.options import AsJson, Overrides
-from orpo_ray.console import console, print_line
+from orpo_ray.console import console, print_left_out, print_line
 from orpo_ray.errors import UserError
 
 
@@ -116,7 +116,7 @@ def report(
     """Write a page about a run, or about several side by side: verdicts, curves, margins, pairs, answers."""
     from orpo_ray.report.page import write_report
 
-    print_line(f"page  {write_report(runs, output, pdf)}")
+    print_line(f"page  {write_report(runs, output, pdf, print_left_out)}")
     if pdf is not None:
         print_line(f"pdf   {pdf}")
 

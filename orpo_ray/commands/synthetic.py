@@ -7,7 +7,7 @@ import json
 import typer
 
 from orpo_ray.commands.options import AsJson, Overrides, RecipeFile, load_for_ray
-from orpo_ray.console import console, print_line, print_rounds, print_synthesized, stdout_to_stderr
+from orpo_ray.console import console, print_left_out, print_line, print_rounds, print_synthesized, stdout_to_stderr
 
 
 def add_to(app: typer.Typer, data_app: typer.Typer) -> None:
@@ -38,7 +38,8 @@ def iterate(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
         from orpo_ray.report.page import write_report
         from orpo_ray.storage.run_folder import REPORT_FILE
 
-        page = write_report([each.run_uri for each in found.rounds], f"{found.uri}/{REPORT_FILE}")
+        runs = [each.run_uri for each in found.rounds]
+        page = write_report(runs, f"{found.uri}/{REPORT_FILE}", warn=print_left_out)
     if as_json:
         print(json.dumps(found.as_json()))
     print_rounds(found)

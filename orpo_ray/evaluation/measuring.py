@@ -15,7 +15,7 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.evaluation.benchmarks import Benchmark, BenchmarkScores, score_benchmark
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, Scores
 from orpo_ray.evaluation.generation import Answerer, generate_held_out
-from orpo_ray.evaluation.pair_scores import read_pair_scores
+from orpo_ray.evaluation.pair_scores import read_whole_pair_scores
 from orpo_ray.evaluation.targets import Target
 from orpo_ray.evaluation.token_scores import Tokens, pairs_to_show, score_tokens
 from orpo_ray.model.loading import concatenated_because, pick_attention
@@ -112,7 +112,7 @@ def measure(
         )
         measured.scores = Evaluator(model, pairs, planner).evaluate(grounding, blank=grounding)
         if run is not None:
-            rows = pairs_to_show(measured.scores.pairs, read_pair_scores(run, EVAL_PAIRS_START_FILE))
+            rows = pairs_to_show(measured.scores.pairs, read_whole_pair_scores(run, EVAL_PAIRS_START_FILE))
             measured.tokens = score_tokens(
                 model, model, encoder, planner, held_out, [row["sample_index"] for row in rows]
             )

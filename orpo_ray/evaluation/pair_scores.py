@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orpo_ray.data.groups import KINDS
-from orpo_ray.storage.run_folder import RunFolder
+from orpo_ray.errors import UserError
+from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, RunFolder
 
 KEYS = ("sample_index", "id", "prompt_tokens", "chosen_tokens", "rejected_tokens", *KINDS)
 CORRECT = "correct"
@@ -59,10 +60,32 @@ def write_pair_scores(folder: RunFolder, name: str, pairs: pa.Table, **facts: st
 
 
 def read_pair_scores(folder: RunFolder, name: str) -> pa.Table | None:
-    """Read a table of a run folder; None if there is none."""
+    """Read a table of a run folder; None if there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     folder.pull(name)
     path = folder.path / name
-    return pq.read_table(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    again = f", or write it again: orpo-ray evaluate {folder.uri}" if name == EVAL_PAIRS_FILE else ""
+    fix = f"delete the file{again}"
+    try:
+        pairs = pq.read_table(path)
+    except (pa.ArrowException, OSError, ValueError):
+        raise UserError("the file is damaged", field=f"{folder.uri}/{name}", fix=fix) from None
+    if not {KEYS[0], CORRECT} <= set(pairs.column_names):
+        raise UserError("the file holds no scores of pairs", field=f"{folder.uri}/{name}", fix=fix)
+    return pairs
+
+
+def read_whole_pair_scores(folder: RunFolder, name: str) -> pa.Table | None:
+    """Read a table that the caller can do without; None if there is none, or if the file is damaged."""
+    try:
+        return read_pair_scores(folder, name)
+    except UserError:
+        return None
 
 
 def facts_of_table(pairs: pa.Table) -> dict[str, str]:

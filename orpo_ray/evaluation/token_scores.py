@@ -15,6 +15,7 @@ from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.data.pairs import PreferencePair
 from orpo_ray.data.reading import ReadSpec, pair_at
+from orpo_ray.errors import UserError
 from orpo_ray.evaluation.summary import MARGINS, common
 from orpo_ray.objective.logps import PairLogps
 from orpo_ray.objective.pair_model import PairModel
@@ -104,13 +105,21 @@ def write_tokens(folder: RunFolder, tokens: dict[int, dict[str, Tokens]], data: 
 
 
 def read_tokens(folder: RunFolder) -> tuple[str, dict[int, dict[str, Tokens]]]:
-    """Return the digest of the data, and sample index -> tokens; nothing if the file is not there."""
+    """Return the digest of the data, and sample index -> tokens; nothing if the file is not there.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     folder.pull(EVAL_TOKENS_FILE)
     path = folder.path / EVAL_TOKENS_FILE
     if not path.is_file():
         return "", {}
-    raw = json.loads(path.read_text("utf-8"))
-    return str(raw["data"]), {int(index): sides for index, sides in raw["pairs"].items()}
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        return str(raw["data"]), {int(index): sides for index, sides in raw["pairs"].items()}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        fix = f"delete the file, or write it again: orpo-ray evaluate {folder.uri}"
+        raise UserError("the file is damaged", field=f"{folder.uri}/{EVAL_TOKENS_FILE}", fix=fix) from None
 
 
 def _tokens_of(model: PairModel, batch: PairBatch, pair: EncodedPair, tokenizer: Any) -> dict[str, Tokens]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from orpo_ray.report.generations import compared_generations, shown_generations
 from orpo_ray.report.pairs import shown_pairs
 from orpo_ray.report.pdf import print_pdf
 from orpo_ray.report.run_data import RunData, read_run
-from orpo_ray.storage.run_folder import DATA_FILE, REPORT_FILE, RunFolder
+from orpo_ray.storage.run_folder import REPORT_FILE, RunFolder
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 START = "the model before training"
@@ -39,13 +39,19 @@ class Card:
     level: str = "none"
 
 
-def write_report(uris: Sequence[str], output: str | None = None, pdf: str | None = None) -> str:
+def write_report(
+    uris: Sequence[str],
+    output: str | None = None,
+    pdf: str | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> str:
     """Write the report of a run into its folder, or of several runs into `report.html` here.
 
     Args:
         uris: run folders.
         output: the file to write instead.
         pdf: a file to print the page into as well.
+        warn: called with a message for each damaged file, which the page leaves out and names.
 
     Returns:
         Path or URI of the page.
@@ -54,6 +60,9 @@ def write_report(uris: Sequence[str], output: str | None = None, pdf: str | None
         UserError: a folder holds no run, or a file cannot be written.
     """
     runs = [read_run(RunFolder(uri.rstrip("/"))) for uri in uris]
+    if warn is not None:
+        for problem in (problem for run in runs for problem in run.problems):
+            warn(str(problem))
     page = render_report(runs)
     folder = runs[0].folder if output is None and len(runs) == 1 else None
     path = Path(output or REPORT_FILE) if folder is None else folder.path / REPORT_FILE
@@ -101,7 +110,8 @@ def render_report(runs: Sequence[RunData]) -> str:
         bad_reasons=single.bad_reasons,
         differences=_differences(runs) if len(runs) > 1 else [],
         environment=single.environment,
-        data_files=_data_files(single) if len(runs) == 1 else [],
+        data_files=single.data_files,
+        problems=[problem for run in runs for problem in run.problems],
         version=__version__,
         short=short,
     )
@@ -245,12 +255,3 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = value
     return found
-
-
-def _data_files(run: RunData) -> list[tuple[str, str]]:
-    """Return the data files and digests that the run began with."""
-    run.folder.pull(DATA_FILE)
-    path = run.folder.path / DATA_FILE
-    if not path.is_file():
-        return []
-    return [(str(name), str(digest)) for name, digest in json.loads(path.read_text("utf-8"))]

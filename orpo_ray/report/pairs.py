@@ -11,7 +11,7 @@ from orpo_ray.data.reading import ReadSpec, pair_at
 from orpo_ray.errors import OrpoRayError
 from orpo_ray.evaluation.pair_scores import CORRECT, facts_of_table
 from orpo_ray.evaluation.summary import MARGINS
-from orpo_ray.evaluation.token_scores import Tokens, pairs_to_show, read_tokens
+from orpo_ray.evaluation.token_scores import Tokens, pairs_to_show
 from orpo_ray.pages.thumbnails import thumbnail
 from orpo_ray.report.run_data import RunData
 
@@ -34,7 +34,7 @@ def shown_pairs(run: RunData) -> tuple[list[dict[str, Any]], str | None]:
         return [], f"The held-out data cannot be read any longer: {error}"
     if read is None or read.digest != facts_of_table(run.pairs).get("data"):
         return [], "The held-out data has changed since the pairs were scored."
-    digest, tokens = read_tokens(run.folder)
+    digest, tokens = run.tokens
     if digest != read.digest:
         tokens = {}
     return [entry for row in rows if (entry := _entry(run, read, row, tokens)) is not None], None

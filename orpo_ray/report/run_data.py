@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
@@ -15,24 +15,28 @@ from orpo_ray.config.load import parse_recipe, read_mapping
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.pair_scores import read_pair_scores
+from orpo_ray.evaluation.token_scores import Tokens, read_tokens
 from orpo_ray.storage.lease import LEASE_FILE, holder_of
 from orpo_ray.storage.run_folder import (
     BAD_ROWS_FILE,
+    DATA_FILE,
     ENVIRONMENT_FILE,
     EVAL_PAIRS_FILE,
     EVAL_PAIRS_START_FILE,
     FINAL,
+    GENERATIONS_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     SWEEP_FILE,
     SWEEP_PAGE,
     RunFolder,
 )
-from orpo_ray.tracking.generations import read_generations
-from orpo_ray.tracking.jsonl import read_jsonl
+from orpo_ray.tracking.generations import LINE_FIELDS, lines_by_pair
+from orpo_ray.tracking.jsonl import damaged_lines, read_whole_lines
 
 State = Literal["finished", "running", "stopped", "not started"]
 _RECENT_SECONDS = 30.0
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,18 @@ class RunData:
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     """Versions and hardware that the run began with."""
+    data_files: list[tuple[str, str]] = field(default_factory=list)
+    """Training files that the run began with, and digests of their content."""
     pairs: pa.Table | None = None
     """Scores of the held-out pairs by the final model."""
     start_pairs: pa.Table | None = None
     """The same by the model before the first step."""
+    tokens: tuple[str, dict[int, dict[str, Tokens]]] = ("", {})
+    """Digest of the held-out data, and sample index -> log-probs of tokens."""
     generations: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
     """Sample index -> step -> line of `generations.jsonl`."""
+    problems: list[UserError] = field(default_factory=list)
+    """Damaged files, which are left out in whole or in part."""
     label: str = ""
     """What to call the run instead of the recipe's name."""
 
@@ -93,30 +103,33 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
         with_pairs: whether to read bad rows and scores of pairs too.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, or its recipe cannot be read.
     """
     if not folder.has(RECIPE_FILE) and folder.has(SWEEP_FILE):
         fix = f"open its {SWEEP_PAGE}, or give the folders of trials, which are in trials/"
         raise UserError("this is a sweep, not a run", field=folder.uri, fix=fix)
     if not folder.has(RECIPE_FILE):
         raise UserError(f"no run is here (no {RECIPE_FILE})", field=folder.uri, fix="give the folder of a run")
-    folder.pull(RECIPE_FILE, METRICS_FILE)
+    folder.pull(RECIPE_FILE)
     recipe = parse_recipe(read_mapping(folder.path / RECIPE_FILE), source=f"{folder.uri}/{RECIPE_FILE}")
-    lines = read_jsonl(folder.path / METRICS_FILE)
+    problems: list[UserError] = []
+    lines = _read_lines(folder, METRICS_FILE, ("step",), problems)
     state = state_of(folder, bool(lines))
     if not with_pairs:
-        return RunData(folder, recipe, state, lines)
-    folder.pull(BAD_ROWS_FILE, ENVIRONMENT_FILE)
+        return RunData(folder, recipe, state, lines, problems=problems)
     return RunData(
         folder,
         recipe,
         state,
         lines,
-        read_jsonl(folder.path / BAD_ROWS_FILE),
-        _read_environment(folder),
-        read_pair_scores(folder, EVAL_PAIRS_FILE),
-        read_pair_scores(folder, EVAL_PAIRS_START_FILE),
-        read_generations(folder),
+        bad_rows=_read_lines(folder, BAD_ROWS_FILE, ("id", "source", "reason", "detail"), problems),
+        environment=_unless_damaged(lambda: _read_environment(folder), {}, problems),
+        data_files=_unless_damaged(lambda: _read_data_files(folder), [], problems),
+        pairs=_unless_damaged(lambda: read_pair_scores(folder, EVAL_PAIRS_FILE), None, problems),
+        start_pairs=_unless_damaged(lambda: read_pair_scores(folder, EVAL_PAIRS_START_FILE), None, problems),
+        tokens=_unless_damaged(lambda: read_tokens(folder), ("", {}), problems),
+        generations=lines_by_pair(_read_lines(folder, GENERATIONS_FILE, LINE_FIELDS, problems)),
+        problems=problems,
     )
 
 
@@ -134,9 +147,46 @@ def state_of(folder: RunFolder, has_steps: bool) -> State:
     return "stopped" if has_steps else "not started"
 
 
+def _unless_damaged(read: Callable[[], _Read], otherwise: _Read, problems: list[UserError]) -> _Read:
+    """Read a file that a report can do without; add an error to the problems instead of raising it."""
+    try:
+        return read()
+    except UserError as error:
+        problems.append(error)
+        return otherwise
+
+
+def _read_lines(
+    folder: RunFolder, name: str, needed: Collection[str], problems: list[UserError]
+) -> list[dict[str, Any]]:
+    """Read a file of JSON Lines without the damaged ones, which become a problem."""
+    folder.pull(name)
+    lines, damaged = read_whole_lines(folder.path / name, needed)
+    if damaged:
+        problems.append(damaged_lines(f"{folder.uri}/{name}", damaged))
+    return lines
+
+
 def _read_environment(folder: RunFolder) -> dict[str, str]:
-    path = folder.path / ENVIRONMENT_FILE
+    found = _read_json(folder, ENVIRONMENT_FILE, dict)
+    return {str(name): str(value) for name, value in (found or {}).items()}
+
+
+def _read_data_files(folder: RunFolder) -> list[tuple[str, str]]:
+    found = _read_json(folder, DATA_FILE, list) or []
+    return [(str(each[0]), str(each[1])) for each in found if isinstance(each, list) and len(each) == 2]
+
+
+def _read_json(folder: RunFolder, name: str, kind: type[_Read]) -> _Read | None:
+    """Read a JSON file; None if it does not exist. Raises UserError."""
+    folder.pull(name)
+    path = folder.path / name
     if not path.is_file():
-        return {}
-    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {str(name): str(value) for name, value in found.items()}
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, kind):
+        raise UserError("the file is damaged", field=f"{folder.uri}/{name}", fix="delete the file")
+    return found

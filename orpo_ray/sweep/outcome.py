@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from orpo_ray.evaluation.pair_scores import read_pair_scores
+from orpo_ray.evaluation.pair_scores import read_whole_pair_scores
 from orpo_ray.evaluation.summary import doubt_between
 from orpo_ray.storage.run_folder import (
     BEST_RECIPE_FILE,
@@ -138,7 +138,7 @@ def _doubt(record: Record, ranked: list[Trial]) -> str | None:
     scored: list[tuple[str, Any]] = []
     for trial in ranked:
         if trial.state == "finished" and len(scored) < 2:
-            pairs = read_pair_scores(RunFolder(f"{record.recipe.run_uri}/{TRIALS}/{trial.name}"), EVAL_PAIRS_FILE)
+            pairs = read_whole_pair_scores(RunFolder(f"{record.recipe.run_uri}/{TRIALS}/{trial.name}"), EVAL_PAIRS_FILE)
             scored += [] if pairs is None else [(trial.name, pairs)]
     if len(scored) < 2 or scored[0][0] != ranked[0].name:
         return None

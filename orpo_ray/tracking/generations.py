@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import GENERATIONS_FILE, RunFolder
-from orpo_ray.tracking.jsonl import keep_lines, read_jsonl
+from orpo_ray.tracking.jsonl import keep_lines
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Generation:
         line = asdict(self)
         del line["images"]
         return line
+
+
+LINE_FIELDS = ("step", *(each.name for each in fields(Generation) if each.name != "images"))
+"""Fields of a line of the file."""
 
 
 def as_markdown(generation: Generation) -> str:
@@ -87,10 +91,9 @@ class GenerationsFile:
         self.flush()
 
 
-def read_generations(folder: RunFolder) -> dict[int, dict[int, dict[str, Any]]]:
+def lines_by_pair(lines: Iterable[dict[str, Any]]) -> dict[int, dict[int, dict[str, Any]]]:
     """Return sample index -> step -> line, in order; of a step that was evaluated twice, the later one."""
-    folder.pull(GENERATIONS_FILE)
     found: dict[int, dict[int, dict[str, Any]]] = {}
-    for line in read_jsonl(folder.path / GENERATIONS_FILE):
+    for line in lines:
         found.setdefault(line["sample_index"], {})[line["step"]] = line
     return {index: dict(sorted(found[index].items())) for index in sorted(found)}

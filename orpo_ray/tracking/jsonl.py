@@ -3,24 +3,64 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.errors import UserError
+
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read all lines of a file; none if the file does not exist. A last line cut off by a kill is left out."""
+    """Read all lines of a file; none if the file does not exist. A last line cut off by a kill is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    lines, damaged = read_whole_lines(path)
+    if damaged:
+        raise damaged_lines(str(path), damaged)
+    return lines
+
+
+def read_whole_lines(path: Path, needed: Collection[str] = ()) -> tuple[list[dict[str, Any]], list[int]]:
+    """Read the lines of a file that are not damaged; none if the file does not exist.
+
+    Args:
+        path: the file.
+        needed: fields without which a line is damaged.
+
+    Returns:
+        The lines, and the numbers of the damaged ones, from 1. A last line cut off by a kill is in neither.
+    """
     if not path.exists():
-        return []
-    *lines, last = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in (*lines, last) if line]
-    except json.JSONDecodeError:
-        return [json.loads(line) for line in lines if line]
+        return [], []
+    lines: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    texts = path.read_bytes().split(b"\n")
+    for number, text in enumerate(texts, start=1):
+        if not text:
+            continue
+        try:
+            line = json.loads(text.decode())
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and all(name in line for name in needed):
+            lines.append(line)
+        elif number < len(texts):
+            damaged.append(number)
+    return lines, damaged
+
+
+def damaged_lines(file: str, numbers: list[int]) -> UserError:
+    """Return the error that names the damaged lines of a file."""
+    what = f"line {numbers[0]:,} is damaged"
+    if len(numbers) > 1:
+        what = f"{len(numbers):,} lines are damaged, the first of them line {numbers[0]:,}"
+    return UserError(what, field=file, fix=f"delete the damaged {'lines' if len(numbers) > 1 else 'line'}")
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a file with the wanted lines only, and without a last line that a kill cut off."""
+    """Rewrite a file with the wanted lines only, and without a last line that a kill cut off. Raises UserError."""
     if path.exists():
         lines = read_jsonl(path)
         scratch = path.with_suffix(".tmp")

@@ -16,7 +16,7 @@ from orpo_ray.data.balance import StepShare
 from orpo_ray.data.reading import ReadSpec
 from orpo_ray.evaluation.evaluator import Evaluator, HeldOut, Scores, with_prefix
 from orpo_ray.evaluation.generation import Answerer, generate_held_out
-from orpo_ray.evaluation.pair_scores import read_pair_scores, write_pair_scores
+from orpo_ray.evaluation.pair_scores import read_whole_pair_scores, write_pair_scores
 from orpo_ray.evaluation.token_scores import pairs_to_show, score_tokens, write_tokens
 from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import load_objective
@@ -336,7 +336,7 @@ class Worker:
         folder = RunFolder(self.recipe.run_uri)
         wanted: list[int] = []
         if self.rank == 0:
-            start = read_pair_scores(folder, EVAL_PAIRS_START_FILE)
+            start = read_whole_pair_scores(folder, EVAL_PAIRS_START_FILE)
             wanted = [row["sample_index"] for row in pairs_to_show(scores.pairs, start)]
         wanted = gather_objects(wanted)[0]
         tokens = score_tokens(self.model, self.engine.forward, self.encoder, self.planner, held_out, wanted)

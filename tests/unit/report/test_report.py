@@ -86,7 +86,7 @@ def test_tokens_are_shaded_by_their_log_probs(tmp_path: Path) -> None:
     assert '<span class="t2" title="log-prob -3.00"> &lt;b&gt;it&lt;/b&gt;</span>' in page
     assert "The darker a token" in page
     write_tokens(run.folder, read_tokens(run.folder)[1], "of other data")
-    assert not any(pair["pieces"] for pair in shown_pairs(run)[0])
+    assert not any(pair["pieces"] for pair in shown_pairs(read_run(run.folder))[0])
 
 
 def test_answers_stand_side_by_side_over_the_steps(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import RunFolder
-from orpo_ray.tracking.generations import Generation, read_generations
+from orpo_ray.tracking.generations import Generation, lines_by_pair
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.tracking.trackers import MultiLogger
@@ -128,7 +128,7 @@ def test_generations_of_steps_that_are_repeated_are_replaced(tmp_path: Path) -> 
     second = MultiLogger.open(recipe, step=5, warn=pytest.fail)
     second.log_generations(10, [replace(answer, greedy="later")])
     second.close()
-    found = read_generations(RunFolder(recipe.run_uri))
+    found = lines_by_pair(read_jsonl(Path(recipe.run_uri) / "generations.jsonl"))
     assert {index: list(lines) for index, lines in found.items()} == {0: [0, 5, 10], 3: [0, 5]}
     assert (found[0][5]["greedy"], found[0][10]["greedy"]) == ("c", "later")
     assert "images" not in found[0][0]
