@@ -132,7 +132,7 @@ def list_of_runs(
     if as_json:
         print(json.dumps({"runs": [asdict(run) for run in found]}))
     else:
-        print_runs(found, console)
+        print_runs(found, folder, console)
 
 
 def chat(

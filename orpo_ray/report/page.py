@@ -228,7 +228,7 @@ def _figures(run: RunData, summary: Summary | None) -> list[str]:
             return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
         return f"{latest[f'eval/{name}']:.3f}" if f"eval/{name}" in latest else "\u2013"
 
-    loss = latest.get("eval/loss", latest.get("train/loss"))
+    loss = latest.get("eval/loss")  # the table is of held-out pairs
     speed = latest.get("train/pairs_per_second")
     return [
         *(with_interval(name) for name in (ACCURACIES, GAP, MARGINS)),
@@ -241,7 +241,8 @@ def _figures(run: RunData, summary: Summary | None) -> list[str]:
 
 def _differences(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     """Return the recipe fields in which the runs differ, with each run's value."""
-    flat = [_flat(run.recipe.model_dump(mode="json")) for run in runs]
+    # A run does not depend on the section `tune`, nor does a trial: what was searched is in its other fields.
+    flat = [_flat(run.recipe.model_dump(mode="json", exclude={"tune"})) for run in runs]
     names = sorted(set().union(*flat) - {"name", "checkpoint.storage"})
     rows = [(name, [json.dumps(each.get(name), ensure_ascii=False) for each in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]

@@ -117,6 +117,7 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
     state = state_of(folder, bool(lines))
     if not with_pairs:
         return RunData(folder, recipe, state, lines, problems=problems)
+    no_tokens: tuple[str, dict[int, dict[str, Tokens]]] = ("", {})
     return RunData(
         folder,
         recipe,
@@ -127,7 +128,7 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
         data_files=_unless_damaged(lambda: _read_data_files(folder), [], problems),
         pairs=_unless_damaged(lambda: read_pair_scores(folder, EVAL_PAIRS_FILE), None, problems),
         start_pairs=_unless_damaged(lambda: read_pair_scores(folder, EVAL_PAIRS_START_FILE), None, problems),
-        tokens=_unless_damaged(lambda: read_tokens(folder), ("", {}), problems),
+        tokens=_unless_damaged(lambda: read_tokens(folder), no_tokens, problems),
         generations=lines_by_pair(_read_lines(folder, GENERATIONS_FILE, LINE_FIELDS, problems)),
         problems=problems,
     )

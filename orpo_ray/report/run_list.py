@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from orpo_ray.errors import OrpoRayError, UserError
@@ -17,6 +20,9 @@ from orpo_ray.storage.run_folder import METRICS_FILE, RECIPE_FILE, TRIALS, RunFo
 DEPTH = 3
 """Folders in folders that are searched: the name of a run may contain slashes."""
 FIGURES = ("train/loss", "eval/rewards/accuracies", "eval/grounding_gap", "eval/rewards/margins")
+MODEL_WIDTH = 12
+"""Characters of a model's name that are always shown."""
+UNLIMITED = 100_000  # characters of a line
 _COLORS: Mapping[State, str] = {"finished": "green", "running": "cyan", "stopped": "yellow", "not started": "default"}
 
 
@@ -73,13 +79,38 @@ def _listed(path: Path) -> ListedRun | None:
     return ListedRun(str(path), run.state, run.recipe.model.id, run.step, figures)
 
 
-def print_runs(runs: list[ListedRun], console: Console) -> None:
-    """Print the runs as a table."""
+def print_runs(runs: list[ListedRun], folder: str, console: Console) -> None:
+    """Print the runs of a folder as a table, with names relative to the folder.
+
+    Where a terminal is too narrow for the table, models are cut; names and states never are.
+    """
+    if not runs:
+        console.print(f"there are no runs in {folder}", highlight=False, soft_wrap=True, markup=False)
+        return
+    width = _width(table := _table(runs, folder, None))
+    if console.is_terminal and width > console.width:
+        widest = max(len(run.model) for run in runs)
+        width = _width(table := _table(runs, folder, max(MODEL_WIDTH, widest - (width - console.width))))
+    table.width = width  # or the table has the console's
+    console.print(table, crop=False, soft_wrap=True)
+
+
+def _table(runs: list[ListedRun], folder: str, model_width: int | None) -> Table:
     table = Table(box=None, padding=(0, 2))
     for column in ("run", "state", "model", "steps", "loss", "accuracy", "grounding gap", "margin"):
-        table.add_column(column, justify="left" if column in ("run", "state", "model") else "right")
+        is_text = column in ("run", "state", "model")
+        width = model_width if column == "model" else None
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True, max_width=width)
     for run in runs:
         figures = [f"{run.figures[name]:.4f}" if name in run.figures else "-" for name in FIGURES]
         state = f"[{_COLORS[run.state]}]{run.state}[/]"
-        table.add_row(escape(run.path), state, escape(run.model), f"{run.step:,}", *figures)
-    console.print(table)
+        name = os.path.relpath(run.path, folder)
+        name = run.path if name == "." else name
+        table.add_row(escape(name), state, escape(run.model), f"{run.step:,}", *figures)
+    return table
+
+
+def _width(table: Table) -> int:
+    """Return the characters of a line in which nothing is cut."""
+    unlimited = Console(width=UNLIMITED, file=io.StringIO())
+    return Measurement.get(unlimited, unlimited.options, table).maximum

@@ -197,3 +197,26 @@ def test_margins_that_are_not_finite_do_not_stop_the_report(tmp_path: Path) -> N
     assert chart is not None
     assert chart.pairs == 78
     assert "Better than the model before training" in render_report([read])
+
+
+def test_a_table_of_held_out_figures_has_no_training_loss(tmp_path: Path) -> None:
+    run = planted_run(tmp_path / "a", "a")
+    bare = planted_run(tmp_path / "b", "b")
+    lines = [json.loads(line) for line in (bare / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if "eval/loss" not in line]
+    (bare / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    (bare / "eval_pairs.parquet").unlink()
+    page = render_report([read_run(RunFolder(str(each))) for each in (run, bare)])
+    (row,) = re.findall(r"<bdi>b</bdi></th>((?:<td>[^<]*</td>)+)</tr>", page)
+    assert re.findall(r"<td>([^<]*)</td>", row)[:4] == ["\u2013"] * 4
+
+
+def test_fields_of_a_search_are_no_difference_between_runs(tmp_path: Path) -> None:
+    sections = ({"tune": {"num_trials": 3}, "optim": {"seed": 1}}, {"tune": {"num_trials": 5}, "optim": {"seed": 2}})
+    runs = [
+        read_run(RunFolder(str(planted_run(tmp_path / name, name, **each))))
+        for name, each in zip("ab", sections, strict=True)
+    ]
+    page = render_report(runs)
+    assert '<th scope="row" class="mono">optim.seed</th>' in page
+    assert "tune." not in page
