@@ -1,7 +1,7 @@
 """The functions of the commands, for Python: `from orpo_ray import train, evaluate`.
 
 What they return shows in a notebook. Each takes a recipe as a file, a mapping or a `Recipe`, and overrides such as
-`{"optim.learning_rate": 1e-5}`.
+`{"optim.learning_rate": 1e-5}` or `["optim.learning_rate=1e-5"]`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 from orpo_ray.config.load import apply_overrides, load_recipe, parse_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.console import console, print_left_out
+from orpo_ray.errors import UserError
 
 if TYPE_CHECKING:
     from orpo_ray.evaluation.evaluate_run import Evaluation as Scored
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from orpo_ray.synthesis.rounds import Rounds
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
-Overrides = Mapping[str, Any]
+Overrides = Mapping[str, Any] | Sequence[str]
 NOTEBOOK_WIDTH = 110  # characters of a table in a notebook
 
 
@@ -94,12 +95,19 @@ class DataCheck:
         return _frame(read_bytes(self.page).decode())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A prediction of memory, time and cost. A notebook shows the tables of `orpo-ray plan`."""
 
     report: dict[str, Any]
     """What `orpo-ray plan --json` prints; memory in bytes, time in seconds and hours."""
+
+    def __repr__(self) -> str:
+        from orpo_ray.planning.table import print_plan
+
+        recorded = _recorder()
+        print_plan(self.report, recorded)
+        return recorded.export_text()
 
     def _repr_html_(self) -> str:
         from orpo_ray.planning.table import print_plan
@@ -169,8 +177,12 @@ def evaluate(
         workers: number of workers of the cluster to measure on; by default, this process does.
 
     Raises:
-        UserError: the folder or the recipe cannot be used, there are no held-out pairs, or no room for the workers.
+        UserError: the folder, the recipe or an argument cannot be used, there are no held-out pairs, or no room for
+            the workers.
     """
+    _check_number("generate", generate, 0)
+    if workers is not None:
+        _check_number("workers", workers, 1)
     from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
     from orpo_ray.evaluation.measuring import measure
     from orpo_ray.training.evaluation_workers import on_workers
@@ -221,8 +233,10 @@ def plan(recipe: RecipeLike, overrides: Overrides | None = None, *, pairs: int |
         pairs: number of training pairs; by default, as counted by the data check.
 
     Raises:
-        UserError: the model's config cannot be read.
+        UserError: the recipe or an argument is wrong, or the model's config cannot be read.
     """
+    if pairs is not None:
+        _check_number("pairs", pairs, 1)
     from orpo_ray.planning.plan import Options
     from orpo_ray.planning.plan import plan as make_plan
 
@@ -267,14 +281,39 @@ def as_recipe(recipe: RecipeLike, overrides: Overrides | None = None) -> Recipe:
     """Make a recipe of what the functions take. Raises UserError."""
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, _as_options(overrides))
-    raw = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else json.loads(json.dumps(recipe))
+    if not isinstance(recipe, Recipe | Mapping):
+        fix = "give the path of a recipe file, a mapping or a Recipe"
+        raise UserError("this is no recipe", field="recipe", value=type(recipe).__name__, fix=fix)
+    try:
+        raw = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else json.loads(json.dumps(dict(recipe)))
+    except (TypeError, ValueError) as error:
+        fix = "give texts, numbers, booleans, lists and mappings"
+        raise UserError(f"a value cannot be part of a recipe: {error}", field="recipe", fix=fix) from None
     apply_overrides(raw, _as_options(overrides))
     return parse_recipe(raw)
 
 
 def _as_options(overrides: Overrides | None) -> list[str]:
     """Write overrides as on the command line, whose values are YAML, which JSON is a part of."""
-    return [f"{name}={json.dumps(value)}" for name, value in (overrides or {}).items()]
+    if overrides is None:
+        return []
+    if isinstance(overrides, Mapping):
+        try:
+            return [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
+        except (TypeError, ValueError) as error:
+            fix = "give texts, numbers, booleans, lists and mappings"
+            raise UserError(f"a value cannot be part of a recipe: {error}", field="overrides", fix=fix) from None
+    if isinstance(overrides, list | tuple) and all(isinstance(each, str) for each in overrides):
+        return list(overrides)
+    fix = 'give a mapping such as {"optim.max_steps": 3}, or a list such as ["optim.max_steps=3"]'
+    raise UserError("overrides must be a mapping or a list of texts", field="overrides", value=overrides, fix=fix)
+
+
+def _check_number(name: str, value: object, at_least: int) -> None:
+    """Check an argument. Raises UserError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        fix = f"give {name}={at_least} or more"
+        raise UserError(f"must be a whole number of at least {at_least}", field=name, value=value, fix=fix)
 
 
 def _uri(run: str | Path | Run) -> str:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,36 @@ def test_a_recipe_is_a_file_a_mapping_or_a_recipe(tmp_path: Path) -> None:
     assert RAW["name"] == "x"
     with pytest.raises(UserError, match="unknown field"):
         as_recipe(RAW, {"optim.lr": 1})
+
+
+def test_overrides_are_a_mapping_or_as_on_the_command_line() -> None:
+    for overrides in (["optim.max_steps=3"], ("optim.max_steps=3",), {"optim.max_steps": 3}):
+        assert as_recipe(RAW, overrides).optim.max_steps == 3
+    for wrong in ("optim.max_steps=3", [3], 3, {"name": object()}):
+        with pytest.raises(UserError, match=r"overrides: (.|\n)*fix: give"):
+            as_recipe(RAW, wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recipe", [None, 3, ["name"], {"name": object()}])
+def test_what_is_no_recipe_is_refused_with_the_fix(recipe: Any) -> None:
+    with pytest.raises(UserError, match=r"recipe: (.|\n)*fix: give"):
+        api.plan(recipe)
+
+
+def test_numbers_are_checked_by_the_names_of_arguments() -> None:
+    for pairs in ("x", 0, True):
+        with pytest.raises(UserError, match=r"^pairs: must be a whole number of at least 1"):
+            api.plan(RAW, pairs=pairs)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^generate: must be a whole number of at least 0"):
+        api.evaluate("none", generate=-1)
+    with pytest.raises(UserError, match=r"^workers: must be a whole number of at least 1"):
+        api.evaluate("none", workers=0)
+
+
+def test_a_plan_prints_its_tables() -> None:
+    plan = api.plan(RAW, ["data.train=none.jsonl"], pairs=100)
+    assert "this recipe by GPU type" in str(plan)
+    assert "{" not in repr(plan)
 
 
 def test_a_run_and_an_evaluation_show_in_a_notebook(tmp_path: Path) -> None:
