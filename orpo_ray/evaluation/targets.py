@@ -19,7 +19,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.adapter_folder import ADAPTER_CONFIG, adapter_config, is_adapter, load_adapted
 from orpo_ray.model.loading import load_model
 from orpo_ray.storage.files import is_remote
-from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder
+from orpo_ray.storage.run_folder import FINAL, RECIPE_FILE, RunFolder, not_a_run
 
 # A folder with one of these files has its own processor.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -120,11 +120,8 @@ def _recipe_of(folder: RunFolder, overrides: Sequence[str]) -> tuple[Recipe, Pat
         raw = {"name": "evaluation", "model": {"id": uri}, "data": {"train": "none"}}
         model = folder.path
     else:
-        raise UserError(
-            f"the folder is neither a run (no {RECIPE_FILE}) nor a model (no config.json or {ADAPTER_CONFIG})",
-            field=uri,
-            fix="give a run folder or a model folder; download a hub model first: hf download NAME --local-dir FOLDER",
-        )
+        fix = "give a run folder or a model folder; download a hub model first: hf download NAME --local-dir FOLDER"
+        raise not_a_run(folder, fix, or_model=f"config.json or {ADAPTER_CONFIG}")
     # The base model of adapters can have moved, so an override can change its id. A full model is the folder itself.
     if not is_adapter(model) and any(override.startswith("model.id=") for override in overrides):
         raise UserError(

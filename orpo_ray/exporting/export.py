@@ -21,7 +21,7 @@ from orpo_ray.exporting.merging import load_full_model, load_merged_model, train
 from orpo_ray.exporting.model_card import FOLDER_IN_CODE, CardFacts, Kind, count_reasons, is_hub_id, render_model_card
 from orpo_ray.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, quantized_base
 from orpo_ray.storage.files import is_remote, parent_folder
-from orpo_ray.storage.run_folder import BAD_ROWS_FILE, FINAL, RECIPE_FILE, RunFolder
+from orpo_ray.storage.run_folder import BAD_ROWS_FILE, FINAL, RECIPE_FILE, RunFolder, not_a_run
 from orpo_ray.tracking.jsonl import read_jsonl
 from orpo_ray.tracking.metrics_file import last_metrics
 from orpo_ray.training.checkpoint import newest_position
@@ -150,7 +150,7 @@ def _finished_recipe(run: RunFolder) -> Recipe:
     run.pull(RECIPE_FILE)
     path = run.path / RECIPE_FILE
     if not os.path.isfile(path):
-        raise UserError(f"not a run folder: {RECIPE_FILE} is missing", field=run.uri, fix="give the folder of a run")
+        raise not_a_run(run)
     if not run.has_model(FINAL):
         fix = "finish the training: orpo-ray train " + (f"{run.uri}/{RECIPE_FILE}" if not run.is_remote else "RECIPE")
         raise UserError("the run is not finished; it has no final model yet", field=run.uri, fix=fix)

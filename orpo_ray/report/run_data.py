@@ -30,6 +30,7 @@ from orpo_ray.storage.run_folder import (
     SWEEP_FILE,
     SWEEP_PAGE,
     RunFolder,
+    not_a_run,
 )
 from orpo_ray.tracking.generations import LINE_FIELDS, lines_by_pair
 from orpo_ray.tracking.jsonl import damaged_lines, read_whole_lines
@@ -109,7 +110,7 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
         fix = f"open its {SWEEP_PAGE}, or give the folders of trials, which are in trials/"
         raise UserError("this is a sweep, not a run", field=folder.uri, fix=fix)
     if not folder.has(RECIPE_FILE):
-        raise UserError(f"no run is here (no {RECIPE_FILE})", field=folder.uri, fix="give the folder of a run")
+        raise not_a_run(folder)
     folder.pull(RECIPE_FILE)
     recipe = parse_recipe(read_mapping(folder.path / RECIPE_FILE), source=f"{folder.uri}/{RECIPE_FILE}")
     problems: list[UserError] = []

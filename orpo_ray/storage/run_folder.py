@@ -185,3 +185,22 @@ class RunFolder:
     def _upload(self, local: Path, remote: str) -> None:
         filesystem, _ = locate(self.uri, "checkpoint.storage")
         with_retries(pafs.copy_files, str(local), remote, pafs.LocalFileSystem(), filesystem)
+
+
+def not_a_run(folder: RunFolder, fix: str = "give the folder of a run", or_model: str = "") -> UserError:
+    """Return the error for a folder without a recipe, for a file, and for what does not exist.
+
+    Args:
+        folder: where no run is.
+        fix: what to do.
+        or_model: the files that would make the folder a model, where a model is as good as a run.
+    """
+    if not folder.is_remote and os.path.isfile(folder.uri):
+        problem = "this is a file, not a folder"
+    elif not folder.is_remote and not os.path.isdir(folder.uri):
+        problem = "no such folder"
+    elif or_model:
+        problem = f"the folder is neither a run (no {RECIPE_FILE}) nor a model (no {or_model})"
+    else:
+        problem = f"the folder is no run (no {RECIPE_FILE})"
+    return UserError(problem, field=folder.uri, fix=fix)

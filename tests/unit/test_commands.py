@@ -24,10 +24,20 @@ from support.tiny_runs import tiny_recipe
         (["train", str(ROOT / "recipes/quickstart.yaml"), "model.id=./none"], "model.id"),
         (["train", str(ROOT / "recipes/quickstart.yaml"), "data.image_root=/none"], "data.image_root: no such folder"),
         (["train", str(ROOT / "recipes/quickstart.yaml"), "checkpoint.storage=file"], "checkpoint.storage"),
-        (["evaluate", "nowhere"], "is neither a run"),
-        (["export", "nowhere"], "not a run folder"),
-        (["evaluate", "a" * 300], "is neither a run"),
-        (["export", "a" * 300], "not a run folder"),
+        *(
+            ([command, *arguments], said)
+            for command, said_of_folder in (
+                ("evaluate", "the folder is neither a run (no recipe.yaml) nor a model"),
+                ("export", "the folder is no run (no recipe.yaml)"),
+                ("report", "the folder is no run (no recipe.yaml)"),
+            )
+            for arguments, said in (
+                (["nowhere"], "nowhere: no such folder"),
+                (["a" * 300], "no such folder"),
+                (["file"], "file: this is a file, not a folder"),
+                (["."], said_of_folder),
+            )
+        ),
         (["evaluate", "broken-run"], "not valid YAML"),
         (["tune", str(ROOT / "recipes/quickstart.yaml"), "data.eval=[]"], "held-out pairs"),
     ],

@@ -232,5 +232,5 @@ def test_an_unfinished_run_is_one_message(tmp_path: Path) -> None:
         (run / "final" / name).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"not finished(.|\n)*orpo-ray train"):
         export(run)
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match="the folder is no run"):
         export(tmp_path)
