@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pyarrow as pa
 
@@ -15,7 +15,6 @@ from orpo_ray.config.load import parse_recipe, read_mapping
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.pair_scores import read_pair_scores
-from orpo_ray.evaluation.token_scores import Tokens, read_tokens
 from orpo_ray.storage.lease import LEASE_FILE, holder_of
 from orpo_ray.storage.run_folder import (
     BAD_ROWS_FILE,
@@ -34,6 +33,9 @@ from orpo_ray.storage.run_folder import (
 )
 from orpo_ray.tracking.generations import LINE_FIELDS, lines_by_pair
 from orpo_ray.tracking.jsonl import damaged_lines, read_whole_lines
+
+if TYPE_CHECKING:  # it imports torch, which `orpo-ray runs` does without
+    from orpo_ray.evaluation.token_scores import Tokens
 
 State = Literal["finished", "running", "stopped", "not started"]
 _RECENT_SECONDS = 30.0
@@ -118,6 +120,8 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
     state = state_of(folder, bool(lines))
     if not with_pairs:
         return RunData(folder, recipe, state, lines, problems=problems)
+    from orpo_ray.evaluation.token_scores import read_tokens
+
     no_tokens: tuple[str, dict[int, dict[str, Tokens]]] = ("", {})
     return RunData(
         folder,
