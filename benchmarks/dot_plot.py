@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import isnan
 from pathlib import Path
 
 from orpo_ray.pages.axes import ticks
@@ -21,13 +22,14 @@ def dot_plot(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[f
     """Write the plot.
 
     Args:
-        panels: title -> variant -> (value of each run, mean and half the width of its interval).
+        panels: title -> variant -> (value of each run, mean and half the width of its interval, NaN for one run).
         path: of the file.
     """
     width = _WIDTH - _LEFT - 20
     parts: list[str] = []
     top = 0
-    for title, variants in panels.items():
+    for title, given in panels.items():
+        variants = {name: (runs, (mean, 0.0 if isnan(half) else half)) for name, (runs, (mean, half)) in given.items()}
         bounds = [mean + side * half for _, (mean, half) in variants.values() for side in (-1, 1)]
         values = [*bounds, *(value for runs, _ in variants.values() for value in runs)]
         margin = 0.05 * (max(values) - min(values) or 1.0)

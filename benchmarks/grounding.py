@@ -152,6 +152,15 @@ def train_variants(
     return results
 
 
+def joined(reports: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[dict[str, float]]], list[Any]]:
+    """Join the runs of reports, those of one variant in the order of the reports; and where each was measured."""
+    results: dict[str, list[dict[str, float]]] = {}
+    for report in reports:
+        for name, runs in report["runs"].items():
+            results.setdefault(name, []).extend(runs)
+    return results, [source for report in reports for source in report["measured"]]
+
+
 def log(text: str) -> None:
     """Print to stderr at once."""
     print(text, file=sys.stderr, flush=True)
@@ -176,11 +185,12 @@ def main() -> None:
         parser.error("give a recipe or --reports")
 
     if options.reports:
-        results = {
-            name: runs for path in options.reports for name, runs in json.loads(path.read_text())["runs"].items()
-        }
+        results, sources = joined([json.loads(path.read_text()) for path in options.reports])
     else:
+        sources = [provenance()]
         results = train_variants(options.recipe, options.variant or [["recipe"]], options.seeds, options.every)
+    report = {"summary": summary(results), "runs": results, "measured": sources}
+    print(json.dumps(report, indent=None if options.json else 2))
     if options.plot:
         shown = {"held-out accuracy": "rewards/accuracies", "grounding gap": "grounding_gap"}
         values = {
@@ -190,8 +200,6 @@ def main() -> None:
             {title: {name: (each, interval(each)) for name, each in found.items()} for title, found in values.items()},
             options.plot,
         )
-    report = {"summary": summary(results), "runs": results, **provenance()}
-    print(json.dumps(report, indent=None if options.json else 2))
 
 
 if __name__ == "__main__":

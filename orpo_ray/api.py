@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,9 +181,8 @@ def evaluate(
         UserError: the folder, the recipe or an argument cannot be used, there are no held-out pairs, or no room for
             the workers.
     """
-    _check_number("generate", generate, 0)
-    if workers is not None:
-        _check_number("workers", workers, 1)
+    generate = _check_number("generate", generate, 0)
+    workers = None if workers is None else _check_number("workers", workers, 1)
     from orpo_ray.evaluation.evaluate_run import EvaluateOptions, evaluate_run
     from orpo_ray.evaluation.measuring import measure
     from orpo_ray.training.evaluation_workers import on_workers
@@ -235,8 +235,7 @@ def plan(recipe: RecipeLike, overrides: Overrides | None = None, *, pairs: int |
     Raises:
         UserError: the recipe or an argument is wrong, or the model's config cannot be read.
     """
-    if pairs is not None:
-        _check_number("pairs", pairs, 1)
+    pairs = None if pairs is None else _check_number("pairs", pairs, 1)
     from orpo_ray.planning.plan import Options
     from orpo_ray.planning.plan import plan as make_plan
 
@@ -309,11 +308,12 @@ def _as_options(overrides: Overrides | None) -> list[str]:
     raise UserError("overrides must be a mapping or a list of texts", field="overrides", value=overrides, fix=fix)
 
 
-def _check_number(name: str, value: object, at_least: int) -> None:
-    """Check an argument. Raises UserError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+def _check_number(name: str, value: object, at_least: int) -> int:
+    """Check an argument, and return it as an int (numpy has its own). Raises UserError."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
         fix = f"give {name}={at_least} or more"
         raise UserError(f"must be a whole number of at least {at_least}", field=name, value=value, fix=fix)
+    return int(value)
 
 
 def _uri(run: str | Path | Run) -> str:

@@ -80,9 +80,9 @@ def put_training(draft: Draft, gpus: int) -> None:
 
 def put_name(draft: Draft, default: str) -> None:
     """Carry over where the run is written: `output_dir` is `<checkpoint.storage>/<name>`."""
-    output, name = draft.take("output_dir"), draft.take("run_name")
-    path = PurePosixPath(str(output or default).rstrip("/") or default)
-    draft.recipe = {"name": run_name(str(name or path.name))} | draft.recipe
+    output, name = draft.take_text("output_dir", "checkpoint.storage"), draft.take_text("run_name", "name")
+    path = PurePosixPath((output or default).rstrip("/") or default)
+    draft.recipe = {"name": run_name(name or path.name)} | draft.recipe
     if output is not None and len(path.parts) > 1:
         draft.put("checkpoint.storage", str(path.parent))
 

@@ -98,6 +98,6 @@ def _as_text(draft: Draft, project: str, path: Path) -> str:
     if draft.notes:
         comment += ["", "Not carried over:", *(f"  {note}" for note in draft.notes)]
     recipe = {name: draft.recipe[name] for name in Recipe.model_fields if name in draft.recipe}
-    # A comment must not end early: names and values of their config may hold line breaks.
-    lines = [f"# {line}".rstrip().replace("\r", " ").replace("\n", " ") for line in comment]
+    # A comment must not end early: names and values of their config may hold line breaks, also those of Unicode.
+    lines = [f"# {' '.join(line.splitlines())}".rstrip() for line in comment]
     return "\n".join(lines) + "\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)

@@ -43,20 +43,20 @@ def put_entries(draft: Draft, field: str, path: str, split: str | None = None) -
             draft.note(field, each, f"not understood; it would be a source in {path}")
             continue
         names.append(name)
-        sources.append(_entry_source(draft, field, entry, split))
+        sources.append(_entry_source(draft, field, entry, split, path))
     draft.put(path, sources or None)
     return names
 
 
-def _entry_source(draft: Draft, field: str, entry: Mapping[str, Any], split: str | None) -> str:
-    """Return the source of an entry, and list what the source does not say."""
+def _entry_source(draft: Draft, field: str, entry: Mapping[str, Any], split: str | None, path: str) -> str:
+    """Return the source of an entry in a field of the recipe, and list what the source does not say."""
     name, given = str(entry["path"]), str(entry.get("split") or split or "train")
     whole = re.match(r"[\w.-]*", given)[0]  # type: ignore[index]  # matches every text
     source = hub_source(name, whole)
     if whole != given:
         draft.note(field, {"path": name, "split": given}, "a part of a split; the recipe has the whole split")
     elif given != "train" and "?split=" not in source:
-        draft.note(field, {"path": name, "split": given}, "name the files of the split in data.train")
+        draft.note(field, {"path": name, "split": given}, f"name the files of the split in {path}")
     for other in ("name", "data_dir", "data_files"):
         if entry.get(other) not in (None, "", []):
             draft.note(field, {"path": name, other: entry[other]}, _NAME_FILES)
@@ -84,7 +84,9 @@ def put_trl_data(draft: Draft) -> None:
     evaluates = draft.theirs.get("eval_strategy") not in (None, "no", False)
     names = put_entries(draft, "datasets", "data.train", split)
     if evaluates and names:
-        draft.put("data.eval", hub_source(names[0], str(held_out or "test")))
+        source = _entry_source(draft, "dataset_test_split", {"path": names[0]}, str(held_out or "test"), "data.eval")
+        if source not in draft.recipe["data"]["train"]:
+            draft.put("data.eval", source)
     draft.drop({"dataset_config": _NAME_FILES, "dataset_streaming": ""})
 
 

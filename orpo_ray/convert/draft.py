@@ -42,6 +42,11 @@ class Draft:
         name, value = self.take_named(*names)
         return self._read(name, value, path, kind)
 
+    def take_text(self, name: str, path: str) -> str | None:
+        """Take a text that a field of the recipe is made of. A value of another kind is listed."""
+        text: str | None = self._read(name, self.take(name), path, str)
+        return text
+
     def peek_number(self, name: str, default: int) -> int:
         """Read a whole number above 0 without taking it; the default if there is none."""
         try:

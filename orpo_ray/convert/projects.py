@@ -197,8 +197,8 @@ def _put_lora(draft: Draft, rank: str, alpha: str, dropout: str, targets: str, s
             draft.put(f"model.lora.{ours}", True)
     for theirs, path in ((targets, "model.lora.target_modules"), (saved, "model.lora.modules_to_save")):
         value = draft.take(theirs)
-        names = value if isinstance(value, list) else re.split(r"[,\s]+", str(value)) if value else []
-        if not all(isinstance(name, str) for name in names):
+        names = re.split(r"[,\s]+", value) if isinstance(value, str) else [] if value is None else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             draft.note(theirs, value, f"not understood; it would be {path}")
         elif names and not set(names) & set(_ALL_LINEAR):
             draft.put(path, names)

@@ -16,10 +16,12 @@ from orpo_ray.errors import UserError
 GIVE = "give the YAML file or the shell script that you start their training with"
 _KIND = "config"  # in messages about the file
 _YAML = (".yaml", ".yml", ".json")
-_MAX_WORD = 1000  # characters of a word with the values of its variables
+_MAX_WORD = 20_000  # characters of a word with the values of its variables
 _GPUS = re.compile(r"(?i)\b(?:nproc[_-]per[_-]node|num[_-]processes|nproc)[= ]+(\d{1,5})\b")
 _COMMENT = re.compile(r"(\"(?:\\[\s\S]|[^\"\\])*\"|'[^']*')|(?<!\S)#[^\n]*")
 _ENDS = "\n;&|"  # of a command
+_ARRAY = re.compile(r"(?m)^[ \t]*(?:export |declare -a )?([A-Za-z_]\w*)(\+?)=\(([^()]*)\)")
+_ARRAY_USE = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=([\s\S]*)")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^{}]*))?\}|(\w+))")
 _PROGRAM = re.compile(r"(?:^|/)(?:trl|swift|axolotl|llamafactory-cli)$|\.py$|^(?:trl|swift|axolotl|llamafactory)\.")
@@ -77,7 +79,7 @@ def _read_script(path: Path) -> TheirConfig:
 
 def _commands(text: str) -> list[list[str]]:
     """Split a script into commands of words, with the script's own variables filled in. Raises ValueError."""
-    text = _COMMENT.sub(lambda match: match[1] or "", text).replace("\\\n", " ")
+    text = _with_arrays(_COMMENT.sub(lambda match: match[1] or "", text).replace("\\\n", " "))
     lexer = shlex.shlex(text, posix=True, punctuation_chars=_ENDS)
     lexer.whitespace, lexer.commenters, lexer.whitespace_split = " \t\r", "", True
     commands: list[list[str]] = [[]]
@@ -92,8 +94,22 @@ def _commands(text: str) -> list[list[str]]:
         assigned = _ASSIGNMENT.fullmatch(filled)
         if assigned and all(before == "export" or _ASSIGNMENT.fullmatch(before) for before in commands[-1]):
             variables[assigned[1]] = assigned[2]
-        commands[-1] += filled.split() if filled != word and _is_option(filled) and word[0] == "$" else [filled]
+        holds_options = filled != word and word[0] == "$" and _is_option(filled.lstrip())
+        commands[-1] += filled.split() if holds_options else [filled]
     return commands
+
+
+def _with_arrays(text: str) -> str:
+    """Put the words of an array, `ARGS=(--seed 1)`, where the script uses the array, as `"${ARGS[@]}"`."""
+    arrays: dict[str, str] = {}
+
+    def keep(match: re.Match[str]) -> str:
+        before = arrays.get(match[1], "") if match[2] else ""
+        arrays[match[1]] = f"{before} {match[3]}".replace("\n", " ")
+        return ""
+
+    text = _ARRAY.sub(keep, text)
+    return _ARRAY_USE.sub(lambda match: arrays.get(match[1], match[0]), text, count=20)
 
 
 def _filled(word: str, variables: dict[str, str]) -> str:

@@ -84,9 +84,9 @@ def _image_key(image: Image, root: str | None) -> str:
     return f"{image_fingerprint(image, None)} {image_fingerprint(image, root)}"
 
 
-def _place(key: str) -> tuple[bytes, str]:
-    """Return where the group of this key stands in the order of selection."""
-    return hashlib.sha256(key.split(" ")[0].encode()).digest(), key
+def _place(key: str) -> bytes:
+    """Return where the group of this key stands in the order of selection, wherever the dataset lies."""
+    return hashlib.sha256(key.split(" ")[0].encode()).digest()
 
 
 def _select_held_out(keys_by_shard: Mapping[int, list[tuple[str, ...]]], fraction: float) -> dict[int, np.ndarray]:
@@ -101,7 +101,7 @@ def _select_held_out(keys_by_shard: Mapping[int, list[tuple[str, ...]]], fractio
                 groups[find_group(keys[0])].append((shard, row))
     wanted = max(1, round(fraction * total))
     held_out: list[tuple[int, int]] = []
-    for key in sorted(groups, key=_place):
+    for key in sorted(groups, key=lambda key: (_place(key), groups[key])):
         # Skip a group that would exceed the requested number by more than half.
         if len(held_out) + len(groups[key]) <= wanted + wanted // 2 and len(held_out) < wanted:
             held_out += groups[key]

@@ -17,7 +17,8 @@ from orpo_ray.data.groups import KINDS
 from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import EVAL_PAIRS_FILE, RunFolder
 
-KEYS = ("sample_index", "id", "prompt_tokens", "chosen_tokens", "rejected_tokens", *KINDS)
+_ALWAYS = ("sample_index", "id", "prompt_tokens", "chosen_tokens", "rejected_tokens")
+KEYS = (*_ALWAYS, *KINDS)
 CORRECT = "correct"
 """Whether the chosen answer is the more likely one, by the objective's measure."""
 EXCHANGED, BLANK = "exchanged", "blank"
@@ -69,14 +70,17 @@ def read_pair_scores(folder: RunFolder, name: str) -> pa.Table | None:
     path = folder.path / name
     if not path.is_file():
         return None
+    file = f"{folder.uri}/{name}"
     again = f", or write it again: orpo-ray evaluate {folder.uri}" if name == EVAL_PAIRS_FILE else ""
     fix = f"delete the file{again}"
     try:
         pairs = pq.read_table(path)
-    except (pa.ArrowException, OSError, ValueError):
-        raise UserError("the file is damaged", field=f"{folder.uri}/{name}", fix=fix) from None
-    if not {KEYS[0], CORRECT} <= set(pairs.column_names):
-        raise UserError("the file holds no scores of pairs", field=f"{folder.uri}/{name}", fix=fix)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise UserError(f"cannot read the file: {error}", field=file, fix="allow this user to read it") from None
+        raise UserError("the file is damaged", field=file, fix=fix) from None
+    if not {*_ALWAYS, CORRECT} <= set(pairs.column_names):
+        raise UserError("the file holds no scores of pairs", field=file, fix=fix)
     return pairs
 
 

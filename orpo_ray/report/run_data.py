@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -33,6 +33,7 @@ from orpo_ray.storage.run_folder import (
 )
 from orpo_ray.tracking.generations import LINE_FIELDS, lines_by_pair
 from orpo_ray.tracking.jsonl import damaged_lines, read_whole_lines
+from orpo_ray.tracking.metrics_file import is_metrics_line
 
 if TYPE_CHECKING:  # it imports torch, which `orpo-ray runs` does without
     from orpo_ray.evaluation.token_scores import Tokens
@@ -116,7 +117,7 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
     folder.pull(RECIPE_FILE)
     recipe = parse_recipe(read_mapping(folder.path / RECIPE_FILE), source=f"{folder.uri}/{RECIPE_FILE}")
     problems: list[UserError] = []
-    lines = _read_lines(folder, METRICS_FILE, ("step",), problems)
+    lines = _read_lines(folder, METRICS_FILE, is_metrics_line, problems)
     state = state_of(folder, bool(lines))
     if not with_pairs:
         return RunData(folder, recipe, state, lines, problems=problems)
@@ -128,13 +129,13 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
         recipe,
         state,
         lines,
-        bad_rows=_read_lines(folder, BAD_ROWS_FILE, ("id", "source", "reason", "detail"), problems),
+        bad_rows=_read_lines(folder, BAD_ROWS_FILE, _has_fields("id", "source", "reason", "detail"), problems),
         environment=_unless_damaged(lambda: _read_environment(folder), {}, problems),
         data_files=_unless_damaged(lambda: _read_data_files(folder), [], problems),
         pairs=_unless_damaged(lambda: read_pair_scores(folder, EVAL_PAIRS_FILE), None, problems),
         start_pairs=_unless_damaged(lambda: read_pair_scores(folder, EVAL_PAIRS_START_FILE), None, problems),
         tokens=_unless_damaged(lambda: read_tokens(folder), no_tokens, problems),
-        generations=lines_by_pair(_read_lines(folder, GENERATIONS_FILE, LINE_FIELDS, problems)),
+        generations=lines_by_pair(_read_lines(folder, GENERATIONS_FILE, _has_fields(*LINE_FIELDS), problems)),
         problems=problems,
     )
 
@@ -163,14 +164,18 @@ def _unless_damaged(read: Callable[[], _Read], otherwise: _Read, problems: list[
 
 
 def _read_lines(
-    folder: RunFolder, name: str, needed: Collection[str], problems: list[UserError]
+    folder: RunFolder, name: str, is_whole: Callable[[Mapping[str, Any]], bool], problems: list[UserError]
 ) -> list[dict[str, Any]]:
     """Read a file of JSON Lines without the damaged ones, which become a problem."""
     folder.pull(name)
-    lines, damaged = read_whole_lines(folder.path / name, needed)
+    lines, damaged = read_whole_lines(folder.path / name, is_whole)
     if damaged:
         problems.append(damaged_lines(f"{folder.uri}/{name}", damaged))
     return lines
+
+
+def _has_fields(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda line: all(name in line for name in names)
 
 
 def _read_environment(folder: RunFolder) -> dict[str, str]:

@@ -85,7 +85,9 @@ def print_runs(runs: list[ListedRun], folder: str, console: Console) -> None:
     Where a terminal is too narrow for the table, models are cut; names and states never are.
     """
     if not runs:
-        console.print(f"there are no runs in {folder}", highlight=False, soft_wrap=True, markup=False)
+        console.print(
+            f"there are no runs in {folder} that this version can read", highlight=False, soft_wrap=True, markup=False
+        )
         return
     width = _width(table := _table(runs, folder, None))
     if console.is_terminal and width > console.width:

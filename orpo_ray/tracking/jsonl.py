@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from orpo_ray.errors import UserError
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, is_whole: Callable[[dict[str, Any]], bool] = lambda line: True) -> list[dict[str, Any]]:
     """Read all lines of a file; none if the file does not exist. A last line cut off by a kill is left out.
+
+    Args:
+        path: the file.
+        is_whole: whether a line has what its readers need; others are damaged.
 
     Raises:
         UserError: another line is damaged.
     """
-    lines, damaged = read_whole_lines(path)
+    lines, damaged = read_whole_lines(path, is_whole)
     if damaged:
         raise damaged_lines(str(path), damaged)
     return lines
 
 
-def read_whole_lines(path: Path, needed: Collection[str] = ()) -> tuple[list[dict[str, Any]], list[int]]:
+def read_whole_lines(
+    path: Path, is_whole: Callable[[dict[str, Any]], bool] = lambda line: True
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Read the lines of a file that are not damaged; none if the file does not exist.
 
     Args:
         path: the file.
-        needed: fields without which a line is damaged.
+        is_whole: whether a line has what its readers need; others are damaged.
 
     Returns:
         The lines, and the numbers of the damaged ones, from 1. A last line cut off by a kill is in neither.
@@ -44,7 +50,7 @@ def read_whole_lines(path: Path, needed: Collection[str] = ()) -> tuple[list[dic
             line = json.loads(text.decode())
         except (ValueError, RecursionError):
             line = None
-        if isinstance(line, dict) and all(name in line for name in needed):
+        if isinstance(line, dict) and is_whole(line):
             lines.append(line)
         elif number < len(texts):
             damaged.append(number)

@@ -18,6 +18,13 @@ REPEATED = "train/repeated_steps"
 """Logged steps that were lost and made again, over all restarts."""
 
 
+def is_metrics_line(line: Mapping[str, object]) -> bool:
+    """Whether a line has a step, and numbers or None for its metrics."""
+    numbers = (value for value in line.values() if value is not None)
+    has_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
+    return has_numbers and isinstance(line.get("step"), int)
+
+
 class MetricsFile:
     """Appends metrics to the run folder; drops the lines of steps that a resumed run repeats."""
 
@@ -26,7 +33,7 @@ class MetricsFile:
         folder.pull(METRICS_FILE)
         path = folder.path / METRICS_FILE
         is_restart = path.exists()
-        lines = read_jsonl(path)
+        lines = read_jsonl(path, is_metrics_line)
         keep_lines(path, lambda line: line["step"] <= step)
         self._file = path.open("a", encoding="utf-8")
         if is_restart:
@@ -71,7 +78,7 @@ def logged_kinds(folder: RunFolder) -> set[tuple[int, str]]:
 
     The line about a restart names the step that it follows, and is none of that step's lines.
     """
-    lines = [line for line in read_jsonl(folder.path / METRICS_FILE) if RESTARTS not in line]
+    lines = [line for line in read_jsonl(folder.path / METRICS_FILE, is_metrics_line) if RESTARTS not in line]
     return {(line["step"], name.partition("/")[0]) for line in lines for name in line if "/" in name}
 
 
@@ -79,7 +86,7 @@ def last_metrics(folder: RunFolder) -> dict[str, float]:
     """Return the latest finite value of every metric of a run."""
     folder.pull(METRICS_FILE)
     latest: dict[str, float] = {}
-    for line in read_jsonl(folder.path / METRICS_FILE):
+    for line in read_jsonl(folder.path / METRICS_FILE, is_metrics_line):
         latest.update({name: value for name, value in line.items() if value is not None})
     return latest
 

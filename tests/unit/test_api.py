@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import orpo_ray
@@ -84,6 +85,7 @@ def test_numbers_are_checked_by_the_names_of_arguments() -> None:
     for pairs in ("x", 0, True):
         with pytest.raises(UserError, match=r"^pairs: must be a whole number of at least 1"):
             api.plan(RAW, pairs=pairs)  # type: ignore[arg-type]
+    assert "500 training pairs" in str(api.plan(RAW, pairs=np.int64(500)))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^generate: must be a whole number of at least 0"):
         api.evaluate("none", generate=-1)
     with pytest.raises(UserError, match=r"^workers: must be a whole number of at least 1"):

@@ -94,6 +94,25 @@ def test_splits_and_configurations_of_a_mixture(tmp_path: Path) -> None:
     assert "me/c" not in text.partition("\nname:")[0]
 
 
+def test_an_evaluation_split(tmp_path: Path) -> None:
+    evaluated = TRL | {"eval_strategy": "steps", "dataset_test_split": "test[:5%]"}
+    recipe, text = converted(tmp_path, evaluated)
+    assert list(recipe.data.eval or ()) == ["hf://datasets/me/pairs?split=test"]
+    assert '"split": "test[:5%]"}, a part of a split' in text
+    recipe, text = converted(tmp_path, evaluated | {"dataset_name": "rows.jsonl", "dataset_test_split": "test"})
+    assert not recipe.data.eval  # not the training rows
+    assert '"split": "test"}, name the files of the split in data.eval' in text
+
+
+def test_options_without_a_value_and_names_that_end_a_comment(tmp_path: Path) -> None:
+    recipe, text = converted(tmp_path, TRL | {"output_dir": True, "odd\u2028name: evil": 1})
+    assert recipe.name == "trl"
+    assert "output_dir: true, not understood" in text
+    assert "odd name" in text
+    _, text = converted(tmp_path, FACTORY | {"lora_target": 3})
+    assert "lora_target: 3, not understood" in text
+
+
 def test_subsets_of_swift(tmp_path: Path) -> None:
     given = ["me/pairs:sub#500", "HF::me/more", "s3://b/x.jsonl", "local.jsonl#7"]
     recipe, text = converted(tmp_path, SWIFT | {"dataset": given})

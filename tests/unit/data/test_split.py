@@ -81,6 +81,10 @@ def test_a_copy_of_the_dataset_is_split_in_the_same_way(tmp_path: Path) -> None:
     train, held_out = (read_all(part) for part in split_held_out(both, 0.025))
     assert len(held_out) == 2
     assert images(train) & images(held_out)
+    # Which of them is held out depends on the order of the sources alone.
+    turned = spec_of([str(tmp_path / "there" / "a.jsonl"), str(tmp_path / "here" / "a.jsonl")])
+    other = read_all(split_held_out(turned, 0.025)[1])
+    assert [row["source"].split("/")[-2] for row in (held_out[0], other[0])] == ["here", "there"]
 
 
 def test_text_only_rows_with_one_prompt_stay_together_and_bad_rows_stay_in_training(tmp_path: Path) -> None:
