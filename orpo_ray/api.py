@@ -283,11 +283,7 @@ def as_recipe(recipe: RecipeLike, overrides: Overrides | None = None) -> Recipe:
     if not isinstance(recipe, Recipe | Mapping):
         fix = "give the path of a recipe file, a mapping or a Recipe"
         raise UserError("this is no recipe", field="recipe", value=type(recipe).__name__, fix=fix)
-    try:
-        raw = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else json.loads(json.dumps(dict(recipe)))
-    except (TypeError, ValueError) as error:
-        fix = "give texts, numbers, booleans, lists and mappings"
-        raise UserError(f"a value cannot be part of a recipe: {error}", field="recipe", fix=fix) from None
+    raw = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else json.loads(_as_json(dict(recipe), "recipe"))
     apply_overrides(raw, _as_options(overrides))
     return parse_recipe(raw)
 
@@ -297,15 +293,20 @@ def _as_options(overrides: Overrides | None) -> list[str]:
     if overrides is None:
         return []
     if isinstance(overrides, Mapping):
-        try:
-            return [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
-        except (TypeError, ValueError) as error:
-            fix = "give texts, numbers, booleans, lists and mappings"
-            raise UserError(f"a value cannot be part of a recipe: {error}", field="overrides", fix=fix) from None
+        return [f"{name}={_as_json(value, 'overrides')}" for name, value in overrides.items()]
     if isinstance(overrides, list | tuple) and all(isinstance(each, str) for each in overrides):
         return list(overrides)
     fix = 'give a mapping such as {"optim.max_steps": 3}, or a list such as ["optim.max_steps=3"]'
     raise UserError("overrides must be a mapping or a list of texts", field="overrides", value=overrides, fix=fix)
+
+
+def _as_json(value: object, field: str) -> str:
+    """Write what a caller gave as JSON. Raises UserError."""
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        fix = "give texts, numbers, booleans, lists and mappings"
+        raise UserError(f"a value cannot be part of a recipe: {error}", field=field, fix=fix) from None
 
 
 def _check_number(name: str, value: object, at_least: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from orpo_ray.convert.draft import Draft
 
-_NAME_FILES = "name the files of the configuration in data.train"
+_NAME_FILES = "name the files of the configuration in {path}"
 # [hub::]name[:subset][#rows]; a subset has no slash, so that a URI is a name.
 _SWIFT_DATASET = re.compile(r"(?:(?:hf|ms)::)?(?P<name>[^#]+?)(?::(?P<subset>[^#/\\]+))?(?:#(?P<rows>.*))?", re.I)
 
@@ -59,7 +59,7 @@ def _entry_source(draft: Draft, field: str, entry: Mapping[str, Any], split: str
         draft.note(field, {"path": name, "split": given}, f"name the files of the split in {path}")
     for other in ("name", "data_dir", "data_files"):
         if entry.get(other) not in (None, "", []):
-            draft.note(field, {"path": name, other: entry[other]}, _NAME_FILES)
+            draft.note(field, {"path": name, other: entry[other]}, _NAME_FILES.format(path=path))
     columns = {key: value for key, value in entry.items() if str(key).startswith("field_")}
     if columns:
         draft.note(field, columns, "name other columns in data.columns")
@@ -87,7 +87,7 @@ def put_trl_data(draft: Draft) -> None:
         source = _entry_source(draft, "dataset_test_split", {"path": names[0]}, str(held_out or "test"), "data.eval")
         if source not in draft.recipe["data"]["train"]:
             draft.put("data.eval", source)
-    draft.drop({"dataset_config": _NAME_FILES, "dataset_streaming": ""})
+    draft.drop({"dataset_config": _NAME_FILES.format(path="data.train"), "dataset_streaming": ""})
 
 
 def put_llamafactory_data(draft: Draft, folder: Path) -> None:

@@ -80,12 +80,12 @@ def _read_keys(spec: ReadSpec, shard_index: int) -> list[tuple[str, ...]]:
 
 
 def _image_key(image: Image, root: str | None) -> str:
-    """Return a key of an image whose start is the same wherever the dataset lies; the rest tells folders apart."""
+    """Name an image by its path in the dataset, or its bytes, and then by its whole path, to tell folders apart."""
     return f"{image_fingerprint(image, None)} {image_fingerprint(image, root)}"
 
 
 def _place(key: str) -> bytes:
-    """Return where the group of this key stands in the order of selection, wherever the dataset lies."""
+    """Hash the part of a key that does not depend on the folder of the dataset. Groups are selected in this order."""
     return hashlib.sha256(key.split(" ")[0].encode()).digest()
 
 

@@ -94,6 +94,11 @@ def test_splits_and_configurations_of_a_mixture(tmp_path: Path) -> None:
     assert "me/c" not in text.partition("\nname:")[0]
 
 
+def test_a_configuration_of_held_out_pairs_is_named_with_its_field(tmp_path: Path) -> None:
+    _, text = converted(tmp_path, AXOLOTL | {"test_datasets": [{"path": "me/b", "name": "french"}]})
+    assert 'test_datasets: {"path": "me/b", "name": "french"}, name the files of the configuration in data.eval' in text
+
+
 def test_an_evaluation_split(tmp_path: Path) -> None:
     evaluated = TRL | {"eval_strategy": "steps", "dataset_test_split": "test[:5%]"}
     recipe, text = converted(tmp_path, evaluated)
