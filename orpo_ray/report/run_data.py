@@ -31,7 +31,8 @@ from orpo_ray.storage.run_folder import (
     RunFolder,
     not_a_run,
 )
-from orpo_ray.tracking.generations import LINE_FIELDS, lines_by_pair
+from orpo_ray.tracking.bad_rows_file import is_bad_rows_line
+from orpo_ray.tracking.generations import is_generations_line, lines_by_pair
 from orpo_ray.tracking.jsonl import damaged_lines, read_whole_lines
 from orpo_ray.tracking.metrics_file import is_metrics_line
 
@@ -129,13 +130,13 @@ def read_run(folder: RunFolder, with_pairs: bool = True) -> RunData:
         recipe,
         state,
         lines,
-        bad_rows=_read_lines(folder, BAD_ROWS_FILE, _has_fields("id", "source", "reason", "detail"), problems),
+        bad_rows=_read_lines(folder, BAD_ROWS_FILE, is_bad_rows_line, problems),
         environment=_unless_damaged(lambda: _read_environment(folder), {}, problems),
         data_files=_unless_damaged(lambda: _read_data_files(folder), [], problems),
         pairs=_unless_damaged(lambda: read_pair_scores(folder, EVAL_PAIRS_FILE), None, problems),
         start_pairs=_unless_damaged(lambda: read_pair_scores(folder, EVAL_PAIRS_START_FILE), None, problems),
         tokens=_unless_damaged(lambda: read_tokens(folder), no_tokens, problems),
-        generations=lines_by_pair(_read_lines(folder, GENERATIONS_FILE, _has_fields(*LINE_FIELDS), problems)),
+        generations=lines_by_pair(_read_lines(folder, GENERATIONS_FILE, is_generations_line, problems)),
         problems=problems,
     )
 
@@ -172,10 +173,6 @@ def _read_lines(
     if damaged:
         problems.append(damaged_lines(f"{folder.uri}/{name}", damaged))
     return lines
-
-
-def _has_fields(*names: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda line: all(name in line for name in names)
 
 
 def _read_environment(folder: RunFolder) -> dict[str, str]:

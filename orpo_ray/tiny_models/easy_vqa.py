@@ -6,7 +6,8 @@ shape or color. Yes/no questions are left out, because most of them can be answe
 The other splits are for measuring whether a model looks although it need not:
 
 - `all-train` has all questions. Of the yes/no questions, a text-only model gets 0.81 right.
-- `yes-no-test` has yes/no questions, each equally often with either answer, so a text-only model gets 0.50 right.
+- `yes-no-train` and `yes-no-test` have yes/no questions, each as often with either answer, so a text-only model
+  gets 0.50 right.
 - `prior-train` has "what ..." questions with a planted prior, by which a text-only model gets 0.80 right: in four of
   five pairs, the chosen answer comes before the rejected one in `SHAPES` or `COLORS`. `test` has no such prior.
 """
@@ -25,7 +26,7 @@ from orpo_ray.extras import require
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 YES_NO = ("yes", "no")
-SPLITS = ("train", "test", "all-train", "yes-no-test", "prior-train")
+SPLITS = ("train", "test", "all-train", "yes-no-train", "yes-no-test", "prior-train")
 _WITH_PRIOR_FOR_EACH_AGAINST = 4
 
 Row = dict[str, Any]
@@ -47,8 +48,8 @@ def easy_vqa_rows(split: str) -> list[Row]:
         )
     if split == "all-train":
         return _rows("train", (SHAPES, COLORS, YES_NO))
-    if split == "yes-no-test":
-        return _balanced(_rows("test", (YES_NO,)))
+    if split in ("yes-no-train", "yes-no-test"):
+        return _balanced(_rows(split.removeprefix("yes-no-"), (YES_NO,)))
     if split == "prior-train":
         return _with_prior(_rows("train", (SHAPES, COLORS)))
     return _rows(split, (SHAPES, COLORS))

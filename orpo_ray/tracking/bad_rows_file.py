@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.storage.run_folder import BAD_ROWS_FILE, METRICS_FILE, RunFolder
 from orpo_ray.tracking.generations import Generation
 from orpo_ray.tracking.jsonl import keep_lines, read_jsonl
+
+
+def is_bad_rows_line(line: Mapping[str, Any]) -> bool:
+    """Whether a line says which row it is, and why it is bad."""
+    return all(isinstance(line.get(name), str) for name in ("source", "reason", "detail")) and "id" in line
 
 
 class BadRowsFile:
@@ -20,7 +26,7 @@ class BadRowsFile:
         folder.pull(BAD_ROWS_FILE)
         self._path = folder.path / BAD_ROWS_FILE
         # When a run starts, the file may hold rows that `data check` found; the run finds those that are still bad.
-        keep_lines(self._path, lambda line: step > 0)
+        keep_lines(self._path, lambda line: step > 0, is_bad_rows_line)
         self._sources = {line["source"] for line in read_jsonl(self._path)}
 
     @classmethod

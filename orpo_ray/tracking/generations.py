@@ -41,8 +41,13 @@ class Generation:
         return line
 
 
-LINE_FIELDS = ("step", *(each.name for each in fields(Generation) if each.name != "images"))
-"""Fields of a line of the file."""
+_LINE_FIELDS = ("step", *(each.name for each in fields(Generation) if each.name != "images"))
+
+
+def is_generations_line(line: Mapping[str, Any]) -> bool:
+    """Whether a line has all fields, and numbers for its step and its pair."""
+    numbers = (line.get("step"), line.get("sample_index"))
+    return all(name in line for name in _LINE_FIELDS) and all(type(number) is int for number in numbers)
 
 
 def as_markdown(generation: Generation) -> str:
@@ -63,7 +68,7 @@ class GenerationsFile:
         self._folder = folder
         folder.pull(GENERATIONS_FILE)
         self._path = folder.path / GENERATIONS_FILE
-        keep_lines(self._path, lambda line: line["step"] <= step)
+        keep_lines(self._path, lambda line: line["step"] <= step, is_generations_line)
 
     @classmethod
     def open(cls, recipe: Recipe, folder: RunFolder, step: int) -> GenerationsFile | None:

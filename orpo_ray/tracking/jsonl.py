@@ -65,10 +65,23 @@ def damaged_lines(file: str, numbers: list[int]) -> UserError:
     return UserError(what, field=file, fix=f"delete the damaged {'lines' if len(numbers) > 1 else 'line'}")
 
 
-def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a file with the wanted lines only, and without a last line that a kill cut off. Raises UserError."""
+def keep_lines(
+    path: Path,
+    wanted: Callable[[dict[str, Any]], bool],
+    is_whole: Callable[[dict[str, Any]], bool] = lambda line: True,
+) -> None:
+    """Rewrite a file with the wanted lines only, and without a last line that a kill cut off.
+
+    Args:
+        path: the file, which need not exist.
+        wanted: whether to keep a line that is not damaged.
+        is_whole: whether a line has what its readers need; others are damaged.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     if path.exists():
-        lines = read_jsonl(path)
+        lines = read_jsonl(path, is_whole)
         scratch = path.with_suffix(".tmp")
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines if wanted(line))
         scratch.write_text(text, encoding="utf-8")

@@ -223,6 +223,10 @@ def test_the_splits_with_text_priors() -> None:
     assert (len(everything), len(yes_no), len(balanced)) == (38575, 28407, 2492)
     assert _text_only_accuracy(yes_no, yes_no) > 0.8
     assert _text_only_accuracy(yes_no, balanced) == 0.5
+    training = easy_vqa_rows("yes-no-train")
+    assert len(training) == 10298
+    assert _text_only_accuracy(training, training) == 0.5
+    assert {row["id"] for row in training} < {row["id"] for row in yes_no}
     prior, test = easy_vqa_rows("prior-train"), easy_vqa_rows("test")
     assert 0.79 < _text_only_accuracy(prior, prior) < 0.82
     assert 0.47 < _text_only_accuracy(prior, test) < 0.53

@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 
 from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.tracking.generations import Generation, lines_by_pair
 from orpo_ray.tracking.jsonl import read_jsonl
@@ -135,6 +136,15 @@ def test_generations_of_steps_that_are_repeated_are_replaced(tmp_path: Path) -> 
     without = tiny_recipe(tmp_path, "without")
     MultiLogger.open(without, step=0, warn=pytest.fail).close()
     assert not (Path(without.run_uri) / "generations.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["bad_rows.jsonl", "generations.jsonl"])
+def test_a_resumed_run_names_a_line_without_its_fields(tmp_path: Path, name: str) -> None:
+    recipe = tiny_recipe(tmp_path, "run", data={"eval": "easy-vqa:test"}, eval={"generate": 2})
+    MultiLogger.open(recipe, step=0, warn=pytest.fail).close()
+    (Path(recipe.run_uri) / name).write_text('{"id": "7"}\n')
+    with pytest.raises(UserError, match=rf"{name}: line 1 is damaged\n  fix: delete the damaged line"):
+        MultiLogger.open(recipe, step=5, warn=pytest.fail)
 
 
 def test_wandb_offline_holds_a_table_with_images(tmp_path: Path) -> None:
