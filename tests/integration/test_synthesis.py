@@ -9,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from rich.console import Console
@@ -21,6 +23,7 @@ from orpo_ray.data.from_recipe import all_data
 from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.synthesis.ahead import draw_ahead
+from orpo_ray.synthesis.distribute import PartFailed
 from orpo_ray.synthesis.engines.vllm_engine import OWN
 from orpo_ray.synthesis.part import Job, PartMaker
 from orpo_ray.synthesis.part_files import read_facts
@@ -169,6 +172,31 @@ def test_a_killed_command_goes_on_to_the_same_set(tmp_path: Path, monkeypatch: p
         uninterrupted = served_recipe(tmp_path / "runs", "whole", path, server.url)
         synthesize(uninterrupted, QUIET)
     assert set_of(folder.path) == set_of(tmp_path / "runs" / "whole")
+
+
+def test_a_part_that_ends_its_workers_again_and_again_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker is killed when it asks the server."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    path = write_questions(tmp_path / "rows", 5)
+    killed: set[psutil.Process] = set()
+
+    def reply(body: dict[str, Any]) -> str:
+        port = int(server.server_address[1])
+        for process in set(psutil.Process().children(recursive=True)) - killed:
+            with suppress(psutil.Error):
+                if any(link.raddr and link.raddr.port == port for link in process.net_connections("tcp4")):
+                    process.kill()
+                    killed.add(process)
+        return say_a_color(body)
+
+    with serving(reply) as server:
+        recipe = served_recipe(tmp_path / "runs", "fatal", path, server.url, num_workers=1)
+        recipe = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"max_failures": 1})})
+        with pytest.raises(PartFailed, match=r"part 0 ended its worker 2 times.*\n  fix: lower synthesize"):
+            synthesize(recipe, QUIET)
+    assert len(killed) == 2
 
 
 def test_one_server_gives_candidates_and_judges_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
