@@ -227,6 +227,12 @@ def test_the_splits_with_text_priors() -> None:
     assert len(training) == 10298
     assert _text_only_accuracy(training, training) == 0.5
     assert {row["id"] for row in training} < {row["id"] for row in yes_no}
+    colors, even, held_out = map(easy_vqa_rows, ("color-train", "color-balanced", "color-test"))
+    assert (len(colors), len(even), len(held_out)) == (10377, 2548, 614)
+    assert 0.87 < _text_only_accuracy(colors, colors) < 0.88
+    assert _text_only_accuracy(colors, held_out) == _text_only_accuracy(even, held_out) == 0.5
+    assert {row["id"] for row in even} < {row["id"] for row in colors}
+    assert {row["id"] for row in held_out} < {row["id"] for row in balanced}
     prior, test = easy_vqa_rows("prior-train"), easy_vqa_rows("test")
     assert 0.79 < _text_only_accuracy(prior, prior) < 0.82
     assert 0.47 < _text_only_accuracy(prior, test) < 0.53
