@@ -15,7 +15,6 @@ from orpo_ray.training.placement import ACCELERATOR
 
 OF_RECIPES = ("train", "tune", "iterate", "data check", "data prepare", "data synthesize")
 OF_RUNS = ("evaluate", "export")
-TRAINING = ("train", "tune")
 # Enough that Ray chooses a node with such a GPU, as for the workers of a run.
 _SOME = 0.001
 _NONE: dict[str, Any] = {"entrypoint_num_gpus": 0}  # for a driver that only waits, which Ray runs on the head node

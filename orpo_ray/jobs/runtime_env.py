@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ray.runtime_env import RuntimeEnv
+from ray.runtime_env import RuntimeEnv, RuntimeEnvConfig
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
@@ -75,13 +75,19 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _check(raw: dict[str, Any], field: str) -> None:
-    unknown = sorted(set(map(str, raw)) - set(RuntimeEnv.known_fields))
-    if unknown:
-        known = ", ".join(sorted(name for name in RuntimeEnv.known_fields if not name.startswith("_")))
-        raise UserError("unknown field of a runtime environment", field=f"{field}: {unknown[0]}", fix=f"use {known}")
+    _check_names(raw, RuntimeEnv.known_fields, field)
+    if isinstance(raw.get("config"), dict):
+        _check_names(raw["config"], RuntimeEnvConfig.known_fields, f"{field}: config")
     if "working_dir" in raw:
         raise UserError("is set by --working-dir", field=f"{field}: working_dir", fix="remove this line")
     check_variables(raw.get("env_vars") or {}, f"{field}: env_vars")
+
+
+def _check_names(given: dict[str, Any], known: set[str], field: str) -> None:
+    unknown = sorted(set(map(str, given)) - known)
+    if unknown:
+        names = ", ".join(sorted(name for name in known if not name.startswith("_")))
+        raise UserError("unknown field of a runtime environment", field=f"{field}: {unknown[0]}", fix=f"use {names}")
 
 
 def _parsed(raw: dict[str, Any], field: str) -> dict[str, Any]:

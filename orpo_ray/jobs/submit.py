@@ -20,8 +20,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixe
 from orpo_ray.config.load import load_recipe
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import OrpoRayError, UserError
-from orpo_ray.jobs.cost import cost_lines
-from orpo_ray.jobs.entrypoint import TRAINING, Entrypoint, entrypoint_of
+from orpo_ray.jobs.cost import ESTIMATED, cost_lines
+from orpo_ray.jobs.entrypoint import Entrypoint, entrypoint_of
 from orpo_ray.jobs.runtime_env import describe, read_runtime_env
 from orpo_ray.jobs.secrets import check_text
 from orpo_ray.jobs.working_dir import MIB, check_folder, check_size, list_upload
@@ -90,8 +90,9 @@ def submit_job(
     loaded = load_recipe(recipe, overrides)
     prepared = prepare_job(recipe, overrides, loaded, options, console)
     client = connect(options.address, console)
-    if options.with_cost and prepared.entrypoint.command in TRAINING:
-        for line in cost_lines(loaded, options.prices):
+    command = prepared.entrypoint.command
+    if options.with_cost and command in ESTIMATED:
+        for line in cost_lines(loaded, options.prices, command):
             _print(console, "cost", line)
     job = _submit(client, prepared)
     _print(console, "job", job)

@@ -28,7 +28,7 @@ from orpo_ray.sweep.population import Population, check_population
 from orpo_ray.sweep.record import Record, resume_or_begin
 from orpo_ray.sweep.schedulers import make_scheduler
 from orpo_ray.sweep.searchers import make_sampler
-from orpo_ray.sweep.space import Space, make_space, with_params
+from orpo_ray.sweep.space import Space, make_space, trials_to_begin, with_params
 from orpo_ray.sweep.tuner import run_trials
 from orpo_ray.training.placement import fitting_nodes
 
@@ -66,7 +66,7 @@ def run_sweep(recipe: Recipe, console: Console, prices: Sequence[str] = ()) -> S
     num_steps = -(-data[0].end_sample // recipe.optim.pairs_per_step)
     every = recipe.eval.every_steps or max(1, num_steps // EVALUATIONS)
     shares_rows = not any(key.startswith("data.") or key in DECIDES_ROWS for key in space.keys)
-    num_trials = len(space.grid()) if recipe.tune.searcher == "grid" else recipe.tune.num_trials
+    num_trials = trials_to_begin(recipe, space)
     folder = RunFolder(recipe.run_uri)
     if _is_over(record := resume_or_begin(recipe, folder), num_trials):
         console.print("This sweep is over already. More trials: tune.num_trials=...", highlight=False)

@@ -126,6 +126,11 @@ def make_space(recipe: Recipe) -> Space:
     return space
 
 
+def trials_to_begin(recipe: Recipe, space: Space) -> int:
+    """Return the number of trials of a sweep; with population-based training, of those that train at a time."""
+    return len(space.grid()) if recipe.tune.searcher == "grid" else recipe.tune.num_trials
+
+
 def with_params(recipe: Recipe, params: Mapping[str, Any], name: str) -> Recipe:
     """Return the recipe of a trial. Raises UserError."""
     raw = recipe.model_dump(mode="json") | {"name": name}

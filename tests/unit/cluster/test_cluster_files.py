@@ -18,6 +18,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray.runtime_env import RuntimeEnv
 
+from orpo_ray.config.load import load_recipe
+from orpo_ray.errors import UserError
+from orpo_ray.jobs.runtime_env import read_runtime_env
 from support.cluster_files import (
     CLUSTER,
     kuberay_definition,
@@ -109,6 +112,20 @@ def test_kustomize_builds_all_that_the_cluster_needs() -> None:
         assert not kubernetes_problems(document)
 
 
+def test_kustomize_refuses_a_misspelt_key(tmp_path: Path) -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("needs kubectl")
+    folder = tmp_path / "kuberay"
+    shutil.copytree(CLUSTER / "kuberay", folder)
+    (kustomization,) = load(folder / "kustomization.yaml")
+    found = {where.split(".")[-1]: (where, wrong) for where, wrong in misspelt(kustomization)}
+    assert {"resources", "images", "newName", "newTag"} <= set(found)
+    for where, wrong in found.values():
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(wrong))
+        built = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
+        assert built.returncode != 0, f"{where} was misspelt, and nobody noticed"
+
+
 def test_nothing_is_open_and_every_version_is_pinned() -> None:
     for path in LAUNCHER:
         config = load(path)[0]
@@ -144,15 +161,21 @@ def test_every_pool_starts_from_zero_and_the_head_runs_no_tasks() -> None:
 
 
 @pytest.mark.parametrize("name", ["runtime_env.yaml", "runtime_env_uv.yaml"])
-def test_a_runtime_environment_is_taken_by_ray_and_pinned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_environment_is_taken_by_ray_and_pinned(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     raw = load(CLUSTER / name)[0]
     parsed = RuntimeEnv(**raw)
     packages = next(parsed[kind]["packages"] for kind in ("pip", "uv") if kind in parsed)
     requirements = [Requirement(line) for line in packages if not line.startswith("#")]
     assert all([each.operator for each in found.specifier] == ["=="] for found in requirements)
-    with pytest.raises((TypeError, ValueError)):
-        RuntimeEnv(**{("pips" if key == "pip" else key): value for key, value in raw.items()} | {"pip": 1})
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
+    for where, wrong in misspelt(raw):
+        path = tmp_path / f"{where}.yaml"
+        path.write_text(yaml.safe_dump(wrong))
+        with pytest.raises(UserError, match=r"unknown field|can only have these fields"):
+            read_runtime_env(str(path), ROOT, recipe)
 
 
 def test_the_pinned_packages_are_those_that_the_project_asks_for() -> None:

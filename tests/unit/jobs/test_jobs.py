@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,25 @@ def test_the_cost_is_that_of_the_plan(project: Path) -> None:
     assert lines("scaling.accelerator_type=TPU-V4") == ["not estimated: `orpo-ray plan` knows no TPU-V4"]
     with pytest.raises(UserError, match="--price-per-hour"):
         cost_lines(load_recipe(project / "recipe.yaml"), ["L4=free"])
+
+
+def test_the_cost_of_a_sweep_is_that_of_all_trials_and_of_an_iteration_that_of_all_rounds(project: Path) -> None:
+    def cost(command: str, *overrides: str) -> list[str]:
+        large = ["optim.max_steps=200000", "scaling.accelerator_type=L4", *overrides]
+        (line,) = cost_lines(load_recipe(project / "recipe.yaml", large), ["L4=3"], command)
+        return [*re.findall(r"\$(\d+\.\d\d)(?! per)", line), line]
+
+    one, _ = cost("train")
+    each, most, line = cost("tune", "tune.num_trials=16")
+    assert each == one
+    assert float(most) == pytest.approx(16 * float(one), abs=0.09)  # both are rounded
+    assert line.startswith("16 trials, each about ")
+    *_, most, line = cost("tune", "tune.searcher=grid", "tune.search={orpo.beta: {choices: [0.1, 0.2, 0.3]}}")
+    assert float(most) == pytest.approx(3 * float(one), abs=0.02)
+    *_, most, line = cost("tune", "tune.num_trials=16", "tune.max_cost=0.05")
+    assert (most, line.partition(": ")[2]) == ("0.05", "at most $0.05, where tune.max_cost ends the search")
+    _, most, line = cost("iterate", "synthesize.rounds=5")
+    assert float(most) == pytest.approx(5 * float(one), abs=0.03)
+    assert line.endswith("without that of synthesis")
+    with pytest.raises(UserError, match=r"tune\.search"):
+        cost("tune", "tune.search={orpo.nothing: {choices: [1, 2]}}")
