@@ -261,8 +261,8 @@ def submit(
         str,
         typer.Option(
             metavar="COMMAND",
-            help="What to run, with its options: train, tune, iterate, `data check`, `data prepare` or "
-            "`data synthesize`; or evaluate or export, which take the recipe's run.",
+            help="What to run, with its options: train, tune, iterate, `data check`, `data prepare`, "
+            "`data synthesize` or doctor; or evaluate or export, which take the recipe's run.",
         ),
     ] = "train",
     working_dir: Annotated[

@@ -222,6 +222,12 @@ def check_disk(where: str, free: Mapping[str, int | None], needed: float | None)
     return [fine("disk", said)]
 
 
+def check_torch(errors: Mapping[str, str]) -> list[Finding]:
+    """Say on which nodes torch cannot be imported, of those that have the driver's version."""
+    said = "; ".join(f"{node}: {error}" for node, error in errors.items())
+    return [Finding("torch", "fix", f"cannot be imported: {said}", "run `python -c 'import torch'` there")]
+
+
 def check_gloo(errors: Mapping[str, str | None]) -> list[Finding]:
     """Check what the nodes said after they met over gloo."""
     failed = {node: error for node, error in errors.items() if error is not None}

@@ -30,6 +30,7 @@ from orpo_ray.ray_cluster.start import start_ray
 from orpo_ray.storage.files import is_remote
 
 ANSWER_SECONDS = 60.0  # for a node to start the probe and to answer
+IMPORT_SECONDS = 300.0  # for torch, which a node may read from a slow disk
 MEET_SECONDS = 60.0
 DASHBOARD_SECONDS = 5.0
 CLOCK_LOOKS = 3
@@ -140,17 +141,36 @@ def _meet(nodes: Sequence[tuple[Node, Any]]) -> list[Finding]:
     able = [(node, actor) for node, actor in nodes if node.facts["versions"]["torch"] == version]
     if len(able) < 2:
         return []
+    torch = _ask([actor.import_torch.remote() for _, actor in able], IMPORT_SECONDS)
+    lost = {node.name: problem for (node, _), (_, problem) in zip(able, torch, strict=True) if problem}
+    if lost:
+        return checks.check_torch(lost)
     first, actor_of_first = able[0]
     address = first.name.partition(":")[0]
     port = ray.get(actor_of_first.free_port.remote(), timeout=ANSWER_SECONDS)
-    met = [actor.meet.remote(address, port, rank, len(able), MEET_SECONDS) for rank, (_, actor) in enumerate(able)]
-    errors: dict[str, str | None] = {}
-    for (node, _), answer in zip(able, met, strict=True):
+    met = _ask(
+        [actor.meet.remote(address, port, rank, len(able), MEET_SECONDS) for rank, (_, actor) in enumerate(able)],
+        2 * MEET_SECONDS,
+    )
+    return checks.check_gloo(
+        {node.name: problem or answer for (node, _), (answer, problem) in zip(able, met, strict=True)}
+    )
+
+
+def _ask(asked: Sequence[ray.ObjectRef], seconds: float) -> list[tuple[Any, str | None]]:
+    """Wait for nodes. Returns the answer of each, or None and why there is none, such as a disk that hangs."""
+    ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+    found: list[tuple[Any, str | None]] = []
+    for each in asked:
         try:
-            errors[node.name] = ray.get(answer, timeout=2 * MEET_SECONDS)
-        except (ray.exceptions.RayError, TimeoutError) as failure:
-            errors[node.name] = " ".join(str(failure).split())[:200]
-    return checks.check_gloo(errors)
+            found.append((ray.get(each, timeout=0), None))
+        except ray.exceptions.GetTimeoutError:
+            found.append((None, f"no answer within {seconds:.0f} s"))
+        except ray.exceptions.RayTaskError as failure:
+            found.append((None, " ".join(str(failure.cause).split())[:200]))
+        except ray.exceptions.RayError as failure:
+            found.append((None, " ".join(str(failure).split())[:200]))
+    return found
 
 
 def _storage(recipe: Recipe, nodes: Sequence[tuple[Node, Any]]) -> list[Finding]:
@@ -160,19 +180,15 @@ def _storage(recipe: Recipe, nodes: Sequence[tuple[Node, Any]]) -> list[Finding]
     able = nodes if not is_remote(storage) else [pair for pair in nodes if pair[0].facts["orpo_ray"] is not None]
     names = {node.name: f"node-{index}" for index, (node, _) in enumerate(able)}
     existed = is_remote(storage) or os.path.isdir(storage)
-    errors = {
-        node.name: ray.get(actor.write.remote(folder, names[node.name], node.name), timeout=ANSWER_SECONDS)
-        for node, actor in able
-    }
-    seen = {
-        node.name: list(ray.get(actor.read.remote(folder, list(names.values())), timeout=ANSWER_SECONDS).values())
-        for node, actor in able
-    }
-    for _, actor in able:
-        ray.get(actor.remove.remote(folder, [] if existed else [storage]), timeout=ANSWER_SECONDS)
+    written = _ask([actor.write.remote(folder, names[node.name], node.name) for node, actor in able], ANSWER_SECONDS)
+    errors = {node.name: problem or answer for (node, _), (answer, problem) in zip(able, written, strict=True)}
+    read = _ask([actor.read.remote(folder, list(names.values())) for _, actor in able], ANSWER_SECONDS)
+    seen = {node.name: list((answer or {}).values()) for (node, _), (answer, _) in zip(able, read, strict=True)}
+    _ask([actor.remove.remote(folder, [] if existed else [storage]) for _, actor in able], ANSWER_SECONDS)
     found = checks.check_storage(storage, errors, seen)
     on_disk = recipe.checkpoint.scratch or "/tmp" if is_remote(storage) else storage
-    free = {node.name: ray.get(actor.free_bytes.remote(on_disk), timeout=ANSWER_SECONDS) for node, actor in able}
+    room = _ask([actor.free_bytes.remote(on_disk) for _, actor in able], ANSWER_SECONDS)
+    free = {node.name: answer for (node, _), (answer, _) in zip(able, room, strict=True)}
     kept = 1 if is_remote(storage) else recipe.checkpoint.keep + 1
     size = _checkpoint_bytes(recipe)
     return found + checks.check_disk(on_disk, free, None if size is None else size * kept)

@@ -97,6 +97,10 @@ class NodeProbe:
             port: int = free.getsockname()[1]
             return port
 
+    def import_torch(self) -> None:
+        """Import what `meet` needs, which may take minutes."""
+        importlib.import_module("torch.distributed")
+
     def meet(self, address: str, port: int, rank: int, size: int, seconds: float) -> str | None:
         """Add up one number with all other nodes over gloo. Return what went wrong."""
         import torch
@@ -129,7 +133,8 @@ def _version(name: str) -> str | None:
 
 def _own_version() -> str | None:
     """Return the version of orpo-ray that a worker on this node would import."""
-    if importlib.util.find_spec("orpo_ray") is None:
+    spec = importlib.util.find_spec("orpo_ray")
+    if spec is None or spec.origin is None:  # nowhere, or a folder of that name without the package
         return None
     return str(getattr(importlib.import_module("orpo_ray"), "__version__", "unknown"))
 

@@ -13,7 +13,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.storage.files import is_remote
 from orpo_ray.training.placement import ACCELERATOR
 
-OF_RECIPES = ("train", "tune", "iterate", "data check", "data prepare", "data synthesize")
+OF_RECIPES = ("train", "tune", "iterate", "data check", "data prepare", "data synthesize", "doctor")
 OF_RUNS = ("evaluate", "export")
 # Enough that Ray chooses a node with such a GPU, as for the workers of a run.
 _SOME = 0.001

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import files, version
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ from support.paths import ROOT
 from support.runs import wait_until
 from support.tiny_runs import tiny_recipe
 
+OTHER_TORCH = "2.0.1"
 SMALLEST_STORE = 78_643_200  # bytes; Ray takes no less
 
 
@@ -52,9 +54,10 @@ def storage() -> Iterator[Path]:
 
 @pytest.fixture
 def cluster(tmp_path: Path, storage: Path) -> Iterator[str]:
-    """Two nodes: a head whose dashboard is open to all, and a node to which the storage is read-only.
+    """Three nodes: a head whose dashboard is open to all, one to which the storage is read-only, and one whose
+    environment has no orpo-ray and another version of torch.
 
-    Returns the address. On one machine, both import the driver's orpo-ray; a unit test has nodes with another one.
+    Returns the address.
     """
     allowed = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
     if allowed.returncode:
@@ -65,19 +68,39 @@ def cluster(tmp_path: Path, storage: Path) -> Iterator[str]:
     address = f"{get_node_ip_address()}:{port}"
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     common = ["--num-cpus=1", "--block", "--disable-usage-stats"]
-    read_only = f'mount --bind "{storage}" "{storage}" && mount -o remount,ro,bind "{storage}" && exec "$@"'
+    read_only = f'mount --bind "{storage}" "{storage}" && mount -o remount,ro,bind "{storage}"'
+
+    def node(mounts: str) -> list[str]:
+        """Return the command of a node in which something is mounted that the others do not see."""
+        join = [*ray, "start", f"--address={address}", "--object-store-memory=300000000", *common]
+        return ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh", *join]
+
     starts = [
         [*ray, "start", "--head", f"--port={port}", "--dashboard-host=0.0.0.0", f"--dashboard-port={free_port()}",
          f"--object-store-memory={SMALLEST_STORE}", f"--ray-client-server-port={free_port()}", *common],
-        ["unshare", "--mount", "sh", "-c", read_only, "sh", *ray, "start",
-         f"--address={address}", "--object-store-memory=300000000", *common],
+        node(read_only),
+        node(other_environment(tmp_path)),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         environment |= {"RAY_TMPDIR": folder, "HOME": folder}
         for command in starts:
             start(command, environment, folder, stack)
-        wait_until(lambda: len(GcsClient(address=address).get_all_node_info()) == 2, "both nodes", 60)
+        wait_until(lambda: len(GcsClient(address=address).get_all_node_info()) == 3, "all nodes", 60)
         yield address
+
+
+def other_environment(folder: Path) -> str:
+    """Return shell commands that hide orpo-ray behind empty folders, and give torch another version.
+
+    Nodes on one machine import from the same folders, and from those of the driver.
+    """
+    empty = folder / "empty"
+    empty.mkdir()
+    packages = [Path(each) / "orpo_ray" for each in sys.path]
+    mounts = [f'mount --bind "{empty}" "{each}"' for each in packages if (each / "__init__.py").is_file()]
+    (metadata,) = (file.locate() for file in files("torch") or () if file.name == "METADATA")
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {OTHER_TORCH}\n")
+    return " && ".join([*mounts, f'mount --bind "{folder / "METADATA"}" "{metadata}"'])
 
 
 def start(command: list[str], environment: dict[str, str], folder: str, stack: ExitStack) -> None:
@@ -136,10 +159,12 @@ def test_planted_faults_are_found_and_named_with_their_fix(cluster: str, storage
     assert "listens on 0.0.0.0" in said.pop("dashboard address")
     assert "whoever reaches a port" in said.pop("token")
     assert "75 MiB on " in said.pop("object store")
+    where = said.pop("version of orpo-ray").rpartition("missing on ")[2]
+    assert said.pop("version of torch") == f"{version('torch')} here, {OTHER_TORCH} on {where}"
     assert not said, said
-    assert found["nodes"]["value"].startswith("2: ")
+    assert found["nodes"]["value"].startswith("3: ")
     assert found["gloo between nodes"]["value"] == "2 nodes added up a number"
-    assert found["clocks"]["status"] == found["disk"]["status"] == found["version of torch"]["status"] == "ok"
+    assert found["clocks"]["status"] == found["disk"]["status"] == found["version of numpy"]["status"] == "ok"
     assert not list(storage.iterdir())  # it cleans up behind itself
     for each in found.values():
         assert (each["fix"] is None) == (each["status"] == "ok")

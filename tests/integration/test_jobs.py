@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from support.commands import orpo_ray
+from support.commands import orpo_ray, ray_job_submit
 from support.runs import last_step, run, wait_until
 from support.tiny_runs import losses, tiny_recipe, write_pairs
 
@@ -45,16 +45,9 @@ def project(tmp_path: Path) -> Path:
 
 
 def submit(dashboard: str, project: Path) -> str:
-    """Submit with Ray's own command, as soon as Ray takes jobs. Returns the job's id."""
-    command = [
-        str(SCRIPTS / "ray"), "job", "submit", "--address", dashboard, "--no-wait", "--working-dir", ".",
-        "--runtime-env", "cluster/runtime_env.yaml", "--", "orpo-ray", "train", "recipes/tiny.yaml",
-    ]  # fmt: skip
-    for _ in range(6):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=project)
-        if not any(text in done.stdout + done.stderr for text in ("No available agent", "have prematurely been")):
-            break
-        time.sleep(5)  # Ray takes jobs some seconds after its start
+    """Submit with Ray's own command. Returns the job's id."""
+    options = ("--address", dashboard, "--no-wait", "--runtime-env", "cluster/runtime_env.yaml")
+    done = ray_job_submit(*options, "--", "orpo-ray", "train", "recipes/tiny.yaml", cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r"raysubmit_\w+", done.stdout + done.stderr)[0]
 
@@ -75,29 +68,26 @@ def test_a_job_that_fails_says_why_and_so_does_the_command(dashboard: str, proje
     ("what", "end", "left"),
     [
         ("data check", "data_check.html", "data_check.html"),
+        ("data prepare", "orpo-ray train", "data/manifest.json"),
         ("train", "training, last step", "final/config.json"),
+        ("tune", "best", "sweep.json"),
     ],
 )
 def test_a_recipe_is_submitted_and_followed_to_its_end(
     dashboard: str, project: Path, tmp_path: Path, what: str, end: str, left: str
 ) -> None:
-    command = (
-        "submit",
-        "recipes/tiny.yaml",
-        "--address",
-        dashboard,
-        "--command",
-        what,
-        "--price-per-hour",
-        "H100=1.5",
-        "optim.max_steps=4",
-    )
+    overrides = ["optim.max_steps=4"]
+    if what == "tune":
+        overrides += ["data.eval_fraction=0.2", "tune.num_trials=2", "tune.scheduler=none"]
+    options = ("--address", dashboard, "--command", what, "--price-per-hour", "H100=1.5")
+    command = ("submit", "recipes/tiny.yaml", *options, *overrides)
     done = orpo_ray(*command, cwd=project, env={"WANDB_API_KEY": "not-a-real-key-but-secret"})
     assert done.returncode == 0, done.stdout + done.stderr
     job = done.stdout.strip()  # nothing else on stdout
     assert re.fullmatch(r"raysubmit_\w+", job), done.stdout
-    cost = re.search(r"^cost +about .* and .*\$[\d.]+ on 1 x ", done.stderr, re.MULTILINE)
-    assert bool(cost) == (what == "train"), done.stderr
+    cost = re.search(r"^cost +(2 trials, each )?about .* and .*\$[\d.]+ on 1 x ", done.stderr, re.MULTILINE)
+    assert bool(cost) == (what in ("train", "tune")), done.stderr
+    assert bool(cost and cost[1]) == (what == "tune"), done.stderr
     assert re.search(r"^job +" + job, done.stderr, re.MULTILINE)
     assert end in done.stderr  # the end of the job's log
     assert (tmp_path / "runs" / "job" / left).is_file()
@@ -105,13 +95,15 @@ def test_a_recipe_is_submitted_and_followed_to_its_end(
     from ray.job_submission import JobSubmissionClient
 
     found = JobSubmissionClient(dashboard).get_job_info(job)
-    assert found.entrypoint == f"python -m orpo_ray {what} recipes/tiny.yaml optim.max_steps=4"
+    assert found.entrypoint == shlex.join(["python", "-m", "orpo_ray", *what.split(), "recipes/tiny.yaml", *overrides])
     assert "not-a-real-key" not in str(found)
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(300)
-def test_a_run_is_evaluated_and_exported_by_jobs(dashboard: str, project: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_run_is_evaluated_and_exported_and_the_cluster_checked_by_jobs(
+    dashboard: str, project: Path, tmp_path: Path
+) -> None:
     data = str(tmp_path / "data" / "train.jsonl")
     recipe = tiny_recipe(tmp_path / "runs", "job", optim={"max_steps": 2}, data={"train": data})
     run(recipe)
@@ -122,10 +114,13 @@ def test_a_run_is_evaluated_and_exported_by_jobs(dashboard: str, project: Path, 
     done = orpo_ray(*command, f"export --output {tmp_path}/exported", cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "exported" / "config.json").is_file()
+    done = orpo_ray(*command, "doctor", cwd=project)
+    assert re.search(r"^ok +version of orpo-ray ", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^ok +storage +\S+ is written and seen by 1 node", done.stderr, re.MULTILINE), done.stderr
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_stopped_job_saves_and_the_same_submission_resumes(dashboard: str, project: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "job"
     first = submit(dashboard, project)

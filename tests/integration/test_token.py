@@ -2,76 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import psutil
 import pytest
 
-from orpo_ray.ray_cluster.new_ray import unused_ports
+from support.local_head import Head, local_head, without_ray
 from support.paths import ROOT
 from support.ports import is_loopback, listening
-from support.runs import wait_until
 
 QUICKSTART = str(ROOT / "recipes/quickstart.yaml")
 CONNECT = "from orpo_ray.ray_cluster.start import start_ray; start_ray(); import ray; print(len(ray.nodes()))"
-SCRIPTS = Path(sys.executable).parent
-ATTEMPTS = 3  # to start a head
-
-
-class Head(NamedTuple):
-    """A head, and where its token is."""
-
-    process: psutil.Process
-    address: str
-    token: Path
-
-
-def without_ray(**variables: str) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    # Short, since the paths of Ray's sockets are limited.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for _ in range(ATTEMPTS):
-            port = unused_ports(1)[0]
-            process, is_up = start_head(port, Path(folder))
-            if is_up:
-                break
-            end(process)
-        assert is_up, (Path(folder) / "said").read_text()
-        yield Head(process, f"127.0.0.1:{port}", Path(folder) / ".ray" / "auth_token")
-        end(process)
-
-
-def start_head(port: int, folder: Path) -> tuple[psutil.Popen, bool]:
-    """Start a head. Returns its process, and whether Ray runs: Ray gives up after 30 s, as on a busy machine."""
-    environment = without_ray(HOME=str(folder), RAY_TMPDIR=str(folder), PATH=f"{SCRIPTS}:{os.environ['PATH']}")
-    command = [str(ROOT / "cluster/local-head.sh"), f"--port={port}", "--num-cpus=1", "--block"]
-    said = folder / "said"
-    with said.open("w") as out:
-        process = psutil.Popen([*command, "--include-dashboard=false"], env=environment, stdout=out, stderr=out)
-    wait_until(lambda: "Ray runtime started" in said.read_text() or process.poll() is not None, "the head")
-    return process, process.poll() is None
-
-
-def end(process: psutil.Popen) -> None:
-    """End a head and its processes."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = process.children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        for each in psutil.wait_procs([process, *family], timeout=20)[1]:
-            each.kill()
+    with local_head("--num-cpus=1", "--include-dashboard=false") as found:
+        yield found
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ def orpo_ray(
         [sys.executable, "-m", "orpo_ray", *arguments],
         capture_output=True, text=True, check=False, cwd=cwd, env=os.environ | (env or {}),
     )  # fmt: skip
+
+
+def ray_job_submit(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Submit a working directory with Ray's own command, as soon as Ray takes jobs, some seconds after its start."""
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", *arguments]
+    for _ in range(6):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
+        if not any(text in done.stdout + done.stderr for text in ("No available agent", "have prematurely been")):
+            break
+        time.sleep(5)
+    return done
 
 
 def without_cluster() -> dict[str, str]:

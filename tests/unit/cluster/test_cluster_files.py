@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -124,6 +125,24 @@ def test_kustomize_refuses_a_misspelt_key(tmp_path: Path) -> None:
         (folder / "kustomization.yaml").write_text(yaml.safe_dump(wrong))
         built = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
         assert built.returncode != 0, f"{where} was misspelt, and nobody noticed"
+
+
+def test_a_run_of_skypilot_has_a_worker_for_each_gpu(tmp_path: Path) -> None:
+    """Runs the task's script up to the command, and loads the recipe as the command would."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text('orpo-ray() { printf "%s\\n" "$@"; env >environment; }\n')
+    (task,) = load(CLUSTER / "skypilot.yaml")
+    given = task["envs"] | {"STORAGE": "s3://bucket/runs", "OVERRIDES": "name=mine optim.max_steps=5"}
+    done = subprocess.run(
+        ["bash", "-c", task["run"].replace("exec orpo-ray", "orpo-ray")],
+        env={"PATH": os.environ["PATH"], "SKYPILOT_NUM_GPUS_PER_NODE": "4", **given, **task["secrets"]},
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    command, recipe, *overrides = done.stdout.splitlines()
+    loaded = load_recipe(ROOT / recipe, overrides)
+    assert (command, loaded.name, loaded.scaling.num_workers) == ("train", "mine", 4)
+    assert (loaded.checkpoint.storage, loaded.optim.max_steps) == ("s3://bucket/runs", 5)
+    assert "WANDB_API_KEY" not in (tmp_path / "environment").read_text()  # an empty one would make W&B ask
 
 
 def test_nothing_is_open_and_every_version_is_pinned() -> None:

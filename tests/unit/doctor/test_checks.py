@@ -71,3 +71,11 @@ def test_who_can_reach_the_dashboard() -> None:
     assert statuses(["127.0.0.1"], True) == ["ok", "warning"]
     assert statuses(["0.0.0.0"], True) == ["fix", "fix"]
     assert statuses(["10.0.0.1"], False) == ["warning", "ok"]
+
+
+def test_a_torch_that_cannot_be_imported_and_nodes_that_cannot_meet() -> None:
+    (torch,) = checks.check_torch({"b": "libcudart.so.12: cannot open shared object file"})
+    assert torch.value == "cannot be imported: b: libcudart.so.12: cannot open shared object file"
+    (gloo,) = checks.check_gloo({"a": None, "b": "connection refused"})
+    assert (gloo.status, gloo.value) == ("fix", "b: connection refused")
+    assert checks.check_gloo({"a": None, "b": None})[0].status == "ok"

@@ -1,0 +1,78 @@
+"""A Ray head that `cluster/local-head.sh` starts, with its token in a home folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from orpo_ray.ray_cluster.new_ray import unused_ports
+from support.paths import ROOT
+from support.runs import wait_until
+
+SCRIPTS = Path(sys.executable).parent
+ATTEMPTS = 3  # to start a head
+
+
+class Head(NamedTuple):
+    """A head, and where its token is."""
+
+    process: psutil.Process
+    address: str
+    token: Path
+
+
+def without_ray(**variables: str) -> dict[str, str]:
+    """Return the environment of this process without Ray's variables, and with these ones."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables
+
+
+@contextmanager
+def local_head(*options: str, scripts: Path = SCRIPTS, **variables: str) -> Iterator[Head]:
+    """Start a head, and end it.
+
+    Args:
+        options: of `ray start`.
+        scripts: folder of the program `ray`.
+        variables: of its environment.
+    """
+    # Short, since the paths of Ray's sockets are limited.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for _ in range(ATTEMPTS):
+            port = unused_ports(1)[0]
+            environment = without_ray(
+                HOME=folder, RAY_TMPDIR=folder, PATH=f"{scripts}:{os.environ['PATH']}", **variables
+            )
+            process, is_up = _start([f"--port={port}", "--block", *options], environment, Path(folder) / "said")
+            if is_up:
+                break
+            _end(process)
+        assert is_up, (Path(folder) / "said").read_text()
+        yield Head(process, f"127.0.0.1:{port}", Path(folder) / ".ray" / "auth_token")
+        _end(process)
+
+
+def _start(options: list[str], environment: dict[str, str], said: Path) -> tuple[psutil.Popen, bool]:
+    """Start a head. Returns its process, and whether Ray runs: Ray gives up after 30 s, as on a busy machine."""
+    with said.open("w") as out:
+        command = [str(ROOT / "cluster/local-head.sh"), *options]
+        process = psutil.Popen(command, env=environment, stdout=out, stderr=out)
+    wait_until(lambda: "Ray runtime started" in said.read_text() or process.poll() is not None, "the head")
+    return process, process.poll() is None
+
+
+def _end(process: psutil.Process) -> None:
+    """End a head and its processes."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = process.children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        for each in psutil.wait_procs([process, *family], timeout=20)[1]:
+            each.kill()
