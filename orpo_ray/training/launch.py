@@ -166,7 +166,7 @@ def launch_training(
             with ThreadPoolExecutor(1) as pool, display:
                 begun = pool.submit(_or_fail, begin, status)
                 try:
-                    wait = NodesWait(recipe.scaling, resources.per_worker, status, stop.abort)
+                    wait = NodesWait(recipe.scaling, resources.per_worker, status, stop.abort, _warning(console))
                     # A trial runs where no signal can be handled; Ray Train's own limit ends it.
                     with contextlib.nullcontext() if callbacks else wait:
                         _fit(status, recipe, resources, callbacks or [], lease)
@@ -191,6 +191,11 @@ def _finished(folder: RunFolder, from_checkpoint: str | None) -> RunSummary:
     return RunSummary(folder.uri, last_metrics(folder), was_finished=True)
 
 
+def _warning(console: Console) -> Callable[[str], None]:
+    """Return what prints a warning."""
+    return lambda text: console.print(f"[yellow]warning:[/yellow] {text}", highlight=False, soft_wrap=True)
+
+
 def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console, together: int) -> Resources:
     """Start or join Ray, and divide its cluster among the workers and the data."""
     try:
@@ -201,7 +206,7 @@ def _divide_cluster(recipe: Recipe, folder: RunFolder, console: Console, togethe
     nodes = fitting_nodes(recipe.scaling, ray.nodes())
     resources = worker_resources(recipe, ray.cluster_resources(), runs=together, nodes=nodes)
     if (crowd := too_many_workers(recipe, ray.cluster_resources())) is not None:
-        console.print(f"[yellow]warning:[/yellow] {crowd}", highlight=False, soft_wrap=True)
+        _warning(console)(crowd)
     return resources
 
 

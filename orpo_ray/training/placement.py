@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray._private.label_utils import validate_label_selector
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
@@ -19,6 +20,7 @@ from orpo_ray.errors import UserError
 
 ACCELERATOR = "accelerator_type:"  # how Ray names the resource of a node that has such a GPU
 POLL_SECONDS = 1.0
+REFUSED_SECONDS = 10.0  # for which the autoscaler must say so; it looks at the requests every few seconds
 RAY_WAITS_LONGER = 60.0  # seconds, so that the message here comes first
 
 
@@ -83,12 +85,19 @@ class NodesWait:
         per_worker: Ray's resources of each worker.
         status: the run's `RunStatus`, which `TellPlaced` tells.
         abort: raises an error in the thread that waits for the run.
+        warn: prints a warning.
     """
 
     def __init__(
-        self, scaling: ScalingConfig, per_worker: Mapping[str, float], status: Any, abort: Callable[[UserError], None]
+        self,
+        scaling: ScalingConfig,
+        per_worker: Mapping[str, float],
+        status: Any,
+        abort: Callable[[UserError], None],
+        warn: Callable[[str], None],
     ) -> None:
         self._scaling, self._per_worker, self._status, self._abort = scaling, per_worker, status, abort
+        self._warn = warn
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._wait, daemon=True)
 
@@ -102,15 +111,49 @@ class NodesWait:
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self._scaling.nodes_timeout_s
+        refused_since: float | None = None
+        has_warned = False
         while not self._over.wait(POLL_SECONDS):
             try:
                 if ray.get(self._status.state.remote()).get("is_placed"):
                     return
             except ray.exceptions.RayError:
                 return  # the run is over
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if not has_warned and _autoscaler_refuses(self._scaling.min_workers, self._per_worker):
+                refused_since = refused_since or now
+                has_warned = now > refused_since + REFUSED_SECONDS
+                if has_warned:
+                    self._warn(
+                        f"the autoscaler can start no nodes for {_asked(self._scaling, self._per_worker)}: no pool has "
+                        "such nodes, or its nodes are taken; the run waits for them for "
+                        f"{max(0.0, deadline - now):.0f} s more (scaling.nodes_timeout_s)"
+                    )
+            else:
+                refused_since = None
+            if now > deadline:
                 self._abort(no_room(self._scaling, self._scaling.min_workers, self._per_worker))
                 return
+
+
+def _autoscaler_refuses(workers: int, per_worker: Mapping[str, float]) -> bool:
+    """Say whether Ray's autoscaler has found that it can start no nodes for some workers now. Its version 1 never does.
+
+    Args:
+        workers: how many.
+        per_worker: Ray's resources of each.
+    """
+    reply = GetClusterStatusReply()
+    try:
+        reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status())
+    except (ray.exceptions.RayError, RuntimeError):  # no answer now
+        return False
+    for group in reply.autoscaling_state.infeasible_gang_resource_requests:
+        bundles = group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests
+        asked = [dict(each.resources_bundle) for each in bundles]
+        if len(asked) == workers and all(per_worker.items() <= each.items() for each in asked):
+            return True
+    return False
 
 
 def no_room(scaling: ScalingConfig, workers: int, per_worker: Mapping[str, float]) -> UserError:
@@ -121,13 +164,10 @@ def no_room(scaling: ScalingConfig, workers: int, per_worker: Mapping[str, float
         workers: how many at least.
         per_worker: Ray's resources of each.
     """
-    asked = ", ".join(f"{amount:g} {name}(s)" for name, amount in per_worker.items())
-    wanted = _wanted(scaling)
     has = describe([node for node in ray.nodes() if node["Alive"]])
     return UserError(
-        f"the cluster has no room for {workers} worker(s) with {asked} each"
-        + (f", {wanted}" if wanted else "")
-        + f", and has started no nodes for them within {scaling.nodes_timeout_s:g} s; it has {has}",
+        f"the cluster has no room for {_asked(scaling, per_worker, workers)}, and has started no nodes for them within "
+        f"{scaling.nodes_timeout_s:g} s; it has {has}",
         field="scaling.nodes_timeout_s",
         value=scaling.nodes_timeout_s,
         fix="`ray status` says what the autoscaler does; ask for what a pool has, raise the pool's maximum or your "
@@ -140,6 +180,12 @@ def waiting_variables(scaling: ScalingConfig) -> dict[str, str]:
     if not scaling.nodes_timeout_s:
         return {}
     return {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR: str(scaling.nodes_timeout_s + RAY_WAITS_LONGER)}
+
+
+def _asked(scaling: ScalingConfig, per_worker: Mapping[str, float], workers: int | None = None) -> str:
+    asked = ", ".join(f"{amount:g} {name}(s)" for name, amount in per_worker.items())
+    wanted = _wanted(scaling)
+    return f"{workers or scaling.min_workers} worker(s) with {asked} each" + (f", {wanted}" if wanted else "")
 
 
 def _wanted(scaling: ScalingConfig) -> str:

@@ -34,10 +34,10 @@ class Head:
     def __init__(self, address: str, environment: dict[str, str]) -> None:
         self.environment = environment | {"RAY_ADDRESS": address}
 
-    def num_nodes(self) -> int:
-        """Return how many nodes live, the head included."""
-        code = "import ray; ray.init(logging_level='error'); print(sum(node['Alive'] for node in ray.nodes()))"
-        command = [sys.executable, "-c", code]
+    def num_nodes(self, ever: bool = False) -> int:
+        """Return how many nodes live, or have ever lived, the head included."""
+        counted = "len(ray.nodes())" if ever else "sum(node['Alive'] for node in ray.nodes())"
+        command = [sys.executable, "-c", f"import ray; ray.init(logging_level='error'); print({counted})"]
         done = subprocess.run(command, env=self.environment, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split()[0])  # Ray prints advice after it
