@@ -10,16 +10,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from importlib.metadata import files, version
 from pathlib import Path
 
-import psutil
 import pytest
 from ray._raylet import GcsClient
 from ray.util import get_node_ip_address
 
 from support.commands import orpo_ray
+from support.local_head import running_ray
 from support.paths import ROOT
 from support.runs import wait_until
 from support.tiny_runs import tiny_recipe
@@ -33,17 +32,6 @@ def free_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
-
-
-def end(process: psutil.Popen) -> None:
-    family = process.children(recursive=True)
-    process.terminate()
-    for each in psutil.wait_procs([process, *family], timeout=20)[1]:
-        each.kill()
-
-
-def has_raylet(process: psutil.Popen) -> bool:
-    return any("raylet" in each.name() for each in process.children(recursive=True))
 
 
 @pytest.fixture
@@ -83,8 +71,8 @@ def cluster(tmp_path: Path, storage: Path) -> Iterator[str]:
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         environment |= {"RAY_TMPDIR": folder, "HOME": folder}
-        for command in starts:
-            start(command, environment, folder, stack)
+        for number, command in enumerate(starts):
+            stack.enter_context(running_ray(command, environment, Path(folder, f"said-{number}"), Path(folder)))
         wait_until(lambda: len(GcsClient(address=address).get_all_node_info()) == 3, "all nodes", 60)
         yield address
 
@@ -103,15 +91,8 @@ def other_environment(folder: Path) -> str:
     return " && ".join([*mounts, f'mount --bind "{folder / "METADATA"}" "{metadata}"'])
 
 
-def start(command: list[str], environment: dict[str, str], folder: str, stack: ExitStack) -> None:
-    """Start a node, which ends with the stack."""
-    process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=folder)
-    stack.callback(end, process)
-    wait_until(partial(has_raylet, process), "a raylet", 90)
-
-
 @pytest.mark.nightly
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_node_with_another_environment_is_named() -> None:
     """The second node runs in the environment that `make torchvision-tests` makes, with another torch."""
     environments = (ROOT / ".venv", ROOT / ".venv-torchvision")
@@ -127,7 +108,8 @@ def test_a_node_with_another_environment_is_named() -> None:
         environment |= {"RAY_TMPDIR": folder, "HOME": folder}
         for python, options in ((sys.executable, head), (str(other), [f"--address={address}"])):
             ray = [python, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block", "--disable-usage-stats"]
-            start([*ray, *options], environment, folder, stack)
+            said = Path(folder, "said" if options is head else "said-other")
+            stack.enter_context(running_ray([*ray, *options], environment, said, Path(folder)))
         wait_until(lambda: len(GcsClient(address=address).get_all_node_info()) == 2, "both nodes", 60)
         done = orpo_ray("doctor", "--address", address, "--json", env={"RAY_AUTH_MODE": "disabled"})
     assert "Traceback" not in done.stderr
@@ -145,7 +127,7 @@ def test_a_node_with_another_environment_is_named() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_planted_faults_are_found_and_named_with_their_fix(cluster: str, storage: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(storage, "doctor", optim={"pairs_per_step": 32})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())

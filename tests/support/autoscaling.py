@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from orpo_ray.ray_cluster.new_ray import unused_ports
 from support.clusters import NODE
+from support.local_head import running_ray
 from support.runs import wait_until
 
 IDLE_MINUTES = 0.2
@@ -84,16 +83,7 @@ def autoscaling_head(folder: Path, max_nodes: int, min_nodes: int = 0) -> Iterat
         f"--autoscaling-config={path}", "--include-dashboard=false",
         f"--object-store-memory={NODE['object_store_memory']}",
     ]  # fmt: skip
-    with said.open("w") as out:
-        process = psutil.Popen(command, env=own | settings, stdout=out, stderr=out)
-    try:
-        wait_until(lambda: "Ray runtime started" in said.read_text() or process.poll() is not None, "the head", STARTED)
-        assert process.poll() is None, said.read_text()
+    with running_ray(command, own | settings, said):
         found = Head(address, own)
         wait_until(lambda: found.num_nodes() == 1 + min_nodes, "the first nodes", STARTED)
         yield found
-    finally:
-        family = [process, *process.children(recursive=True)]
-        for each in family:
-            each.kill()
-        psutil.wait_procs(family, timeout=20)

@@ -46,33 +46,45 @@ def local_head(*options: str, scripts: Path = SCRIPTS, **variables: str) -> Iter
     """
     # Short, since the paths of Ray's sockets are limited.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for _ in range(ATTEMPTS):
-            port = unused_ports(1)[0]
-            environment = without_ray(
-                HOME=folder, RAY_TMPDIR=folder, PATH=f"{scripts}:{os.environ['PATH']}", **variables
-            )
-            process, is_up = _start([f"--port={port}", "--block", *options], environment, Path(folder) / "said")
-            if is_up:
-                break
-            _end(process)
-        assert is_up, (Path(folder) / "said").read_text()
-        yield Head(process, f"127.0.0.1:{port}", Path(folder) / ".ray" / "auth_token")
-        _end(process)
+        port = unused_ports(1)[0]
+        command = [str(ROOT / "cluster/local-head.sh"), f"--port={port}", "--block", *options]
+        own = {"HOME": folder, "RAY_TMPDIR": folder, "PATH": f"{scripts}:{os.environ['PATH']}"}
+        with running_ray(command, without_ray(**own, **variables), Path(folder) / "said") as process:
+            yield Head(process, f"127.0.0.1:{port}", Path(folder) / ".ray" / "auth_token")
 
 
-def _start(options: list[str], environment: dict[str, str], said: Path) -> tuple[psutil.Popen, bool]:
-    """Start a head. Returns its process, and whether Ray runs: Ray gives up after 30 s, as on a busy machine."""
+@contextmanager
+def running_ray(
+    command: list[str], environment: dict[str, str], said: Path, cwd: Path | None = None
+) -> Iterator[psutil.Process]:
+    """Run a command that starts a node of Ray and waits, and end it with all its processes.
+
+    Ray gives up after 30 s, as on a busy machine; then the command is run again.
+
+    Args:
+        command: the command.
+        environment: its environment.
+        said: file for what it prints.
+        cwd: its working directory.
+    """
+    for _ in range(ATTEMPTS):
+        process = _start(command, environment, said, cwd)
+        if process.poll() is None:
+            break
+    assert process.poll() is None, said.read_text()
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = process.children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            for each in psutil.wait_procs([process, *family], timeout=20)[1]:
+                each.kill()
+
+
+def _start(command: list[str], environment: dict[str, str], said: Path, cwd: Path | None) -> psutil.Popen:
+    """Run a command until Ray runs, or the command has ended."""
     with said.open("w") as out:
-        command = [str(ROOT / "cluster/local-head.sh"), *options]
-        process = psutil.Popen(command, env=environment, stdout=out, stderr=out)
-    wait_until(lambda: "Ray runtime started" in said.read_text() or process.poll() is not None, "the head")
-    return process, process.poll() is None
-
-
-def _end(process: psutil.Process) -> None:
-    """End a head and its processes."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = process.children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        for each in psutil.wait_procs([process, *family], timeout=20)[1]:
-            each.kill()
+        process = psutil.Popen(command, env=environment, stdout=out, stderr=out, cwd=cwd)
+    wait_until(lambda: "Ray runtime started" in said.read_text() or process.poll() is not None, "a node")
+    return process
