@@ -19,7 +19,7 @@ from support.paths import ROOT
 from support.runs import wait_until
 
 SCRIPTS = Path(sys.executable).parent
-ATTEMPTS = 3  # to start a head
+ATTEMPTS, STARTED = 3, 300  # starts of a node, and seconds of each
 
 
 class Head(NamedTuple):
@@ -86,5 +86,5 @@ def _start(command: list[str], environment: dict[str, str], said: Path, cwd: Pat
     """Run a command until Ray runs, or the command has ended."""
     with said.open("w") as out:
         process = psutil.Popen(command, env=environment, stdout=out, stderr=out, cwd=cwd)
-    wait_until(lambda: "Ray runtime started" in said.read_text() or process.poll() is not None, "a node")
+    wait_until(lambda: "Ray runtime started" in said.read_text() or process.poll() is not None, "a node", STARTED)
     return process
