@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,23 +69,27 @@ def running_ray(
         cwd: its working directory.
     """
     for _ in range(ATTEMPTS):
-        process = _start(command, environment, said, cwd)
-        if process.poll() is None:
-            break
-    assert process.poll() is None, said.read_text()
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = process.children(recursive=True)
-            process.send_signal(signal.SIGTERM)
-            for each in psutil.wait_procs([process, *family], timeout=20)[1]:
-                each.kill()
+        with said.open("w") as out:
+            process = psutil.Popen(command, env=environment, stdout=out, stderr=out, cwd=cwd)
+        try:
+            wait_until(partial(_is_decided, process, said), "a node", STARTED)
+            if process.poll() is None:
+                yield process
+                return
+        finally:
+            _end(process)
+    raise AssertionError(said.read_text())
 
 
-def _start(command: list[str], environment: dict[str, str], said: Path, cwd: Path | None) -> psutil.Popen:
-    """Run a command until Ray runs, or the command has ended."""
-    with said.open("w") as out:
-        process = psutil.Popen(command, env=environment, stdout=out, stderr=out, cwd=cwd)
-    wait_until(lambda: "Ray runtime started" in said.read_text() or process.poll() is not None, "a node", STARTED)
-    return process
+def _is_decided(process: psutil.Popen, said: Path) -> bool:
+    """Whether Ray runs, or the command has ended."""
+    return "Ray runtime started" in said.read_text() or process.poll() is not None
+
+
+def _end(process: psutil.Popen) -> None:
+    """End a command and its processes."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = process.children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        for each in psutil.wait_procs([process, *family], timeout=20)[1]:
+            each.kill()
