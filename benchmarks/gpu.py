@@ -38,7 +38,7 @@ from orpo_ray.model.loading import ready_to_train, without_adapters
 from orpo_ray.model.quantization import quantization_config
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.planning.activations import NORM, PairShape, batch_of, measure, unloaded_model
-from orpo_ray.planning.gpus import GPUS, Gpu
+from orpo_ray.planning.gpus import Gpu, gpu_named
 from orpo_ray.planning.images import image_shape
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
 from orpo_ray.planning.states import Weights
@@ -245,8 +245,7 @@ def this_gpu(device: torch.device) -> Gpu | None:
     """The type of this machine's GPU, if the plan knows it."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name().replace(" ", "-")
-    return next((gpu for gpu in reversed(GPUS) if gpu.name.split("-")[0] in name.split("-")), None)
+    return gpu_named(torch.cuda.get_device_name())
 
 
 def main() -> None:

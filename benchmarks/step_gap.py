@@ -9,6 +9,10 @@ in turn, on the same steps:
   ahead:   a thread does so while the step before trains, as runs do
 
 The optimizer's step lies in the gap and is measured apart. `gap_ratio` is ahead to in turn, both without the optimizer.
+
+`worker_ms` is the same gap in the real training program (metrics, requests and logging included), without its engine's
+calls: what the training thread does while a GPU has no next forward pass yet. On a CPU only; `make gpu` measures how
+long a GPU is idle.
 """
 
 from __future__ import annotations
@@ -16,14 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from machine import provenance
 
+from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.data.balance import StepShare
 from orpo_ray.data.encoded_columns import from_arrow, to_arrow
@@ -92,6 +100,61 @@ def gaps(
     return waits, updates[:-1]
 
 
+def worker_gaps(steps: list[list[EncodedPair]]) -> list[float]:
+    """Train the steps in a real worker. Returns the seconds of each gap that no call of its engine takes."""
+    import torch.distributed as dist
+
+    from orpo_ray.data.from_recipe import encoder_of, run_data
+    from orpo_ray.storage.run_folder import RunFolder
+    from orpo_ray.training.worker import Worker
+    from orpo_ray.training.worker_context import WorkerContext
+    from orpo_ray.training.worker_start import WorkerConfig
+
+    silence: Any = SimpleNamespace(update=lambda **_: None, warn=lambda _: None, asks_to_stop=lambda: False)
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        raw = {"name": "gap", "model": {"id": TINY}, "data": {"train": "easy-vqa:train"}}
+        recipe = parse_recipe(raw | {"checkpoint": {"storage": folder}, "optim": {"tokens_per_microbatch": TOKENS}})
+        RunFolder(recipe.run_uri).make()
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        config = WorkerConfig(
+            recipe.model_dump(mode="json"), run_data(recipe)[0], None, encoder_of(recipe), len(steps), 1.0, 2, 1
+        )
+        context = WorkerContext(0, 1, 1, device, "here", silence, lambda metrics: None, False)
+        worker = Worker(config, None, None, context)
+        calls = timed(worker.engine)
+        for step, plan in enumerate([worker._prepared(worker.planner.share(s, step=n)) for n, s in enumerate(steps)]):
+            calls.append(("next", step, step))
+            worker._advance(plan, worker._train_step(plan, waited=0.0))
+        dist.destroy_process_group()
+    found = []
+    for number in range(len(steps) - 1):
+        begin, end = (calls.index(("next", step, step)) for step in (number, number + 1))
+        last = max(place for place in range(begin, end) if calls[place][0] == "backward")
+        in_engine = sum(stop - start for _, start, stop in calls[last + 1 : end])
+        found.append(calls[end + 1][1] - calls[last][2] - in_engine)
+    return found
+
+
+def timed(engine: Any) -> list[tuple[str, float, float]]:
+    """Let an engine's calls be noted, with their begin and end."""
+    calls: list[tuple[str, float, float]] = []
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            begin = time.perf_counter()
+            out = call(*args)
+            calls.append((name, begin, time.perf_counter()))
+            return out
+
+        return run
+
+    updating = ("reduce", "update") if hasattr(engine, "reduce") else ("step",)
+    for name in ("forward", "backward", *updating):
+        setattr(engine, name, noted(name, getattr(engine, name)))
+    return calls
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,6 +183,8 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in without.items()}
     row = provenance() | {f"{name}_ms": round(value * 1000, 3) for name, value in medians.items()}
     row |= {"optimizer_ms": round(statistics.median(updates) * 1000, 3)}
+    if device.type == "cpu":
+        row |= {"worker_ms": round(statistics.median(worker_gaps(steps)) * 1000, 3)}
     row |= {"gap_ratio": round(medians["ahead"] / medians["in_turn"], 4)}
     print(json.dumps(row) if arguments.json else "\n".join(f"{name:16} {value}" for name, value in row.items()))
 

@@ -6,12 +6,15 @@ All functions but `add_sums` are collectives, also in a process without a proces
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from orpo_ray.data.transfer import to_device
+
+K = TypeVar("K")
 
 
 def gather_rows(values: Sequence[float], device: torch.device) -> torch.Tensor:
@@ -43,7 +46,7 @@ def add_sums(total: Mapping[str, torch.Tensor], more: Mapping[str, torch.Tensor]
     return {name: total.get(name, 0.0) + value.double() for name, value in more.items()}
 
 
-def reduce_sums(sums: Mapping[str, torch.Tensor], device: torch.device, counts: bool = True) -> dict[str, float]:
+def reduce_sums(sums: Mapping[K, torch.Tensor], device: torch.device, counts: bool = True) -> dict[K, float]:
     """Add up an objective's sums over all workers. All of them ran equally many micro-batches, so have equal names.
 
     Args:
@@ -58,7 +61,11 @@ def reduce_sums(sums: Mapping[str, torch.Tensor], device: torch.device, counts: 
 
 
 def gather_step(
-    sums: Mapping[str, torch.Tensor], own: Mapping[str, float], device: torch.device, counts: bool = True
+    sums: Mapping[str, torch.Tensor],
+    own: Mapping[str, float],
+    device: torch.device,
+    counts: bool = True,
+    measured: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Add up an objective's sums over all workers, and collect every worker's own figures, in one all-gather.
 
@@ -67,16 +74,18 @@ def gather_step(
         own: figures of this worker, with the same names on all workers.
         device: of the sums.
         counts: whether this worker's sums count (`StepPlanner.counts`). Its figures do in any case.
+        measured: more figures, which are numbers on the device. They are read together with the rest.
 
     Returns:
         The totals, and for each figure the numbers of all workers by rank.
     """
     figures = to_device(torch.tensor(list(own.values()), dtype=torch.float64), device)
-    rows = _gather(torch.cat([_counted(sums, counts), figures]), device)
+    on_device = [value.double().reshape(1) for value in measured.values()]
+    rows = _gather(torch.cat([_counted(sums, counts), figures, *on_device]), device)
     totals = dict(zip(sums, rows[:, : len(sums)].sum(0).tolist(), strict=True))
-    return totals, dict(zip(own, rows[:, len(sums) :].T.tolist(), strict=True))
+    return totals, dict(zip([*own, *measured], rows[:, len(sums) :].T.tolist(), strict=True))
 
 
-def _counted(sums: Mapping[str, torch.Tensor], counts: bool) -> torch.Tensor:
+def _counted(sums: Mapping[Any, torch.Tensor], counts: bool) -> torch.Tensor:
     own = torch.stack([value.double() for value in sums.values()])
     return own if counts else torch.zeros_like(own)

@@ -140,7 +140,8 @@ class Activations:
             index = PHASES.index(phase)
             peaks[index] = saved + max(0, self.peaks[index] - self.saved)
         peaks[PHASES.index("language backward")] += more_logits
-        return Activations(saved, tuple(peaks), self.work, pairs, round(self.tokens * ratio))
+        tokens = round(self.tokens * ratio)
+        return Activations(saved, tuple(peaks), self.work, pairs, tokens, vision_work=self.vision_work)
 
 
 def unloaded_model(

@@ -75,6 +75,16 @@ def gpus_with_prices(prices: Sequence[str]) -> tuple[Gpu, ...]:
     return tuple(known.values())
 
 
+def gpu_named(name: str) -> Gpu | None:
+    """Return the GPU type of a device by its name, such as `NVIDIA H100 80GB HBM3`; None if the plan has no such type.
+
+    Of types that differ by their memory only, it is the one that the name tells, or else the largest.
+    """
+    words = set(name.replace(" ", "-").split("-"))
+    found = [gpu for gpu in GPUS if {word for word in gpu.name.split("-") if not word.endswith("GB")} <= words]
+    return max(found, key=lambda gpu: (set(gpu.name.split("-")) <= words, gpu.memory), default=None)
+
+
 def is_type(name: str, accelerator: str) -> bool:
     """Whether a GPU type of the plan is one of Ray's accelerator types, such as `A100-80G` or `H100`."""
     plan, ray = (text.lower().replace("gb", "").removesuffix("g").split("-") for text in (name, accelerator))

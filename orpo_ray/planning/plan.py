@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import ModelConfig
 from orpo_ray.errors import UserError
+from orpo_ray.planning.cached_features import cached_features
 from orpo_ray.planning.fit import CONTEXT, FRAGMENTATION, NCCL, Estimate, Memory, Planner, Setting
 from orpo_ray.planning.gpus import GIB, Gpu, gpus_with_prices
 from orpo_ray.planning.imports import import_transformers
@@ -88,6 +89,11 @@ def _plan(recipe: Recipe, options: Options, hub_is_missing: Future[bool]) -> dic
     if setting.checkpointing == "auto":
         assumptions.insert(0, _chosen_modes(planner, gpus, setting))
         setting = replace(setting, checkpointing="full")
+    cached = None
+    if recipe.model.vision_cache is not None:
+        vision, sizes = planner.activations["none"].vision_work, (setting.workers, microbatch_pairs)
+        cached = cached_features(vision, weights, work.shape, *sizes, gpus, rates).as_json
+        assumptions.append("image features are computed in every step, as in the first epoch with model.vision_cache")
     candidates = [each["cheapest"] for each in gpu_reports if each["cheapest"]]
     return {
         "name": recipe.name,
@@ -104,6 +110,7 @@ def _plan(recipe: Recipe, options: Options, hub_is_missing: Future[bool]) -> dic
         "step": _report_step(recipe, work, planner, setting, microbatch_pairs),
         "gpus": gpu_reports,
         "cheapest": min(candidates, key=lambda candidate: candidate["cost"], default=None),
+        "vision_cache": cached,
         "mfu": options.mfu,
         "rates": asdict(rates) | {"matmul": {gpu.name: rates.matmul or gpu.matmul for gpu in gpus}},
         "assumptions": assumptions,

@@ -54,6 +54,8 @@ class Rates:
     """Fraction of the communication that is hidden behind computation, under ZeRO 2 and 3. ZeRO 0 and 1 hide none."""
     imbalance: float = 0.05
     """Additional time of the slowest of several workers, for which the others wait."""
+    disk_gb: float = 2.0
+    """GB per second that a node reads from the disk of `model.vision_cache`."""
 
 
 FRACTIONS = ("matmul", "attention", "float32", "memory", "dequantization", "link")
@@ -147,7 +149,7 @@ def step_time(
     known = {} if known is None else known
     for pairs in set(load.microbatches):
         if (gpu, pairs) not in known:
-            known[gpu, pairs] = _microbatch(work, weights, gpu, rates, pairs)
+            known[gpu, pairs] = microbatch_seconds(work, weights, gpu, rates, pairs)
     parts = (sum(known[gpu, pairs][part] for pairs in load.microbatches) for part in range(5))
     products, attention, memory, dequantization, launch = parts
     computing = products + attention + memory + dequantization + launch
@@ -170,7 +172,8 @@ def _link(gpu: Gpu, rates: Rates, workers: int) -> float:
     return rates.link * (inside if workers <= rates.gpus_per_node else min(inside, between))
 
 
-def _microbatch(work: Work, weights: Weights, gpu: Gpu, rates: Rates, pairs: int) -> Parts:
+def microbatch_seconds(work: Work, weights: Weights, gpu: Gpu, rates: Rates, pairs: int) -> Parts:
+    """Return the seconds of a micro-batch by their parts, given the work of one of its pairs."""
     peak = gpu.flops * (rates.float32 if weights.element == 4 else 1.0)
     bandwidth = gpu.bandwidth * rates.memory
     products = sum(

@@ -66,6 +66,8 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
     else:
         console.print(f"\n[bold green]cheapest[/bold green]  {_describe_cheapest(best)}", highlight=False)
         console.print(f"overrides  {_overrides(best)}", highlight=False, soft_wrap=True)
+    if (cached := report["vision_cache"]) is not None:
+        console.print(_vision_cache(cached), highlight=False, soft_wrap=True)
     _print_rates(report["rates"], console)
     console.print("\nassumptions", highlight=False)
     for line in report["assumptions"]:
@@ -161,6 +163,18 @@ def _overrides(found: dict[str, Any]) -> str:
         f"scaling.num_workers={found['workers']} deepspeed.zero_stage={found['stage']} "
         f"model.gradient_checkpointing={found['checkpointing']} optim.tokens_per_microbatch={found['budget']}"
     )
+
+
+def _vision_cache(found: dict[str, Any]) -> str:
+    """Say whether reading features is worth it, by GPU type."""
+    times = ", ".join(f"{name} {1000 * seconds:.3g}" for name, seconds in found["compute_seconds"].items())
+    line = (
+        f"\n[bold]model.vision_cache[/bold]  a pair has {found['bytes_per_pair'] / 1e6:,.1f} MB of features, read in "
+        f"{1000 * found['read_seconds']:.3g} ms; computed in, by GPU type, ms: {times}"
+    )
+    if slower := found["slower_on"]:
+        line += f"\n[yellow]slower with the cache[/yellow] on {', '.join(slower)}: remove it there"
+    return line
 
 
 def _count(number: int) -> str:

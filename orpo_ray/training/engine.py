@@ -69,6 +69,28 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class ReducesApart(Protocol):
+    """What an engine adds if the gradient's norm can be read before the update, together with what the step logs.
+
+    `step` is then `update(float(reduce()))`.
+    """
+
+    def reduce(self) -> torch.Tensor:
+        """Add up the gradient over workers and clip it. The host does not wait for the device.
+
+        Returns:
+            The norm of the whole gradient before clipping: a number on the device, equal on all workers.
+        """
+
+    def update(self, norm: float) -> None:
+        """Do the rest of a step: update the weights, advance the schedule, and clear the gradient.
+
+        Args:
+            norm: what `reduce` returned. If it is not finite, only the gradient is cleared.
+        """
+
+
+@runtime_checkable
 class SavesAlone(Protocol):
     """What an engine adds if each worker holds the whole state. Any worker can then save it if another one is lost."""
 

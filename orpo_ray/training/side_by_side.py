@@ -36,6 +36,8 @@ _OWN_KEYS = {
     "optim.adam_epsilon", "optim.max_grad_norm", "optim.optimizer", "optim.seed",
 }  # fmt: skip
 
+_NORM = "grad_norm"
+
 
 @dataclass
 class AdapterRun:
@@ -119,7 +121,7 @@ class SideBySide:
             if is_watching:
                 model.check_images_used()
                 self._images_checked = True
-        return {name: self._update(name, plan, sums[name], rates[name]) for name in list(self.runs)}
+        return self._update(plan, sums, rates)
 
     def adapter_of(self, name: str) -> str:
         """peft's name of a run's adapter."""
@@ -154,10 +156,25 @@ class SideBySide:
     def _all_logps(self, batch: PairBatch) -> dict[str, PairLogps]:
         return {name: logps for group in self._groups(batch) for name, logps in group.items()}
 
-    def _update(self, name: str, plan: StepPlan, sums: Mapping[str, torch.Tensor], rate: float) -> StepResult:
+    def _update(
+        self, plan: StepPlan, sums: Mapping[str, Mapping[str, torch.Tensor]], rates: Mapping[str, float]
+    ) -> dict[str, StepResult]:
+        """Update every run. What they log is read from the device at once."""
+        measured = {(name, key): value for name, own in sums.items() for key, value in own.items()}
+        norms = {(name, _NORM): run.engine.reduce() for name, run in self.runs.items()}
+        read = reduce_sums(measured | norms, self._device)
+        results = {}
+        for name in list(self.runs):
+            own = {key: read[name, key] for key in sums[name]}
+            results[name] = self._update_one(name, plan, own, read[name, _NORM], rates[name])
+        return results
+
+    def _update_one(
+        self, name: str, plan: StepPlan, sums: dict[str, float], grad_norm: float, rate: float
+    ) -> StepResult:
         run = self.runs[name]
-        metrics = run.objective.metrics(reduce_sums(sums, self._device))
-        grad_norm = run.engine.step()
+        metrics = run.objective.metrics(sums)
+        run.engine.update(grad_norm)
         diverged, was_skipped = None, False
         try:
             was_skipped = run.guard.observe(plan.step + 1, metrics["loss"], grad_norm)

@@ -29,7 +29,7 @@ from orpo_ray.training.ahead import on_device, one_ahead, pinned
 from orpo_ray.training.checkpoint import Position, load_checkpoint, save_final
 from orpo_ray.training.deepspeed_config import without_effect
 from orpo_ray.training.divergence import skipped_message
-from orpo_ray.training.engine import Engine, SavesAlone, make_engine
+from orpo_ray.training.engine import Engine, ReducesApart, SavesAlone, make_engine
 from orpo_ray.training.preemption import PreemptionNotice
 from orpo_ray.training.resources import threads_of_worker
 from orpo_ray.training.run_books import RunBooks
@@ -38,12 +38,14 @@ from orpo_ray.training.sharded_loading import load_pair_model
 from orpo_ray.training.step_times import OwnTime, SlowWorkers, by_worker, memory_gb
 from orpo_ray.training.teardown import Held
 from orpo_ray.training.unlogged import log_missing
+from orpo_ray.training.vision_cache_check import slow_cache
 from orpo_ray.training.worker_context import WorkerContext
 from orpo_ray.training.worker_start import WorkerConfig
 
 # Names of requests that one worker makes and all workers follow, beside the figures of each worker.
 _STOP, _TEARDOWN, _PREEMPTION = "stop", "teardown", "preemption"
 _UPLOADING = "uploading"  # whether a worker's part of the last checkpoint is not in the store yet
+_NORM = "grad_norm"  # of the whole gradient
 SETTLE_SECONDS = 10.0  # that a step has to end after its update
 
 
@@ -73,6 +75,9 @@ class Worker:
         budget = self.recipe.optim.tokens_per_microbatch * self.together
         self.planner = StepPlanner.of(self.objective, budget, encoder, self.model, self.device)
         self.engine: Engine = make_engine(self.model, self.recipe, config.num_steps, self.num_workers)
+        # What the engine can do, found once: looking takes longer than the rest of a step's bookkeeping.
+        self.reducing = self.engine if isinstance(self.engine, ReducesApart) else None
+        self.whole = self.engine if isinstance(self.engine, SavesAlone) else None
         self.saver = Saver(self.recipe, self.engine, self.rank, self.num_workers, context.workers_of_node)
         position, unlogged = load_checkpoint(checkpoint, self.engine, self.recipe, config.train, context.node)
         is_first = self.rank == 0
@@ -92,8 +97,9 @@ class Worker:
         """Of the latest step, of all workers."""
         self.checkpoint_seconds = 0.0
         """Of the checkpoint since the latest step; 0 if there was none."""
-        if is_first and (line := without_effect(self.recipe, self.device)) is not None:
-            self._warn(line)
+        for line in (without_effect, slow_cache) if is_first else ():
+            if (text := line(self.recipe, self.device)) is not None:
+                self._warn(text)
         self.images_checked = False
 
     @property
@@ -169,11 +175,10 @@ class Worker:
 
     def held(self) -> Held:
         """Say what this worker could save. Called from another thread."""
-        is_whole = isinstance(self.engine, SavesAlone)
         return Held(
             self.position.step,
             self.saved_step,
-            is_whole,
+            self.whole is not None,
             self.guard.is_healthy,
             self.is_training,
             self.saver.is_uploading,
@@ -191,13 +196,13 @@ class Worker:
         Returns:
             Whether it was saved.
         """
-        assert isinstance(self.engine, SavesAlone)
+        assert self.whole is not None
         deadline = time.monotonic() + SETTLE_SECONDS
-        while self.updates != self.engine.updates and time.monotonic() < deadline:
+        while self.updates != self.whole.updates and time.monotonic() < deadline:
             time.sleep(0.01)  # the training thread is between an update and the end of its step
         position, lines = self.position, list(self.books.unlogged)
         try:
-            if not self.saver.save_alone(self.engine, position, self.updates, lines):
+            if not self.saver.save_alone(self.whole, position, self.updates, lines):
                 return False
         except SaveFailed as error:
             self._warn(str(error))
@@ -228,7 +233,7 @@ class Worker:
             waited: seconds that this worker waited for it.
         """
         # Dropout depends on the step only, so a resumed run draws the same as an uninterrupted one.
-        torch.manual_seed((self.recipe.optim.seed << 32) + plan.step * self.num_workers + self.rank)
+        _seed((self.recipe.optim.seed << 32) + plan.step * self.num_workers + self.rank, self.device)
         learning_rate = self.engine.learning_rate
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
@@ -251,6 +256,8 @@ class Worker:
             if check:
                 self.model.check_images_used()
                 self.images_checked = True
+        # Begun before the host waits for the backward pass, and read with the sums: the device is idle once in a step.
+        norm = {} if self.reducing is None else {_NORM: self.reducing.reduce()}
         wants_stop = self.rank == 0 and self.context.line.asks_to_stop()
         self.saver.check()
         asked = {_STOP: wants_stop, _TEARDOWN: self.wants_teardown, _PREEMPTION: self.preemption.is_due()}
@@ -262,15 +269,19 @@ class Worker:
             "memory_gb": memory_gb(self.device),
         }
         size = {"tokens": sum(batch.input_ids.numel() for batch in plan.batches)}
-        # The last collective before the gradient's, so that a worker that is lost is lost before the update or after
-        # the step.
-        reduced, gathered = gather_step(sums, figures | size | asked, self.device, self.planner.counts)
+        # The last collective before the update, so that a worker that is lost is lost before the update or after the
+        # step.
+        reduced, gathered = gather_step(sums, figures | size | asked, self.device, self.planner.counts, norm)
         self.is_torn_down, self.preemption.is_looking = any(gathered.pop(_TEARDOWN)), any(gathered.pop(_PREEMPTION))
         self.is_stopping = any(gathered.pop(_STOP)) or self.is_torn_down
         if not any(gathered.pop(_UPLOADING)) and (saved := self.saver.pending) is not None:
             self.saver.settle()
             self._saved(saved)
-        grad_norm = self.engine.step()
+        if self.reducing is None:
+            grad_norm = self.engine.step()
+        else:
+            grad_norm = gathered.pop(_NORM)[0]
+            self.reducing.update(grad_norm)
         self.checkpoint_seconds = 0.0
         self._judge_speed(plan.step + 1, gathered)
         metrics = self.objective.metrics(reduced)
@@ -304,8 +315,8 @@ class Worker:
         if not isinstance(self.recipe.scaling.num_workers, int):
             metrics |= {"num_workers": self.num_workers}
         self.books.advance(plan, metrics, self.worker_figures)
-        if isinstance(self.engine, SavesAlone):
-            self.updates = self.engine.updates
+        if self.whole is not None:
+            self.updates = self.whole.updates
         self.books.log_step(plan.bad)
 
     def _evaluate(self, grounding: bool, keep_as: str | None = None) -> dict[str, float]:
@@ -363,3 +374,10 @@ class Worker:
     def _tell(self, **state: Any) -> None:
         if self.rank == 0:
             self.context.line.update(**state)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generators of the host and of one device. `torch.manual_seed` also looks for devices of other kinds."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

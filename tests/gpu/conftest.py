@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 DEVICE = os.environ.get("ORPO_RAY_GPU_TESTS_ON", "cuda")
+MOST_SECONDS = 60  # of a test on a GPU
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let a test that takes too long on a GPU fail. A CPU is slower."""
+    if DEVICE == "cuda":
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.timeout(MOST_SECONDS))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
+_READING = {
+    "cpu", "item", "numpy", "nonzero", "unique", "masked_select", "__float__", "__int__", "__bool__", "__index__",
+    "__array__",
+}  # fmt: skip
 _MADE_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
 
 
@@ -26,6 +30,31 @@ def copies_to_device() -> Iterator[list[str]]:
     found: list[str] = []
     with _Copies(found), _Constants(found):
         yield found
+
+
+@contextmanager
+def reads_of_values() -> Iterator[list[str]]:
+    """Yield a list that grows by a line for each call on a tensor after which the host would wait for a GPU.
+
+    For code whose tensors would be on a GPU. On a CPU, such calls reach no dispatcher.
+    """
+    found: list[str] = []
+    with _Reads(found):
+        yield found
+
+
+class _Reads(TorchFunctionMode):
+    """Python's calls that read values, or whose result's shape depends on values."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", None) in _READING:
+            self.found.append(f"{func.__name__} {_caller()}")
+        return func(*args, **kwargs)
 
 
 class _Copies(TorchDispatchMode):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from support.device_idle import idle_fraction
 from support.paths import ROOT, TESTS
 
 
@@ -29,3 +30,9 @@ def test_every_file_has_the_mark() -> None:
     files = sorted((TESTS / "gpu").glob("test_*.py"))
     assert len(files) >= 5
     assert all("pytest.mark.gpu" in file.read_text() for file in files)
+
+
+def test_idle_time_is_what_no_kernel_covers() -> None:
+    """0 to 4 and 6 to 10 are covered, in part twice; 4 to 6 is idle."""
+    assert idle_fraction([(6, 9), (0, 3), (1, 4), (7, 10), (2, 3)]) == pytest.approx(0.2)
+    assert idle_fraction([(1, 2)]) == 0
