@@ -255,12 +255,15 @@ def main() -> None:
     parser.add_argument("--checkpointing", choices=("none", "full"), default="none", help="gradient checkpointing")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each, after one each to warm up")
     parser.add_argument("--tiny", action="store_true", help="small models, also on a CPU")
+    parser.add_argument("--flash", help="another flash attention that torch knows and that is installed, such as FA3")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.tiny:
         parser.error("no GPU on this machine; --tiny runs small models on the CPU")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arguments.flash is not None:
+        torch.nn.attention.activate_flash_attention_impl(arguments.flash)
     rows = []
     for shape in SHAPES:
         if arguments.shapes and shape.name not in arguments.shapes:

@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
@@ -20,6 +23,7 @@ from orpo_ray.data.reading import ReadSpec
 from orpo_ray.data.shards import list_file_shards
 from orpo_ray.errors import UserError
 from orpo_ray.streaming.steps import feed_actor, iter_shares, open_feed, take_from
+from support.counted_reads import bytes_read, counted
 from support.tiny_runs import write_pairs, write_ranked
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -111,6 +115,25 @@ def test_a_resumed_stream_is_the_tail_of_the_whole_one(spec: ReadSpec, first: in
     whole, tail = steps_of(spec), steps_of(spec, first)
     assert [ids(share) for share in tail] == [ids(share) for share in whole[first:]]
     assert [other_pixels(share) for share in tail] == [other_pixels(share) for share in whole[first:]]
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.nightly), 16])
+def test_each_byte_is_read_once_for_any_number_of_workers(workers: int, tmp_path: Path) -> None:
+    """320 rows of two kilobytes in row groups of 40, in windows of 64; all workers take all steps."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    row = {"prompt": "what is there?", "chosen": "a red circle", "rejected": "a blue square", "images": []}
+    rows = [row | {"id": f"{number}-{random.bytes(1000).hex()}"} for number in range(320)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=40, compression="none")
+    shards = tuple(list_file_shards(str(folder / "a.parquet"), "data.train"))
+    order = Order(tuple(shard.num_rows for shard in shards), 3, 64)
+    spec = counted(ReadSpec(shards, ("trl",) * len(shards), order, 32, 0, 320), folder)
+    bytes_read(folder)
+    feed = feed_actor(spec, ENCODER, num_workers=workers, max_encoders=1)
+    portions = [take_from(feed, rank, step, PACKING) for step in range(10) for rank in range(workers)]
+    assert sum(len(each) for portion in portions for each in portion.places) == 320
+    assert 0.9 <= bytes_read(folder) / (folder / "a.parquet").stat().st_size <= 1.1
 
 
 @pytest.fixture(scope="module")
