@@ -181,14 +181,19 @@ def check_storage(uri: str, errors: Mapping[str, str | None], seen: Mapping[str,
 
     Args:
         uri: folder or URI of the storage.
-        errors: node -> what went wrong when it wrote.
+        errors: node -> what went wrong when it wrote or read.
         seen: node -> the nodes whose files it reads.
     """
     failed = {node: error for node, error in errors.items() if error is not None}
     if failed:
         said = "; ".join(f"{node}: {error}" for node, error in failed.items())
         return [
-            Finding("storage", "fix", f"{uri} cannot be written: {said}", "mount it there, or give the nodes access")
+            Finding(
+                "storage",
+                "fix",
+                f"{uri} cannot be written and read: {said}",
+                "mount it there, or give the nodes access",
+            )
         ]
     blind = {node: [each for each in errors if each not in others] for node, others in seen.items()}
     blind = {node: missing for node, missing in blind.items() if missing}

@@ -143,22 +143,26 @@ def _meet(nodes: Sequence[tuple[Node, Any]]) -> list[Finding]:
         return []
     torch = _ask([actor.import_torch.remote() for _, actor in able], IMPORT_SECONDS)
     lost = {node.name: problem for (node, _), (_, problem) in zip(able, torch, strict=True) if problem}
-    if lost:
-        return checks.check_torch(lost)
+    able = [pair for pair in able if pair[0].name not in lost]
+    found = checks.check_torch(lost) if lost else []
+    if len(able) < 2:
+        return found
     first, actor_of_first = able[0]
     address = first.name.partition(":")[0]
-    port = ray.get(actor_of_first.free_port.remote(), timeout=ANSWER_SECONDS)
+    ((port, problem),) = _ask([actor_of_first.free_port.remote()], ANSWER_SECONDS)
+    if problem is not None:
+        return found + checks.check_gloo({first.name: problem})
     met = _ask(
         [actor.meet.remote(address, port, rank, len(able), MEET_SECONDS) for rank, (_, actor) in enumerate(able)],
         2 * MEET_SECONDS,
     )
-    return checks.check_gloo(
+    return found + checks.check_gloo(
         {node.name: problem or answer for (node, _), (answer, problem) in zip(able, met, strict=True)}
     )
 
 
 def _ask(asked: Sequence[ray.ObjectRef], seconds: float) -> list[tuple[Any, str | None]]:
-    """Wait for nodes. Returns the answer of each, or None and why there is none, such as a disk that hangs."""
+    """Wait for nodes. Return the answer of each, or None and why there is none, such as a disk that hangs."""
     ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
     found: list[tuple[Any, str | None]] = []
     for each in asked:
@@ -182,13 +186,21 @@ def _storage(recipe: Recipe, nodes: Sequence[tuple[Node, Any]]) -> list[Finding]
     existed = is_remote(storage) or os.path.isdir(storage)
     written = _ask([actor.write.remote(folder, names[node.name], node.name) for node, actor in able], ANSWER_SECONDS)
     errors = {node.name: problem or answer for (node, _), (answer, problem) in zip(able, written, strict=True)}
+    # A node that did not answer still waits for its disk, and would cost the same time again.
+    able = [pair for pair, (_, problem) in zip(able, written, strict=True) if problem is None]
     read = _ask([actor.read.remote(folder, list(names.values())) for _, actor in able], ANSWER_SECONDS)
-    seen = {node.name: list((answer or {}).values()) for (node, _), (answer, _) in zip(able, read, strict=True)}
+    seen: dict[str, list[str]] = {}
+    for (node, _), (answer, problem) in zip(able, read, strict=True):
+        if problem is None:
+            seen[node.name] = list(answer.values())
+        else:
+            errors[node.name] = problem
+    able = [pair for pair in able if pair[0].name in seen]
     _ask([actor.remove.remote(folder, [] if existed else [storage]) for _, actor in able], ANSWER_SECONDS)
     found = checks.check_storage(storage, errors, seen)
     on_disk = recipe.checkpoint.scratch or "/tmp" if is_remote(storage) else storage
     room = _ask([actor.free_bytes.remote(on_disk) for _, actor in able], ANSWER_SECONDS)
-    free = {node.name: answer for (node, _), (answer, _) in zip(able, room, strict=True)}
+    free = {node.name: answer for (node, _), (answer, problem) in zip(able, room, strict=True) if problem is None}
     kept = 1 if is_remote(storage) else recipe.checkpoint.keep + 1
     size = _checkpoint_bytes(recipe)
     return found + checks.check_disk(on_disk, free, None if size is None else size * kept)

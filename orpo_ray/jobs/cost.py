@@ -37,8 +37,11 @@ def cost_lines(recipe: Recipe, prices: Sequence[str], command: str = "train") ->
     gpus_with_prices(prices)  # refuses a wrong price; what `plan` refuses after this is about the model
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print
+            report = plan(recipe, Options(prices))
+            rows = recipe.synthesize.max_rows
             # A round makes at most one pair of each row.
-            report = plan(recipe, Options(prices, pairs=recipe.synthesize.max_rows if command == "iterate" else None))
+            if command == "iterate" and rows is not None and rows < report["step"]["training_pairs"]:
+                report = plan(recipe, Options(prices, pairs=rows))
     except UserError as error:
         return [f"not estimated: {error.problem}"]
     estimates = _estimates(report, recipe.scaling.accelerator_type)
@@ -72,7 +75,7 @@ def _line_of_command(each: Mapping[str, Any], command: str, recipe: Recipe, tria
         return f"{trials:,} trials, each {line}: at most {_money(most)}; less if trials end early or train side by side"
     if command == "iterate":
         rounds = recipe.synthesize.rounds
-        return f"{rounds} rounds, each {line}: {_money(rounds * _cost(each))}, without that of synthesis"
+        return f"{rounds} rounds, each {line}: at most {_money(rounds * _cost(each))}; synthesis not included"
     return line
 
 

@@ -127,7 +127,7 @@ def make_space(recipe: Recipe) -> Space:
 
 
 def trials_to_begin(recipe: Recipe, space: Space) -> int:
-    """Return the number of trials of a sweep; with population-based training, of those that train at a time."""
+    """Return the number of trials of a sweep; with population-based training, the size of the population."""
     return len(space.grid()) if recipe.tune.searcher == "grid" else recipe.tune.num_trials
 
 

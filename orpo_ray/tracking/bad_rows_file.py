@@ -26,7 +26,9 @@ class BadRowsFile:
         folder.pull(BAD_ROWS_FILE)
         self._path = folder.path / BAD_ROWS_FILE
         # When a run starts, the file may hold rows that `data check` found; the run finds those that are still bad.
-        keep_lines(self._path, lambda line: step > 0, is_bad_rows_line)
+        if step == 0:
+            self._path.unlink(missing_ok=True)
+        keep_lines(self._path, lambda line: True, is_bad_rows_line)
         self._sources = {line["source"] for line in read_jsonl(self._path)}
 
     @classmethod

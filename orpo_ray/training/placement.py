@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from google.protobuf.message import DecodeError
 from ray._private.label_utils import validate_label_selector
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
@@ -120,6 +122,9 @@ class NodesWait:
             except ray.exceptions.RayError:
                 return  # the run is over
             now = time.monotonic()
+            if now > deadline:
+                self._abort(no_room(self._scaling, self._scaling.min_workers, self._per_worker))
+                return
             if not has_warned and _autoscaler_refuses(self._scaling.min_workers, self._per_worker):
                 refused_since = refused_since or now
                 has_warned = now > refused_since + REFUSED_SECONDS
@@ -131,9 +136,6 @@ class NodesWait:
                     )
             else:
                 refused_since = None
-            if now > deadline:
-                self._abort(no_room(self._scaling, self._scaling.min_workers, self._per_worker))
-                return
 
 
 def _autoscaler_refuses(workers: int, per_worker: Mapping[str, float]) -> bool:
@@ -145,15 +147,22 @@ def _autoscaler_refuses(workers: int, per_worker: Mapping[str, float]) -> bool:
     """
     reply = GetClusterStatusReply()
     try:
-        reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_status())
-    except (ray.exceptions.RayError, RuntimeError):  # no answer now
+        client = ray._private.worker.global_worker.gcs_client
+        reply.ParseFromString(client.get_cluster_status(timeout_s=POLL_SECONDS))
+    # No answer now, or another version of Ray answers: a warning must not end the thread that keeps the deadline.
+    except (ray.exceptions.RayError, RuntimeError, AttributeError, TypeError, DecodeError):
         return False
     for group in reply.autoscaling_state.infeasible_gang_resource_requests:
         bundles = group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests
         asked = [dict(each.resources_bundle) for each in bundles]
-        if len(asked) == workers and all(per_worker.items() <= each.items() for each in asked):
+        if len(asked) == workers and all(_covers(each, per_worker) for each in asked):
             return True
     return False
+
+
+def _covers(bundle: Mapping[str, float], resources: Mapping[str, float]) -> bool:
+    """Whether a bundle asks for these resources, which Ray rounds to ten-thousandths."""
+    return all(math.isclose(bundle.get(name, -1.0), amount, abs_tol=1e-3) for name, amount in resources.items())
 
 
 def no_room(scaling: ScalingConfig, workers: int, per_worker: Mapping[str, float]) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from support.commands import ray_job_submit
 from support.local_head import Head, local_head, without_ray
 from support.paths import ROOT
 
-RAY = "ray[default,train,tune,data]==2.60.0"
+RAY = f"ray[default,train,tune,data]=={importlib.metadata.version('ray')}"
 
 
 @pytest.fixture(scope="module")

@@ -212,6 +212,6 @@ def test_the_cost_of_a_sweep_is_that_of_all_trials_and_of_an_iteration_that_of_a
     assert (most, line.partition(": ")[2]) == ("0.05", "at most $0.05, where tune.max_cost ends the search")
     _, most, line = cost("iterate", "synthesize.rounds=5")
     assert float(most) == pytest.approx(5 * float(one), abs=0.03)
-    assert line.endswith("without that of synthesis")
+    assert line.endswith("synthesis not included")
     with pytest.raises(UserError, match=r"tune\.search"):
         cost("tune", "tune.search={orpo.nothing: {choices: [1, 2]}}")
