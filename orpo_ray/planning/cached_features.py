@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.model.loading import pick_attention
-from orpo_ray.objective.base import load_objective
-from orpo_ray.planning.activations import PairShape, batch_of, measure, unloaded_model
+from orpo_ray.planning.activations import PairShape
 from orpo_ray.planning.gpus import GB, Gpu
+from orpo_ray.planning.inputs import StepInputs
 from orpo_ray.planning.states import Weights
 from orpo_ray.planning.step_time import Rates, microbatch_seconds
 from orpo_ray.planning.work import Work
-from orpo_ray.planning.workload import estimate_workload
 
 
 @dataclass(frozen=True)
@@ -30,6 +26,8 @@ class CachedFeatures:
     """To compute those of a pair, by GPU type."""
     slower_on: tuple[str, ...]
     """GPU types that compute them faster than they are read."""
+    break_even_gb: dict[str, float]
+    """GB per second of a node's disk at which reading is as fast as computing, by GPU type."""
 
     @property
     def as_json(self) -> dict[str, Any]:
@@ -61,34 +59,35 @@ def cached_features(
     readers = min(workers, rates.gpus_per_node)
     read = size * readers / (rates.disk_gb * GB)
     computed = {gpu.name: sum(microbatch_seconds(vision, weights, gpu, rates, pairs)) / pairs for gpu in gpus}
-    return CachedFeatures(size, read, computed, tuple(name for name, seconds in computed.items() if seconds < read))
+    slower = tuple(name for name, seconds in computed.items() if seconds < read)
+    even = {name: size * readers / GB / seconds if seconds else 0.0 for name, seconds in computed.items()}
+    return CachedFeatures(size, read, computed, slower, even)
 
 
-def warning_of_run(recipe: Recipe, config: Any, gpu: Gpu) -> str | None:
-    """Return a warning for a run on a GPU type where the cache is slower than the vision encoder; None elsewhere.
+def cached_features_of_run(recipe: Recipe, config: Any, gpu: Gpu, workers: int, workers_of_node: int) -> CachedFeatures:
+    """Compare reading with computing for a run as it is, by the figures of its plan.
 
     Args:
-        recipe: of the run, with `model.vision_cache`.
+        recipe: of the run.
         config: the model's config in transformers.
         gpu: what it runs on.
+        workers: of the run.
+        workers_of_node: those that share a disk.
     """
-    dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
-    layout = pick_attention(recipe.model, config).layout
-    shape = estimate_workload(recipe, config, None).shape
-    batch = batch_of(shape, 1, config, load_objective(recipe).nll_span, layout)
-    section = recipe.model.model_copy(update={"gradient_checkpointing": "none"})
-    model = unloaded_model(section, config, dtype, layout)
-    weights = Weights.of(model, section, dtype, config.get_text_config().hidden_size)
-    vision = measure(section, config, dtype, layout, batch, True, "cuda").vision_work
-    pairs = max(1, recipe.optim.tokens_per_microbatch // shape.tokens(layout))
-    found = cached_features(vision, weights, shape, recipe.scaling.min_workers, pairs, [gpu], Rates())
-    return f"model.vision_cache: {slower_than_computing(found)}; remove it" if found.slower_on else None
+    step = StepInputs.of(recipe, config, workers)
+    rates = Rates(gpus_per_node=workers_of_node)
+    vision = step.measure("none").vision_work
+    return cached_features(vision, step.weights, step.work.shape, workers, step.microbatch_pairs, [gpu], rates)
 
 
-def slower_than_computing(found: CachedFeatures) -> str:
-    """Say where reading is slower, and by how much."""
-    times = ", ".join(f"{name} {1000 * found.compute_seconds[name]:.3g} ms" for name in found.slower_on)
+def warning_of_run(found: CachedFeatures, workers_of_node: int) -> str | None:
+    """Return a warning for a run whose GPU computes the features in less time than a usual disk needs, or None."""
+    if not found.slower_on:
+        return None
+    (gpu,) = found.slower_on
+    readers = f"the {workers_of_node} workers of a node" if workers_of_node > 1 else "a worker"
     return (
-        f"by the estimate of `orpo-ray plan`, reading the features of a pair ({found.bytes_per_pair / 1e6:,.1f} MB) "
-        f"takes {1000 * found.read_seconds:.3g} ms and is slower than computing them: {times}"
+        f"model.vision_cache: by the estimate of `orpo-ray plan`, {gpu} computes the features of a pair "
+        f"({found.bytes_per_pair / 1e6:,.1f} MB) in {1000 * found.compute_seconds[gpu]:.3g} ms; if the disk reads less "
+        f"than {found.break_even_gb[gpu]:.3g} GB/s for {readers}, remove the cache"
     )

@@ -78,7 +78,7 @@ def gpus_with_prices(prices: Sequence[str]) -> tuple[Gpu, ...]:
 def gpu_named(name: str) -> Gpu | None:
     """Return the GPU type of a device by its name, such as `NVIDIA H100 80GB HBM3`; None if the plan has no such type.
 
-    Of types that differ by their memory only, it is the one that the name tells, or else the largest.
+    Of types that differ by their memory only, the one in the name, or else the largest.
     """
     words = set(name.replace(" ", "-").split("-"))
     found = [gpu for gpu in GPUS if {word for word in gpu.name.split("-") if not word.endswith("GB")} <= words]

@@ -11,6 +11,7 @@ import torch
 from orpo_ray.config.field_types import Checkpointing
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.balance import Layout
+from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.cross_attention import CrossAttentionFamily
 from orpo_ray.model.families.registry import family_of
@@ -39,6 +40,52 @@ class PlanInputs:
     layout: Layout
     microbatch_pairs: int
     """Pairs in a full micro-batch."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A recipe's step as it is known before a dry run, and the dry run."""
+
+    recipe: Recipe
+    config: Any
+    """The model's config in transformers."""
+    dtype: torch.dtype
+    layout: Layout
+    weights: Weights
+    work: Workload
+    microbatch_pairs: int
+    """Pairs in a full micro-batch."""
+    batch: PairBatch
+    """Of the dry run."""
+    is_bounded: bool
+    """Whether the vision encoder processes at most `PIXELS_AT_ONCE` pixels at a time."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: Any, workers: int, pairs: int | None = None) -> StepInputs:
+        """Size the weights and the micro-batch.
+
+        Args:
+            recipe: the recipe.
+            config: the model's config in transformers.
+            workers: of the run.
+            pairs: training pairs; by default, the number in the data check, or an assumption.
+        """
+        dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
+        layout = pick_attention(recipe.model, config).layout
+        weights = Weights.of_deep(
+            lambda each: unloaded_model(recipe.model, each, dtype, layout), recipe.model, config, dtype
+        )
+        work = estimate_workload(recipe, config, pairs)
+        microbatch_pairs = pairs_per_microbatch(recipe, work, layout, recipe.optim.tokens_per_microbatch, workers)
+        nll_span = load_objective(recipe).nll_span
+        batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, layout)
+        is_bounded = recipe.deepspeed.zero_stage < 3
+        return cls(recipe, config, dtype, layout, weights, work, microbatch_pairs, batch, is_bounded)
+
+    def measure(self, mode: Checkpointing) -> Activations:
+        """Run the batch without values, with this gradient checkpointing."""
+        section = self.recipe.model.model_copy(update={"gradient_checkpointing": mode})
+        return measure(section, self.config, self.dtype, self.layout, self.batch, self.is_bounded, "cuda")
 
 
 def can_plan(config: Any) -> bool:
@@ -74,27 +121,17 @@ def plan_inputs(
             value=recipe.model.id,
             fix="plan a model of another family of the same size",
         )
-    dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
-    layout = pick_attention(recipe.model, config).layout
-    weights = Weights.of_deep(
-        lambda each: unloaded_model(recipe.model, each, dtype, layout), recipe.model, config, dtype
-    )
-    work = estimate_workload(recipe, config, pairs)
     # Of an elastic run, the fewest workers need the most memory each.
     workers, budget = recipe.scaling.min_workers, recipe.optim.tokens_per_microbatch
-    microbatch_pairs = pairs_per_microbatch(recipe, work, layout, budget, workers)
-    nll_span = load_objective(recipe).nll_span
-    batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, layout)
-    bounded = recipe.deepspeed.zero_stage < 3
-    logits = more_logits(len(batch.target_ids), microbatch_pairs / batch.num_pairs, config, dtype)
+    step = StepInputs.of(recipe, config, workers, pairs)
+    work, microbatch_pairs, batch = step.work, step.microbatch_pairs, step.batch
+    logits = more_logits(len(batch.target_ids), microbatch_pairs / batch.num_pairs, config, step.dtype)
 
     def measured(*modes: Checkpointing) -> dict[Checkpointing, Activations]:
-        found: dict[Checkpointing, Activations] = {}
-        for mode in modes:
-            model_config = recipe.model.model_copy(update={"gradient_checkpointing": mode})
-            one = measure(model_config, config, dtype, layout, batch, bounded, "cuda")
-            found[mode] = one.with_pairs(microbatch_pairs, mode != "none" and bounded, logits)
-        return found
+        return {
+            mode: step.measure(mode).with_pairs(microbatch_pairs, mode != "none" and step.is_bounded, logits)
+            for mode in modes
+        }
 
     # `selective` runs most operations, and takes about as long as both others.
     others = partial(measured, "none", "full")
@@ -102,7 +139,7 @@ def plan_inputs(
     activations = {**measured("selective"), **waited()}
     setting = Setting(workers, recipe.deepspeed.zero_stage, recipe.model.gradient_checkpointing, budget)
     planner = Planner(
-        weights,
+        step.weights,
         recipe.optim.optimizer,
         activations,
         budget,
@@ -115,7 +152,7 @@ def plan_inputs(
         recipe.model.quantization is not None,
         Offload(recipe.deepspeed.offload_optimizer != "none", recipe.deepspeed.offload_param != "none"),
     )
-    return PlanInputs(planner, work, setting, dtype, layout, microbatch_pairs)
+    return PlanInputs(planner, work, setting, step.dtype, step.layout, microbatch_pairs)
 
 
 def choose_checkpointing(recipe: Recipe, config: Any, gib: float) -> Checkpointing:

@@ -64,7 +64,7 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     # Imports take seconds, in which the hub may answer.
     with ThreadPoolExecutor(1) as pool:
         hub = pool.submit(_hub_is_missing, recipe.model)
-        with _silent_libraries():
+        with silent_libraries():
             return _plan(recipe, options, hub)
 
 
@@ -118,7 +118,7 @@ def _plan(recipe: Recipe, options: Options, hub_is_missing: Future[bool]) -> dic
 
 
 @contextmanager
-def _silent_libraries() -> Iterator[None]:
+def silent_libraries() -> Iterator[None]:
     """Keep libraries from warning about a model that is never run."""
     import_transformers()
     from transformers.utils import logging

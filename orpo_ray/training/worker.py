@@ -97,9 +97,11 @@ class Worker:
         """Of the latest step, of all workers."""
         self.checkpoint_seconds = 0.0
         """Of the checkpoint since the latest step; 0 if there was none."""
-        for line in (without_effect, slow_cache) if is_first else ():
-            if (text := line(self.recipe, self.device)) is not None:
-                self._warn(text)
+        if is_first and (text := without_effect(self.recipe, self.device)) is not None:
+            self._warn(text)
+        # Not once more in a run that goes on: the estimate takes seconds, in which the other workers wait.
+        if is_first and not position.step and (text := slow_cache(self.recipe, context)) is not None:
+            self._warn(text)
         self.images_checked = False
 
     @property

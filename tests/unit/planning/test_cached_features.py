@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.planning.activations import PairShape
-from orpo_ray.planning.cached_features import cached_features
+from orpo_ray.planning.cached_features import cached_features, cached_features_of_run
 from orpo_ray.planning.gpus import GPUS, gpu_named
-from orpo_ray.planning.plan import Options, plan
+from orpo_ray.planning.plan import Options, load_config, plan
 from orpo_ray.planning.states import Weights
 from orpo_ray.planning.step_time import Rates
 from orpo_ray.planning.table import print_plan
 from orpo_ray.planning.work import Matmul, Work
-from orpo_ray.training.vision_cache_check import slow_cache, slow_cache_on
+from orpo_ray.storage.run_folder import DATA_CHECK_FILE, RunFolder
+from orpo_ray.training.vision_cache_check import slow_cache_on
 
 H100, L4 = gpu_named("NVIDIA H100 80GB HBM3"), gpu_named("NVIDIA L4")
 
@@ -49,6 +50,8 @@ def test_reading_is_the_bytes_over_a_node_s_disk_that_its_gpus_share() -> None:
     # 121 TFLOP/s, 91 ms and 93.
     assert found.compute_seconds == pytest.approx({"H100-80GB": 7.85e-3, "L4": 92.6e-3}, rel=1e-3)
     assert found.slower_on == ("H100-80GB",)
+    # 16 MB for eight GPUs in 7.85 and 92.6 ms.
+    assert found.break_even_gb == pytest.approx({"H100-80GB": 2.04, "L4": 0.173}, rel=2e-3)
     assert cached_features(vision, weights, shape, 32, 1, [H100, L4], Rates(disk_gb=2.1)).slower_on == ()
 
 
@@ -71,18 +74,44 @@ def test_a_plan_without_a_cache_says_nothing(tmp_path: Path) -> None:
     assert plan(parse_recipe(raw), Options())["vision_cache"] is None
 
 
-def test_a_run_on_a_gpu_warns_by_the_same_figures(tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_warns(tmp_path: Path) -> None:
     """19 MB per image of LLaVA-1.6 take 9.6 ms to read. An H100 encodes the image in less, an L4 does not."""
     raw = recipe_of(tmp_path)
     raw["model"] |= {"id": "llava-hf/llava-v1.6-mistral-7b-hf", "lora": {}, "freeze": []}
     recipe = parse_recipe(raw | {"data": {"train": "pairs.jsonl", "max_length": 4096}})
-    assert slow_cache(recipe, torch.device("cpu")) is None
-    assert slow_cache_on(recipe, "Radeon") is None
-    assert slow_cache_on(recipe, "NVIDIA L4") is None
-    text = slow_cache_on(recipe, "NVIDIA H100 80GB HBM3")
+    assert slow_cache_on(recipe, "Radeon", 1, 1) is None
+    assert slow_cache_on(recipe, "NVIDIA L4", 1, 1) is None
+    text = slow_cache_on(recipe, "NVIDIA H100 80GB HBM3", 1, 1)
     assert text is not None
-    assert "reading the features of a pair (19.2 MB) takes 9.58 ms and is slower than computing them" in text
-    assert "H100-80GB" in text
+    found = re.search(r"H100-80GB computes the features of a pair \(19.2 MB\) in (\S+) ms; .* than (\S+) GB/s", text)
+    assert found is not None
+    assert float(found[1]) < 9.58
+    assert float(found[1]) * float(found[2]) == pytest.approx(19.2, rel=0.01)
+    assert text.endswith("for a worker, remove the cache")
+
+
+def test_a_run_has_the_figures_of_its_plan(tmp_path: Path) -> None:
+    """Also where a worker's share of a step is smaller than a micro-batch may be."""
+    recipe = parse_recipe(recipe_of(tmp_path, num_workers=4) | {"optim": {"pairs_per_step": 4}})
+    config, _ = load_config(recipe.model)
+    assert H100 is not None
+    found = cached_features_of_run(recipe, config, H100, 4, 4)
+    planned = plan(recipe, Options())["vision_cache"]
+    assert found.bytes_per_pair == planned["bytes_per_pair"]
+    assert found.read_seconds == planned["read_seconds"]
+    assert found.compute_seconds["H100-80GB"] == planned["compute_seconds"]["H100-80GB"]
+    # Alone, a worker has micro-batches of four pairs, which take less time each, and a disk of its own.
+    alone = cached_features_of_run(recipe, config, H100, 1, 1)
+    assert alone.read_seconds == found.read_seconds / 4
+    assert alone.compute_seconds["H100-80GB"] < found.compute_seconds["H100-80GB"]
+
+
+def test_a_run_goes_on_if_it_cannot_be_estimated(tmp_path: Path) -> None:
+    recipe = parse_recipe(recipe_of(tmp_path))
+    folder = RunFolder(recipe.run_uri)
+    folder.make()
+    (folder.path / DATA_CHECK_FILE).write_text('{"train": {"tokens": {"prompt": 3}}}')
+    assert slow_cache_on(recipe, "NVIDIA H100 80GB HBM3", 1, 1) is None
 
 
 @pytest.mark.parametrize(
