@@ -39,7 +39,8 @@ class Engine(Protocol):
     def step(self) -> float:
         """Clip the gradient, update the weights, advance the schedule, and clear the gradient.
 
-        If the gradient is not finite, the weights, the optimizer and the schedule stay as they are.
+        If the gradient is not finite, the weights, the optimizer and the schedule stay as they are. The training
+        program does not call it on an engine that has the methods of `ReducesApart`, which it calls instead.
 
         Returns:
             The norm of the whole gradient before clipping, equal on all workers.
@@ -72,21 +73,21 @@ class Engine(Protocol):
 class ReducesApart(Protocol):
     """What an engine adds if the gradient's norm can be read before the update, together with what the step logs.
 
-    `step` is then `update(float(reduce()))`.
+    The training program then calls these two instead of `step`, which is `update_weights(float(reduce_gradient()))`.
     """
 
-    def reduce(self) -> torch.Tensor:
+    def reduce_gradient(self) -> torch.Tensor:
         """Add up the gradient over workers and clip it. The host does not wait for the device.
 
         Returns:
             The norm of the whole gradient before clipping: a number on the device, equal on all workers.
         """
 
-    def update(self, norm: float) -> None:
+    def update_weights(self, norm: float) -> None:
         """Do the rest of a step: update the weights, advance the schedule, and clear the gradient.
 
         Args:
-            norm: what `reduce` returned. If it is not finite, only the gradient is cleared.
+            norm: what `reduce_gradient` returned. If it is not finite, only the gradient is cleared.
         """
 
 

@@ -96,18 +96,18 @@ class ReplicatedEngine:
 
     def step(self) -> float:
         """Reduce and clip the gradient, update the weights; return the norm before clipping."""
-        norm = float(self.reduce())
-        self.update(norm)
+        norm = float(self.reduce_gradient())
+        self.update_weights(norm)
         return norm
 
-    def reduce(self) -> torch.Tensor:
+    def reduce_gradient(self) -> torch.Tensor:
         """Reduce and clip the gradient; return the norm before clipping, on the device. See `ReducesApart`."""
         if self._num_workers > 1:
             for part in self._gradients.split(_REDUCED_AT_ONCE):
                 dist.all_reduce(part)
         return nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm)
 
-    def update(self, norm: float) -> None:
+    def update_weights(self, norm: float) -> None:
         """Update the weights unless the norm is not finite, and clear the gradient."""
         if math.isfinite(norm):
             self._update()

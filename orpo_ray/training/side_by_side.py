@@ -161,7 +161,7 @@ class SideBySide:
     ) -> dict[str, StepResult]:
         """Update every run. What they log is read from the device at once."""
         measured = {(name, key): value for name, own in sums.items() for key, value in own.items()}
-        norms = {(name, _NORM): run.engine.reduce() for name, run in self.runs.items()}
+        norms = {(name, _NORM): run.engine.reduce_gradient() for name, run in self.runs.items()}
         read = reduce_sums(measured | norms, self._device)
         results = {}
         for name in list(self.runs):
@@ -174,7 +174,7 @@ class SideBySide:
     ) -> StepResult:
         run = self.runs[name]
         metrics = run.objective.metrics(sums)
-        run.engine.update(grad_norm)
+        run.engine.update_weights(grad_norm)
         diverged, was_skipped = None, False
         try:
             was_skipped = run.guard.observe(plan.step + 1, metrics["loss"], grad_norm)

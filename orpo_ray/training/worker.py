@@ -258,8 +258,8 @@ class Worker:
             if check:
                 self.model.check_images_used()
                 self.images_checked = True
-        # Begun before the host waits for the backward pass, and read with the sums: the device is idle once in a step.
-        norm = {} if self.reducing is None else {_NORM: self.reducing.reduce()}
+        # Begun before the host waits for the backward pass, so that the device has work meanwhile; read with the sums.
+        norm = {} if self.reducing is None else {_NORM: self.reducing.reduce_gradient()}
         wants_stop = self.rank == 0 and self.context.line.asks_to_stop()
         self.saver.check()
         asked = {_STOP: wants_stop, _TEARDOWN: self.wants_teardown, _PREEMPTION: self.preemption.is_due()}
@@ -283,7 +283,7 @@ class Worker:
             grad_norm = self.engine.step()
         else:
             grad_norm = gathered.pop(_NORM)[0]
-            self.reducing.update(grad_norm)
+            self.reducing.update_weights(grad_norm)
         self.checkpoint_seconds = 0.0
         self._judge_speed(plan.step + 1, gathered)
         metrics = self.objective.metrics(reduced)
@@ -382,4 +382,5 @@ def _seed(seed: int, device: torch.device) -> None:
     """Seed the generators of the host and of one device. `torch.manual_seed` also looks for devices of other kinds."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

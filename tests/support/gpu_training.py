@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,20 +110,37 @@ class CountOps(TorchDispatchMode):
 def counted_syncs(device: torch.device) -> Iterator[list[str]]:
     """Yield a list that grows by a line for each operation after which the host waits for the device.
 
-    CUDA reports them itself. On a CPU, reading a number and finding the positions of a mask stand for them.
+    CUDA reports them itself, except waits for an event. On a CPU, reading a number and finding the positions of a mask
+    stand for them.
     """
     found: list[str] = []
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with warnings.catch_warnings(record=True) as caught:
+            with warnings.catch_warnings(record=True) as caught, counted_event_waits() as of_events:
                 warnings.simplefilter("always")
                 yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        found += of_events
         found += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
         return
     with CountOps() as counted:
         yield found
     for name in ("_local_scalar_dense", "nonzero"):
         found += [name] * counted.ops[name]
+
+
+@contextmanager
+def counted_event_waits() -> Iterator[list[str]]:
+    """Yield a list that grows by a line for each `torch.cuda.Event.synchronize`."""
+    found: list[str] = []
+    wait = torch.cuda.Event.synchronize
+
+    def counted(event: torch.cuda.Event) -> None:
+        found.append("Event.synchronize")
+        wait(event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.Event, "synchronize", counted)
+        yield found

@@ -16,6 +16,7 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.errors import UserError
 from orpo_ray.training.divergence import MAX_SKIPPED
 from orpo_ray.training.side_by_side import SideBySide, tokens_for, why_not_side_by_side
+from support.device_waits import reads_of_values
 from support.engines_by_hand import STEPS, Training, recipe_of
 
 LORA = {"lora": {"r": 4}}
@@ -88,6 +89,15 @@ def test_every_run_equals_itself_alone_and_goes_on_alone(tmp_path: Path) -> None
     for name, run in again.side_by_side.runs.items():
         run.engine.load(tmp_path / name)
     assert again.step() == {name: pytest.approx(curve[2], rel=1e-5) for name, curve in curves.items()}
+
+
+def test_a_step_of_all_runs_reads_once() -> None:
+    """After a first step, which also checks that images are used."""
+    together = Together(RECIPES)
+    together.step()
+    with reads_of_values() as found:
+        together.side_by_side.train_step(together.plan)
+    assert len(found) == 1, found
 
 
 def test_a_run_that_leaves_and_one_that_diverges_disturb_no_other() -> None:
