@@ -9,7 +9,7 @@ too, for a comparison in the same run. The models run with few layers; the other
   kernels: operations that are neither views nor allocations; fused kernels of this package count as one
   gb:      bytes of the tensors that kernels read and write, in 1e9
   reads:   calls such as `tolist()` or `nonzero()` on tensors, after which the host would wait for a GPU; those on
-           tensors of the main memory included, so this is an upper bound (tests/unit/model/test_device_waits.py shows
+           tensors in main memory included, so this is an upper bound (tests/unit/model/test_device_waits.py shows
            that none of them is on a device now)
 """
 
@@ -24,7 +24,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from machine import provenance
+from machine import ROOT, provenance
+
+sys.path.append(str(ROOT / "tests"))  # the list of calls that read values, which tests use too
+
+from support.device_waits import reads_values
 
 LLAVA, QWEN, SMOLVLM = (
     "llava-hf/llava-v1.6-mistral-7b-hf",
@@ -41,7 +45,7 @@ SHAPES = (
 )
 PROMPT, ANSWER = 60, 120
 LAYERS = 2
-READING = {"item", "tolist", "numpy", "nonzero", "unique", "__float__", "__int__", "__bool__", "__index__"}
+whole_calls: dict[tuple[str, str], Any] = {}  # of fused operations, as they were before `fuse`
 
 
 def modes(counts: Counter[str]) -> tuple[Any, Any]:
@@ -71,7 +75,7 @@ def modes(counts: Counter[str]) -> tuple[Any, Any]:
 
     class Reads(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            counts["reads"] += getattr(func, "__name__", None) in READING
+            counts["reads"] += reads_values(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
     return Operations(), Reads()
@@ -104,9 +108,6 @@ def fuse(counts: Counter[str]) -> None:
         for which in ("forward", "backward"):
             kind_call = whole_calls.setdefault((name, which), getattr(kind, which))
             setattr(kind, which, as_one(kind_call))
-
-
-whole_calls: dict[tuple[str, str], Any] = {}
 
 
 def count(model_id: str, lora: bool, pairs: int) -> dict[str, float]:
@@ -176,8 +177,7 @@ def main() -> None:
     if arguments.shape:
         print(json.dumps(count(*shapes[arguments.shape])))
         return
-    here = Path(__file__).resolve().parents[1]
-    trees = {"now": here} | ({"before": arguments.against.resolve()} if arguments.against else {})
+    trees = {"now": ROOT} | ({"before": arguments.against.resolve()} if arguments.against else {})
     rows = []
     for name in shapes:
         for which, tree in trees.items():

@@ -20,16 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from machine import provenance
+from machine import ROOT, provenance
+
+sys.path.insert(0, str(ROOT / "tests"))  # the worker without Ray, which tests use too
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.schema import ModelConfig
@@ -43,6 +45,7 @@ from orpo_ray.objective.step_planner import StepPlan, StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.training.ahead import on_device, one_ahead, pinned
+from support.worker_alone import make_worker, plan_step, train_step
 
 TINY = "orpo-ray/tiny-smolvlm"
 TOKENS = 4096
@@ -104,28 +107,15 @@ def worker_gaps(steps: list[list[EncodedPair]]) -> list[float]:
     """Train the steps in a real worker. Returns the seconds of each gap that no call of its engine takes."""
     import torch.distributed as dist
 
-    from orpo_ray.data.from_recipe import encoder_of, run_data
-    from orpo_ray.storage.run_folder import RunFolder
-    from orpo_ray.training.worker import Worker
-    from orpo_ray.training.worker_context import WorkerContext
-    from orpo_ray.training.worker_start import WorkerConfig
-
-    silence: Any = SimpleNamespace(update=lambda **_: None, warn=lambda _: None, asks_to_stop=lambda: False)
-    device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         raw = {"name": "gap", "model": {"id": TINY}, "data": {"train": "easy-vqa:train"}}
         recipe = parse_recipe(raw | {"checkpoint": {"storage": folder}, "optim": {"tokens_per_microbatch": TOKENS}})
-        RunFolder(recipe.run_uri).make()
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
-        config = WorkerConfig(
-            recipe.model_dump(mode="json"), run_data(recipe)[0], None, encoder_of(recipe), len(steps), 1.0, 2, 1
-        )
-        context = WorkerContext(0, 1, 1, device, "here", silence, lambda metrics: None, False)
-        worker = Worker(config, None, None, context)
+        worker = make_worker(recipe, torch.device("cpu"), num_steps=len(steps))
         calls = timed(worker.engine)
-        for step, plan in enumerate([worker._prepared(worker.planner.share(s, step=n)) for n, s in enumerate(steps)]):
+        for step, plan in enumerate([plan_step(worker, pairs, number) for number, pairs in enumerate(steps)]):
             calls.append(("next", step, step))
-            worker._advance(plan, worker._train_step(plan, waited=0.0))
+            train_step(worker, plan)
         dist.destroy_process_group()
     found = []
     for number in range(len(steps) - 1):
@@ -149,8 +139,7 @@ def timed(engine: Any) -> list[tuple[str, float, float]]:
 
         return run
 
-    updating = ("reduce", "update") if hasattr(engine, "reduce") else ("step",)
-    for name in ("forward", "backward", *updating):
+    for name in ("forward", "backward", "reduce_gradient", "update_weights"):
         setattr(engine, name, noted(name, getattr(engine, name)))
     return calls
 
