@@ -1,12 +1,15 @@
-"""Count the collectives of a training step, and their bytes, for each ZeRO stage and number of gloo workers.
+"""Count the collectives of a training step, and the bytes of a checkpoint, by ZeRO stage and number of gloo workers.
 
-    python benchmarks/collectives.py [--workers 1,2,4,8] [--stages 0,1,2,3] [--microbatches N] [--json]
+    python benchmarks/collectives.py [--workers 1,2,4,8] [--stages 0,1,2,3] [--microbatches N] [--steps N] [--json]
 
 Each worker is a process with the real engine and a tiny SmolVLM in bfloat16. A dispatch mode sees every collective
 that reaches torch's process group, whoever calls it, so nothing of DeepSpeed or torch is replaced. `payload` is the
 size of the whole tensor that a collective works on: what is reduced, or what has been gathered. `formula` is what
 `orpo_ray/planning/traffic.py`, and so `orpo-ray plan`, expects for the same model. Steps per second are of processes
 that share this machine's cores: they say nothing about a cluster.
+
+After the steps, all workers save a checkpoint as a run does. `checkpoint` is the size of each worker's files by their
+manifests, by rank, and `expected` is what the engine expects (`checkpoint_bytes`).
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from typing import Any
 from machine import provenance
 
 MODEL = "orpo-ray/tiny-smolvlm"
-STEPS = 3
 # The name of a collective in torch, its name here, and which of its arguments holds the whole tensor.
 COLLECTIVES = {
     "allreduce_": ("all-reduce", 0),
@@ -64,8 +66,8 @@ def counting_mode() -> Any:
     return CountCollectives()
 
 
-def work(rank: int, workers: int, stages: list[int], microbatches: int, folder: str, pipe: Any) -> None:
-    """Train a few steps on one worker at each stage, and send what rank 0 counted in the last step."""
+def work(rank: int, workers: int, stages: list[int], microbatches: int, steps: int, folder: str, pipe: Any) -> None:
+    """Train a few steps on one worker at each stage, and send what rank 0 counted."""
     log = os.open(f"{folder}/rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -77,15 +79,15 @@ def work(rank: int, workers: int, stages: list[int], microbatches: int, folder: 
     store = dist.FileStore(f"{folder}/store-{workers}", workers)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
     for stage in stages:
-        counted = train(workers, stage, microbatches)
+        counted = train(rank, workers, stage, microbatches, steps, folder)
         if rank == 0:
             pipe.send(counted)
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends by itself
 
 
-def train(workers: int, stage: int, microbatches: int) -> dict[str, Any]:
-    """Train a few steps, count the collectives of the last one, and compute what the formulas expect."""
+def train(rank: int, workers: int, stage: int, microbatches: int, steps: int, folder: str) -> dict[str, Any]:
+    """Train a few steps and save. Count the last step's collectives, and compute what the formulas expect."""
     import torch
 
     from orpo_ray.config.load import parse_recipe
@@ -100,7 +102,8 @@ def train(workers: int, stage: int, microbatches: int) -> dict[str, Any]:
     from orpo_ray.training.engine import make_engine
 
     recipe = parse_recipe(
-        {"name": "collectives", "model": {"id": MODEL, "dtype": "bfloat16"}, "data": {"train": "none"},
+        {"name": f"{workers}-workers-stage-{stage}", "checkpoint": {"storage": folder},
+         "model": {"id": MODEL, "dtype": "bfloat16"}, "data": {"train": "none"},
          "deepspeed": {"zero_stage": stage}, "optim": {"warmup": 0, "pairs_per_step": workers * microbatches}}
     )  # fmt: skip
     model = PairModel(load_model(recipe.model, torch.device("cpu"), seed=0), NORM)
@@ -108,7 +111,7 @@ def train(workers: int, stage: int, microbatches: int) -> dict[str, Any]:
     weights = Weights.of(model.model, recipe.model, torch.bfloat16, config.get_text_config().hidden_size)
     image = image_shape(config)
     shape = PairShape(16, 24, 20, 1, image.tokens, image.vision)
-    engine: Any = make_engine(model, recipe, STEPS, workers)
+    engine: Any = make_engine(model, recipe, steps, workers)
     batch = batch_of(shape, 1, config, "response", model.layout)
 
     def step() -> None:
@@ -117,12 +120,13 @@ def train(workers: int, stage: int, microbatches: int) -> dict[str, Any]:
             engine.backward(loss)
         engine.step()
 
-    for _ in range(STEPS - 1):  # ZeRO-3 records its order of weights in the first steps
+    for _ in range(steps - 1):  # ZeRO-3 records its order of weights in the first steps
         step()
     started = time.perf_counter()
     with counting_mode() as counted:
         step()
     seconds = time.perf_counter() - started
+    saved = save(engine, recipe, steps, rank, workers)
     if stage:
         engine.deepspeed.destroy()
     expected: Counter[str] = Counter()
@@ -135,16 +139,34 @@ def train(workers: int, stage: int, microbatches: int) -> dict[str, Any]:
         "calls": dict(counted.calls),
         "payload": dict(counted.payload),
         "formula": dict(expected),
+        **saved,
         "steps_per_s": round(1 / seconds, 3),
     }
 
 
-def measure(workers: int, stages: list[int], microbatches: int, folder: str) -> Iterator[dict[str, Any]]:
+def save(engine: Any, recipe: Any, step: int, rank: int, workers: int) -> dict[str, list[int]]:
+    """Save a checkpoint; return by rank the bytes of each worker's files, and those that its engine expects."""
+    from orpo_ray.objective.collectives import gather_objects
+    from orpo_ray.storage.run_folder import RunFolder
+    from orpo_ray.training.checkpoint import Position
+    from orpo_ray.training.checkpoint_choice import checkpoint_names
+    from orpo_ray.training.manifest import check_sizes
+    from orpo_ray.training.saving import Saver
+
+    run = RunFolder(recipe.run_uri)
+    run.make()
+    expected = gather_objects(engine.checkpoint_bytes)
+    Saver(recipe, engine, rank, workers, workers).save(engine, Position(step, num_workers=workers))
+    (name,) = checkpoint_names(run)
+    return {"checkpoint": [manifest.num_bytes for manifest in check_sizes(run, name)], "expected": expected}
+
+
+def measure(workers: int, stages: list[int], microbatches: int, steps: int, folder: str) -> Iterator[dict[str, Any]]:
     """Run all stages in one group of new processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["deepspeed", "transformers.models.smolvlm", "orpo_ray.training.deepspeed_engine"])
     ours, theirs = context.Pipe()
-    arguments = (workers, stages, microbatches, folder, theirs)
+    arguments = (workers, stages, microbatches, steps, folder, theirs)
     processes = [context.Process(target=work, args=(rank, *arguments), daemon=True) for rank in range(workers)]
     for process in processes:
         process.start()
@@ -165,13 +187,14 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2,4,8")
     parser.add_argument("--stages", default="0,1,2,3")
     parser.add_argument("--microbatches", type=int, default=2, help="micro-batches per worker and step")
+    parser.add_argument("--steps", type=int, default=3, help="of which the last is counted; 1 suffices for checkpoints")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     arguments = parser.parse_args()
     stages = [int(stage) for stage in arguments.stages.split(",")]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for workers in map(int, arguments.workers.split(",")):
-            for row in measure(workers, stages, arguments.microbatches, folder):
+            for row in measure(workers, stages, arguments.microbatches, arguments.steps, folder):
                 rows.append(row)
                 if not arguments.json:
                     print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
