@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from google.protobuf.message import DecodeError
 from ray._private.label_utils import validate_label_selector
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
@@ -150,7 +149,7 @@ def _autoscaler_refuses(workers: int, per_worker: Mapping[str, float]) -> bool:
         client = ray._private.worker.global_worker.gcs_client
         reply.ParseFromString(client.get_cluster_status(timeout_s=POLL_SECONDS))
     # No answer now, or another version of Ray answers: a warning must not end the thread that keeps the deadline.
-    except (ray.exceptions.RayError, RuntimeError, AttributeError, TypeError, DecodeError):
+    except (ray.exceptions.RayError, RuntimeError, AttributeError, TypeError):
         return False
     for group in reply.autoscaling_state.infeasible_gang_resource_requests:
         bundles = group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests

@@ -26,13 +26,14 @@ def submit(cluster: Slurm, recipe: Path) -> str:
     return cluster.run("sbatch", *options, "cluster/slurm.sh", str(recipe), cwd=ROOT, PATH=path, PYTHONPATH=str(TESTS))
 
 
-def nodes_of_workers() -> set[str]:
-    """Return the names of the Slurm nodes that training workers run on."""
+def nodes_of_workers(job: str) -> set[str]:
+    """Return the names of the Slurm nodes that a job's training workers run on."""
     found = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if "".join(process.cmdline()[:1]).startswith("ray::RayTrainWorker"):
-                found.add(process.environ().get("SLURMD_NODENAME", ""))
+            is_worker = "".join(process.cmdline()[:1]).startswith("ray::RayTrainWorker")
+            if is_worker and process.environ().get("SLURM_JOB_ID") == job:
+                found.add(process.environ()["SLURMD_NODENAME"])
     return found
 
 
@@ -67,7 +68,7 @@ def test_a_job_trains_on_two_nodes_and_the_same_submission_resumes(ray_cluster: 
 
         job = submit(cluster, path)
         wait_until(lambda: has_step(job, 8), "step 8", STARTED)
-        assert nodes_of_workers() == {"one", "two"}
+        assert nodes_of_workers(job) == {"one", "two"}
         # As at the end of the allocation (`--signal=B:TERM@300`): saves a checkpoint and ends.
         cluster.run("scancel", "--batch", "--signal=TERM", job)
         cluster.wait_for_end(job, 120)
