@@ -34,7 +34,6 @@ IMPORT_SECONDS = 300.0  # for torch, which a node may read from a slow disk
 MEET_SECONDS = 60.0
 DASHBOARD_SECONDS = 5.0
 CLOCK_LOOKS = 3
-ADAM_BYTES, MASTER_BYTES = 8, 4  # per trained parameter: two moments, and a float32 copy of bfloat16 weights
 
 
 def examine(recipe: Recipe | None, address: str | None) -> list[Finding]:
@@ -202,18 +201,21 @@ def _storage(recipe: Recipe, nodes: Sequence[tuple[Node, Any]]) -> list[Finding]
     room = _ask([actor.free_bytes.remote(on_disk) for _, actor in able], ANSWER_SECONDS)
     free = {node.name: answer for (node, _), (answer, problem) in zip(able, room, strict=True) if problem is None}
     kept = 1 if is_remote(storage) else recipe.checkpoint.keep + 1
-    size = _checkpoint_bytes(recipe)
+    size = checkpoint_bytes(recipe)
     return found + checks.check_disk(on_disk, free, None if size is None else size * kept)
 
 
-def _checkpoint_bytes(recipe: Recipe) -> float | None:
+def checkpoint_bytes(recipe: Recipe) -> float | None:
     """Estimate the bytes of a checkpoint from the number of trained parameters; None if the model is unknown here."""
     with uncollected():
         from orpo_ray.planning.plan import Options, plan
+        from orpo_ray.training.optimizer import state_bytes
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print
             model = plan(recipe, Options())["model"]
     except UserError:
         return None
-    weight = 2 + MASTER_BYTES if model["dtype"] == "bfloat16" else 4
-    return float(model["trained"]) * (weight + ADAM_BYTES)
+    trained = int(model["trained"])
+    # ZeRO 1 and 2 also save the trained weights. ZeRO 0 trains the float32 copies, and ZeRO 3 has no whole weights.
+    whole = trained * (4 if model["dtype"] == "float32" else 2) if recipe.deepspeed.zero_stage in (1, 2) else 0
+    return float(state_bytes(trained, recipe.optim) + whole)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from orpo_ray.doctor import checks
 from orpo_ray.doctor.checks import Dashboard, Node
-from orpo_ray.doctor.examine import own_versions
+from orpo_ray.doctor.examine import checkpoint_bytes, own_versions
 from orpo_ray.doctor.probe import NodeProbe
+from support.tiny_runs import tiny_recipe
 
 
 def node(name: str = "a", skew: float = 0.0, resources: dict[str, float] | None = None, **facts: Any) -> Node:
@@ -79,3 +83,12 @@ def test_a_torch_that_cannot_be_imported_and_nodes_that_cannot_meet() -> None:
     (gloo,) = checks.check_gloo({"a": None, "b": "connection refused"})
     assert (gloo.status, gloo.value) == ("fix", "b: connection refused")
     assert checks.check_gloo({"a": None, "b": None})[0].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "per_weight"),
+    [(0, "adamw", 12), (1, "adamw", 14), (2, "adamw", 14), (3, "adamw", 12), (2, "adamw_8bit", 8)],
+)
+def test_the_room_for_a_checkpoint_by_zero_stage(tmp_path: Path, stage: int, optimizer: str, per_weight: int) -> None:
+    recipe = tiny_recipe(tmp_path, "sized", deepspeed={"zero_stage": stage}, optim={"optimizer": optimizer})
+    assert checkpoint_bytes(recipe) == per_weight * 1_388_544
