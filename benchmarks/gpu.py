@@ -37,7 +37,7 @@ from orpo_ray.model.fused_layers import rotary_on
 from orpo_ray.model.loading import ready_to_train, without_adapters
 from orpo_ray.model.quantization import quantization_config
 from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
-from orpo_ray.planning.activations import NORM, PairShape, batch_of, measure, unloaded_model
+from orpo_ray.planning.activations import NORM, PairShape, batch_of, measure, more_logits, unloaded_model
 from orpo_ray.planning.gpus import Gpu, gpu_named
 from orpo_ray.planning.images import image_shape
 from orpo_ray.planning.known_shapes import KNOWN_SHAPES
@@ -210,7 +210,7 @@ def run(
         seconds = row[f"{names[which]}_s"]
         row[f"{names[which]}_to_ours_seconds_ratio"] = seconds / row["ours_s"] if seconds else None
     row["ours_tokens_per_s"] = tokens / row["ours_s"]
-    return row | planned(shape, section, config, pair, row["ours_s"], dtype, device)
+    return row | planned(shape, section, config, pair, row["ours_s"], row["ours_peak_mib"], dtype, device)
 
 
 def planned(
@@ -219,22 +219,27 @@ def planned(
     config: Any,
     pair: PairShape,
     seconds: float,
+    peak_mib: float,
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What `orpo-ray plan` expects of (a), and the MFU that was reached."""
+    """What `orpo-ray plan` expects of (a), and what was reached."""
     one = batch_of(pair, 1, config, "response", "shared_prefix")
-    work, least = (
-        measure(each, config, dtype, "shared_prefix", one, True, "cuda").work
+    found, least = (
+        measure(each, config, dtype, "shared_prefix", one, True, "cuda")
         for each in (section, section.model_copy(update={"gradient_checkpointing": "none"}))
     )
-    flops = least.flops * shape.pairs
-    row: dict[str, Any] = {"flops": flops, "kernels": work.kernels}
+    logits = more_logits(len(one.target_ids), shape.pairs, config, dtype)
+    activations = found.with_pairs(shape.pairs, section.gradient_checkpointing != "none", logits)
+    unloaded = unloaded_model(section, config, dtype, "shared_prefix")
+    weights = Weights.of(unloaded, section, dtype, config.get_text_config().hidden_size)
+    held = weights.bytes + weights.trained * weights.element + weights.largest_quantized
+    flops = least.work.flops * shape.pairs
+    row = {"flops": flops, "kernels": found.work.kernels, "planned_peak_mib": (held + activations.peak) / 2**20}
     gpu = this_gpu(device)
     if gpu is not None:
-        unloaded = unloaded_model(section, config, dtype, "shared_prefix")
-        weights = Weights.of(unloaded, section, dtype, config.get_text_config().hidden_size)
-        time = step_time(work, weights, "adamw", Load(0, 1, shape.pairs, shape.pairs), gpu, Rates())
+        row["measured_to_planned_peak_ratio"] = peak_mib / row["planned_peak_mib"]
+        time = step_time(found.work, weights, "adamw", Load(0, 1, shape.pairs, shape.pairs), gpu, Rates())
         expected = time.total - time.optimizer
         row |= {"mfu": flops / (seconds * gpu.flops), "planned_s": expected}
         row["measured_to_planned_seconds_ratio"] = seconds / expected

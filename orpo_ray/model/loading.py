@@ -124,12 +124,13 @@ def load_base(model_config: ModelConfig, device: torch.device) -> torch.nn.Modul
 
     Args:
         model_config: the recipe's.
-        device: where a model in 4 bits is put. Others are in main memory.
+        device: where to put the weights, except under ZeRO-3, which divides them in main memory first.
 
     Raises:
         UserError: the model cannot be loaded, or the recipe does not fit it.
     """
     from transformers import AutoModelForImageTextToText
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -138,9 +139,11 @@ def load_base(model_config: ModelConfig, device: torch.device) -> torch.nn.Modul
     family = family_of(config)
     language = own_attention(config)
     dtype = pick_dtype(model_config.dtype, device)
-    quantized: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if model_config.quantization is not None or hasattr(config, "quantization_config"):
-        quantized = _quantized(model_config, config, family, dtype, device)
+        options = _quantized(model_config, config, family, dtype, device)
+    elif device.type == "cuda" and not is_deepspeed_zero3_enabled():
+        options = {"device_map": {"": device}}  # otherwise each worker of a node has the model in main memory first
     if attention.layout == "shared_prefix":
         register()
         language = SHARED_PREFIX
@@ -153,7 +156,7 @@ def load_base(model_config: ModelConfig, device: torch.device) -> torch.nn.Modul
             weights_only=True,
             dtype=dtype,
             attn_implementation={"text_config": language, "vision_config": "sdpa"},
-            **quantized,
+            **options,
         )
     except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:
         raise cannot_load("model", model_config.id, error) from None

@@ -14,6 +14,7 @@ from orpo_ray.data.balance import Layout
 from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import UserError
 from orpo_ray.model.families.cross_attention import CrossAttentionFamily
+from orpo_ray.model.families.derived import DerivedFamily
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import pick_attention
 from orpo_ray.objective.base import load_objective
@@ -83,9 +84,24 @@ class StepInputs:
         return cls(recipe, config, dtype, layout, weights, work, microbatch_pairs, batch, is_bounded)
 
     def measure(self, mode: Checkpointing) -> Activations:
-        """Run the batch without values, with this gradient checkpointing."""
+        """Run the batch without values, with this gradient checkpointing.
+
+        Raises:
+            UserError: a model of an unknown family does not take the batch.
+        """
         section = self.recipe.model.model_copy(update={"gradient_checkpointing": mode})
-        return measure(section, self.config, self.dtype, self.layout, self.batch, self.is_bounded, "cuda")
+        try:
+            return measure(section, self.config, self.dtype, self.layout, self.batch, self.is_bounded, "cuda")
+        except (ValueError, RuntimeError) as error:
+            if not isinstance(family_of(self.config), DerivedFamily):
+                raise
+            # How many tokens its images have is a guess.
+            raise UserError(
+                f"cannot estimate a model of the family {self.config.model_type}, which is not known: {error}",
+                field="model.id",
+                value=self.recipe.model.id,
+                fix="train without a plan, with model.gradient_checkpointing: full",
+            ) from None
 
 
 def can_plan(config: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -51,7 +52,7 @@ def on_device(batches: Sequence[PairBatch], device: torch.device) -> Iterator[Pa
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
-    side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side, main = _side_stream(device), torch.cuda.current_stream(device)
 
     def copied(batch: PairBatch) -> PairBatch:
         with torch.cuda.stream(side):
@@ -68,3 +69,9 @@ def on_device(batches: Sequence[PairBatch], device: torch.device) -> Iterator[Pa
         batch = following.map(used)
         following = copied(batches[number + 1]) if number + 1 < len(batches) else None
         yield batch
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all steps: the allocator keeps free memory for each stream apart."""
+    return torch.cuda.Stream(device)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import ModelConfig
-from orpo_ray.errors import UserError
 from orpo_ray.objective.collectives import gather_rows
 from orpo_ray.planning.gpus import GIB
 
@@ -20,9 +19,15 @@ def with_checkpointing(recipe: Recipe, device: torch.device) -> ModelConfig:
         return recipe.model
     mode = "full"
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        mode = decide(recipe, float(gather_rows([memory / GIB], device).min()))
+        memory = torch.cuda.get_device_properties(device).total_memory / GIB * share_of_gpu(recipe)
+        mode = decide(recipe, float(gather_rows([memory], device).min()))
     return recipe.model.model_copy(update={"gradient_checkpointing": mode})
+
+
+def share_of_gpu(recipe: Recipe) -> float:
+    """Return how much of a GPU each worker has, at most 1. Trials that share a GPU share its memory."""
+    share = recipe.scaling.gpus_per_worker
+    return share if share != "auto" and share > 0 else 1.0
 
 
 def decide(recipe: Recipe, gib: float) -> str:
@@ -30,7 +35,7 @@ def decide(recipe: Recipe, gib: float) -> str:
 
     Args:
         recipe: the recipe.
-        gib: memory of the smallest device.
+        gib: memory that the worker with the least may use.
     """
     # Imported here because it imports torch's tracing, which takes time that other runs need not spend.
     from orpo_ray.planning.inputs import choose_checkpointing
@@ -40,7 +45,8 @@ def decide(recipe: Recipe, gib: float) -> str:
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             chosen = [choose_checkpointing(recipe, load_config(recipe.model)[0], gib)]
-        except UserError:  # plans do not support the model, which may train all the same
+        # Plans know fewer models than can be trained, and other workers wait for an answer.
+        except Exception:  # noqa: BLE001 - a run does not end because of an estimate
             chosen = ["full"]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(chosen, src=0)

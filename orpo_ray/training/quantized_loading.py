@@ -25,15 +25,19 @@ def dividing_4bit(config: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
         config: DeepSpeed's.
         dtype: of the weights that are not quantized.
     """
+    from transformers import modeling_utils
     from transformers.quantizers import auto
 
     name = "bitsandbytes_4bit"
-    original = auto.AUTO_QUANTIZER_MAPPING[name]
+    original, reserve = auto.AUTO_QUANTIZER_MAPPING[name], modeling_utils.caching_allocator_warmup
     auto.AUTO_QUANTIZER_MAPPING[name] = _quantizer(original, _Divider(config, dtype))
+    # It would reserve the memory of the whole model on each GPU.
+    modeling_utils.caching_allocator_warmup = lambda *_: None
     try:
         yield
     finally:
         auto.AUTO_QUANTIZER_MAPPING[name] = original
+        modeling_utils.caching_allocator_warmup = reserve
 
 
 class _Divider:

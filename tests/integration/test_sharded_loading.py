@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orpo_ray.tiny_models.families import TINY_FAMILIES
-from support.sharded_loading import differences, memory_of_loading, write_model
+from support.sharded_loading import differences, memory_of_loading, reservations, write_model
 from support.worker_group import worker_group
 
 # Large enough that a rounding of each weight's part, rotary frequencies and the like do not count.
@@ -37,6 +37,13 @@ def test_a_worker_holds_its_part_and_at_most_one_weight_more(workers: int, tmp_p
             part = found["whole"] / workers
             assert found["held"] <= 1.02 * part, (name, rank)
             assert found["peak"] <= 1.02 * part + found["largest"] + found["scales"], (name, rank)
+
+
+def test_no_memory_is_reserved_for_the_whole_of_a_model_that_is_divided(tmp_path: Path) -> None:
+    """On a GPU, transformers otherwise reserves the memory of all 4-bit weights before the first one is loaded."""
+    folder, workers = write_model(tmp_path, "llava"), worker_group(2)
+    assert workers.run(reservations, folder, WAYS["QLoRA"], 3) == [0, 0]
+    assert workers.run(reservations, folder, WAYS["QLoRA"], 2) == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,14 @@ MAPPED_BYTES = 2**20
 LET_GO_S = 0.03  # threads of gloo hold a tensor for a moment longer than the collective
 
 
-def recipe_of(folder: str, section: dict[str, Any]) -> Recipe:
-    """Return a recipe that trains the model of a folder with ZeRO-3."""
+def recipe_of(folder: str, section: dict[str, Any], stage: int = 3) -> Recipe:
+    """Return a recipe that trains the model of a folder."""
     return parse_recipe(
         {
             "name": "x",
             "model": {"id": folder, **section},
             "data": {"train": "none"},
-            "deepspeed": {"zero_stage": 3},
+            "deepspeed": {"zero_stage": stage},
         }
     )
 
@@ -95,6 +95,19 @@ def memory_of_loading(_rank: int, _workers: int, folder: str, section: dict[str,
     scales = sum(state.absmax.nbytes + state.code.nbytes for state in states)
     figures = {"whole": sum(sizes), "largest": max(sizes), "scales": scales}
     return {"peak": memory.peak - adapters, "held": held} | figures
+
+
+def reservations(_rank: int, _workers: int, folder: str, section: dict[str, Any], stage: int) -> int:
+    """Return how often transformers reserves memory for a whole model while one is loaded."""
+    from transformers import modeling_utils
+
+    calls, original = [], modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_: calls.append(1)
+    try:
+        load_for_training(recipe_of(folder, section, stage), CPU)
+    finally:
+        modeling_utils.caching_allocator_warmup = original
+    return len(calls)
 
 
 def _is_divided(parameter: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ from orpo_ray.processing.pixel_norm import PixelNorm, normalize_pixels
 from orpo_ray.processing.processor import load_processor
 from orpo_ray.tiny_models.families import TINY_FAMILIES
 from support.cover import cover
-from support.families import with_processor
+from support.families import tiny_unknown, with_processor
 from support.pairs_by_hand import (
     NORM,
     assert_equal,
@@ -197,24 +197,6 @@ def test_freezing_a_part_leaves_the_others(family: str, part: Any) -> None:
 
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (part_of(name) != part), name
-
-
-def tiny_unknown(model_type: str) -> Any:
-    """Save a small model of a family that orpo-ray does not know."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    tiny = TINY_FAMILIES["llava"]()
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "image_size": 32, "patch_size": 8}  # fmt: skip
-    config = AutoConfig.for_model(
-        model_type,
-        vision_config={"model_type": "siglip_vision_model", **vision},
-        text_config=tiny.text(model_type="cohere2"),
-        image_token_index=tiny.token("<image>"),
-        image_token_id=tiny.token("<image>"),
-    )
-    torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config)
 
 
 def test_an_unknown_family_is_derived_and_gives_what_its_own_forward_gives() -> None:

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds")
+pytestmark = pytest.mark.torchvision  # the environment of these tests has such a build
 
 # In a process of its own: Triton reads TRITON_INTERPRET when it is imported.
 PROGRAM = """

@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
+from orpo_ray.errors import UserError
 from orpo_ray.planning.fit import MAX_FILL, MODES
 from orpo_ray.planning.gpus import GIB
 from orpo_ray.planning.inputs import choose_checkpointing, plan_inputs
 from orpo_ray.planning.plan import Options, load_config, plan
-from orpo_ray.training.auto_gradient_checkpointing import decide, with_checkpointing
+from orpo_ray.training.auto_gradient_checkpointing import decide, share_of_gpu, with_checkpointing
+from support.families import tiny_unknown
 
 
 def recipe_of(folder: Path, model: str = "orpo-ray/tiny-smolvlm", checkpointing: Any = "auto") -> Recipe:
@@ -64,3 +67,18 @@ def test_a_run_on_a_cpu_recomputes_in_full_and_other_modes_stay(tmp_path: Path) 
 
 def test_a_model_without_a_readable_config_is_recomputed_in_full(tmp_path: Path) -> None:
     assert decide(recipe_of(tmp_path, str(tmp_path)), 1000.0) == "full"
+
+
+def test_a_model_of_an_unknown_family_is_recomputed_in_full_if_it_cannot_be_estimated(tmp_path: Path) -> None:
+    """An image of Aya Vision has a quarter of the tokens that the plan assumes for unknown families."""
+    tiny_unknown("aya_vision").save_pretrained(tmp_path)
+    recipe = recipe_of(tmp_path, str(tmp_path))
+    with pytest.raises(UserError, match="cannot estimate a model of the family aya_vision, which is not known"):
+        plan(recipe, Options())
+    assert decide(recipe, 1000.0) == "full"
+
+
+@pytest.mark.parametrize(("share", "expected"), [("auto", 1.0), (1, 1.0), (0.5, 0.5), (0, 1.0)])
+def test_trials_on_one_gpu_share_its_memory(tmp_path: Path, share: Any, expected: float) -> None:
+    scaling = recipe_of(tmp_path).scaling.model_copy(update={"gpus_per_worker": share})
+    assert share_of_gpu(recipe_of(tmp_path).model_copy(update={"scaling": scaling})) == expected
