@@ -27,7 +27,7 @@ def adamw(trained: Sequence[torch.Tensor], optim: OptimConfig) -> torch.optim.Op
     }
     if optim.optimizer == "adamw":
         return torch.optim.AdamW(present, fused=True, **options)
-    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+    from orpo_ray.training.eight_bit_adamw import AdamW8bit, PagedAdamW8bit  # imports bitsandbytes
 
     kind: Any = AdamW8bit if optim.optimizer == "adamw_8bit" else PagedAdamW8bit
     return cast(torch.optim.Optimizer, kind(present, **options))

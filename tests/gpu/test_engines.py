@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import GlobalPageManager
 
+from support.engine_memory import optimizer_of
 from support.gpu_training import STEPS, Training, recipe_on, resumed
+from support.sharded_loading import write_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("process_group")]
 
@@ -44,3 +47,31 @@ def test_an_optimizer_comes_back_from_a_checkpoint(
     tail, again = resumed(recipe, device, tmp_path)
     # Kernels that add up in any order make two runs on a GPU differ in the last bits.
     assert again == pytest.approx(tail, rel=5e-3 if device.type == "cuda" else 1e-6)
+
+
+def large_moments_paged(training: Training) -> set[bool]:
+    """Whether moments of 100,000 elements or more are in bitsandbytes' paged memory."""
+    paged = {id(tensor) for tensor in GlobalPageManager.get_instance().paged_tensors}
+    found = set()
+    for weight, state in optimizer_of(training.engine).state.items():
+        if weight.numel() >= 1e5:
+            found |= {getattr(m, "is_paged", False) and id(m) in paged for m in (state["state1"], state["state2"])}
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_large_moments_are_paged_before_and_after_a_resume(stage: int, device: torch.device, tmp_path: Path) -> None:
+    """On a CPU, bitsandbytes has no paged memory."""
+    model = {"id": write_model(tmp_path / "model", "smolvlm", intermediate_size=1024)}  # 1024 x 128 weights
+    recipe = recipe_on(device, model=model, optim={"optimizer": "paged_adamw_8bit"}, deepspeed={"zero_stage": stage})
+    first = Training(recipe, device)
+    first.losses(1)
+    assert large_moments_paged(first) == {device.type == "cuda"}
+    first.engine.save(tmp_path / "checkpoint")
+    first.close()
+    second = Training(recipe, device)
+    second.engine.load(tmp_path / "checkpoint")
+    assert large_moments_paged(second) == {device.type == "cuda"}
+    second.losses(1)
+    assert large_moments_paged(second) == {device.type == "cuda"}
+    second.close()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,19 +111,19 @@ class CountOps(TorchDispatchMode):
 def counted_syncs(device: torch.device) -> Iterator[list[str]]:
     """Yield a list that grows by a line for each operation after which the host waits for the device.
 
-    CUDA reports them itself, except waits for an event. On a CPU, reading a number and finding the positions of a mask
-    stand for them.
+    CUDA reports them itself, except waits for an event and for the whole device. On a CPU, reading a number and finding
+    the positions of a mask stand for them.
     """
     found: list[str] = []
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with warnings.catch_warnings(record=True) as caught, counted_event_waits() as of_events:
+            with warnings.catch_warnings(record=True) as caught, counted_waits() as waits:
                 warnings.simplefilter("always")
                 yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        found += of_events
+        found += waits
         found += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
         return
     with CountOps() as counted:
@@ -132,15 +133,19 @@ def counted_syncs(device: torch.device) -> Iterator[list[str]]:
 
 
 @contextmanager
-def counted_event_waits() -> Iterator[list[str]]:
-    """Yield a list that grows by a line for each `torch.cuda.Event.synchronize`."""
+def counted_waits() -> Iterator[list[str]]:
+    """Yield a list that grows by a line, with the place, for each `synchronize` of an event and of a device."""
     found: list[str] = []
-    wait = torch.cuda.Event.synchronize
 
-    def counted(event: torch.cuda.Event) -> None:
-        found.append("Event.synchronize")
-        wait(event)
+    def counted(name: str, wait: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(*args: Any, **kwargs: Any) -> None:
+            caller = sys._getframe(1)
+            found.append(f"{caller.f_code.co_filename}:{caller.f_lineno} {name}")
+            wait(*args, **kwargs)
+
+        return wrapper
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda.Event, "synchronize", counted)
+        for owner, name in ((torch.cuda.Event, "Event.synchronize"), (torch.cuda, "cuda.synchronize")):
+            patch.setattr(owner, "synchronize", counted(name, owner.synchronize))
         yield found

@@ -68,7 +68,8 @@ def train(engine: ReplicatedEngine, steps: range, dtype: torch.dtype) -> list[tu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_a_resumed_run_continues_exactly(dtype: torch.dtype, optimizer: str, tmp_path: Path) -> None:
     engine = engine_of(dtype, optimizer=optimizer)
     head = train(engine, range(3), dtype)
