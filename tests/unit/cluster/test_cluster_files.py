@@ -237,3 +237,34 @@ def test_the_image_runs_as_a_user_and_holds_no_secret() -> None:
     for line in lines:
         assert not re.search(r"TOKEN=|SECRET|PASSWORD|API_KEY", line), line
         assert not line.startswith("FROM") or re.search(r":\d+\.\d+\.\d+", line), "a base image is pinned"
+
+
+def _run_of(text: str) -> str:
+    """Return the shell command of the Dockerfile's instruction RUN that has a text."""
+    instructions = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    (found,) = [line.removeprefix("RUN ") for line in instructions if line.startswith("RUN ") and text in line]
+    return found
+
+
+@pytest.mark.parametrize(("index", "cuda", "is_right"), [
+    ("https://download.pytorch.org/whl/cpu", None, True),
+    ("https://download.pytorch.org/whl/cpu", "13.0", False),
+    ("https://pypi.org/simple", "13.0", True),
+])  # fmt: skip
+def test_an_image_for_cpus_is_not_built_with_the_torch_for_gpus(
+    index: str, cuda: str | None, is_right: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text(
+        f"from types import SimpleNamespace\n__version__, version = '2', SimpleNamespace(cuda={cuda!r})\n"
+    )
+    command = _run_of("torch.version.cuda").replace("/opt/orpo-ray/bin/python", sys.executable)
+    command = "uv() { :; }\n" + command
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "TORCH_INDEX": index}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == is_right, done.stderr
+    assert is_right or "is built for CUDA" in done.stderr
+
+
+def test_the_image_has_the_compiler_that_triton_needs() -> None:
+    installed = _run_of("apt-get install").split()
+    assert {"gcc", "libc6-dev"} <= {word.partition("=")[0] for word in installed}
