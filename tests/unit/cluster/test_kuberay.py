@@ -1,0 +1,97 @@
+"""What Ray's autoscaler, Kubernetes and the guide make of the files in `cluster/kuberay/`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ray.air.config import ScalingConfig
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReply, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+
+from orpo_ray.config.load import load_recipe
+from orpo_ray.config.recipe import Recipe
+from orpo_ray.training.placement import fitting_nodes
+from orpo_ray.training.resources import worker_resources
+from support.cluster_files import CLUSTER, load
+from support.paths import ROOT
+
+KUBERAY = CLUSTER / "kuberay"
+(STAYS,) = load(KUBERAY / "raycluster.yaml")
+JOBS = [load(KUBERAY / f"rayjob-{name}.yaml")[0] for name in ("train", "tune")]
+CLUSTERS = [STAYS["spec"], *(job["spec"]["rayClusterSpec"] for job in JOBS)]
+GUIDE = (ROOT / "docs" / "clusters.md").read_text().partition("\n## Kubernetes\n")[2].partition("\n## ")[0]
+HEAD_ALONE = [{"Alive": True, "Resources": {"CPU": 0.0}, "Labels": {}}]
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL)
+
+
+def asked_for() -> Iterator[Any]:
+    """Yield the cluster and the command of each RayJob, and those of the guide for the cluster that stays."""
+    for job in JOBS:
+        yield pytest.param(job["spec"]["rayClusterSpec"], job["spec"]["entrypoint"], id=job["metadata"]["name"])
+    submitted = re.findall(r"^orpo-ray submit (?:.*\\\n)*.*$", "\n".join(blocks()), flags=re.MULTILINE)
+    assert submitted
+    for command in submitted:
+        yield pytest.param(STAYS["spec"], command.replace(" --runtime-env none", ""), id="the guide")
+
+
+def recipe_of(command: str) -> Recipe:
+    program, _, path, *overrides = shlex.split(command.replace("\\\n", " "))
+    assert program == "orpo-ray"
+    return load_recipe(ROOT / path, overrides)
+
+
+def autoscaler_on(cluster: dict[str, Any], recipe: Recipe) -> SchedulingReply:
+    """Return what Ray's autoscaler does on a cluster without workers when the recipe's workers ask for nodes."""
+    resource = {"metadata": {"name": "x", "namespace": "x"}, "spec": cluster}
+    config = AutoscalingConfig(_derive_autoscaling_config_from_ray_cr(resource), skip_content_hash=True)
+    resources = worker_resources(recipe, {"CPU": 0.0})
+    bundle = ScalingConfig(
+        num_workers=recipe.scaling.min_workers,
+        use_gpu=bool(resources.gpus),
+        resources_per_worker=resources.per_worker,
+        accelerator_type=recipe.scaling.accelerator_type,
+    )._resources_per_worker_not_none
+    workers = [ResourceRequestUtil.make(bundle) for _ in range(recipe.scaling.min_workers)]
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=config.get_node_type_configs(),
+        max_num_nodes=config.get_max_num_nodes(),
+        gang_resource_requests=[GangResourceRequest(requests=workers)],
+    )
+    return ResourceDemandScheduler().schedule(request)
+
+
+@pytest.mark.parametrize(("cluster", "command"), list(asked_for()))
+def test_a_command_waits_for_the_pool_that_the_autoscaler_starts_for_it(cluster: dict[str, Any], command: str) -> None:
+    recipe = recipe_of(command)
+    assert {group["minReplicas"] for group in cluster["workerGroupSpecs"]} == {0}
+    assert recipe.scaling.nodes_timeout_s > 0
+    assert fitting_nodes(recipe.scaling, HEAD_ALONE) == []  # waits; it is refused if it does not
+    reply = autoscaler_on(cluster, recipe)
+    assert not reply.infeasible_gang_resource_requests
+    started = {request.instance_type: request.count for request in reply.to_launch}
+    workers = {name: count for name, count in started.items() if name != "headgroup"}
+    assert sum(workers.values()) == recipe.scaling.min_workers
+    assert set(workers) <= {"gpu-l4", "gpu-l4-spot"}
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS, ids=["stays", "train", "tune"])
+def test_a_gpu_pool_says_which_gpu_it_has(cluster: dict[str, Any]) -> None:
+    resource = {"metadata": {"name": "x", "namespace": "x"}, "spec": cluster}
+    kinds = _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
+    found = {name: kind["resources"] for name, kind in kinds.items()}
+    accelerators = {name: [each for each in has if each.startswith("accelerator_type:")] for name, has in found.items()}
+    assert accelerators == {
+        "headgroup": [], "cpu": [], "gpu-l4": ["accelerator_type:L4"], "gpu-l4-spot": ["accelerator_type:L4"],
+    }  # fmt: skip
+    assert (found["gpu-l4"]["CPU"], found["gpu-l4"]["GPU"]) == (12, 1)
