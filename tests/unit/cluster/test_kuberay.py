@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray.air.config import ScalingConfig
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
@@ -95,3 +100,66 @@ def test_a_gpu_pool_says_which_gpu_it_has(cluster: dict[str, Any]) -> None:
         "headgroup": [], "cpu": [], "gpu-l4": ["accelerator_type:L4"], "gpu-l4-spot": ["accelerator_type:L4"],
     }  # fmt: skip
     assert (found["gpu-l4"]["CPU"], found["gpu-l4"]["GPU"]) == (12, 1)
+
+
+def test_a_run_on_a_cluster_of_its_own_needs_the_base_alone() -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("needs kubectl")
+    built = subprocess.run(
+        ["kubectl", "kustomize", KUBERAY / "base"], capture_output=True, text=True, check=True
+    ).stdout
+    there = {(each["kind"], each["metadata"]["name"]) for each in yaml.safe_load_all(built)}
+    assert not {kind for kind, _ in there} & {"RayCluster", "StatefulSet"}
+    for job in JOBS:
+        cluster = job["spec"]["rayClusterSpec"]
+        assert ("Namespace", job["metadata"]["namespace"]) in there
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            pod = group["template"]["spec"]
+            assert ("PriorityClass", pod["priorityClassName"]) in there
+            claims = [each["persistentVolumeClaim"]["claimName"] for each in pod["volumes"]
+                      if "persistentVolumeClaim" in each]  # fmt: skip
+            assert {("PersistentVolumeClaim", name) for name in claims} <= there
+
+
+def test_only_the_operator_of_its_own_namespace_reaches_ray_from_outside() -> None:
+    (policy,) = load(KUBERAY / "base" / "network-policy.yaml")
+    sources = [source for rule in policy["spec"]["ingress"] for source in rule["from"]]
+    others = [source["namespaceSelector"] for source in sources if "namespaceSelector" in source]
+    (namespace,) = re.findall(r"^helm install .*--namespace (\S+)", GUIDE.replace("\\\n", " "), flags=re.MULTILINE)
+    assert others == [{"matchLabels": {"kubernetes.io/metadata.name": namespace}}]
+
+
+STUBS = """
+kubectl() {
+  echo "kubectl $*" >>commands
+  case "$*" in
+    *from-env-file=/dev/stdin*) cat >secrets ;;
+    *"get secret"*) printf %s dG9rZW4= ;;
+  esac
+}
+docker() { echo "docker $*" >>commands; }
+helm() { echo "helm $*" >>commands; }
+orpo-ray() { echo "orpo-ray $* with $RAY_AUTH_TOKEN" >>commands; }
+"""
+
+
+def test_the_commands_of_the_guide_run_one_after_the_other_when_pasted(tmp_path: Path) -> None:
+    """A shell that reads them from its own input, as a terminal does."""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-s"],
+        input=STUBS + "\n".join(blocks()) + "wait\n",
+        env={"PATH": os.environ["PATH"], "WANDB_API_KEY": "key", "OTHER": "no"},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    commands = (tmp_path / "commands").read_text().splitlines()
+    found = [
+        next(index for index, command in enumerate(commands) if re.search(pattern, command))
+        for pattern in (
+            r"helm install", r"docker build", r"docker push", r"apply -k cluster/kuberay/base", r"generic run-secrets",
+            r"generic redis", r"apply -k cluster/kuberay$", r" wait ", r"port-forward",
+            r"orpo-ray submit .* with token", r"create -f cluster/kuberay/rayjob-train\.yaml",
+        )
+    ]  # fmt: skip
+    assert found == sorted(found)
+    assert (tmp_path / "secrets").read_text() == "WANDB_API_KEY=key\n"
