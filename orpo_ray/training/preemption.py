@@ -13,7 +13,7 @@ LOOK_SECONDS = 2.0
 
 
 class PreemptionNotice:
-    """A worker's view of the notices that Ray passes on from the cloud or from `ray drain-node`.
+    """A worker's view of the announcements of nodes: by `ray start --block` at SIGTERM, or by `ray drain-node`.
 
     Args:
         rank: of this worker; rank 0 decides when all look.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from support.clusters import add_node, cluster_of, drain, lose_node, training_on, workers_by_step
+from support.clusters import add_node, cluster_of, drain, lose_node, pod, training_on, workers_by_step
 from support.elastic_runs import check_curve, elastic_recipe, stop, wait_for_workers
 from support.paths import TESTS
 from support.runs import last_step, wait_until
 
+NOTICE_SECONDS, ENDS_SECONDS = 60, 30
 pytestmark = pytest.mark.nightly  # each is some starts of workers, which import everything anew on a cluster
 
 
@@ -56,3 +58,30 @@ def test_a_preempted_node_costs_no_step_and_no_failure(tmp_path: Path) -> None:
             err = stop(process)
         assert "1 node(s) with 1 worker(s) will be taken away in" in err
         check_curve(cluster, recipe, tmp_path)
+
+
+@pytest.mark.timeout(1800)
+def test_a_pod_that_is_deleted_announces_it_and_costs_no_step_and_no_failure(tmp_path: Path) -> None:
+    """SIGTERM to the first process of the pod, as Kubernetes sends it."""
+    with cluster_of(1) as cluster, pod(cluster, NOTICE_SECONDS, tmp_path) as process:
+        recipe = elastic_recipe(tmp_path, "deleted", max_failures=0)
+        folder = Path(recipe.run_uri)
+        with training_on(cluster, recipe, tmp_path) as training:
+            step = wait_for_workers(recipe, training, 2, 0)
+            process.send_signal(signal.SIGTERM)
+            wait_until(
+                lambda: any(folder.glob("checkpoint_*/manifest-00000.json")), "the checkpoint", NOTICE_SECONDS - 1
+            )
+            assert process.poll() is None  # the run has the node until the notice ends
+            process.wait(NOTICE_SECONDS + ENDS_SECONDS)
+            wait_for_workers(recipe, training, 1, step)
+            err = stop(training)
+        assert "1 node(s) with 1 worker(s) will be taken away in" in err
+        check_curve(cluster, recipe, tmp_path)
+
+
+@pytest.mark.timeout(600)
+def test_a_pod_without_work_goes_at_once(tmp_path: Path) -> None:
+    with cluster_of(1) as cluster, pod(cluster, NOTICE_SECONDS, tmp_path) as process:
+        process.send_signal(signal.SIGTERM)
+        process.wait(NOTICE_SECONDS / 2)

@@ -17,6 +17,7 @@ from orpo_ray.config.recipe import Recipe
 from orpo_ray.fork_server.control import forked_workers
 from orpo_ray.ray_cluster.new_ray import agents_expected
 from orpo_ray.tracking.jsonl import read_jsonl
+from support.local_head import running_ray
 from support.runs import wait_until
 
 NODE = {"num_cpus": 3, "object_store_memory": 150 << 20}
@@ -63,6 +64,32 @@ def _start(cluster: Any, **options: Any) -> Any:
                 process.kill()
             psutil.wait_procs(left)
     raise AssertionError
+
+
+@contextmanager
+def pod(cluster: Any, notice_s: int, folder: Path) -> Iterator[psutil.Popen]:
+    """Start another raylet as KubeRay does in a worker pod, and end it.
+
+    Args:
+        cluster: the cluster.
+        notice_s: how long the node announces that it will go, before it does.
+        folder: for what the command prints.
+
+    Yields:
+        The pod's first process.
+    """
+    scripts = Path(sys.executable).parent
+    start = (
+        f"ulimit -n ${{RAY_START_ULIMIT_OPEN_FILES:-65536}}; ray start --address={cluster.address} --block "
+        f"--num-cpus={NODE['num_cpus']} --object-store-memory={NODE['object_store_memory']}"
+    )
+    environment = environment_of(cluster) | {
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(notice_s), "PATH": f"{scripts}:{os.environ['PATH']}",
+    }  # fmt: skip
+    before = len(cluster.global_state._live_node_ids())
+    with running_ray(["/bin/bash", "-c", "--", start], environment, folder / "pod") as process:
+        wait_until(lambda: len(cluster.global_state._live_node_ids()) > before, "the pod's node", NODE_STARTS)
+        yield process
 
 
 def lose_node(cluster: Any, node: Any) -> None:
@@ -124,7 +151,7 @@ def environment_of(cluster: Any) -> dict[str, str]:
 
 
 def drain(cluster: Any, node: Any, seconds: int) -> None:
-    """Announce that a node will be taken away, as a cloud's spot service does by way of Ray's autoscaler."""
+    """Announce that a node will be taken away."""
     options = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
     subprocess.run(
         [Path(sys.executable).with_name("ray"), "drain-node", "--address", cluster.address, "--node-id", node.node_id,

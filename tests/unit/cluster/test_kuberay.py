@@ -33,6 +33,7 @@ JOBS = [load(KUBERAY / f"rayjob-{name}.yaml")[0] for name in ("train", "tune")]
 CLUSTERS = [STAYS["spec"], *(job["spec"]["rayClusterSpec"] for job in JOBS)]
 GUIDE = (ROOT / "docs" / "clusters.md").read_text().partition("\n## Kubernetes\n")[2].partition("\n## ")[0]
 HEAD_ALONE = [{"Alive": True, "Resources": {"CPU": 0.0}, "Labels": {}}]
+KILL_SECONDS = 10  # that Ray has between the end of the notice and the end of the grace period
 
 
 def blocks() -> list[str]:
@@ -100,6 +101,27 @@ def test_a_gpu_pool_says_which_gpu_it_has(cluster: dict[str, Any]) -> None:
         "headgroup": [], "cpu": [], "gpu-l4": ["accelerator_type:L4"], "gpu-l4-spot": ["accelerator_type:L4"],
     }  # fmt: skip
     assert (found["gpu-l4"]["CPU"], found["gpu-l4"]["GPU"]) == (12, 1)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS, ids=["stays", "train", "tune"])
+def test_the_notice_of_a_worker_pod_ends_before_its_grace_period(cluster: dict[str, Any]) -> None:
+    for group in cluster["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        variables = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+        notice = int(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert notice == pod["terminationGracePeriodSeconds"] - KILL_SECONDS
+
+
+def test_pods_on_spot_nodes_go_first_and_heads_last() -> None:
+    values = {each["metadata"]["name"]: each["value"] for each in load(KUBERAY / "base" / "priority.yaml")}
+    for cluster in CLUSTERS:
+        head = cluster["headGroupSpec"]["template"]["spec"]["priorityClassName"]
+        groups = [(group["labels"]["ray.io/market-type"], group["template"]["spec"]["priorityClassName"])
+                  for group in cluster["workerGroupSpecs"]]  # fmt: skip
+        spot = {values[name] for market, name in groups if market == "spot"}
+        on_demand = {values[name] for market, name in groups if market == "on-demand"}
+        assert spot
+        assert max(spot) < min(on_demand) <= max(on_demand) < values[head]
 
 
 def test_a_run_on_a_cluster_of_its_own_needs_the_base_alone() -> None:
