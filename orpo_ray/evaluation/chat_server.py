@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import base64
+import io
 import ipaddress
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from PIL import Image
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from orpo_ray.errors import UserError, preview
+from orpo_ray.data.images import load_image
+from orpo_ray.errors import RowError, UserError, preview
 
 KEY = "OPENAI_API_KEY"
 TIMEOUT = 120.0  # seconds for one reply
 ATTEMPTS = 4
 RETRIED = {408, 429, 500, 502, 503, 504}
+# What is wrong with one request: it is too long, an image too large, or a filter stops it. Other refusals, such as of a
+# key (401, 403), an address or a model (404) or an unpaid bill (402), meet every request.
+REFUSED = {400, 413, 415, 422, 451}
+REASON_CHARACTERS = 300
+_PNG = b"\x89PNG"
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class ChatServer:
             options: further fields of the request, such as `seed`.
 
         Raises:
+            RowError: the server refuses this request, with its reason; the next one may be answered.
             UserError: the server does not answer.
         """
         body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
@@ -97,6 +107,9 @@ class ChatServer:
             raise _Busy(type(error).__name__) from None
         if found.status_code in RETRIED:
             raise _Busy(f"status {found.status_code}")
+        if found.status_code in REFUSED:
+            said = preview(_reason_of(found), REASON_CHARACTERS)
+            raise RowError(f"refused_by_{self.title}", f"status {found.status_code}: {said}")
         if found.status_code != 200:
             raise self._failed(f"status {found.status_code}: {preview(found.text)}")
         try:
@@ -110,13 +123,33 @@ class ChatServer:
                          fix="check address, model and key; the server must offer /chat/completions")  # fmt: skip
 
 
-def image_part(image: bytes, kind: str) -> dict[str, Any]:
-    """Return the part of a message that shows an image.
+def _reason_of(response: requests.Response) -> str:
+    """Return the message of an error as the protocol has it, or else what came."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return response.text
 
-    Args:
-        image: the bytes of the file.
-        kind: its media type, such as `image/jpeg`.
+
+def sent_image(image: Mapping[str, Any]) -> bytes:
+    """Return the file of an image as every server decodes it: a JPEG or PNG as it is, another one as PNG.
+
+    Raises:
+        RowError: the image cannot be used.
     """
+    picture = load_image(image, None)  # also refuses what no model should get
+    data: bytes = image["bytes"]
+    with Image.open(io.BytesIO(data)) as opened:
+        if opened.format in ("JPEG", "PNG"):
+            return data
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")  # JPEG has no sides of more than 65,535 pixels
+    return buffer.getvalue()
+
+
+def image_part(image: bytes) -> dict[str, Any]:
+    """Return the part of a message that shows a JPEG or PNG file."""
+    kind = "image/png" if image.startswith(_PNG) else "image/jpeg"
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(image).decode()}"}}
 
 

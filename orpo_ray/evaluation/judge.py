@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from orpo_ray.errors import RowError, UserError
 from orpo_ray.evaluation.chat_server import ChatServer, image_part
 from orpo_ray.evaluation.statistics import Estimate, mean_estimate
 from orpo_ray.tracking.generations import Generation
@@ -25,6 +26,7 @@ QUESTION = (
 )
 _ARTICLE = re.compile(r"(?:\A|(?<=[.!?:\n]))\s*A(?=\s+(?!is\b|was\b|wins\b|has\b|gives\b)[a-z])")
 """An "A" that begins a sentence and goes with a noun."""
+TAKES_QUESTIONS = "give an instruction-tuned model that takes as many images and tokens as a pair has"
 Verdict = Literal["win", "loss", "tie"]
 Choice = Literal["A", "B", "TIE"]
 POINTS: dict[Verdict, float] = {"win": 1.0, "loss": 0.0, "tie": 0.5}
@@ -32,6 +34,10 @@ POINTS: dict[Verdict, float] = {"win": 1.0, "loss": 0.0, "tie": 0.5}
 
 class Judge(Protocol):
     """Compares two answers."""
+
+    @property
+    def field(self) -> str:
+        """The option or recipe field that names the judge, for messages."""
 
     def check(self) -> None:
         """Check what can be checked before any model is loaded. Raises UserError."""
@@ -41,11 +47,12 @@ class Judge(Protocol):
 
         Args:
             prompt: the text of the prompt.
-            images: its images, as JPEG files.
+            images: its images, as JPEG or PNG files.
             first: answer A.
             second: answer B.
 
         Raises:
+            RowError: the judge refuses this question.
             UserError: the judge does not answer.
         """
 
@@ -70,8 +77,8 @@ class ServerJudge:
         self._server.check()
 
     def better(self, prompt: str, images: tuple[bytes, ...], first: str, second: str) -> Choice:
-        """Ask which answer is better. Raises UserError."""
-        shown = [image_part(image, "image/jpeg") for image in images]
+        """Ask which answer is better. Raises RowError if the server refuses the question, UserError if it is silent."""
+        shown = [image_part(image) for image in images]
         message = {"role": "user", "content": [*shown, {"type": "text", "text": question(prompt, first, second)}]}
         return verdict_of(self._server.reply([message], max_tokens=256, temperature=0).text)
 
@@ -107,7 +114,7 @@ def compare_twice(
     Args:
         judge: the judge.
         prompt: the text of the prompt.
-        images: its images, as JPEG files.
+        images: its images, as JPEG or PNG files.
         answer: the answer that wins or loses.
         other: the other one.
 
@@ -115,6 +122,7 @@ def compare_twice(
         The verdict, and whether the judge preferred the same position twice.
 
     Raises:
+        RowError: the judge refuses a question.
         UserError: the judge does not answer.
     """
     if answer == other:
@@ -135,12 +143,19 @@ def judge_answers(judge: Judge, answers: Sequence[Generation], others: Sequence[
         against: whose answers the others are.
 
     Raises:
-        UserError: the judge does not answer.
+        UserError: the judge does not answer, or refuses a question.
     """
     verdicts: list[Verdict] = []
     swapped = 0
     for answer, other in zip(answers, others, strict=True):
-        verdict, same_position = compare_twice(judge, answer.prompt, answer.images, answer.greedy, other)
+        try:
+            verdict, same_position = compare_twice(judge, answer.prompt, answer.images, answer.greedy, other)
+        except RowError as error:
+            raise UserError(
+                f"the judge cannot take the question about pair {answer.id}: {error.detail}",
+                field=judge.field,
+                fix=TAKES_QUESTIONS,
+            ) from None
         verdicts.append(verdict)
         swapped += same_position
     points = np.array([POINTS[each] for each in verdicts])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from functools import cached_property
 from typing import Any
 
 import torch
-from PIL import Image
 
+from orpo_ray.data.images import load_image
 from orpo_ray.data.pairs import Message
 from orpo_ray.errors import RowError, UserError
 from orpo_ray.evaluation.generation import Answerer
@@ -45,23 +44,19 @@ class LocalJudge:
             ) from None
 
     def better(self, prompt: str, images: tuple[bytes, ...], first: str, second: str) -> Choice:
-        """Ask which answer is better. Raises UserError if the model cannot take the question."""
+        """Ask which answer is better. Raises RowError if the model cannot take the question."""
         content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
         message: Message = {
             "role": "user",
             "content": [*content, {"type": "text", "text": question(prompt, first, second)}],
         }
-        shown = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+        answerer = self._answerer
         try:
-            text = self._answerer.encoder.render([message], add_generation_prompt=True)
-            return verdict_of(self._answerer.answer(text, shown))
+            shown = [load_image({"bytes": image, "path": None}, None) for image in images]
+            text = answerer.encoder.render([message], add_generation_prompt=True)
+            return verdict_of(answerer.answer(text, shown))
         except RowError as error:
-            raise UserError(
-                f"the judge cannot take the question: {error.detail}",
-                field=self.field,
-                value=self.name,
-                fix="give an instruction-tuned model that takes as many images as a pair has",
-            ) from None
+            raise RowError("refused_by_judge", str(error)) from None
 
     @cached_property
     def _target(self) -> Any:

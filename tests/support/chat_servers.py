@@ -10,12 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Body = dict[str, Any]
+Reply = str | int | tuple[str, str]
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Replies by a function of the request; `statuses` come first. A reply may be (text, finish_reason)."""
+    """Replies by a function of the request; `statuses` come first. It gives a text, (text, end) or a status."""
 
-    def __init__(self, reply: Callable[[Body], str | tuple[str, str]]) -> None:
+    def __init__(self, reply: Callable[[Body], Reply]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply, self.statuses, self.seen = reply, list[int](), list[Body]()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -28,10 +29,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
         status = self.server.statuses.pop(0) if self.server.statuses else 200
-        found = self.server.reply(body) if status == 200 else ""
+        found = self.server.reply(body) if status == 200 else status
+        status, found = (found, "") if isinstance(found, int) else (200, found)
         text, reason = (found, "stop") if isinstance(found, str) else found
         reply = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}]}
-        data = json.dumps(reply if status == 200 else {"error": "no"}).encode()
+        data = json.dumps(reply if status == 200 else {"error": {"message": f"no: {status}"}}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -43,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(reply: Callable[[Body], str | tuple[str, str]]) -> Iterator[ChatServer]:
+def serving(reply: Callable[[Body], Reply]) -> Iterator[ChatServer]:
     """Serve in a thread."""
     server = ChatServer(reply)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -13,12 +13,13 @@ from itertools import combinations
 
 from orpo_ray.data.prompt_rows import PromptRow
 from orpo_ray.errors import RowError
+from orpo_ray.evaluation.chat_server import sent_image
 from orpo_ray.evaluation.generation import text_of
-from orpo_ray.evaluation.judge import POINTS, Judge, ServerJudge, Verdict, compare_twice
+from orpo_ray.evaluation.judge import POINTS, TAKES_QUESTIONS, Judge, ServerJudge, Verdict, compare_twice
 from orpo_ray.evaluation.local_judge import LocalJudge
-from orpo_ray.pages.thumbnails import small_jpeg
 from orpo_ray.synthesis.candidates import Candidate
 from orpo_ray.synthesis.labels.base import Answered, Tools
+from orpo_ray.synthesis.refusals import check_some_are_taken
 
 
 class Judged:
@@ -28,6 +29,7 @@ class Judged:
         config = tools.recipe.synthesize
         self._candidates = config.candidates
         url, model = config.judge.url, config.judge.model
+        self._name = url or model
         self._judge: Judge = (
             ServerJudge(url, model, "synthesize.judge.url") if url else LocalJudge(model, "synthesize.judge.model")
         )
@@ -43,7 +45,11 @@ class Judged:
         return self._candidates
 
     def score(self, part: Sequence[Answered]) -> list[list[Candidate] | RowError]:
-        """Have the candidates compared. Raises UserError if the judge does not answer."""
+        """Have the candidates compared. A row of which the judge refuses a question has a RowError.
+
+        Raises:
+            UserError: the judge does not answer, or it refuses all of these rows.
+        """
         shown = [_shown(each.row) for each in part]
         asked = [
             (number, pair)
@@ -52,21 +58,30 @@ class Judged:
             for pair in combinations(range(len(each.candidates)), 2)
         ]
 
-        def compare(question: tuple[int, tuple[int, int]]) -> Verdict:
+        def compare(question: tuple[int, tuple[int, int]]) -> Verdict | RowError:
             number, (one, other) = question
             answered, images = part[number], shown[number]
             assert not isinstance(images, RowError)
             texts = answered.candidates[one].text, answered.candidates[other].text
-            return compare_twice(self._judge, text_of(answered.row.prompt), images, *texts)[0]
+            try:
+                return compare_twice(self._judge, text_of(answered.row.prompt), images, *texts)[0]
+            except RowError as error:
+                return error
 
+        refused: dict[int, RowError] = {}
         points = [[0.0] * len(each.candidates) for each in part]
         with ThreadPoolExecutor(self._concurrency) as pool:
             for (number, (one, other)), verdict in zip(asked, pool.map(compare, asked), strict=True):
+                if isinstance(verdict, RowError):
+                    refused.setdefault(number, verdict)
+                    continue
                 points[number][one] += POINTS[verdict]
                 points[number][other] += 1 - POINTS[verdict]
+        tried = [refused.get(number) for number in dict(asked)]
+        check_some_are_taken(tried, "judge", self._judge.field, self._name, TAKES_QUESTIONS)
         return [
-            images if isinstance(images, RowError) else _with_rates(each.candidates, own)
-            for each, images, own in zip(part, shown, points, strict=True)
+            images if isinstance(images, RowError) else refused.get(number) or _with_rates(each.candidates, own)
+            for number, (each, images, own) in enumerate(zip(part, shown, points, strict=True))
         ]
 
 
@@ -76,7 +91,8 @@ def _with_rates(candidates: Sequence[Candidate], points: Sequence[float]) -> lis
 
 
 def _shown(row: PromptRow) -> tuple[bytes, ...] | RowError:
-    """Return what the judge sees of the images of a row."""
-    images = [small_jpeg(image, None, allow_http=False) for image in row.images]
-    found = tuple(image for image in images if image is not None)
-    return found if len(found) == len(images) else RowError("unreadable_image", "an image cannot be shown to the judge")
+    """Return what the judge sees of the images of a row: all of their pixels, as the model that answers does."""
+    try:
+        return tuple(map(sent_image, row.images))
+    except RowError as error:
+        return error

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from orpo_ray.errors import UserError
+from orpo_ray.errors import RowError, UserError
 from orpo_ray.evaluation.evaluate_run import EvaluateOptions
 from orpo_ray.evaluation.generation import Answerer
 from orpo_ray.evaluation.judge import ServerJudge, judge_answers, verdict_of
@@ -132,6 +132,21 @@ def test_a_model_of_this_process_judges(monkeypatch: pytest.MonkeyPatch) -> None
     assert "What colour?" in asked[0][0]
     assert "Answer B: better" in asked[0][0]
     assert asked[0][0].count("<image>") == 1
+
+
+def test_a_question_that_the_model_cannot_take_is_an_error_of_its_row() -> None:
+    judge = LocalJudge(str(resolve("orpo-ray/tiny-smolvlm")))
+    with pytest.raises(RowError, match=r"refused_by_judge: .*unreadable_image"):
+        judge.better("What?", (b"no image",), "a", "b")
+
+
+def test_a_question_that_a_judge_refuses_ends_an_evaluation(
+    serve: Callable[..., ChatServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = serve(lambda first, second: 400)
+    with pytest.raises(UserError, match=r"--judge: the judge cannot take the question about pair 7: status 400"):
+        judge_answers(ServerJudge(server.url, "judge"), [answer(7, "a")], ["b"], "the base")
 
 
 def test_a_judge_that_is_no_model_is_one_message(tmp_path: Path) -> None:

@@ -58,3 +58,40 @@ def test_a_server_that_does_not_answer_is_one_message(tmp_path: Path, monkeypatc
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     with pytest.raises(UserError, match="without encryption"):
         engine(tmp_path, "http://elsewhere.example/v1").check()
+
+
+def test_a_refused_request_costs_its_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server refuses one row, of five, and of another row one draw."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    rows, draws = (
+        [row_of(number) for number in range(5)],
+        [[Draw(0.5, 10 * n), Draw(0.5, 10 * n + 1)] for n in range(5)],
+    )
+
+    def reply(body: dict) -> str | int:
+        return 413 if body["seed"] in (10, 11) else 400 if body["seed"] == 31 else "yes"
+
+    with serving(reply) as server:
+        found = engine(tmp_path, server.url).answers(rows, draws)
+    refused = {place: str(each) for place, each in enumerate(found) if isinstance(each, RowError)}
+    assert refused == {
+        1: "refused_by_server: status 413: 'no: 413'", 3: "refused_by_server: status 400: 'no: 400'",
+    }  # fmt: skip
+    assert found[0] == found[2] == found[4] == [Drawn("yes", True)] * 2
+
+
+def test_a_server_that_refuses_all_rows_of_a_part_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a temperature or a model that the server does not know. A few rows at the end of a set may be refused."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    draws = [Draw(0.5, 1), Draw(1.0, 2)]
+    broken = replace(row_of(0), images=[{"bytes": b"no image", "path": None}])
+    with serving(lambda body: 400 if body["seed"] == 2 else "x") as server:
+        asked = engine(tmp_path, server.url)
+        with pytest.raises(
+            UserError, match=r"server\.url: the server refuses all 4 rows of a part.*status 400: .*no: 400"
+        ):
+            asked.answers([broken, *(row_of(number) for number in range(4))], [draws] * 5)
+        few = asked.answers([row_of(number) for number in range(3)], [draws] * 3)
+    assert all(isinstance(each, RowError) for each in few)
