@@ -18,6 +18,7 @@ import numpy as np
 from orpo_ray.data.pairs import Image
 from orpo_ray.data.prompt_rows import PromptRow
 from orpo_ray.errors import RowError
+from orpo_ray.evaluation.answer_scores import AnswerLogps
 from orpo_ray.synthesis.candidates import Candidate, as_pair, seed_of
 from orpo_ray.synthesis.labels.base import Answered, Tools
 from orpo_ray.synthesis.source import content_keys
@@ -70,20 +71,28 @@ class Grounding:
         # Two answers to a pair, so that the vision encoder sees an image half as often.
         twos = [(texts[place], texts[min(place + 1, len(texts) - 1)]) for place in range(0, len(texts), 2)]
         found = self._model.logps([as_pair(each, *two) for each in shown for two in twos])
-        by_image: list[list[float]] = []
-        tokens: list[int] = []
-        for first in range(0, len(found), len(twos)):
-            sums: list[float] = []
-            for each in found[first : first + len(twos)]:
-                if isinstance(each, RowError):
-                    return each
-                sums += [each.chosen, each.rejected]
-                tokens += [each.chosen_tokens, each.rejected_tokens]
-            by_image.append(sums)
+        own, *by_other = (_scored(found[first : first + len(twos)]) for first in range(0, len(found), len(twos)))
+        if isinstance(own, RowError):
+            return own
+        # What is wrong with another image says nothing about this row.
+        usable = [each for each in by_other if not isinstance(each, RowError)]
+        if not usable:
+            return RowError("no_other_image", f"none of {len(others)} other image(s) can be used: {by_other[0]}")
         return [
-            replace(candidate, score=grounding_score([sums[place] for sums in by_image], tokens[place]))
+            replace(candidate, score=grounding_score([sums[place] for sums, _ in (own, *usable)], own[1][place]))
             for place, candidate in enumerate(answered.candidates)
         ]
+
+
+def _scored(found: Sequence[AnswerLogps | RowError]) -> tuple[list[float], list[int]] | RowError:
+    """Return log-probs and tokens of the answers under one set of images; a RowError if one cannot be scored."""
+    sums, tokens = list[float](), list[int]()
+    for each in found:
+        if isinstance(each, RowError):
+            return each
+        sums += [each.chosen, each.rejected]
+        tokens += [each.chosen_tokens, each.rejected_tokens]
+    return sums, tokens
 
 
 def grounding_score(logps: Sequence[float], tokens: int) -> float:

@@ -79,6 +79,21 @@ def test_rows_without_other_images_have_no_scores(label: Grounding) -> None:
     assert label.draws(row_of(0)) == 4
 
 
+def test_another_image_that_cannot_be_used_is_left_out(label: Grounding) -> None:
+    """The row is scored by the other images that are left."""
+    broken = Answered(replace(row_of(3), images=[{"bytes": b"no image", "path": None}]), part([3])[0].candidates)
+    with_broken = label.score([*part([0, 1]), broken])  # two other images for each row: one of them is broken
+    without = label.score(part([0, 1]))
+    for found, wanted in zip(with_broken[:2], without, strict=True):
+        assert scores(found) == pytest.approx(scores(wanted), abs=1e-5)
+    assert isinstance(with_broken[2], RowError)
+    assert with_broken[2].reason == "unreadable_image"
+    (alone, _) = label.score([*part([0]), broken])
+    assert isinstance(alone, RowError)
+    assert alone.reason == "no_other_image"
+    assert "unreadable_image" in alone.detail
+
+
 def test_rows_without_two_candidates_are_not_scored(label: Grounding) -> None:
     found = label.score([*part([0], ()), *part([1], ("red",)), *part([2])])
     assert found[:2] == [[], [Candidate("red", seed=1)]]
