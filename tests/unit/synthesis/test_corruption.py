@@ -67,11 +67,25 @@ def test_an_answer_to_a_degraded_image(tmp_path: Path, kind: str) -> None:
     found = made.score([Answered(row, []) for row in rows])
     assert isinstance(found[0], RowError), "the model gave the same answer"
     wrong = found[1][1]
-    assert (wrong.text, wrong.note, wrong.temperature, wrong.score) == ("gray", f"image: {kind}", 0.5, 0.0)
+    assert (wrong.text, wrong.note, wrong.temperature, wrong.score) == ("gray", f"image: {kind}", 0.0, 0.0)
     assert wrong.seed == seen[1][1].seed
     if kind != "crop":  # a part of one color looks like the whole
         assert seen[1][0].images[0]["bytes"] != picture("green")
     assert rows[1].images[0]["bytes"] == picture("green")
+
+
+def test_a_degraded_image_is_answered_by_the_most_likely_tokens(tmp_path: Path) -> None:
+    """A sampled answer may name the same thing otherwise, which is not wrong."""
+    made, _ = label(tmp_path, lambda row, draw: "red" if draw.temperature == 0 else "crimson", corruptions=["noise"])
+    (found,) = made.score([Answered(row_of(0, "red"), [])])
+    assert isinstance(found, RowError)
+    assert found.reason == "nothing_to_corrupt"
+
+
+def test_the_same_answer_to_a_degraded_image_leads_to_the_next_change(tmp_path: Path) -> None:
+    made, _ = label(tmp_path, lambda row, draw: "It is red.", corruptions=["noise", "color"])
+    found = made.score([Answered(row_of(number, "It is red."), []) for number in range(8)])
+    assert all(each[1].note.startswith("color: red -> ") for each in found)  # type: ignore[index]
 
 
 def test_an_image_that_cannot_be_decoded_costs_its_own_row(tmp_path: Path) -> None:
