@@ -1,7 +1,7 @@
 """Draw the answers of all missing parts ahead, by a pipeline of Ray Data, for engines that are costly to start.
 
-A request is a row of a dataset: part, of (answers of the part), key, prompt (rendered), images (bytes), temperature,
-seed. The pipeline returns an answer for each, in any order.
+A request is a row of a dataset: part, of (answers of the part), key, prompt (rendered), tokens (of it), images (bytes),
+temperature, seed. The pipeline returns an answer for each, in any order.
 """
 
 from __future__ import annotations

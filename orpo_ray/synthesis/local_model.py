@@ -80,6 +80,11 @@ class LocalModel:
         check_room(self.encoder, self.encoder.inputs_of(text, images))
         return text
 
+    def tokens_of(self, prompt: str) -> list[int]:
+        """Return the tokens of a rendered prompt, in which one placeholder stands for each image."""
+        (tokens,) = self.encoder.prompts.tokenize([prompt])
+        return [int(token) for token in tokens]
+
     def logps(self, pairs: Sequence[PreferencePair]) -> list[AnswerLogps | RowError]:
         """Return the log-probs of both answers of pairs with the bytes of their images."""
         roots = [None] * len(pairs)

@@ -78,9 +78,11 @@ class PartMaker:
                 prompt = self._model.prompt_of(row)
             except RowError:
                 continue
+            tokens = self._model.tokens_of(prompt)
             for draw in draws_of(row.id, self._recipe.synthesize)[: self._label.draws(row)]:
                 key, images = draft_key(row, draw), [image["bytes"] for image in row.images]
-                found[key] = {"part": part, "key": key, "prompt": prompt, "images": images} | asdict(draw)
+                asked = {"prompt": prompt, "tokens": tokens, "images": images}
+                found[key] = {"part": part, "key": key} | asked | asdict(draw)
         return [request | {"of": len(found)} for request in found.values()]
 
     def _read(self, part: int) -> list[RowResult]:

@@ -1,7 +1,7 @@
 """Answers by vLLM, through `ray.data.llm`. Its pipeline draws the answers of all parts ahead (`synthesis/ahead.py`).
 
-Prompts are rendered as for the other engines, and given to vLLM with their images. `ray.data.llm` and vLLM are imported
-only when this engine is asked for.
+Prompts are rendered and tokenized as for the other engines, and given to vLLM with their images. `ray.data.llm` and
+vLLM are imported only when this engine is asked for.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ def check_vllm(recipe: Recipe, model: LocalModel) -> None:
         fix = 'pip install "ray[llm]" on the nodes with GPUs, or use engine: transformers or server'
         raise UserError("vLLM is not installed", field=ENGINE, value="vllm", fix=fix)
     config = recipe.synthesize
+    if recipe.model.quantization is not None:
+        fix = "remove model.quantization, or use engine: transformers"
+        found = recipe.model.quantization.model_dump()
+        raise UserError("vLLM loads whole weights here", field="model.quantization", value=found, fix=fix)
     degraded = {"crop", "noise", "blank"} & set(config.corruptions)
     if config.label == "corruption" and degraded:
         fix = "use engine: server with a vLLM server, or object, count, color and place alone"
@@ -57,7 +61,7 @@ def vllm_processor(recipe: Recipe, model: LocalModel) -> Processor:
 
 
 def vllm_config(recipe: Recipe, model: LocalModel) -> Any:
-    """Return what `ray.data.llm` starts: engines that take rendered prompts, as many as workers are asked for."""
+    """Return what `ray.data.llm` starts: engines that take tokenized prompts, as many as workers are asked for."""
     from ray.data.llm import vLLMEngineProcessorConfig
 
     target, workers = model.target, recipe.synthesize.num_workers
@@ -86,7 +90,8 @@ def vllm_request(max_tokens: int, row: dict[str, Any]) -> dict[str, Any]:
     """Turn a request into what vLLM's stage takes; its own columns travel along."""
     images = [load_image({"bytes": image, "path": None}, None) for image in row["images"]]
     sampling = {"temperature": row["temperature"], "seed": row["seed"], "max_tokens": max_tokens, "top_p": 1.0}
-    taken = {"prompt": row["prompt"], "sampling_params": sampling, "max_tokens": max_tokens}
+    # As tokens: of a text, vLLM makes tokens with special ones before it, which the chat template has written already.
+    taken = {"tokenized_prompt": row["tokens"], "sampling_params": sampling, "max_tokens": max_tokens}
     own = {name: row[name] for name in OWN}
     return own | taken | ({"multimodal_data": {"image": images}} if images else {})
 
