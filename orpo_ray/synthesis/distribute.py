@@ -53,7 +53,8 @@ class PartWorker:
         if failures > self._max_failures:
             raise PartFailed(
                 f"part {part} ended its worker {failures} times, probably for lack of memory\n"
-                "  fix: lower synthesize.rows_per_part, synthesize.num_workers or optim.tokens_per_microbatch"
+                "  fix: lower synthesize.num_workers or optim.tokens_per_microbatch, and run the command again; "
+                "synthesize.rows_per_part can be lowered for another set alone (name=...)"
             )
         return {"facts": json.dumps(asdict(self._maker.make(part)))}
 
