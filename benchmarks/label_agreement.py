@@ -1,16 +1,17 @@
 """How often do the labels of synthetic pairs agree with answers that are known to be right?
 
-    python benchmarks/label_agreement.py RUN [--json]
+    python benchmarks/label_agreement.py RUN [--min-margin SCORE] [--json]
 
 RUN is the run folder of `orpo-ray data synthesize`, whose rows gave answers that the label did not use. Right is a
 candidate with the same words as the row's answer. Of a pair with one right answer, chance labels it right half of the
-time.
+time. With --min-margin, the pairs are those that `synthesize.min_margin` would have kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,13 @@ def right_answers(folder: Path) -> dict[str, str]:
     return {row.id: row.answer for row in rows if not isinstance(row, BadRow) and row.answer is not None}
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Count right candidates, and pairs with one right answer whose chosen one it is."""
+def measure(folder: Path, min_margin: float = 0.0) -> dict[str, Any]:
+    """Count right candidates, and pairs with one right answer whose chosen one it is.
+
+    Args:
+        folder: of the set.
+        min_margin: least difference between the scores of a pair's answers.
+    """
     answers = right_answers(folder)
     lines = [
         json.loads(line)
@@ -52,13 +58,17 @@ def measure(folder: Path) -> dict[str, Any]:
         candidates += is_right
         if line["outcome"] == "pair":
             scores = [each["score"] for each in scored]
-            sides.append((is_right[int(np.argmax(scores))], is_right[int(np.argmin(scores))]))
+            if max(scores) - min(scores) >= min_margin:
+                sides.append((is_right[int(np.argmax(scores))], is_right[int(np.argmin(scores))]))
+    if not sides:
+        sys.exit(f"no pair of {folder} has a margin of {min_margin:g} or more")
     chosen, rejected = (np.array(side) for side in zip(*sides, strict=True))
     decided = chosen != rejected
     return {
+        "min_margin": min_margin,
         "pairs": len(sides),
         "pairs_with_one_right": int(decided.sum()),
-        "agreement_ratio": mean_estimate(chosen[decided]).as_json(),
+        "agreement_ratio": mean_estimate(chosen[decided]).as_json() if decided.any() else None,
         "right_candidates": mean_estimate(np.array(candidates)).as_json(),
         "right_chosen": mean_estimate(chosen).as_json(),
         "right_rejected": mean_estimate(rejected).as_json(),
@@ -69,9 +79,10 @@ def main() -> None:
     """Measure a set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--min-margin", type=float, default=0.0, metavar="SCORE", help="leave out pairs below it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    found = measure(options.run) | provenance()
+    found = measure(options.run, options.min_margin) | provenance()
     if options.json:
         print(json.dumps(found))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 
 import pytest
 
+from orpo_ray.synthesis.identity import identity_of
+from orpo_ray.synthesis.local_model import LocalModel
+from orpo_ray.synthesis.source import source_rows
 from support.paths import ROOT
+from support.synthesis import synthesis_recipe, write_questions
 
 
 def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -43,3 +48,33 @@ def test_the_reading_rate_is_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found["rows"], found["image_kb"]) == (150, 1.0)
     # Each row is its image and some 900 bytes of text, which compress well.
     assert 1000 <= 1e6 * found["mb_per_cpu_s"] / found["rows_per_cpu_s"] <= 2000
+
+
+def test_the_agreement_of_labels_with_a_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row n has the margin n / 10 + 0.05; the first five labels are wrong, the last five right."""
+    benchmark = load(ROOT / "benchmarks" / "label_agreement.py", monkeypatch)
+    path = write_questions(tmp_path / "rows", 10)
+    recipe = synthesis_recipe(tmp_path, "set", path)
+    data = tmp_path / "set" / "data"
+    (data / "candidates").mkdir(parents=True)
+    identity = identity_of(recipe, source_rows(recipe), LocalModel(recipe).target)
+    (data / "synthesis.json").write_text(json.dumps(identity))
+    manifest = {"model": recipe.model.id, "data": recipe.model_dump(mode="json")["data"]}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    lines = []
+    for place, row in enumerate(map(json.loads, path.read_text().splitlines())):
+        right, wrong = {"text": row["answer"]}, {"text": "neither"}
+        best, worst = (wrong, right) if place < 5 else (right, wrong)
+        candidates = [best | {"score": place / 10 + 0.05}, worst | {"score": 0.0}]
+        lines.append(json.dumps({"id": row["id"], "outcome": "pair", "candidates": candidates}))
+    (data / "candidates" / "00000.jsonl").write_text("\n".join(lines) + "\n")
+    for margin, pairs, agreement in ((0.0, 10, 0.5), (0.24, 8, 5 / 8), (0.5, 5, 1.0)):
+        found = benchmark.measure(tmp_path / "set", margin)
+        assert (found["min_margin"], found["pairs"], found["pairs_with_one_right"]) == (margin, pairs, pairs)
+        ratio = found["agreement_ratio"]
+        assert ratio["value"] == pytest.approx(agreement)
+        assert ratio["low"] < agreement <= ratio["high"]
+    with pytest.raises(SystemExit, match=r"no pair of .* has a margin of 2 or more"):
+        benchmark.measure(tmp_path / "set", 2.0)
+    found = benchmark.measure(tmp_path / "set")
+    assert found["right_chosen"]["value"] == 0.5
