@@ -172,7 +172,10 @@ def print_synthesized(made: Synthesized, recipe: str, overrides: Sequence[str]) 
     print_line(f"pairs       {made.pairs:,}, mean margin {made.mean_margin:.4g}")
     print_line(f"thrown away {made.thrown_away_fraction:.1%}{reasons}")
     print_line(f"candidates  {made.candidates:,}, and {made.left_out:,} empty, repeated or cut off")
-    print_line(f"next        {_train_command(recipe, overrides, {'data.train': made.uri} | _SPLIT_ALREADY)}")
+    own = {"data.train": made.uri}
+    if made.eval_uri is not None:
+        own |= {"data.eval": made.eval_uri, "data.image_root": "null"}
+    print_line(f"next        {_train_command(recipe, overrides, own | _SPLIT_ALREADY)}")
 
 
 def print_rounds(found: Rounds) -> None:

@@ -51,16 +51,27 @@ def run_data(recipe: Recipe) -> RunRows:
 
 def held_out_data(recipe: Recipe) -> ReadSpec | None:
     """Return the held-out rows for evaluation; None if the recipe has none. Raises UserError."""
-    if recipe.data.eval:
-        return _for_evaluation(recipe, _list_rows(recipe, dict.fromkeys(recipe.data.eval, 1.0), "data.eval"))
-    held_out = _splits(recipe)[1] if recipe.data.eval_fraction else None
+    held_out = _held_out(recipe)
     return None if held_out is None else _for_evaluation(recipe, held_out)
+
+
+def held_out_in_order(recipe: Recipe) -> ReadSpec | None:
+    """Return every held-out row once, in the order of the files; None if the recipe has none. Raises UserError."""
+    held_out = _held_out(recipe)
+    return None if held_out is None else _in_order(held_out)
 
 
 def all_data(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
     """Return every training row and every held-out row once, in the order of the files. Raises UserError."""
     train, held_out = _splits(recipe)
     return _in_order(train), None if held_out is None else _in_order(held_out)
+
+
+def _held_out(recipe: Recipe) -> ReadSpec | None:
+    """List the held-out rows, without the training rows unless the former are a fraction of these."""
+    if recipe.data.eval:
+        return _list_rows(recipe, dict.fromkeys(recipe.data.eval, 1.0), "data.eval")
+    return _splits(recipe)[1] if recipe.data.eval_fraction else None
 
 
 def _splits(recipe: Recipe) -> tuple[ReadSpec, ReadSpec | None]:
@@ -114,7 +125,7 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
             present |= dict.fromkeys(columns)
     grouping = Grouping(data.language, data.domain)
     if field == TRAIN:  # a file for `orpo-ray evaluate` may lack what only groups its pairs
-        _check_grouping(grouping, present)
+        check_grouping(grouping, present)
     check_image_root(data.image_root, "data.image_root")
     shards = tuple(shard for source in sources for shard in source.shards)
     if (
@@ -152,7 +163,7 @@ def _list_rows(recipe: Recipe, weighted_sources: Mapping[str, float], field: str
     )
 
 
-def _check_grouping(grouping: Grouping, present: Iterable[str]) -> None:
+def check_grouping(grouping: Grouping, present: Iterable[str]) -> None:
     """Raise UserError for a column that no source has."""
     for kind, column in grouping.columns.items():
         if column not in present:

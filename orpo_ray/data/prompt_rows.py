@@ -7,7 +7,7 @@ as the given one. In question, conversations and instruction, `<image>` marks th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orpo_ray.config.synthesis import PROMPT_FORMATS
@@ -41,6 +41,10 @@ class PromptRow:
     """The answer that the row gives; None if it gives none."""
     source: str
     """File and line or row."""
+    language: str | None = field(default=None, compare=False)
+    """Of the column that `data.language` names; None without one."""
+    domain: str | None = field(default=None, compare=False)
+    """The same by `data.domain`."""
 
 
 def detect_prompt_format(

@@ -51,6 +51,10 @@ class Prepared:
         """Number of pairs."""
         return sum(self.shards.values())
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what the manifest says about it."""
+        return {"rows": self.rows, "bad_rows": len(self.bad), "shards": self.shards}
+
 
 def prepare_data(recipe: Recipe, console: Console) -> dict[str, Prepared]:
     """Write the usable pairs of a recipe to its run folder.
@@ -77,7 +81,7 @@ def prepare_data(recipe: Recipe, console: Console) -> dict[str, Prepared]:
     start_ray()
     splits = {"train": train} | ({"eval": held_out} if held_out else {})
     written = {
-        name: _write_split(f"{folder.uri}/{PREPARED}/{name}", read, encoder, console) for name, read in splits.items()
+        name: write_split(f"{folder.uri}/{PREPARED}/{name}", read, encoder, console) for name, read in splits.items()
     }
     write_bad_rows(folder, (row for split in written.values() for row in split.bad))
     bad = written["train"].bad
@@ -88,7 +92,18 @@ def prepare_data(recipe: Recipe, console: Console) -> dict[str, Prepared]:
     return written
 
 
-def _write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Console) -> Prepared:
+def write_split(uri: str, read: ReadSpec, encoder: EncoderSpec, console: Console) -> Prepared:
+    """Write the usable pairs of a split, in order, on the Ray that runs.
+
+    Args:
+        uri: the folder; what it holds is deleted.
+        read: the rows.
+        encoder: how they must be encodable.
+        console: for progress.
+
+    Raises:
+        UserError: a file is damaged or no longer there.
+    """
     filesystem, path = locate(uri, "checkpoint.storage")
     with_retries(filesystem.create_dir, path, recursive=True)
     with_retries(filesystem.delete_dir_contents, path)  # files of an interrupted attempt
@@ -155,10 +170,7 @@ def _manifest(recipe: Recipe, written: dict[str, Prepared]) -> dict[str, Any]:
         "format": "trl",
         "model": recipe.model.id,
         "data": recipe.model_dump(mode="json")["data"],
-        "splits": {
-            name: {"rows": split.rows, "bad_rows": len(split.bad), "shards": split.shards}
-            for name, split in written.items()
-        },
+        "splits": {name: split.as_json() for name, split in written.items()},
     }
 
 

@@ -45,13 +45,13 @@ _CLEAN_COLUMNS = pa.schema(
 def clean_schema(grouping: Grouping) -> pa.Schema:
     """Return the schema of prepared data. The columns of language and domain keep their names."""
     schema = _CLEAN_COLUMNS
-    for column in _group_columns(grouping):
+    for column in group_columns(grouping):
         if column not in schema.names:
             schema = schema.append(pa.field(column, pa.string()))
     return schema
 
 
-def _group_columns(grouping: Grouping) -> dict[str, str]:
+def group_columns(grouping: Grouping) -> dict[str, str]:
     """Return the columns that name language and domain, each with its kind; not those that hold the pair itself."""
     columns = {name: kind for kind, name in grouping.columns.items()}
     return {name: kind for name, kind in columns.items() if name == "source" or name not in _CLEAN_COLUMNS.names}
@@ -109,7 +109,7 @@ def _clean(task_batch: pa.Table, encoder: EncoderSpec, grouping: Grouping) -> It
     """Encode a task batch; yield its usable pairs, and its bad rows."""
     for rows in encoder_batches(task_batch):
         encoded = encode_rows(rows, encoder_of_this_process(encoder))
-        columns = _group_columns(grouping)
+        columns = group_columns(grouping)
         bad = [item for item in encoded if isinstance(item, BadRow)]
         good = [
             _clean_row(row, encoder.allow_http) | {name: row[kind] for name, kind in columns.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
+from orpo_ray.data_report.prepare import Prepared
 from orpo_ray.synthesis.part_files import PartFacts, pairs_file
 
 
@@ -32,6 +33,8 @@ class Synthesized:
     """Mean difference between the scores of chosen and rejected answers."""
     was_finished: bool = False
     """Whether the set was whole before, so that nothing was done."""
+    eval_uri: str | None = None
+    """Path or URI of the folder that `data.eval` takes, if the held-out pairs were written too."""
 
     @classmethod
     def of(cls, uri: str, parts: Sequence[PartFacts], was_finished: bool = False) -> Synthesized:
@@ -61,6 +64,7 @@ class Synthesized:
         """Return what `--json` prints."""
         return {
             "uri": self.uri,
+            "eval_uri": self.eval_uri,
             "rows": self.rows,
             "pairs": self.pairs,
             "bad_rows": len(self.bad),
@@ -73,7 +77,11 @@ class Synthesized:
 
 
 def manifest_of(
-    recipe: Recipe, made: Synthesized, parts: Sequence[PartFacts], identity: dict[str, Any]
+    recipe: Recipe,
+    made: Synthesized,
+    parts: Sequence[PartFacts],
+    identity: dict[str, Any],
+    held_out: Prepared | None = None,
 ) -> dict[str, Any]:
     """Describe a set as `orpo-ray data prepare` does, and how it was made.
 
@@ -82,14 +90,16 @@ def manifest_of(
         made: counts over all parts.
         parts: facts of the parts.
         identity: what decides the set.
+        held_out: the held-out pairs, if they were written too.
     """
     data = recipe.model_dump(mode="json")["data"]
-    counts = {name: value for name, value in made.as_json().items() if name not in ("uri", "bad_rows")}
+    counts = {name: value for name, value in made.as_json().items() if name not in ("uri", "eval_uri", "bad_rows")}
     shards = {pairs_file(part.part).rpartition("/")[2]: part.pairs for part in parts}
     return {
         "format": "trl",
         "model": recipe.model.id,
         "data": data | {"train": recipe.synthesize.source or data["train"]},
-        "splits": {"train": {"rows": made.pairs, "bad_rows": len(made.bad), "shards": shards}},
+        "splits": {"train": {"rows": made.pairs, "bad_rows": len(made.bad), "shards": shards}}
+        | ({} if held_out is None else {"eval": held_out.as_json()}),
         "synthesis": identity | counts,
     }

@@ -67,7 +67,7 @@ class PartMaker:
         self._draw([result for result in results if result.outcome == PAIR])
         self._score([result for result in results if result.outcome == PAIR])
         self._check_pairs([result for result in results if result.outcome == PAIR])
-        return write_part(self._folder, part, results)
+        return write_part(self._folder, part, results, self._source.grouping)
 
     def requests(self, part: int) -> list[dict[str, Any]]:
         """Return the requests of a part, for an engine that draws ahead (`synthesis/ahead.py`)."""

@@ -19,7 +19,7 @@ from orpo_ray.data.bad_rows import BadRow
 from orpo_ray.data.groups import Grouping
 from orpo_ray.data.prompt_rows import PromptRow
 from orpo_ray.data_report.prepare import PREPARED
-from orpo_ray.data_report.scan import clean_schema
+from orpo_ray.data_report.scan import clean_schema, group_columns
 from orpo_ray.storage.files import locate, with_retries
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.synthesis.candidates import Candidate
@@ -28,13 +28,7 @@ from orpo_ray.synthesis.row_result import RowResult
 PAIRS, CANDIDATES = f"{PREPARED}/train", f"{PREPARED}/candidates"
 _FACTS = b"orpo_ray.part"
 _ANSWER = [("score", pa.float64()), ("temperature", pa.float64()), ("seed", pa.int64()), ("origin", pa.string())]
-# The columns of a prepared set, and how each answer came about.
-SCHEMA = pa.schema(
-    [
-        *clean_schema(Grouping()),
-        *(pa.field(f"{side}_{name}", kind) for side in ("chosen", "rejected") for name, kind in _ANSWER),
-    ]
-)
+_HOW = pa.schema([(f"{side}_{name}", kind) for side in ("chosen", "rejected") for name, kind in _ANSWER])
 
 
 @dataclass(frozen=True)
@@ -70,13 +64,18 @@ def candidates_file(part: int) -> str:
     return f"{CANDIDATES}/{part:05d}.jsonl"
 
 
-def write_part(folder: RunFolder, part: int, results: Sequence[RowResult]) -> PartFacts:
-    """Write the files of a part."""
+def schema_of(grouping: Grouping) -> pa.Schema:
+    """Return the columns of a prepared set, those of language and domain by their names, and how each answer came."""
+    return pa.schema([*(column for column in clean_schema(grouping) if column.name not in _HOW.names), *_HOW])
+
+
+def write_part(folder: RunFolder, part: int, results: Sequence[RowResult], grouping: Grouping) -> PartFacts:
+    """Write the files of a part; the pairs keep the columns that name their language and domain."""
     facts = _facts_of(part, results)
     lines = "".join(json.dumps(_line(result), ensure_ascii=False) + "\n" for result in results)
     folder.write(candidates_file(part), lines.encode())
-    rows = [row for result in results if (row := _row(result)) is not None]
-    schema = SCHEMA.with_metadata({_FACTS: json.dumps(asdict(facts)).encode()})
+    rows = [row for result in results if (row := _row(result, grouping)) is not None]
+    schema = schema_of(grouping).with_metadata({_FACTS: json.dumps(asdict(facts)).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
     folder.write(pairs_file(part), sink.getvalue().to_pybytes())
@@ -116,12 +115,13 @@ def _line(result: RowResult) -> dict[str, Any]:
     return line | {"candidates": [each.as_json() for each in result.candidates]}
 
 
-def _row(result: RowResult) -> dict[str, Any] | None:
-    """Return the pair of a row in `SCHEMA`; None if it has none."""
+def _row(result: RowResult, grouping: Grouping) -> dict[str, Any] | None:
+    """Return the pair of a row in the columns of `schema_of`; None if it has none."""
     if result.pair is None or not isinstance(result.row, PromptRow):
         return None
     row, (chosen, rejected) = result.row, result.pair
     named = {name: getattr(row, name) for name in ("id", "source", "images", "prompt")}
+    named |= {name: getattr(row, kind) for name, kind in group_columns(grouping).items()}
     answers = {"chosen": chosen.text, "rejected": rejected.text}
     return named | answers | _how("chosen", chosen) | _how("rejected", rejected)
 

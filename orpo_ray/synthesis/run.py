@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import ray
 from rich.console import Console
@@ -25,7 +26,7 @@ from orpo_ray.synthesis.ahead import draw_ahead
 from orpo_ray.synthesis.distribute import iter_parts
 from orpo_ray.synthesis.engines.drafts import DRAFTS
 from orpo_ray.synthesis.engines.vllm_engine import vllm_processor
-from orpo_ray.synthesis.held_out import held_out_keys
+from orpo_ray.synthesis.held_out import EVAL, held_out_keys, write_held_out
 from orpo_ray.synthesis.identity import FILE, check_identity, identity_of
 from orpo_ray.synthesis.local_model import LocalModel
 from orpo_ray.synthesis.outcome import Synthesized, manifest_of
@@ -69,7 +70,8 @@ def synthesize(recipe: Recipe, console: Console) -> Synthesized:
         check_identity(folder, identity)
         found = {part: facts for part in range(source.num_parts) if (facts := read_facts(folder, part)) is not None}
         if folder.has(MANIFEST):
-            return Synthesized.of(f"{folder.uri}/{PAIRS}", list(found.values()), was_finished=True)
+            made = Synthesized.of(f"{folder.uri}/{PAIRS}", list(found.values()), was_finished=True)
+            return replace(made, eval_uri=f"{folder.uri}/{EVAL}" if _has_held_out(folder) else None)
         parts = _all_parts(recipe, job, found, lost, console)
         made = Synthesized.of(f"{folder.uri}/{PAIRS}", parts)
         write_bad_rows(folder, made.bad)
@@ -81,10 +83,16 @@ def synthesize(recipe: Recipe, console: Console) -> Synthesized:
                 fix=f"read the answers in {folder.uri}/{PREPARED}/candidates, and change temperatures, max_new_tokens, "
                 "min_margin or the model",
             )
+        held_out = write_held_out(recipe, folder, console)
+        if held_out is not None:
+            made = replace(made, eval_uri=held_out.uri)
+            known = {row.source for row in made.bad}
+            write_bad_rows(folder, [*made.bad, *(row for row in held_out.bad if row.source not in known)])
         _drop_scratch(folder)
         folder.delete(DRAFTS)
         # Written last, so that a folder with a manifest is complete.
-        folder.write(MANIFEST, (json.dumps(manifest_of(recipe, made, parts, identity), indent=2) + "\n").encode())
+        manifest = manifest_of(recipe, made, parts, identity, held_out)
+        folder.write(MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     return made
 
 
@@ -117,6 +125,12 @@ def _all_parts(
                     "  fix: run the same command again, which keeps the parts that are complete"
                 ) from error
     return [found[part] for part in sorted(found)]
+
+
+def _has_held_out(folder: RunFolder) -> bool:
+    """Whether a complete set holds the held-out pairs too."""
+    folder.pull(MANIFEST)
+    return "eval" in json.loads((folder.path / MANIFEST).read_text("utf-8"))["splits"]
 
 
 def _counted(reasons: dict[str, int]) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.data.bad_rows import BadRow
-from orpo_ray.data.from_recipe import check_image_root, rows_of_window
+from orpo_ray.data.from_recipe import check_grouping, check_image_root, rows_of_window
+from orpo_ray.data.groups import KINDS, Grouping, column_value
 from orpo_ray.data.images import read_image_bytes
 from orpo_ray.data.json_rows import Row
 from orpo_ray.data.order import Order
@@ -38,6 +39,8 @@ class SourceRows:
     image_root: str | None
     """Folder that image paths are relative to; None for the folder of each file."""
     allow_http: bool
+    grouping: Grouping
+    """What names the language and the domain of a row."""
 
     @property
     def num_parts(self) -> int:
@@ -81,10 +84,12 @@ class SourceRows:
 
     def _read_shard(self, index: int, rows: np.ndarray, reader: ShardReader) -> list[PromptRow | BadRow]:
         shard, format_name = self.shards[index], self.format_names[index]
-        root = image_folder(self.image_root or shard.image_root)
+        root, columns = image_folder(self.image_root or shard.image_root), self.grouping.columns
 
         def convert(raw: Row, where: str) -> PromptRow:
-            row = replace(to_prompt_row(raw, format_name, self.columns, where), source=where)
+            row = to_prompt_row(raw, format_name, self.columns, where)
+            language, domain = (column_value(raw, columns.get(kind)) for kind in KINDS)
+            row = replace(row, source=where, language=language, domain=domain)
             images = [{"bytes": read_image_bytes(image, root, self.allow_http), "path": None} for image in row.images]
             return replace(row, images=images)
 
@@ -103,9 +108,15 @@ def source_rows(recipe: Recipe) -> SourceRows:
     uris = config.source if own else data.train
     shards = tuple(shard for source in list_sources(dict.fromkeys(uris, 1.0), field) for shard in source.shards)
     formats: dict[str, str] = {}
+    present: dict[str, None] = {}
     for shard in shards:
         if shard.path not in formats:
-            formats[shard.path] = detect_prompt_format(*read_first_rows(shard), columns, format_name, shard.path)
+            names, rows = read_first_rows(shard)
+            formats[shard.path] = detect_prompt_format(names, rows, columns, format_name, shard.path)
+            present |= dict.fromkeys(names)
+    grouping = Grouping(data.language, data.domain)
+    if not own:  # rows of another source may lack what groups the held-out pairs
+        check_grouping(grouping, present)
     order = Order(tuple(shard.num_rows for shard in shards), config.seed, rows_of_window(shards))
     return SourceRows(
         shards=shards,
@@ -116,6 +127,7 @@ def source_rows(recipe: Recipe) -> SourceRows:
         columns=columns,
         image_root=root,
         allow_http=data.allow_http,
+        grouping=grouping,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,20 +14,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import yaml
 from rich.console import Console
 
+from orpo_ray.config.load import load_recipe
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.data.from_recipe import all_data
+from orpo_ray.data.from_recipe import all_data, run_data
+from orpo_ray.data.pairs import PreferencePair
+from orpo_ray.data.reading import ReadSpec, read_pairs
 from orpo_ray.errors import UserError
 from orpo_ray.storage.run_folder import RunFolder
 from orpo_ray.synthesis.ahead import draw_ahead
 from orpo_ray.synthesis.distribute import PartFailed
 from orpo_ray.synthesis.engines.vllm_engine import OWN
+from orpo_ray.synthesis.identity import check_identity, identity_of
+from orpo_ray.synthesis.local_model import LocalModel
 from orpo_ray.synthesis.part import Job, PartMaker
 from orpo_ray.synthesis.part_files import read_facts
+from orpo_ray.synthesis.rounds import recipe_of_round
 from orpo_ray.synthesis.run import synthesize
 from orpo_ray.synthesis.source import source_rows
 from orpo_ray.training.launch import launch_training
@@ -194,9 +202,19 @@ def test_a_part_that_ends_its_workers_again_and_again_ends_the_command(
     with serving(reply) as server:
         recipe = served_recipe(tmp_path / "runs", "fatal", path, server.url, num_workers=1)
         recipe = recipe.model_copy(update={"scaling": recipe.scaling.model_copy(update={"max_failures": 1})})
-        with pytest.raises(PartFailed, match=r"part 0 ended its worker 2 times.*\n  fix: lower synthesize"):
+        with pytest.raises(PartFailed, match=r"part 0 ended its worker 2 times") as failed:
             synthesize(recipe, QUIET)
-    assert len(killed) == 2
+        assert len(killed) == 2
+        # What the message says to lower can be: the same command then goes on with the set.
+        advice = str(failed.value).partition("fix: lower ")[2].partition(", and run the command again")[0]
+        raw = recipe.model_dump(mode="json")
+        for field in advice.split(" or "):
+            section, name = field.split(".")
+            raw[section][name] = 1
+        lowered = Recipe.model_validate(raw)
+        identity = identity_of(lowered, source_rows(lowered), LocalModel(lowered).target)
+        check_identity(RunFolder(lowered.run_uri), identity)
+        assert advice.count(" or ") == 1
 
 
 def test_one_server_gives_candidates_and_judges_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,23 +285,88 @@ def test_answers_drawn_ahead_come_in_any_order_and_make_the_same_set(
         assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
 
 
-def test_rounds_synthesize_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rounds; the same command then finds all of them, and makes nothing again."""
+@pytest.mark.parametrize("held_out", ["fraction", "file"])
+def test_the_command_that_it_prints_trains_from_the_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: str
+) -> None:
+    """With columns of their own, languages and domains, and an evaluation during training."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    path, held_out = write_questions(tmp_path / "rows", 30), write_pairs(tmp_path / "held", 12, "test")
+
+    def renamed_pairs(folder: Path, count: int, split: str) -> Path:
+        path = write_pairs(folder, count, split)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for place, row in enumerate(rows):
+            row["good"], row["bad"] = row.pop("chosen"), row.pop("rejected")
+            row["lang"], row["topic"] = ("de", "fr")[place % 2], "shapes"
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+        return path
+
+    data: dict[str, Any] = {
+        "train": str(renamed_pairs(tmp_path / "rows", 60, "train")),
+        "columns": {"chosen": "good", "rejected": "bad"},
+        "language": "lang",
+        "domain": "topic",
+        "weights": {"language": {"de": 2}},
+    }
+    if held_out == "fraction":
+        data["eval_fraction"] = 0.3
+    else:
+        data["eval"] = str(renamed_pairs(tmp_path / "held", 9, "test"))
     with serving(say_a_color) as server:
-        recipe = served_recipe(tmp_path / "runs", "rounds", path, server.url, rounds=2, max_rows=20)
-        raw = recipe.model_dump(mode="json")
-        raw["data"]["eval"], raw["optim"]["max_steps"] = {str(held_out): 1.0}, 2
-        (tmp_path / "recipe.yaml").write_text(Recipe.model_validate(raw).to_yaml())
-        ran = orpo_ray_here("iterate", str(tmp_path / "recipe.yaml"), "--json")
-        assert ran.returncode == 0, ran.stderr
-        folder, asked = tmp_path / "runs" / "rounds", len(server.seen)
-        table = (folder / "rounds.json").read_bytes()
-        (folder / "rounds.json").unlink()
-        again = orpo_ray_here("iterate", str(tmp_path / "recipe.yaml"), "--json")
+        section = {"engine": "server", "server": {"url": server.url, "model": "m"}, "label": "reference"}
+        recipe = tiny_recipe(
+            tmp_path / "runs", "own", data=data, eval={"every_steps": 5}, synthesize=section | {"candidates": 6}
+        )
+        (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+        ran = orpo_ray_here("data", "synthesize", str(tmp_path / "recipe.yaml"), "data.max_length=120")
+        again = orpo_ray_here("data", "synthesize", str(tmp_path / "recipe.yaml"), "data.max_length=120")
+    assert (ran.returncode, again.returncode) == (0, 0), ran.stderr + again.stderr
+    line = ran.stderr.splitlines()[-1]
+    assert line == again.stderr.splitlines()[-1]
+    shutil.rmtree(tmp_path / "rows")
+    shutil.rmtree(tmp_path / "held", ignore_errors=True)
+    command, train, path, *overrides = shlex.split(line.removeprefix("next").strip())
+    assert (command, train) == ("orpo-ray", "train")
+    rows, evaluated = run_data(load_recipe(path, overrides))
+    assert evaluated is not None
+    synthetic = pairs_in(rows)
+    held = pairs_in(evaluated)
+    assert {pair.language for pair in synthetic} == {pair.language for pair in held} == {"de", "fr"}
+    assert {pair.domain for pair in synthetic} == {"shapes"}
+    if held_out == "file":
+        assert len(held) == 9
+    kept_out = {bytes(pair.images[0]["bytes"]) for pair in held}
+    assert kept_out.isdisjoint(bytes(pair.images[0]["bytes"]) for pair in synthetic)
+    manifest = json.loads((tmp_path / "runs" / "own" / "data" / "manifest.json").read_text())
+    assert manifest["splits"]["eval"]["rows"] == len({pair.id for pair in held})
+
+
+def pairs_in(read: ReadSpec) -> list[PreferencePair]:
+    """All pairs of a run's rows."""
+    found = [read_pairs(read, shard, np.arange(each.num_rows)) for shard, each in enumerate(read.shards)]
+    return [pair for pairs in found for pair in pairs if isinstance(pair, PreferencePair)]
+
+
+def test_rounds_synthesize_train_and_evaluate(tmp_path: Path) -> None:
+    """Two rounds; the same command then finds all of them, and makes nothing again."""
+    path, held_out = write_questions(tmp_path / "rows", 30), write_pairs(tmp_path / "held", 12, "test")
+    fields = {"label": "grounding", "include_answer": True, "other_images": 3, "rounds": 2, "max_rows": 20}
+    raw = synthesis_recipe(tmp_path / "runs", "rounds", path, **fields).model_dump(mode="json")
+    raw["model"]["id"] = str(ending_model(tmp_path))
+    raw["data"]["eval"] = {str(held_out): 1.0}
+    raw["optim"] |= {"max_steps": 4, "learning_rate": 0.01}
+    recipe = Recipe.model_validate(raw)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    ran = orpo_ray_here("iterate", str(tmp_path / "recipe.yaml"), "--json")
+    assert ran.returncode == 0, ran.stderr
+    folder = tmp_path / "runs" / "rounds"
+    table = (folder / "rounds.json").read_bytes()
+    (folder / "rounds.json").unlink()
+    made = [(folder / f"round-{number}" / "data" / "manifest.json").stat().st_mtime_ns for number in (1, 2)]
+    again = orpo_ray_here("iterate", str(tmp_path / "recipe.yaml"), "--json")
     assert again.returncode == 0, again.stderr
-    assert len(server.seen) == asked, "the pairs of both rounds are kept"
+    kept = [(folder / f"round-{number}" / "data" / "manifest.json").stat().st_mtime_ns for number in (1, 2)]
+    assert kept == made, "the pairs of both rounds are kept"
     assert (folder / "rounds.json").read_bytes() == table
     found = json.loads(ran.stdout)
     assert found == json.loads(again.stdout) == json.loads(table)
@@ -297,3 +380,18 @@ def test_rounds_synthesize_train_and_evaluate(tmp_path: Path, monkeypatch: pytes
     assert list(second["data"]["train"]) == [str(folder / "round-2" / "data" / "train")]
     ids = [{row["id"] for row in pairs_of(folder / f"round-{number}")} for number in (1, 2)]
     assert ids[0] != ids[1]
+    # The second round's candidates are those of the first round's model: another one gives other answers and scores.
+    one = recipe_of_round(recipe.with_absolute_paths(), 2, str(folder / "round-1" / "final"))
+    rows = source_rows(one)
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    for name, model in (("same", one.model.id), ("start", recipe.model.id)):
+        raw = one.model_dump(mode="json") | {"name": name}
+        raw["model"]["id"] = model
+        maker = PartMaker(Job(Recipe.model_validate(raw).model_dump(mode="json"), rows, frozenset()))
+        for part in range(rows.num_parts):
+            maker.make(part)
+        drawn[name] = lines_of(tmp_path / "runs" / name)
+    found = lines_of(folder / "round-2")
+    texts = {name: [[each["text"] for each in line["candidates"]] for line in lines] for name, lines in drawn.items()}
+    assert [line["candidates"] for line in found] == [line["candidates"] for line in drawn["same"]]
+    assert texts["same"] != texts["start"]

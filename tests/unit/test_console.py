@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import shlex
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 import orpo_ray.console as console_module
-from orpo_ray.console import print_check, print_error, print_prepared, print_sweep, print_trained
+from orpo_ray.console import print_check, print_error, print_prepared, print_sweep, print_synthesized, print_trained
 from orpo_ray.data_report.prepare import Prepared
 from orpo_ray.errors import UserError
 from orpo_ray.sweep.outcome import Row, Sweep
+from orpo_ray.synthesis.outcome import Synthesized
 from orpo_ray.training.launch import RunSummary
 from support.data_reports import a_report
 
@@ -65,6 +67,17 @@ def test_the_command_after_prepare_names_each_field_once(capsys: pytest.CaptureF
     assert "data.train=/runs/x/data/train" in command
     assert {"name=x", "data.max_length=64", "data.format=auto", "data.columns={}"} <= set(command)
     assert "data.columns.chosen=good" not in command
+
+
+def test_the_command_after_synthesize_reads_the_held_out_pairs_that_were_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = Synthesized("/runs/x/data/train", 1, 1, {}, [], 2, 0, 1.0, eval_uri="/runs/x/data/eval")
+    print_synthesized(made, "r.yaml", ["data.eval_fraction=0.1", "data.columns.chosen=good"])
+    command = shlex.split(printed(capsys).splitlines()[-1])[1:]
+    assert {"data.train=/runs/x/data/train", "data.eval=/runs/x/data/eval", "data.eval_fraction=0"} <= set(command)
+    print_synthesized(replace(made, eval_uri=None), "r.yaml", ["data.eval=held.jsonl"])
+    assert "data.eval=held.jsonl" in printed(capsys).splitlines()[-1]
 
 
 def test_headers_of_a_narrow_table_of_trials_are_whole_and_doubt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

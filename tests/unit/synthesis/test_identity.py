@@ -36,6 +36,10 @@ def test_what_decides_a_set_and_what_does_not(tmp_path: Path) -> None:
         source = replace(source_rows(recipe), columns=columns)
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
         assert own != identity_of(recipe, source, LocalModel(recipe).target)
+    recipe = synthesis_recipe(tmp_path, "x", write_questions(tmp_path / "rows", 4))
+    for language, same in (("script", True), ("lang", False)):  # a script is no column of the set
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"language": language})})
+        assert same == (own == identity_of(recipe, source_rows(recipe), LocalModel(recipe).target))
     with pytest.raises(UserError, match=r"differ in synthesize\.judge\.model, synthesize\.seed"):
         check_identity(folder, identity(tmp_path, seed=1, judge={"model": "other"}))
 

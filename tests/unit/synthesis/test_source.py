@@ -66,6 +66,20 @@ def test_without_a_source_the_training_pairs_are_the_rows(tmp_path: Path) -> Non
         tiny_recipe(tmp_path, "x", synthesize={"format": "question"})
 
 
+def test_rows_have_the_language_and_domain_that_the_recipe_names(tmp_path: Path) -> None:
+    path = write_questions(tmp_path, 6)
+    rows = [json.loads(line) | {"lang": "de"} for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps(row | {"topic": f"t{place % 2}"}) for place, row in enumerate(rows)) + "\n")
+    recipe = synthesis_recipe(tmp_path, "x", path)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"language": "lang", "domain": "topic"})})
+    found = source_rows(recipe).read(0, ShardReader())
+    assert {row.language for row in found if isinstance(row, PromptRow)} == {"de"}
+    assert sorted(str(row.domain) for row in found if isinstance(row, PromptRow)) == ["t0"] * 3 + ["t1"] * 3
+    data = {"train": str(write_pairs(tmp_path / "pairs", 4)), "language": "lang"}
+    with pytest.raises(UserError, match=r"data\.language: no training source has this column"):
+        source_rows(tiny_recipe(tmp_path, "x", data=data))
+
+
 def test_held_out_images_are_known_by_their_content(tmp_path: Path) -> None:
     """As files, as bytes and as a fraction of the training pairs; not by path."""
     pairs = write_pairs(tmp_path / "set", 12)
