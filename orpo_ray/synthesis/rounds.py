@@ -15,8 +15,6 @@ import pyarrow as pa
 from rich.console import Console
 
 from orpo_ray.config.recipe import Recipe
-from orpo_ray.config.schema import GroupWeights
-from orpo_ray.data.groups import SCRIPT
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.pair_scores import read_pair_scores
 from orpo_ray.evaluation.statistics import Comparison, Estimate
@@ -129,15 +127,15 @@ def check_can_iterate(recipe: Recipe) -> None:
             fix="write the held-out pairs with orpo-ray data prepare, give them as data.eval, and leave the two fields "
             "out; how source rows are read is said by synthesize.source, format and columns",
         )
-    for name, unset in (("language", None), ("domain", None), ("weights", GroupWeights())):
-        value = getattr(data, name)
-        if value not in (unset, SCRIPT if name == "language" else unset):
-            raise UserError(
-                "synthetic pairs have no columns of language and domain",
-                field=f"data.{name}",
-                value=value if isinstance(value, str) else value.model_dump(),
-                fix=f"leave data.{name} out" + (", or set it to script" if name == "language" else ""),
-            )
+    own = recipe.synthesize
+    if own.engine == "server" and own.label != "grounding":
+        raise UserError(
+            f"the server answers in every round, and label {own.label} does not ask the model of the round before",
+            field="synthesize.engine",
+            value=own.engine,
+            fix="set engine: transformers, or label: grounding, by which that model scores the answers; or run data "
+            "synthesize and train once",
+        )
     if recipe.synthesize.model is not None:
         raise UserError(
             "each round begins with the model of the round before",

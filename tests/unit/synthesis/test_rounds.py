@@ -15,6 +15,8 @@ from support.tiny_runs import tiny_recipe
 
 MADE = Synthesized("/runs/x/round-2/data/train", 1, 1, {}, [], 2, 0, 1.0)
 
+SERVED = {"engine": "server", "server": {"url": "http://localhost:8000/v1", "model": "m"}}
+
 
 def recipe(tmp_path: Path, **sections: Any) -> Recipe:
     data = {"train": "rows.jsonl", "eval": "held.jsonl", "image_root": str(tmp_path)} | sections.pop("data", {})
@@ -45,9 +47,9 @@ def test_a_round_begins_with_the_model_of_the_round_before(tmp_path: Path) -> No
         ({"data": {"eval": {}, "eval_fraction": 0.1}}, "each round would hold out synthetic pairs"),
         ({"data": {"format": "plain"}}, "data.format: a round reads synthetic pairs"),
         ({"data": {"columns": {"chosen": "good"}}}, "data.columns: a round reads synthetic pairs"),
-        ({"data": {"language": "lang"}}, "data.language: synthetic pairs have no columns"),
-        ({"data": {"domain": "topic"}}, "data.domain: synthetic pairs have no columns"),
-        ({"data": {"language": "script", "weights": {"language": {"Arabic": 2}}}}, "data.weights: synthetic pairs"),
+        ({"synthesize": SERVED | {"label": "reference"}}, "synthesize.engine: the server answers in every round"),
+        ({"synthesize": SERVED | {"label": "judge", "judge": {"model": "j"}}}, "label judge does not ask the model"),
+        ({"synthesize": SERVED | {"label": "corruption"}}, "label corruption does not ask the model"),
         ({"synthesize": {"model": "runs/a"}}, "synthesize.model: each round begins"),
         ({"checkpoint": {"storage": "s3://b/runs"}}, "checkpoint.storage: each round loads"),
     ],
@@ -56,4 +58,7 @@ def test_what_rounds_cannot_be_compared_with(tmp_path: Path, sections: dict[str,
     with pytest.raises(UserError, match=said):
         check_can_iterate(recipe(tmp_path, **sections))
     check_can_iterate(recipe(tmp_path))
-    check_can_iterate(recipe(tmp_path, data={"language": "script"}))
+    check_can_iterate(recipe(tmp_path, data={"language": "script", "weights": {"language": {"Arabic": 2}}}))
+    check_can_iterate(recipe(tmp_path, data={"language": "lang", "domain": "topic"}))
+    check_can_iterate(recipe(tmp_path, synthesize=SERVED | {"label": "grounding"}))
+    check_can_iterate(recipe(tmp_path, synthesize={"label": "reference"}))
