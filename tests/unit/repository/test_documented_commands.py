@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from support.paths import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
 BLOCK = re.compile(r"^ *```(\w+)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 WITH_RECIPE = ("train", "tune", "iterate", "plan", "submit", "data check", "data prepare", "data synthesize")
+WRITING = ("train", "tune", "iterate", "data prepare", "data synthesize")
 OTHERS = ("chat", "evaluate", "export", "report", "runs", "init", "convert", "schema", "doctor")
 
 
@@ -47,6 +49,19 @@ def test_a_command_is_accepted(page: str, command: str) -> None:
         return
     overrides = [argument for argument in arguments[1:] if re.match(r"[\w.]+=", argument)]
     load_recipe(ROOT / arguments[0], overrides)
+
+
+def test_commands_of_a_page_with_other_settings_write_other_folders() -> None:
+    """So that a page can be followed from top to bottom: a folder with another run or another set is refused."""
+    found: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for page, command in commands():
+        name = next((name for name in WRITING if command.startswith(f"orpo-ray {name} recipes/")), None)
+        if name is not None:
+            recipe, *options = shlex.split(command.removeprefix(f"orpo-ray {name}"))
+            overrides = [option for option in options if re.match(r"[\w.]+=", option)]
+            found[page, name, load_recipe(ROOT / recipe, overrides).run_uri].add(command)
+    assert len(found) > 10
+    assert not [key for key, each in found.items() if len(each) > 1]
 
 
 def recipe_blocks() -> list[Any]:
