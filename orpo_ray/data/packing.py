@@ -70,6 +70,9 @@ class PairBatch:
     """Whether all rows of every pair take the same images, which are stored once. Always true of a packed row."""
     varlen: VarlenIndex | None = None
     """The sequences of a packed row as attention kernels take them."""
+    workers: int = 1
+    """How many workers compute the row together. Above 1, the targets are those of one worker, and their positions are
+    among its tokens (`SequenceGroup.with_own_targets`)."""
 
     @property
     def num_pairs(self) -> int:

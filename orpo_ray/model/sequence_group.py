@@ -14,7 +14,7 @@ Legend: n workers of the group, T tokens of the row, t = T / n rounded up, H que
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from orpo_ray.data.packing import PairBatch
 from orpo_ray.errors import UserError
 
 FIELD = "scaling.sequence_parallel"
@@ -68,9 +69,21 @@ class SequenceGroup:
         padded = F.pad(row, (0, 0) * (row.ndim - 1 - dim) + (0, missing)) if missing else row
         return padded.unflatten(dim, (-1, self.size)).select(dim + 1, self.member)
 
-    def owned(self, position: torch.Tensor) -> torch.Tensor:
-        """Which of some positions in the row are this worker's: bool, like `position`. Each is at `position // n`."""
-        return position % self.size == self.member
+    def with_own_targets(self, batch: PairBatch) -> PairBatch:
+        """The same packed row with those targets only that follow this worker's tokens.
+
+        To be called while the batch is in main memory: how many they are depends on values, for which the host would
+        wait on a GPU.
+        """
+        own = batch.target_position % self.size == self.member
+        return replace(
+            batch,
+            target_position=batch.target_position[own] // self.size,
+            target_ids=batch.target_ids[own],
+            target_sum=batch.target_sum[own],
+            target_in_response=batch.target_in_response[own],
+            workers=self.size,
+        )
 
     def attend(
         self,

@@ -92,31 +92,23 @@ class PairModel(nn.Module):
         return self._encode_images(without_adapters(self.model), batch) if batch.images else None
 
     def logps(self, batch: PairBatch, images: ImageFeatures | None) -> PairLogps:
-        """Sums of log-probs per pair, given what `encode_images` made of the batch's images."""
-        base = without_adapters(self.model)
-        if self.group is not None:
-            return self._forward_in_group(base, batch, images, self.group)
-        hidden = self.family.hidden_states(base, batch, images)
+        """Sums of log-probs per pair, given what `encode_images` made of the batch's images.
+
+        In a group, each worker computes the terms at its own positions. Every worker gets the same loss from the sums.
+        Its gradient is that of its own terms. The sum over workers, which an engine takes, is the gradient of the loss.
+        """
+        base, group = without_adapters(self.model), self.group
+        assert batch.workers == (1 if group is None else group.size), "these are not this worker's targets"
+        if group is None:
+            hidden = self.family.hidden_states(base, batch, images)
+        else:
+            hidden = self.family.own_hidden_states(base, batch, images, group)
         selected = hidden.flatten(0, 1).index_select(0, batch.target_position)  # [M, D]
         logps = self._logps(base, selected, batch.target_ids)
         if self.keeps_tokens:
             self.token_logps = logps.detach()
-        return sum_by_pair(logps, batch.target_sum, batch.target_in_response, batch.pairs)
-
-    def _forward_in_group(
-        self, base: Any, batch: PairBatch, images: ImageFeatures | None, group: SequenceGroup
-    ) -> PairLogps:
-        """The same sums, of which each worker of the group computes the terms at its own positions.
-
-        Every worker gets the same loss from them. Its gradient is that of its own terms. The sum over workers, which an
-        engine takes, is the gradient of the loss.
-        """
-        hidden = self.family.own_hidden_states(base, batch, images, group)
-        own = group.owned(batch.target_position)
-        selected = hidden.flatten(0, 1).index_select(0, batch.target_position[own] // group.size)
-        logps = self._logps(base, selected, batch.target_ids[own])
-        sums = sum_by_pair(logps, batch.target_sum[own], batch.target_in_response[own], batch.pairs)
-        return sums.changed(group.sum)
+        sums = sum_by_pair(logps, batch.target_sum, batch.target_in_response, batch.pairs)
+        return sums if group is None else sums.changed(group.sum)
 
     def _logps(self, base: Any, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         """Log-probs [M] of target tokens, from the hidden state before each [M, D]."""
@@ -169,8 +161,10 @@ class PairModel(nn.Module):
         Raises:
             ImageNotUsed: none did.
         """
-        gradient, self._image_gradient, self.watch_images = self._image_gradient, None, False
-        largest = torch.zeros(()) if gradient is None else gradient.abs().max()
+        self.watch_images = False
+        assert self._image_gradient is not None, "there was no forward pass with watch_images"
+        largest = self._image_gradient.abs().max().float()  # of one type on all workers
+        self._image_gradient = torch.zeros_like(largest)
         if self.group is not None:
             largest = self.group.largest(largest)  # a worker may have no image token
         if bool(largest == 0):  # a gradient that is not finite is the matter of the divergence guard
@@ -191,7 +185,11 @@ class PairModel(nn.Module):
             features = ImageFeatures.of_each(each)
         else:
             features = ImageFeatures.of([self.family.encode_images(base, chunk) for chunk in self._chunks(inputs)])
-        return features.watched(self._keep_gradient) if self.watch_images else features
+        if not self.watch_images:
+            return features
+        # What there is until a gradient comes. On the device of the batch, since workers compare it.
+        self._image_gradient = torch.zeros((), device=batch.input_ids.device)
+        return features.watched(self._keep_gradient)
 
     def _features_of_each(self, base: Any, inputs: ImageTensors) -> list[torch.Tensor]:
         """The features of each image, or of each tile where tiles are encoded independently."""

@@ -17,6 +17,7 @@ from orpo_ray.data.balance import Packing, PairSize, StepShare, StepTotals, dist
 from orpo_ray.data.collate_images import Collate, concatenate_images
 from orpo_ray.data.encoding import EncodedPair, PairEncoder
 from orpo_ray.data.packing import PairBatch, build_batch
+from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import Normaliser, Objective
 from orpo_ray.objective.pair_model import PairModel
 
@@ -41,6 +42,9 @@ class StepPlan:
 class StepPlanner:
     """Plans steps so that all workers, each with its own share of the same step, arrive at matching plans."""
 
+    group: SequenceGroup | None = None
+    """The workers that compute each batch together with this one; None if there are none."""
+
     def __init__(
         self,
         objective: Objective,
@@ -63,7 +67,6 @@ class StepPlanner:
         self.objective, self.packing, self.device = objective, packing, device
         self.collate = collate
         self.text_dummy, self.image_dummy = text_dummy, image_dummy
-        self.counts = True  # False where another worker computes the same pairs, and counts them
 
     @classmethod
     def of(
@@ -73,8 +76,13 @@ class StepPlanner:
         dummy_pairs = (encoder.dummy_pair(with_image=False), encoder.dummy_pair(with_image=True))
         packing = Packing(token_budget, model.layout, model.tokens_per_image_value, model.family.shares)
         planner = cls(objective, packing, *dummy_pairs, device, model.collate)
-        planner.counts = model.group is None or model.group.member == 0
+        planner.group = model.group
         return planner
+
+    @property
+    def counts(self) -> bool:
+        """False where another worker computes the same pairs, and counts them."""
+        return self.group is None or self.group.member == 0
 
     def share(
         self, pairs: Sequence[EncodedPair], bad: Sequence[BadRow] = (), step: int = 0, rank: int = 0, workers: int = 1
@@ -100,4 +108,5 @@ class StepPlanner:
         elif not batch:
             dummy_pairs = [self.text_dummy]
         packing = self.packing
-        return build_batch(batch, self.objective.nll_span, packing.layout, dummy_pairs, self.collate, packing.shares)
+        built = build_batch(batch, self.objective.nll_span, packing.layout, dummy_pairs, self.collate, packing.shares)
+        return built if self.group is None else self.group.with_own_targets(built)

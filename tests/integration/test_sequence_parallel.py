@@ -15,7 +15,15 @@ from support.engines_by_hand import curves, recipe_of
 from support.kills import one_worker_killed
 from support.pairs_by_hand import CROSS, assert_equal
 from support.runs import run
-from support.sequence_parallel import attended, in_group, joined_by_two, plain_attention, states_of
+from support.sequence_parallel import (
+    attended,
+    check_images,
+    in_group,
+    joined_by_two,
+    plain_attention,
+    states_of,
+    step_reads,
+)
 from support.tiny_runs import LONG, losses, same_curve, tiny_recipe
 from support.worker_group import worker_group
 
@@ -88,6 +96,18 @@ def test_other_images_are_divided_too(tmp_path: Path) -> None:
     (expected,) = curves([together(0, 1.0)], 1, tmp_path)
     (curve,) = curves([together(2, 1.0, num_workers=2, sequence_parallel=2)], 2, tmp_path)
     assert curve == [pytest.approx(step, rel=1e-5) for step in expected]
+
+
+def test_a_step_in_a_group_reads_what_one_worker_reads(tmp_path: Path) -> None:
+    """Once, what is logged: no worker waits for the device to divide the row."""
+    ((alone, expected),) = worker_group(1).run(step_reads, str(tmp_path))
+    for found, loss in worker_group(2).run(step_reads, str(tmp_path)):
+        assert len(found) == len(alone) == 1, found
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_gradient_of_one_worker_shows_that_images_are_used() -> None:
+    assert [worker_group(2).run(check_images, gradients) for gradients in (0, 1)] == [[False] * 2, [True] * 2]
 
 
 def test_workers_that_do_not_fill_groups_are_refused() -> None:

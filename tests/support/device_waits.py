@@ -83,7 +83,9 @@ class _Reads(TorchFunctionMode):
 
 
 class _Copies(TorchDispatchMode):
-    """Tensors in main memory that an operation copies, or uses together with tensors on `meta`."""
+    """Tensors in main memory that an operation copies, or uses together with tensors on `meta`; or that are handed to a
+    collective, which between GPUs takes none.
+    """
 
     def __init__(self, found: list[str]) -> None:
         super().__init__()
@@ -95,7 +97,8 @@ class _Copies(TorchDispatchMode):
         inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         on_host = [each for each in inputs if each.device.type == "cpu" and each.ndim]
         results = [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
-        if on_host and any(each.is_meta for each in (*inputs, *results)) and not kwargs.get("non_blocking"):
+        copies = on_host and any(each.is_meta for each in (*inputs, *results)) and not kwargs.get("non_blocking")
+        if copies or (func.namespace == "c10d" and any(each.device.type == "cpu" for each in inputs)):
             self.found.append(f"{func} {_caller()}")
         return out
 

@@ -74,7 +74,7 @@ class Training:
         together = recipe.scaling.sequence_parallel
         if together > 1:
             self.model.group = SequenceGroup.join(together, 60.0)
-            self.planner.counts = self.model.group.member == 0
+            self.planner.group = self.model.group
         self.engine: Any = engine(self.model, recipe, num_steps, num_workers)
         self.share = self.planner.share(pairs, rank=rank // together, workers=num_workers // together)
 

@@ -177,6 +177,7 @@ def run(
     """Return log-probs, loss and the gradients of all parameters, in a layout; the head takes `targets` at once."""
     run_as(model, layout)
     batch = build_batch(pairs, nll, layout, collate=model.family.collate, shares=shares)
+    batch = batch if model.group is None else model.group.with_own_targets(batch)
     torch.manual_seed(0)
     with patch.dict(CHUNK_BYTES, cpu=targets * 4 * vocabulary_size(model.model)):
         logps = model(batch)

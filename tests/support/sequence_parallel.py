@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,17 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.config.field_types import Checkpointing
+from orpo_ray.data.packing import build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.model.sequence_group import SequenceGroup
+from orpo_ray.objective.pair_model import ImageNotUsed
 from support.counting import Counter
-from support.pairs_by_hand import make_row, run, tiny_pair_model
+from support.device_waits import reads_of_values
+from support.engines_by_hand import CPU, two_pairs
+from support.pairs_by_hand import make_row, run, run_as, tiny_pair_model
+from support.tiny_runs import tiny_recipe
 from support.trees_by_hand import all_kinds
+from support.worker_alone import make_worker, train_step
 
 # Images, and tokens of prompt, chosen and rejected answer, of each pair. The second row has no image, and fewer targets
 # than some groups have workers. A third row has pairs of every kind, some of them in trees.
@@ -49,6 +56,33 @@ def attended(rank: int, size: int, keys: int, tokens: int) -> tuple[torch.Tensor
     exchanged = sum(call.bytes for call in counter.collectives if call.name == "alltoall_base_") // 2
     (out * group.own(torch.arange(tokens * 4 * 8).view(1, tokens, 4, 8).float().sin(), 1)).sum().backward()
     return out.detach(), [each.grad for each in own if each.grad is not None], exchanged
+
+
+def step_reads(rank: int, size: int, storage: str) -> tuple[list[str], float]:
+    """What a step of the training program reads from the device, and its loss, if all workers form one group."""
+    scaling = {"num_workers": size, "sequence_parallel": size}
+    worker = make_worker(tiny_recipe(Path(storage), f"w{size}", scaling=scaling), CPU, rank, size)
+    plans = [worker._prepared(worker.planner.share(two_pairs(), step=step)) for step in range(2)]
+    train_step(worker, plans[0])  # also checks that images are used
+    with reads_of_values() as found:
+        metrics = train_step(worker, plans[1])
+    return found, metrics["loss"]
+
+
+def check_images(rank: int, size: int, gradients: int) -> bool:
+    """Whether a group says that its bfloat16 model uses images, if only the first workers have a gradient of them."""
+    model = tiny_pair_model("smolvlm")
+    run_as(model, "shared_prefix")
+    model.to(torch.bfloat16).watch_images = True
+    logps = model(build_batch(make_row("smolvlm", ROWS[0]), "response", "shared_prefix", collate=model.family.collate))
+    if rank < gradients:
+        logps.chosen.sum().backward()
+    model.group = SequenceGroup.join(size, 60.0)
+    try:
+        model.check_images_used()
+    except ImageNotUsed:
+        return False
+    return True
 
 
 def joined_by_two(rank: int, size: int) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from orpo_ray.data.collate_images import TokenRows
 from orpo_ray.data.packing import Layout, build_batch
@@ -17,8 +20,10 @@ from orpo_ray.model.attention_kernel import PLANNED_GPU
 from orpo_ray.model.families.base import IMAGE_POSITIONS
 from orpo_ray.model.prefix_layout import PrefixLayout
 from orpo_ray.model.rope_positions import rope_positions
+from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.objective.base import Normaliser
 from orpo_ray.objective.orpo import ORPO
+from support.counting import Counter
 from support.device_waits import META, copies_to_device
 from support.pairs_by_hand import assert_equal, make_row, run, run_as, tiny_pair_model
 
@@ -29,7 +34,7 @@ CONCATENATED = ["gemma3", "qwen2_5_vl"]
 AS_ON_CUDA = "shared_prefix_as_on_cuda"
 
 
-def step_on_meta(family: str, layout: Layout, on_cuda: bool = False) -> list[str]:
+def step_on_meta(family: str, layout: Layout, on_cuda: bool = False, group: SequenceGroup | None = None) -> list[str]:
     """Return what a step copies to the device."""
     model = tiny_pair_model(family, checkpointing="full")
     run_as(model, layout)
@@ -40,8 +45,10 @@ def step_on_meta(family: str, layout: Layout, on_cuda: bool = False) -> list[str
         model.model.set_attn_implementation({"text_config": AS_ON_CUDA})
         model.to(torch.bfloat16)
     model.to(META)
+    model.group = group
     with copies_to_device() as found:
-        batch = build_batch(make_row(family, ROW), "response", layout, collate=model.family.collate).to(META)
+        batch = build_batch(make_row(family, ROW), "response", layout, collate=model.family.collate)
+        batch = (batch if group is None else group.with_own_targets(batch)).to(META)
         loss, _ = ORPO(0.1).loss(model(batch), batch.weights, Normaliser(float(len(ROW))))
         loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "language_model.layers" in n)
@@ -56,6 +63,36 @@ def test_a_packed_row_makes_nobody_wait(family: str) -> None:
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
 def test_variable_length_attention_makes_nobody_wait(family: str) -> None:
     assert step_on_meta(family, "shared_prefix", on_cuda=True) == []
+
+
+@pytest.fixture
+def group_on_meta() -> Iterator[SequenceGroup]:
+    """The second of two workers, whose collectives exchange nothing, but take tensors on `meta`."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield SequenceGroup.join(2, 60.0)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("family", "on_cuda"), [("smolvlm", True), ("gemma3", False), ("qwen2_5_vl", True)])
+def test_a_group_makes_nobody_wait(family: str, on_cuda: bool, group_on_meta: SequenceGroup) -> None:
+    assert step_on_meta(family, "shared_prefix", on_cuda, group_on_meta) == []
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_group_compares_image_gradients_on_the_device(backward: bool, group_on_meta: SequenceGroup) -> None:
+    """Also where there is none, and as float32 whatever the model's type; then the result is read."""
+    model = tiny_pair_model("smolvlm")
+    run_as(model, "shared_prefix")
+    model.to(torch.bfloat16).to(META)
+    model.group, model.watch_images = group_on_meta, True
+    batch = build_batch(make_row("smolvlm", ROW), "response", "shared_prefix", collate=model.family.collate)
+    logps = model(group_on_meta.with_own_targets(batch).to(META))
+    if backward:
+        logps.chosen.sum().backward()
+    with copies_to_device() as found, Counter() as counter, pytest.raises(RuntimeError, match="meta tensors"):
+        model.check_images_used()
+    assert found == []
+    assert [(each.name, each.dtype) for each in counter.collectives] == [("allreduce_", torch.float32)]
 
 
 def test_the_indices_of_sequences_travel_with_the_batch() -> None:
