@@ -75,17 +75,18 @@ def pick_attention(model_config: ModelConfig, config: Any = None) -> Attention:
     return Attention("concatenated", why) if why else Attention("shared_prefix")
 
 
-def check_divisible(model_config: ModelConfig, size: int) -> None:
+def check_divisible(model_config: ModelConfig, size: int, config: Any = None) -> None:
     """Check that workers can compute a row of this model together.
 
     Args:
         model_config: the recipe's.
         size: how many (`scaling.sequence_parallel`), at least 2.
+        config: the model's transformers config; read if not given.
 
     Raises:
         UserError: they cannot, or the model is not found.
     """
-    config = load_config(model_config)
+    config = config or load_config(model_config)
     if why := family_of(config).why_not_divided(config):
         raise UserError(f"workers cannot compute pairs of this model together: {why}", field=FIELD, value=size,
                         fix="set it to 1")  # fmt: skip

@@ -110,7 +110,7 @@ class SequenceGroup:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add up over the group. A gradient of the sum is the gradient of each worker's values."""
-        total: torch.Tensor = _Sum.apply(values, self.handle)
+        total: torch.Tensor = _Sum.apply(values, self)
         return total
 
     def largest(self, value: torch.Tensor) -> torch.Tensor:
@@ -118,6 +118,14 @@ class SequenceGroup:
         largest = value.detach().clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.handle)
         return largest
+
+    def all_to_all(self, received: torch.Tensor, parts: torch.Tensor) -> None:
+        """Send part i of [n, ...] to worker i, and receive as much from each."""
+        dist.all_to_all_single(received, parts, group=self.handle)
+
+    def all_reduce(self, values: torch.Tensor) -> None:
+        """Add up over the group, in place."""
+        dist.all_reduce(values, group=self.handle)
 
     def _with_all_tokens(self, states: torch.Tensor, tokens: int) -> torch.Tensor:
         """[1, heads, t, D] -> [1, heads / n, T, D]."""
@@ -134,7 +142,7 @@ class SequenceGroup:
         return received.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
     def _exchanged(self, parts: torch.Tensor) -> torch.Tensor:
-        exchanged: torch.Tensor = _Exchange.apply(parts, self.handle)
+        exchanged: torch.Tensor = _Exchange.apply(parts, self)
         return exchanged
 
 
@@ -162,23 +170,23 @@ def check_heads(text_config: Any, size: int) -> None:
 
 
 class _Exchange(torch.autograd.Function):
-    """Send part i of [n, ...] to worker i, and receive as much from each. Its gradient goes the same ways back."""
+    """An all-to-all, whose gradient goes the same ways back."""
 
     @staticmethod
-    def forward(ctx: Any, parts: torch.Tensor, handle: Any) -> torch.Tensor:
-        ctx.handle = handle
-        return _all_to_all(parts, handle)
+    def forward(ctx: Any, parts: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+        ctx.group = group
+        return _exchanged(parts, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_to_all(gradient, ctx.handle), None
+        return _exchanged(gradient, ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, handle: Any) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
         total = values.clone()
-        dist.all_reduce(total, group=handle)
+        group.all_reduce(total)
         return total
 
     @staticmethod
@@ -186,8 +194,8 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-def _all_to_all(parts: torch.Tensor, handle: Any) -> torch.Tensor:
+def _exchanged(parts: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
     parts = parts.contiguous()
     received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=handle)
+    group.all_to_all(received, parts)
     return received

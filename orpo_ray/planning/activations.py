@@ -18,6 +18,7 @@ from orpo_ray.model import vision_attention
 from orpo_ray.model.attention_kernel import PLANNED_GPU
 from orpo_ray.model.families.registry import family_of
 from orpo_ray.model.loading import own_attention, ready_to_train, without_adapters
+from orpo_ray.model.sequence_group import SequenceGroup
 from orpo_ray.model.shared_prefix import NAME as SHARED_PREFIX
 from orpo_ray.model.shared_prefix import no_mask, shared_prefix_attention
 from orpo_ray.model.shared_prefix import register as register_shared_prefix
@@ -28,6 +29,7 @@ from orpo_ray.objective.pair_model import PIXELS_AT_ONCE, PairModel
 from orpo_ray.planning.depth import LAYERS_RUN, depths, is_deep, with_depth
 from orpo_ray.planning.dry_run import Live, dry_run
 from orpo_ray.planning.imports import import_peft
+from orpo_ray.planning.planned_group import PlannedGroup
 from orpo_ray.planning.work import Work
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.processing.prompts import EncodedPrompt
@@ -81,14 +83,17 @@ PHASES = ("vision forward", "language forward", "language backward", "vision bac
 
 @dataclass(frozen=True)
 class Activations:
-    """Memory and FLOPs of one micro-batch on one worker, without weights and gradients."""
+    """Memory and FLOPs of one micro-batch on one worker, without weights and gradients.
+
+    If workers compute pairs together, the worker's part of them. All of them run the vision encoder.
+    """
 
     saved: int
     """Bytes saved for the backward pass when the output head starts."""
     peaks: tuple[int, ...]
     """Peak bytes in each of `PHASES`."""
     work: Work
-    """Work of one pair, recomputation included."""
+    """Work for one pair, recomputation included."""
     pairs: int
     """Pairs in the micro-batch."""
     tokens: int
@@ -174,10 +179,11 @@ def unloaded_model(
         return ready_to_train(model, model_config, seed=0, fused=device == "cuda" if wanted == "auto" else wanted)
 
 
-def batch_of(shape: PairShape, pairs: int, config: Any, nll: str, layout: Layout) -> PairBatch:
-    """Build a micro-batch of `pairs` pairs of this shape."""
+def batch_of(shape: PairShape, pairs: int, config: Any, nll: str, layout: Layout, together: int = 1) -> PairBatch:
+    """Build a micro-batch of `pairs` pairs of this shape, as the first of `together` workers has it."""
     shaped = [shape.pair(config.image_token_id, sample_index) for sample_index in range(pairs)]
-    return build_batch(shaped, nll, layout, collate=family_of(config).collate)
+    batch = build_batch(shaped, nll, layout, collate=family_of(config).collate)
+    return batch if together == 1 else SequenceGroup(together, 0, None).with_own_targets(batch)
 
 
 def more_logits(targets: int, pairs: float, config: Any, dtype: torch.dtype) -> int:
@@ -239,6 +245,8 @@ def _measure(
         pixels_at_once = PIXELS_AT_ONCE[device] if bounded and model_config.gradient_checkpointing != "none" else None
         pair_model = PairModel(model, NORM, pixels_at_once)
         pair_model.layout, pair_model.head_device = layout, device
+        if batch.workers > 1:
+            pair_model.group = PlannedGroup(batch.workers, 0, dry.work)
         return step(pair_model, batch, dry)
 
 

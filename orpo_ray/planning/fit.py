@@ -77,7 +77,7 @@ class Planner:
     activations: dict[Checkpointing, Activations]
     """Activations of a full micro-batch, by mode of gradient checkpointing."""
     budget: int
-    """Tokens of a full micro-batch."""
+    """`optim.tokens_per_microbatch` of the recipe."""
     row: int
     """Tokens of the longest pair, which a micro-batch must hold at least."""
     steps: int
@@ -93,6 +93,8 @@ class Planner:
     """Whether the base model is in 4 bits."""
     offload: Offload
     """What the recipe keeps in main memory."""
+    together: int = 1
+    """`scaling.sequence_parallel`: workers of a group, which compute a micro-batch together."""
     _microbatches: dict[str, dict[tuple[Gpu, int], Parts]] = field(default_factory=dict, compare=False)
     _times: dict[tuple[Gpu, Setting], StepTime] = field(default_factory=dict, compare=False)
     _memory: dict[Setting, Memory] = field(default_factory=dict, compare=False)
@@ -108,7 +110,7 @@ class Planner:
         full = self.activations[setting.checkpointing]
         # Saved activations grow with the tokens, of which there are at least those of one pair; the logits do not,
         # since they are computed in chunks.
-        tokens = max(self.row, min(setting.budget, self.budget))
+        tokens = max(self.row, self.together * min(setting.budget, self.budget))
         saved = full.saved * tokens / max(full.tokens, self.row)
         head: float = full.peak - full.saved + self.weights.largest_quantized
         temporary: float = saved + head + held.buffers
@@ -125,15 +127,20 @@ class Planner:
     @cached_property
     def pair_flops(self) -> int:
         """FLOPs of a pair without recomputation: those of the activations that recompute least."""
-        return min(each.work.flops for each in self.activations.values())
+        return min(self.flops(mode) for mode in self.activations)
+
+    def flops(self, mode: Checkpointing) -> int:
+        """FLOPs of a pair, recomputation included. The vision encoder counts once, though each of a group runs it."""
+        full = self.activations[mode]
+        return self.together * full.work.flops - (self.together - 1) * full.vision_work.flops
 
     def step_time(self, gpu: Gpu, setting: Setting) -> StepTime:
         """Estimate the seconds of an optimizer step."""
         if (gpu, setting) not in self._times:
             full = self.activations[setting.checkpointing]
-            share = -(-self.pairs_per_step // setting.workers)
-            pairs = max(1, min(share, setting.budget * full.pairs // full.tokens))
-            load = Load(setting.stage, setting.workers, share, pairs)
+            share = -(-self.pairs_per_step // (setting.workers // self.together))
+            pairs = max(1, min(share, self.together * setting.budget * full.pairs // full.tokens))
+            load = Load(setting.stage, setting.workers, share, pairs, self.together)
             known = self._microbatches.setdefault(setting.checkpointing, {})
             time = step_time(full.work, self.weights, self.optimizer, load, gpu, self.rates, known)
             self._times[gpu, setting] = time
@@ -173,8 +180,9 @@ class Planner:
         """
         settings = [
             Setting(workers, stage, checkpointing, budget)
-            for workers in WORKERS
-            if workers <= self.pairs_per_step
+            for groups in WORKERS
+            if groups <= self.pairs_per_step
+            for workers in (groups * self.together,)
             for stage in (self.offload.stages if workers > 1 else self.offload.stages[:1])
             # Sharded 4-bit weights can be trained, but the estimate was never compared with an engine.
             if not (self.quantized and stage == 3)

@@ -16,7 +16,7 @@ from orpo_ray.errors import UserError
 from orpo_ray.model.families.cross_attention import CrossAttentionFamily
 from orpo_ray.model.families.derived import DerivedFamily
 from orpo_ray.model.families.registry import family_of
-from orpo_ray.model.loading import pick_attention
+from orpo_ray.model.loading import check_divisible, pick_attention
 from orpo_ray.objective.base import load_objective
 from orpo_ray.planning.activations import Activations, batch_of, measure, more_logits, unloaded_model
 from orpo_ray.planning.fit import Planner, Setting
@@ -40,7 +40,7 @@ class PlanInputs:
     dtype: torch.dtype
     layout: Layout
     microbatch_pairs: int
-    """Pairs in a full micro-batch."""
+    """Pairs in a full micro-batch, of a worker or of a group."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StepInputs:
     weights: Weights
     work: Workload
     microbatch_pairs: int
-    """Pairs in a full micro-batch."""
+    """Pairs in a full micro-batch, of a worker or of a group."""
     batch: PairBatch
     """Of the dry run."""
     is_bounded: bool
@@ -70,7 +70,12 @@ class StepInputs:
             config: the model's config in transformers.
             workers: of the run.
             pairs: training pairs; by default, the number in the data check, or an assumption.
+
+        Raises:
+            UserError: the model's rows cannot be divided among the workers of a group.
         """
+        if (together := recipe.scaling.sequence_parallel) > 1:
+            check_divisible(recipe.model, together, config)
         dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
         layout = pick_attention(recipe.model, config).layout
         weights = Weights.of_deep(
@@ -79,7 +84,7 @@ class StepInputs:
         work = estimate_workload(recipe, config, pairs)
         microbatch_pairs = pairs_per_microbatch(recipe, work, layout, recipe.optim.tokens_per_microbatch, workers)
         nll_span = load_objective(recipe).nll_span
-        batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, layout)
+        batch = batch_of(work.shape, min(microbatch_pairs, PAIRS_MEASURED), config, nll_span, layout, together)
         is_bounded = recipe.deepspeed.zero_stage < 3
         return cls(recipe, config, dtype, layout, weights, work, microbatch_pairs, batch, is_bounded)
 
@@ -128,7 +133,7 @@ def plan_inputs(
         can_fork: whether a fork of this process may do a part; see `in_second_process`.
 
     Raises:
-        UserError: plans do not support the model.
+        UserError: plans do not support the model, or its rows cannot be divided among the workers of a group.
     """
     if not can_plan(config):
         raise UserError(
@@ -167,6 +172,7 @@ def plan_inputs(
         mfu,
         recipe.model.quantization is not None,
         Offload(recipe.deepspeed.offload_optimizer != "none", recipe.deepspeed.offload_param != "none"),
+        recipe.scaling.sequence_parallel,
     )
     return PlanInputs(planner, work, setting, step.dtype, step.layout, microbatch_pairs)
 

@@ -224,7 +224,7 @@ def _report_step(
 ) -> dict[str, Any]:
     shape = work.shape
     full = planner.activations[setting.checkpointing]
-    step_shard = -(-recipe.optim.pairs_per_step // setting.workers)
+    step_shard = -(-recipe.optim.pairs_per_step // (setting.workers // planner.together))
     return {
         "pair": {
             "prompt": shape.prompt,
@@ -238,10 +238,12 @@ def _report_step(
         "tokens": recipe.optim.pairs_per_step * full.tokens // full.pairs,
         "pairs_per_microbatch": microbatch_pairs,
         "microbatches_per_worker": -(-step_shard // microbatch_pairs),
+        "workers_per_microbatch": planner.together,
         "training_pairs": work.pairs,
         "steps": planner.steps,
         "flops_per_step": planner.pair_flops * recipe.optim.pairs_per_step,
-        "recomputed_flops_per_step": (full.work.flops - planner.pair_flops) * recipe.optim.pairs_per_step,
+        "recomputed_flops_per_step": (planner.flops(setting.checkpointing) - planner.pair_flops)
+        * recipe.optim.pairs_per_step,
     }
 
 
@@ -271,7 +273,10 @@ def _recipe_assumptions(recipe: Recipe, source: str) -> list[str]:
         reason = "offline mode" if os.environ.get("HF_HUB_OFFLINE") else "cannot reach the hub"
         assumptions.append(f"{recipe.model.id} has the config that is built into orpo-ray ({reason})")
     if recipe.scaling.sequence_parallel > 1:
-        assumptions.append("scaling.sequence_parallel is not part of the estimate: every worker has whole pairs here")
+        assumptions.append(
+            f"scaling.sequence_parallel: {recipe.scaling.sequence_parallel} workers compute each micro-batch together, "
+            "and nothing hides their all-to-alls. No group was run on GPUs"
+        )
     if recipe.model.dtype == "auto":
         assumptions.append("model.dtype auto is bfloat16 on these GPUs")
     if recipe.optim.optimizer == "paged_adamw_8bit":

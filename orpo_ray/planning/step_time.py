@@ -111,9 +111,11 @@ class Load:
     stage: Stage
     workers: int
     pairs: int
-    """Pairs of the worker."""
+    """Pairs of the worker, or of its group."""
     microbatch_pairs: int
     """Pairs of a full micro-batch."""
+    together: int = 1
+    """Workers of a group, which compute each micro-batch together."""
 
     @property
     def microbatches(self) -> list[int]:
@@ -161,6 +163,9 @@ def step_time(
         sending = sum(each.wire_bytes(load.workers) for each in traffic) / _link(gpu, rates, load.workers)
         hidden = min(sending * rates.overlap, computing) if load.stage >= 2 else 0.0
         exposed = sending - hidden
+    if load.together > 1:  # attention waits for its all-to-alls
+        sent = load.pairs * work.exchanged * (load.together - 1) / load.together
+        exposed += sent / _link(gpu, rates, load.together)
     waiting = computing * rates.imbalance if load.workers > 1 else 0.0
     return StepTime(products, attention, memory, dequantization, launch, update, exposed, waiting)
 

@@ -49,8 +49,9 @@ def print_plan(report: dict[str, Any], console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    groups = f" in groups of {step['workers_per_microbatch']}" if step["workers_per_microbatch"] > 1 else ""
     console.print(
-        f"step  {step['pairs']:,} pairs, {step['tokens']:,} tokens: {_counted(setting['workers'], 'worker')} x "
+        f"step  {step['pairs']:,} pairs, {step['tokens']:,} tokens: {_counted(setting['workers'], 'worker')}{groups} x "
         f"{_counted(step['microbatches_per_worker'], 'micro-batch', 'es')} of "
         f"{_counted(step['pairs_per_microbatch'], 'pair')}\n"
         f"run   {step['steps']:,} steps, {step['training_pairs']:,} training pairs",

@@ -64,6 +64,8 @@ class Work:
     """Bytes that other operations read and write once per micro-batch: accumulated gradients of weights."""
     kernels: int = 0
     """Operations that start a kernel."""
+    exchanged: int = 0
+    """Bytes of all-to-alls in a group (`scaling.sequence_parallel`), the worker's own part included."""
 
     @property
     def flops(self) -> int:
@@ -81,6 +83,7 @@ class Work:
             self.moved + times * other.moved,
             self.moved_once + times * other.moved_once,
             self.kernels + times * other.kernels,
+            self.exchanged + times * other.exchanged,
         )
 
 
@@ -89,7 +92,7 @@ class WorkCounter:
 
     def __init__(self) -> None:
         self._matmuls: Counter[Matmul] = Counter()
-        self._attention = self._moved = self._moved_once = self._kernels = 0
+        self._attention = self._moved = self._moved_once = self._kernels = self._exchanged = 0
         self._weights: set[tuple[int, ...]] = set()
 
     def watch(self, model: torch.nn.Module) -> None:
@@ -128,9 +131,15 @@ class WorkCounter:
         else:
             self._matmuls[matmul] += 1
 
+    def exchange(self, parts: torch.Tensor) -> None:
+        """Count an all-to-all."""
+        self._kernels += 1
+        self._exchanged += parts.nbytes
+
     def total(self) -> Work:
         """Return what was counted so far."""
-        return Work(dict(self._matmuls), self._attention, self._moved, self._moved_once, self._kernels)
+        counts = (self._attention, self._moved, self._moved_once, self._kernels, self._exchanged)
+        return Work(dict(self._matmuls), *counts)
 
     def _matmul(self, func: Any, args: Any, out: Any, flops: int) -> Matmul | None:
         packet = func._overloadpacket

@@ -116,6 +116,7 @@ def _read_data_check(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def pairs_per_microbatch(recipe: Recipe, work: Workload, layout: Layout, budget: int, workers: int) -> int:
-    """Return the pairs in a full micro-batch of a worker."""
-    step_shard = -(-recipe.optim.pairs_per_step // workers)
-    return max(1, min(step_shard, budget // work.shape.tokens(layout)))
+    """Return the pairs in a full micro-batch of a worker, or of a group of workers that compute it together."""
+    together = recipe.scaling.sequence_parallel
+    step_shard = -(-recipe.optim.pairs_per_step // (workers // together))
+    return max(1, min(step_shard, budget * together // work.shape.tokens(layout)))
