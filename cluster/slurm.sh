@@ -24,6 +24,8 @@ head_ip="$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" python -c 'import r
 # Two allocations may share a node, so the port depends on the job; not 10002 to 19999, which are for workers.
 port=$((20000 + SLURM_JOB_ID % 10000))
 cpus="${SLURM_CPUS_PER_TASK:-1}"
+# Since Slurm 22.05, a step gets one CPU per task unless its srun asks for more; the job's own number is not passed on.
+ray_step=(srun --overlap --cpus-per-task="$cpus")
 
 # shellcheck disable=SC2329 # called by the trap
 stop() {
@@ -58,12 +60,12 @@ PYTHON
 }
 
 # `--overlap` lets the command below share the head's node with this step.
-srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" \
+"${ray_step[@]}" --nodes=1 --ntasks=1 --nodelist="$head_node" \
   ray start --head --block --node-ip-address="$head_ip" --port="$port" --dashboard-host=127.0.0.1 \
   --dashboard-port=$((port + 10000)) --ray-client-server-port=$((port + 20000)) --num-cpus="$cpus" --disable-usage-stats &
 wait_for_nodes 1 # the others would give up
 if ((nodes > 1)); then
-  srun --overlap --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --ntasks-per-node=1 --exclude="$head_node" \
+  "${ray_step[@]}" --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --ntasks-per-node=1 --exclude="$head_node" \
     ray start --block --address="$RAY_ADDRESS" --num-cpus="$cpus" --disable-usage-stats &
   wait_for_nodes "$nodes"
 fi

@@ -12,11 +12,24 @@ import pytest
 
 from support.paths import ROOT, TESTS
 from support.runs import last_step, run, wait_until
-from support.slurm import KILL_WAIT, Slurm, slurm
+from support.slurm import BOUND, KILL_WAIT, Slurm, slurm
 from support.tiny_runs import losses, same_curve, tiny_recipe, write_pairs
 
 STARTED = 300  # seconds for the start of Ray and of the workers
 STEPS = 120
+# In the place of `orpo-ray`: prints how many CPUs a task may use on each node.
+AFFINITY = """\
+#!/usr/bin/env python
+import os
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+ray.init(log_to_driver=False)
+usable = ray.remote(lambda: len(os.sched_getaffinity(0)))
+nodes = [node["NodeID"] for node in ray.nodes()]
+found = ray.get([usable.options(scheduling_strategy=On(node, soft=False)).remote() for node in nodes])
+print("usable CPUs:", *found)
+"""
 
 
 def submit(cluster: Slurm, recipe: Path) -> str:
@@ -24,6 +37,26 @@ def submit(cluster: Slurm, recipe: Path) -> str:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     options = ["--parsable", "--cpus-per-task=3", f"--output={recipe.parent}/slurm-%j.out"]
     return cluster.run("sbatch", *options, "cluster/slurm.sh", str(recipe), cwd=ROOT, PATH=path, PYTHONPATH=str(TESTS))
+
+
+@pytest.mark.timeout(600)
+def test_ray_may_use_all_cpus_of_its_step(tmp_path: Path) -> None:
+    """Where Slurm binds tasks to CPUs, as most clusters do."""
+    cpus = 2
+    if len(os.sched_getaffinity(0)) < cpus:
+        pytest.skip(f"needs {cpus} CPUs")
+    program = tmp_path / "bin" / "orpo-ray"
+    program.parent.mkdir()
+    program.write_text(AFFINITY)
+    program.chmod(0o755)
+    path = f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = ["--parsable", f"--cpus-per-task={cpus}", f"--output={tmp_path}/slurm.out"]
+    with slurm(["one", "two"], cpus=cpus, tasks=BOUND) as cluster:
+        job = cluster.run("sbatch", *options, "cluster/slurm.sh", "recipe.yaml", cwd=ROOT, PATH=path)
+        state = cluster.wait_for_end(job, STARTED)
+    said = (tmp_path / "slurm.out").read_text()
+    assert state == "COMPLETED", said
+    assert f"usable CPUs: {cpus} {cpus}" in said, said
 
 
 def nodes_of_workers(job: str) -> set[str]:

@@ -19,7 +19,9 @@ from orpo_ray.ray_cluster.new_ray import unused_ports
 from support.runs import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue", "sinfo")
-CPUS = 3
+CPUS = 3  # of each node, more than a machine may have
+# As clusters bind tasks to the CPUs of their step. Slurm does not bind where a node claims more CPUs than there are.
+BOUND = "TaskPlugin=task/affinity\nTaskPluginParam=autobind=threads"
 KILL_WAIT = 30  # seconds from SIGTERM to SIGKILL of a cancelled job
 ADMINISTRATORS = "/usr/sbin:/sbin"
 CONF = """\
@@ -36,7 +38,7 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+{tasks}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
@@ -75,8 +77,14 @@ class Slurm:
 
 
 @contextmanager
-def slurm(nodes: list[str]) -> Iterator[Slurm]:
-    """Start a Slurm with these nodes, and end it. Skips where Slurm is not installed, or its daemons may not run."""
+def slurm(nodes: list[str], cpus: int = CPUS, tasks: str = "TaskPlugin=task/none") -> Iterator[Slurm]:
+    """Start a Slurm with these nodes, and end it. Skips where Slurm is not installed, or its daemons may not run.
+
+    Args:
+        nodes: their names.
+        cpus: CPUs of each node.
+        tasks: how a step's tasks are bound to CPUs.
+    """
     missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:{ADMINISTRATORS}") is None]
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs Slurm and root: apt-get install slurm-wlm (not found: {', '.join(missing) or 'root'})")
@@ -84,12 +92,13 @@ def slurm(nodes: list[str]) -> Iterator[Slurm]:
         folder = Path(name)
         ports = unused_ports(1 + len(nodes))
         lines = [
-            f"NodeName={node} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS}"
+            f"NodeName={node} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs={cpus}"
             for node, port in zip(nodes, ports[1:], strict=True)
         ]
         conf = CONF.format(
-            host=socket.gethostname(), port=ports[0], folder=folder, kill_wait=KILL_WAIT, nodes="\n".join(lines)
-        )
+            host=socket.gethostname(), port=ports[0], folder=folder, kill_wait=KILL_WAIT, nodes="\n".join(lines),
+            tasks=tasks,
+        )  # fmt: skip
         (folder / "slurm.conf").write_text(conf)
         (folder / "state").mkdir()
         (folder / "munge.key").write_bytes(secrets.token_bytes(128))
