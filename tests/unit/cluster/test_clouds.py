@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,24 @@ def test_every_package_of_a_node_is_pinned_and_ray_adds_none(name: str) -> None:
                 installed.add(pin.name)
     needed = {"aws": {"boto3"}, "gcp": {"google-api-python-client"}, "azure": {"azure-identity", "msrestazure"}}
     assert needed.get(name, set()) | {"ray", "uv"} <= installed
+
+
+def test_the_packages_of_a_node_on_aws_can_be_installed_together() -> None:
+    """The tests' boto3 and its core accept what requirements.txt pins."""
+    text = [line for line in (CLUSTER / "requirements.txt").read_text().splitlines() if line and line[0] not in "# "]
+    pins = {pin.name: next(iter(pin.specifier)).version for pin in map(Requirement, text)}
+    checked = []
+    for wanted in (Requirement(each) for name in ("boto3", "botocore") for each in requires(name) or ()):
+        if wanted.name in pins and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+            assert wanted.specifier.contains(pins[wanted.name]), wanted
+            checked.append(wanted.name)
+    assert "python-dateutil" in checked
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_a_shell_on_a_node_finds_the_environment_and_presents_the_token(name: str) -> None:
+    appended = [each for each in config(name)["setup_commands"] if each.endswith(">> ~/.bashrc")]
+    assert ["venv/bin/activate" in appended[0], "RAY_AUTH_MODE=token" in appended[1]] == [True, True]
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
