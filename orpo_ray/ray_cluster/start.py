@@ -9,6 +9,7 @@ import socket
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address, find_gcs_addresses
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orpo_ray.errors import OrpoRayError, UserError
@@ -55,6 +56,8 @@ def start_ray(*, state_api: bool = False) -> None:
             _start_here(include_dashboard=state_api, runtime_env={"env_vars": train_variables()}, **quiet)
         return
     try:
+        if address == "auto":
+            address = _running_here()
         _check_answer(address)
         is_here = address.startswith(("127.", "localhost:"))
         with on_loopback() if is_here else contextlib.nullcontext():
@@ -97,6 +100,20 @@ def _start_here(**options: Any) -> None:
             f"Ray did not start on this machine: {reason[0]}\n"
             f"  fix: close other programs and try again; Ray's logs are in {logs}"
         ) from error
+
+
+def _running_here() -> str:
+    """Return the address of the Ray that runs on this machine, as Ray finds it for `auto`. Raises OSError.
+
+    With `auto`, Ray presents a token even if RAY_AUTH_MODE is not set; with an address, it does not. So this sets it.
+    """
+    with contextlib.suppress(ImportError):  # versions of Ray that never present a token by themselves
+        from ray._private.authentication import authentication_token_setup
+
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    find_gcs_addresses.cache_clear()
+    with on_loopback():  # otherwise it would be the machine's address, where a Ray on 127.0.0.1 does not listen
+        return str(canonicalize_bootstrap_address("auto"))
 
 
 def _start_lasting_actors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,12 @@ CONNECT = "from orpo_ray.ray_cluster.start import start_ray; start_ray(); import
 def head() -> Iterator[Head]:
     with local_head("--num-cpus=1", "--include-dashboard=false") as found:
         yield found
+
+
+def of_this_user(head: Head) -> dict[str, str]:
+    """Return the variables of a user who has started the head. Of several heads of a machine, Ray takes the user's."""
+    home = str(head.token.parents[1])
+    return {"HOME": home, "RAY_TMPDIR": home}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +78,24 @@ def test_the_token_opens_a_head_that_listens_on_loopback_only(head: Head) -> Non
     command = [sys.executable, "-c", CONNECT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    # The address that Ray finds by itself, with the token in the home folder, which it then presents unasked.
+    environment = without_ray(RAY_ADDRESS="auto", **of_this_user(head))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
     assert head.token.stat().st_mode & 0o077 == 0
     found = listening(head.process)
     assert len(found) >= 5, found
     assert all(is_loopback(host) for host, _ in found), found
+
+
+def test_doctor_finds_the_head_of_this_machine_without_an_address(head: Head) -> None:
+    environment = without_ray(RAY_AUTH_MODE="token", **of_this_user(head))
+    command = [sys.executable, "-m", "orpo_ray", "doctor", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    found = {each["check"]: each for each in json.loads(done.stdout)}
+    assert found["nodes"]["value"].startswith("1: 127.0.0.1"), found
+    assert "node pools" not in found  # a head without an autoscaler
+    assert {name for name, each in found.items() if each["status"] != "ok"} == {"dashboard"}
+    assert found["dashboard"]["value"] == "there is none"
+    assert done.returncode == 0
