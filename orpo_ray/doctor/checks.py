@@ -13,6 +13,9 @@ GIB, MIB = 2**30, 2**20
 MAX_SKEW = 5.0  # seconds; object stores refuse requests from clocks that are off by minutes
 # Pixels of a photograph, as `streaming/pipeline.py` has them: 40 MB for a task batch of 32 pairs.
 PAIR_BYTES = 40e6 / 32
+# CUDA -> the oldest driver on which programs for any of its minor versions run, says NVIDIA
+# (https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
+OLDEST_DRIVERS = {12: 525, 13: 580}
 TASK_BATCHES = 2  # that Ray holds for each encoder: the one that is made, and the one that is read
 
 
@@ -32,6 +35,8 @@ class Node:
     """Seconds by which `skew` may be wrong."""
     problem: str | None = None
     """Why the node could not be looked at."""
+    node_id: str = ""
+    """Ray's id of the node."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,10 @@ class Dashboard:
     """`host:port`; None if there is none."""
     listens_on: Sequence[str] = field(default=())
     """Addresses of the head node."""
-    is_open: bool = False
-    """Whether it lists jobs without a token."""
+    is_open: bool | None = None
+    """Whether it lists jobs without a token; None if it could not be asked."""
+    in_pod: bool = False
+    """Whether the head node is a pod of Kubernetes."""
 
 
 def check_nodes(nodes: Sequence[Node]) -> list[Finding]:
@@ -98,6 +105,41 @@ def check_gpus(nodes: Sequence[Node]) -> list[Finding]:
     elif drivers:
         findings.append(fine("GPU driver", next(iter(drivers))))
     return findings
+
+
+def check_cuda(nodes: Sequence[Node]) -> list[Finding]:
+    """Check that torch is built for CUDA where GPUs are, and that the drivers are new enough for it."""
+    with_gpus = [node for node in nodes if node.resources.get("GPU", 0) > 0 and node.facts["gpus"]]
+    with_torch = [node for node in with_gpus if node.facts["versions"]["torch"] is not None]
+    if not with_torch:
+        return []
+    without = [node.name for node in with_torch if node.facts["torch_cuda"] is None]
+    if without:
+        said = f"torch is built without CUDA on {some_of(without)}"
+        return [Finding("CUDA of torch", "fix", said, "install torch's build for CUDA there")]
+    old, unknown = [], []
+    for node in with_torch:
+        cuda = node.facts["torch_cuda"]
+        oldest = OLDEST_DRIVERS.get(int(cuda.partition(".")[0]))
+        for driver in sorted({gpu["driver"] for gpu in node.facts["gpus"]}):
+            if oldest is None:
+                unknown.append(f"CUDA {cuda} with driver {driver} on {node.name}")
+            elif int(driver.partition(".")[0]) < oldest:
+                old.append(f"CUDA {cuda} needs driver {oldest} or newer, and {node.name} has {driver}")
+    if old:
+        fix = "install a newer driver there, or a torch that is built for an older CUDA"
+        return [Finding("CUDA of torch", "fix", some_of(old), fix)]
+    if unknown:
+        fix = "look up in NVIDIA's release notes which driver this CUDA needs"
+        return [Finding("CUDA of torch", "warning", f"not compared: {some_of(unknown)}", fix)]
+    versions = sorted({node.facts["torch_cuda"] for node in with_torch})
+    return [fine("CUDA of torch", f"{some_of(versions)}, for which the drivers are new enough")]
+
+
+def check_pools(nodes: Sequence[Node]) -> list[Finding]:
+    """Say that the nodes which an autoscaler may still start could not be checked."""
+    said = f"an autoscaler is active: {len(nodes)} node(s) looked at; pools without nodes are not checked"
+    return [Finding("node pools", "warning", said, "check again while a run holds nodes of these pools")]
 
 
 def check_clocks(nodes: Sequence[Node]) -> list[Finding]:
@@ -158,22 +200,36 @@ def check_dashboard(dashboard: Dashboard) -> list[Finding]:
     if dashboard.address is None:
         fix = "start Ray with --include-dashboard=true; jobs are submitted through it"
         return [Finding("dashboard", "warning", "there is none", fix)]
-    shown = ", ".join(dashboard.listens_on) or dashboard.address
-    is_local = all(each.startswith("127.") or each == "::1" for each in dashboard.listens_on)
-    findings = []
-    if not is_local:
-        how = "start the head with --dashboard-host=127.0.0.1, and reach it through a tunnel"
-        status: Status = "fix" if dashboard.is_open else "warning"
-        findings.append(Finding("dashboard address", status, f"listens on {shown}", how))
-    else:
-        findings.append(fine("dashboard address", f"listens on {shown} only"))
-    if dashboard.is_open:
-        status = "warning" if is_local else "fix"
-        said = "none: whoever reaches a port of Ray can run code on the cluster"
-        findings.append(Finding("token", status, said, "start Ray with RAY_AUTH_MODE=token on all nodes"))
-    else:
-        findings.append(fine("token", "is asked for"))
-    return findings
+    return [_check_address(dashboard), _check_token(dashboard)]
+
+
+def _check_address(dashboard: Dashboard) -> Finding:
+    name = "dashboard address"
+    if not dashboard.listens_on:
+        said = f"{dashboard.address}; the head node does not show on which addresses it listens"
+        return Finding(name, "warning", said, "run `ss -ltn` on the head node")
+    shown = ", ".join(dashboard.listens_on)
+    if _is_local(dashboard):
+        return fine(name, f"listens on {shown} only")
+    fix = "start the head with --dashboard-host=127.0.0.1, and reach it through a tunnel"
+    if dashboard.in_pod:  # KubeRay's operator and the service must reach it
+        fix = "let a network policy admit the cluster's own pods only, as cluster/kuberay/network-policy.yaml does"
+    return Finding(name, "fix" if dashboard.is_open else "warning", f"listens on {shown}", fix)
+
+
+def _check_token(dashboard: Dashboard) -> Finding:
+    if dashboard.is_open is None:
+        said = f"not checked: the dashboard at {dashboard.address} does not answer here"
+        return Finding("token", "warning", said, "run `orpo-ray doctor` on the head node")
+    if not dashboard.is_open:
+        return fine("token", "is asked for")
+    said = "none: whoever reaches a port of Ray can run code on the cluster"
+    status: Status = "warning" if dashboard.listens_on and _is_local(dashboard) else "fix"
+    return Finding("token", status, said, "start Ray with RAY_AUTH_MODE=token on all nodes")
+
+
+def _is_local(dashboard: Dashboard) -> bool:
+    return all(each.startswith("127.") or each == "::1" for each in dashboard.listens_on)
 
 
 def check_storage(uri: str, errors: Mapping[str, str | None], seen: Mapping[str, Sequence[str]]) -> list[Finding]:
@@ -233,11 +289,23 @@ def check_torch(errors: Mapping[str, str]) -> list[Finding]:
     return [Finding("torch", "fix", f"cannot be imported: {said}", "run `python -c 'import torch'` there")]
 
 
-def check_gloo(errors: Mapping[str, str | None]) -> list[Finding]:
-    """Check what the nodes said after they met over gloo."""
+def check_meeting(backend: str, errors: Mapping[str, str | None]) -> list[Finding]:
+    """Check what the nodes said after they met.
+
+    Args:
+        backend: `gloo` or `NCCL`.
+        errors: node -> what went wrong.
+    """
+    name = f"{backend} between nodes"
     failed = {node: error for node, error in errors.items() if error is not None}
     if failed:
         node, error = next(iter(failed.items()))
         fix = "open all ports between the nodes, and set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to their interface"
-        return [Finding("gloo between nodes", "fix", f"{node}: {error}", fix)]
-    return [fine("gloo between nodes", f"{len(errors)} nodes added up a number")]
+        return [Finding(name, "fix", f"{node}: {error}", fix)]
+    return [fine(name, f"{len(errors)} nodes added up a number")]
+
+
+def nccl_not_tried(nodes: Sequence[Node]) -> Finding:
+    """Say on which nodes all GPUs are taken."""
+    said = f"not tried with {some_of([node.name for node in nodes])}, where no GPU is free"
+    return Finding("NCCL between nodes", "warning", said, "check again when a GPU is free there")

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -27,17 +28,24 @@ ANY_ADDRESS = ("0.0.0.0", "::")
 class NodeProbe:
     """Looks at its node. An actor of this class runs on each one."""
 
-    def facts(self) -> dict[str, Any]:
-        """Return versions, GPUs, memory and addresses of this node, as plain values."""
+    def facts(self, gcs_port: int) -> dict[str, Any]:
+        """Return versions, GPUs, memory, addresses and surroundings of this node, as plain values.
+
+        Args:
+            gcs_port: port of the cluster, by which its autoscaler is known from those of other clusters.
+        """
         total, _, free = shutil.disk_usage(SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else (0, 0, 0)
         return {
             "host": socket.gethostname(),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
             "orpo_ray": _own_version(),
             "gpus": _gpus(),
+            "torch_cuda": _torch_cuda(),
             "shared_memory": total,
             "shared_memory_free": free,
             "listening": _listening(),
+            "autoscaler": _autoscaler(gcs_port),
+            "kubernetes": "KUBERNETES_SERVICE_HOST" in os.environ,
         }
 
     def clock(self) -> float:
@@ -101,8 +109,8 @@ class NodeProbe:
         """Import what `meet` needs, which may take minutes."""
         importlib.import_module("torch.distributed")
 
-    def meet(self, address: str, port: int, rank: int, size: int, seconds: float) -> str | None:
-        """Add up one number with all other nodes over gloo. Return what went wrong."""
+    def meet(self, backend: str, address: str, port: int, rank: int, size: int, seconds: float) -> str | None:
+        """Add up one number with other nodes over `gloo`, or over `nccl` with a GPU. Return what went wrong."""
         import torch
         import torch.distributed as dist
 
@@ -112,8 +120,8 @@ class NodeProbe:
             connect_by_address_of_node()
         limit = datetime.timedelta(seconds=seconds)
         try:
-            dist.init_process_group("gloo", f"tcp://{address}:{port}", timeout=limit, world_size=size, rank=rank)
-            total = torch.ones(1)
+            dist.init_process_group(backend, f"tcp://{address}:{port}", timeout=limit, world_size=size, rank=rank)
+            total = torch.ones(1, device="cuda" if backend == "nccl" else "cpu")
             dist.all_reduce(total)
         except (RuntimeError, ValueError, OSError) as error:
             return " ".join(str(error).split())[:200]
@@ -148,6 +156,34 @@ def _gpus() -> list[dict[str, str]] | None:
         return None
     keys = ("name", "driver", "memory")
     return [dict(zip(keys, line.split(", "), strict=False)) for line in done.stdout.splitlines()]
+
+
+def _torch_cuda() -> str | None:
+    """Return the CUDA version that torch is built for, without importing it; None without CUDA or without torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    with contextlib.suppress(OSError):
+        text = Path(spec.origin).with_name("version.py").read_text()
+        found = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+        return found[1] if found else None
+    return None
+
+
+def _autoscaler(gcs_port: int) -> str | None:
+    """Return the path of the configuration by which Ray's monitor here starts nodes for the cluster of a port.
+
+    Every head has a monitor: "" if it starts no nodes, and None if there is no monitor here.
+    """
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = each.read_bytes().decode(errors="replace").split("\0")
+            if not any(word.endswith("/monitor.py") and "/ray/autoscaler/" in word for word in command[:4]):
+                continue
+            options = dict(word.split("=", 1) for word in command if word.startswith("--") and "=" in word)
+            if options.get("--gcs-address", "").endswith(f":{gcs_port}"):
+                return options.get("--autoscaling-config", "")
+    return None
 
 
 def _listening() -> dict[int, list[str]]:

@@ -12,12 +12,12 @@ from typing import Any
 
 import ray
 from ray._private.label_utils import validate_label_selector
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from orpo_ray.config.schema import ScalingConfig
 from orpo_ray.errors import UserError
+from orpo_ray.ray_cluster.autoscaler import autoscaling_state
 
 ACCELERATOR = "accelerator_type:"  # how Ray names the resource of a node that has such a GPU
 POLL_SECONDS = 1.0
@@ -144,14 +144,10 @@ def _autoscaler_refuses(workers: int, per_worker: Mapping[str, float]) -> bool:
         workers: how many.
         per_worker: Ray's resources of each.
     """
-    reply = GetClusterStatusReply()
-    try:
-        client = ray._private.worker.global_worker.gcs_client
-        reply.ParseFromString(client.get_cluster_status(timeout_s=POLL_SECONDS))
-    # No answer now, or another version of Ray answers: a warning must not end the thread that keeps the deadline.
-    except (ray.exceptions.RayError, RuntimeError, AttributeError, TypeError):
+    state = autoscaling_state(POLL_SECONDS)
+    if state is None:
         return False
-    for group in reply.autoscaling_state.infeasible_gang_resource_requests:
+    for group in state.infeasible_gang_resource_requests:
         bundles = group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests
         asked = [dict(each.resources_bundle) for each in bundles]
         if len(asked) == workers and all(_covers(each, per_worker) for each in asked):
