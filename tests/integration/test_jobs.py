@@ -7,18 +7,26 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
+from orpo_ray.ray_cluster.new_ray import unused_ports
+from orpo_ray.tracking.jsonl import read_jsonl
+from orpo_ray.tracking.metrics_file import REPEATED, RESTARTS
 from support.commands import orpo_ray, ray_job_submit
+from support.local_head import local_head, without_ray
+from support.paths import ROOT
 from support.runs import last_step, run, wait_until
 from support.tiny_runs import losses, tiny_recipe, write_pairs
 
 SCRIPTS = Path(sys.executable).parent
 OPTIM = {"max_steps": 45}
+# Ray Data's actors for the whole cluster, and idle processes, which Ray starts for whoever comes next.
+LASTING = ("ray::_StatsActor", "ray::_UsageCollectionActor", "ray::_AutoscalingCoordinatorActor", "ray::IDLE")
 
 
 @pytest.fixture
@@ -44,9 +52,19 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
+def processes() -> dict[psutil.Process, str]:
+    """Return the processes of this process's Ray that run now, with their commands, without what outlives a job."""
+    found = {}
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if each.status() != psutil.STATUS_ZOMBIE:
+                found[each] = " ".join(each.cmdline())
+    return {each: command for each, command in found.items() if not command.startswith(LASTING)}
+
+
 def submit(dashboard: str, project: Path) -> str:
     """Submit with Ray's own command. Returns the job's id."""
-    options = ("--address", dashboard, "--no-wait", "--runtime-env", "cluster/runtime_env.yaml")
+    options = ("--address", dashboard, "--working-dir", ".", "--no-wait", "--runtime-env", "cluster/runtime_env.yaml")
     done = ray_job_submit(*options, "--", "orpo-ray", "train", "recipes/tiny.yaml", cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r"raysubmit_\w+", done.stdout + done.stderr)[0]
@@ -123,24 +141,59 @@ def test_a_run_is_evaluated_and_exported_and_the_cluster_checked_by_jobs(
 @pytest.mark.timeout(1800)
 def test_a_stopped_job_saves_and_the_same_submission_resumes(dashboard: str, project: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "job"
+    before = processes()
     first = submit(dashboard, project)
     wait_until(lambda: run_dir.is_dir() and last_step(run_dir) >= 5, "step 5", 240)
-    drivers = [each for each in psutil.process_iter(["cmdline"]) if "recipes/tiny.yaml" in (each.info["cmdline"] or [])]
-    assert drivers
+    ours = {each: command for each, command in processes().items() if each not in before}
+    assert any("recipes/tiny.yaml" in command for command in ours.values()), ours  # the driver
+    assert any(command.startswith("ray::RayTrainWorker") for command in ours.values()), ours
     stop = [str(SCRIPTS / "ray"), "job", "stop", "--address", dashboard, first]
     stopped = subprocess.run(stop, capture_output=True, text=True, check=False)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    wait_until(lambda: not any(each.is_running() for each in drivers), "the end of the job's processes", 60)
+    left: dict[psutil.Process, str] = {}
+
+    def has_ended() -> bool:
+        left.clear()
+        left.update((each, command) for each, command in processes().items() if each in ours)
+        return not left
+
+    try:
+        wait_until(has_ended, "the end of the job's processes", 60)
+    except AssertionError:
+        raise AssertionError(f"the job has left {left}") from None
     step = last_step(run_dir)
     assert 5 <= step < OPTIM["max_steps"]
     assert list(run_dir.glob("checkpoint_*"))
 
     again = orpo_ray("submit", "recipes/tiny.yaml", "--no-cost", "--address", dashboard, cwd=project)
     assert again.returncode == 0, again.stdout + again.stderr
+    # It went on from the last step, and made none again, as a run from the start would have.
+    restarts = [line for line in read_jsonl(run_dir / "metrics.jsonl") if RESTARTS in line]
+    assert [(line["step"], line[RESTARTS], line[REPEATED]) for line in restarts] == [(step, 1, 0)]
     reference = run(
         tiny_recipe(tmp_path / "runs", "reference", optim=OPTIM, data={"train": str(tmp_path / "data" / "train.jsonl")})
     )
     assert losses(run_dir) == pytest.approx(losses(Path(reference.run_uri)), abs=1e-4)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_the_command_of_the_documentation_runs_as_it_is_written(tmp_path: Path) -> None:
+    """Without a runtime environment, with `orpo-ray` from the environment in which the head was started."""
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    (line,) = re.findall(r"`(ray job submit [^`]* -- orpo-ray train recipes/quickstart.yaml)`", page)
+    port = unused_ports(1)[0]
+    program, *arguments = shlex.split(line.replace("http://127.0.0.1:8265", f"http://127.0.0.1:{port}"))
+    assert (program, arguments[:2]) == ("ray", ["job", "submit"])
+    assert f"http://127.0.0.1:{port}" in arguments
+    overrides = (f"checkpoint.storage={tmp_path}/runs", "optim.max_steps=4", "eval.max_pairs=16")
+    options = ("--num-cpus=3", "--object-store-memory=300000000", f"--dashboard-port={port}")
+    with local_head(*options) as head:
+        token = without_ray(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=os.fspath(head.token))
+        done = ray_job_submit(*arguments[2:], *overrides, cwd=ROOT, env=token)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    assert "training, last step" in done.stdout
+    assert (tmp_path / "runs" / "quickstart" / "final" / "config.json").is_file()
 
 
 def test_a_job_without_the_token_is_refused_before_the_upload(dashboard: str, project: Path, tmp_path: Path) -> None:

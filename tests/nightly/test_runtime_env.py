@@ -46,7 +46,7 @@ def head(dashboard: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
 def test_the_quickstart_runs_on_a_node_without_orpo_ray(head: Head, dashboard: str, kind: str, tmp_path: Path) -> None:
     for each in ("cluster", "recipes", "orpo_ray"):
         shutil.copytree(ROOT / each, tmp_path / "project" / each, ignore=shutil.ignore_patterns("__pycache__"))
-    options = ("--address", f"http://{dashboard}", "--runtime-env", f"cluster/{kind}.yaml")
+    options = ("--address", f"http://{dashboard}", "--working-dir", ".", "--runtime-env", f"cluster/{kind}.yaml")
     overrides = (f"checkpoint.storage={tmp_path}/runs", "optim.max_steps=4", "eval.max_pairs=16")
     done = ray_job_submit(
         *options, "--", "python", "-m", "orpo_ray", "train", "recipes/quickstart.yaml", *overrides,

@@ -25,8 +25,8 @@ def orpo_ray(
 
 
 def ray_job_submit(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Submit a working directory with Ray's own command, as soon as Ray takes jobs, some seconds after its start."""
-    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", *arguments]
+    """Submit a folder with Ray's own command, as soon as Ray takes jobs, some seconds after its start."""
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", *arguments]
     for _ in range(6):
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
         if not any(text in done.stdout + done.stderr for text in ("No available agent", "have prematurely been")):
