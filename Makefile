@@ -16,7 +16,7 @@ export PIP_NO_COMPILE := 0
 # Containers often forbid writing them: then every process compiles again, which takes longer than the imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test fast slow notebook gpu nightly torchvision-tests lint clean
+.PHONY: quickstart test fast slow notebook gpu nightly root-tests torchvision-tests lint clean
 
 quickstart: $(INSTALLED)  ## train and evaluate a small VLM on real images, offline, about 3 minutes after installation
 	$(BIN)/orpo-ray train recipes/quickstart.yaml
@@ -39,6 +39,11 @@ gpu: $(INSTALLED)  ## run tests/gpu on one NVIDIA GPU, 8 minutes at most; withou
 
 nightly: lint $(INSTALLED) torchvision-tests  ## run every test, with full matrices and torchvision
 	$(BIN)/pytest -q -m "nightly or not nightly" -n 2 --dist loadfile
+
+root-tests: $(INSTALLED)  ## run the tests that need root, Slurm, mounts or networks of their own; none may be skipped
+	ORPO_RAY_NO_SKIPS=1 $(BIN)/pytest -q -m "nightly or not nightly" tests/nightly/test_slurm.py \
+	  tests/nightly/test_cut_link.py tests/integration/test_doctor.py tests/integration/test_damaged_checkpoints.py \
+	  tests/unit/training/test_saving.py
 
 torchvision-tests: $(TORCHVISION)/.installed  ## run the tests that need torchvision, in a separate environment (5.5 GB)
 	$(TORCHVISION)/bin/pytest -q -m torchvision -n 2 --dist loadfile
