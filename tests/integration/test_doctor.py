@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -124,6 +125,37 @@ def test_a_node_with_another_environment_is_named() -> None:
             check=True,
         ).stdout.strip()
         assert version in torch["value"], torch
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_nodes_that_have_gpus_by_their_own_account_try_nccl_and_say_why_it_fails(tmp_path: Path) -> None:
+    """Two nodes with a planted nvidia-smi and no GPU, so that probes with a GPU start and the meeting itself fails."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, NCCL does not fail")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA L4, 520.61.05, 23034 MiB'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    port = free_port()
+    address = f"{get_node_ip_address()}:{port}"
+    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
+        environment |= {"RAY_TMPDIR": folder, "HOME": folder}
+        for number, options in enumerate((head, [f"--address={address}"])):
+            ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--num-gpus=1", "--block"]
+            said = Path(folder, f"said-{number}")
+            stack.enter_context(running_ray([*ray, *options], environment, said, Path(folder)))
+        wait_until(lambda: len(GcsClient(address=address).get_all_node_info()) == 2, "both nodes", 60)
+        done = orpo_ray("doctor", "--address", address, "--json", env={"RAY_AUTH_MODE": "disabled"})
+    assert "Traceback" not in done.stderr
+    found = {each["check"]: each for each in json.loads(done.stdout)}
+    assert found["gloo between nodes"]["value"] == "2 nodes added up a number"
+    assert found["NCCL between nodes"]["status"] == "fix"
+    assert re.search("NCCL|CUDA|GPU", found["NCCL between nodes"]["value"]), found["NCCL between nodes"]
+    assert found["CUDA of torch"]["status"] == "fix"  # without CUDA, or for one that needs a newer driver
 
 
 @pytest.mark.nightly

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -85,6 +86,11 @@ def test_a_run_that_no_pool_can_hold_is_told_so_soon_and_ends(tmp_path: Path) ->
     with autoscaling_head(tmp_path, max_nodes=2) as head:
         _, said = orpo_ray_on(head, "train", tiny_recipe(tmp_path, "never", data=data, scaling=scaling), tmp_path, 2)
         assert head.num_nodes(ever=True) == 1
+        command = [sys.executable, "-m", "orpo_ray", "doctor", "--json"]
+        doctor = subprocess.run(command, env=head.environment, capture_output=True, text=True, check=False)
+    found = {each["check"]: each for each in json.loads(doctor.stdout)}
+    assert found["node pools"]["status"] == "warning"
+    assert "1 node(s) looked at; pools without nodes are not checked" in found["node pools"]["value"]
     warning, error = (said.index(each) for each in ("warning: the autoscaler can start", "the cluster has no room"))
     assert warning < error, said
     assert "no nodes for 3 worker(s) with 1.6 CPU(s) each: no pool has such nodes, or its nodes are taken" in said
