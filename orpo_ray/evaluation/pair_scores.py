@@ -2,7 +2,8 @@
 
 A row is a pair, in order of sample indices. Columns: those of `KEYS`, `correct`, and the metrics of the objective for
 the pair alone (`loss`, `rewards/margins`, ...). A pass with other images adds `exchanged/correct`,
-`exchanged/rewards/margins` and so on, or `blank/...`; these are null for a pair that the pass could not score.
+`exchanged/rewards/margins` and so on, or `blank/...`; these are null for a pair that the pass could not score. So are
+metrics that the objective does not have for a pair, such as those of the image preference without another image.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ EXCHANGED, BLANK = "exchanged", "blank"
 
 def join_workers(parts: Sequence[Sequence[dict[str, Any]]]) -> pa.Table:
     """Make one table of the rows of all workers, in order of sample indices."""
-    table = pa.Table.from_pylist([row for part in parts for row in part])
+    rows = [row for part in parts for row in part]
+    # Those with the most columns come first, so that the order of columns depends neither on that of rows nor on the
+    # number of workers.
+    longest_first = sorted(rows, key=lambda row: (-len(row), row["sample_index"]))
+    names = dict.fromkeys(name for row in longest_first for name in row)
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
     for kind in KINDS:  # without one value, the type is not known
         if kind in table.column_names:
             table = table.set_column(table.column_names.index(kind), kind, table[kind].cast(pa.string()))

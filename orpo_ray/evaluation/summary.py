@@ -22,6 +22,7 @@ SMALL_GAP = 0.05
 GROUPS = 12  # of a breakdown; the rest is OTHER
 NO_GROUP = "(none)"
 ACCURACIES, MARGINS, GAP = "rewards/accuracies", "rewards/margins", "grounding_gap"
+_FRACTIONS = ("accuracies", "_fraction")
 Level = Literal["good", "warning", "problem", "none"]
 
 
@@ -68,6 +69,11 @@ class Summary:
     """What the model was compared with."""
     comparison: Comparison | None = None
 
+    @property
+    def partial(self) -> list[str]:
+        """Names of the figures that only a part of the pairs has."""
+        return [name for name, each in self.figures.items() if each.pairs != self.figures[ACCURACIES].pairs]
+
     def as_json(self) -> dict[str, Any]:
         """Return it for `--json`, beside the metrics."""
         compared = None
@@ -75,6 +81,7 @@ class Summary:
             compared = {"model": self.base} | self.comparison.as_json()
         return {
             "intervals": {f"eval/{name}": [each.low, each.high] for name, each in self.figures.items()},
+            "interval_pairs": {f"eval/{name}": self.figures[name].pairs for name in self.partial},
             "breakdowns": {title: [group.as_json() for group in groups] for title, groups in self.breakdowns.items()},
             "verdicts": [{"level": each.level, "headline": each.headline, "text": each.text} for each in self.verdicts],
             "base": compared,
@@ -110,14 +117,22 @@ def summarize(
 
 
 def estimates_of(pairs: pa.Table) -> dict[str, Estimate]:
-    """Estimate every figure of a table: its own, and the accuracies and gaps of passes with other images."""
+    """Estimate every figure of a table: its own, and the accuracies and gaps of passes with other images.
+
+    A figure that some pairs do not have is estimated over the others. One with values that are not finite has no
+    average and is left out.
+    """
     own = {ACCURACIES: column(pairs, CORRECT)} | {
-        name: column(pairs, name)
+        name: _fractions(name, pairs[name].drop_null().to_numpy())
         for name in pairs.column_names
         if name not in (*KEYS, CORRECT, ACCURACIES) and not name.startswith((EXCHANGED, BLANK))
     }
-    own = {name: values for name, values in own.items() if np.isfinite(values).all()}
-    found = dict(zip(own, mean_estimates(list(own.values())), strict=True))
+    own = {name: values for name, values in own.items() if len(values) and np.isfinite(values).all()}
+    found: dict[str, Estimate] = {}
+    for count in dict.fromkeys(map(len, own.values())):  # resamples are drawn once for figures of as many pairs
+        same = {name: values for name, values in own.items() if len(values) == count}
+        found |= zip(same, mean_estimates(list(same.values())), strict=True)
+    found = {name: found[name] for name in own}
     for name in (EXCHANGED, BLANK):
         if (unseen := f"{name}/{CORRECT}") in pairs.column_names:
             seen_both, unseen_both = both(pairs, unseen)
@@ -126,6 +141,11 @@ def estimates_of(pairs: pa.Table) -> dict[str, Estimate]:
                 found[f"rewards/accuracies_{name}"] = mean_estimate(unseen_both)
                 found[GAP if name == EXCHANGED else f"grounding_{name}_gap"] = mean_estimate(gap)
     return found
+
+
+def _fractions(name: str, values: np.ndarray) -> np.ndarray:
+    """Return the values of a metric that is a fraction of pairs as booleans, whose interval ends at 0 and 1."""
+    return values.astype(bool) if name.endswith(_FRACTIONS) and np.isin(values, (0, 1)).all() else values
 
 
 def column(pairs: pa.Table, name: str) -> np.ndarray:
@@ -212,7 +232,11 @@ def doubt_between(best: tuple[str, pa.Table], other: tuple[str, pa.Table], metri
     """
     name = metric.removeprefix("eval/")
     ours, theirs = common(best[1], other[1])
-    if name not in ours.column_names or not ours.num_rows:
+    if name not in ours.column_names or name not in theirs.column_names:
+        return None
+    have = pa.array(ours[name].is_valid().to_numpy() & theirs[name].is_valid().to_numpy())
+    ours, theirs = ours.filter(have), theirs.filter(have)
+    if not ours.num_rows:
         return None
     found = mean_estimate(column(ours, name).astype(np.float64) - column(theirs, name))
     if not found.contains(0.0):

@@ -36,9 +36,11 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 def _print_summary(summary: Summary, pairs: int, console: Console) -> None:
     for verdict in summary.verdicts:
         console.print(escape(verdict.text), style=_COLORS[verdict.level], highlight=False)
-    table = _table(f"{pairs:,} held-out pairs", ("average", "95 % interval"))
+    columns = ("average", "95 % interval", *(["pairs"] if summary.partial else []))
+    table = _table(f"{pairs:,} held-out pairs", columns)
     for name in [*filter(summary.figures.__contains__, _FIRST), *sorted(summary.figures.keys() - set(_FIRST))]:
-        table.add_row(f"eval/{name}", *_cells(summary.figures[name]))
+        count = [f"{summary.figures[name].pairs:,}"] if name in summary.partial else []
+        table.add_row(f"eval/{name}", *_cells(summary.figures[name]), *count)
     console.print(table)
     if (found := summary.comparison) is not None:
         table = _table(f"against {escape(str(summary.base))}", ("difference", "95 % interval", "p"))

@@ -172,6 +172,8 @@ def _cards(run: RunData, summary: Summary | None) -> list[Card]:
         if average is not None:
             value = {MARGINS: f"{average:.3f}", GAP: f"{100 * average:.1f}"}.get(name, percent(average))
             text = f"95 % interval {_interval(estimate, name)}" if estimate else "Without interval: no scores of pairs."
+            if summary is not None and estimate is not None and name in summary.partial:
+                text += f", over {estimate.pairs:,} pairs"
             cards.append(Card(title, value, unit, text))
     if summary is not None and summary.comparison is not None:
         found = summary.comparison

@@ -13,6 +13,7 @@ from orpo_ray.data.balance import Packing
 from orpo_ray.data.packing import PairBatch, build_batch
 from orpo_ray.errors import UserError
 from orpo_ray.evaluation.evaluator import GRAY, Scores, blanked, iter_pair_scores, score, with_pass
+from orpo_ray.evaluation.summary import summarize
 from orpo_ray.objective.base import Normaliser, Objective, Sums
 from orpo_ray.objective.cpo import CPO
 from orpo_ray.objective.logps import PairLogps
@@ -71,6 +72,33 @@ def test_scores_average_over_pairs_and_gap_over_pairs_with_both() -> None:
     assert compared.pairs["exchanged/correct"].to_pylist() == [None, False, False, True, False]
     nothing = with_pass(seen, of({7: True}), "exchanged")
     assert nothing.metrics == seen.metrics
+
+
+@pytest.mark.parametrize("without", [0, 2, 4])
+def test_a_pair_without_another_image_takes_no_metric_from_the_others(without: int) -> None:
+    """Wherever it is among them: the columns are the same, in the same order, and null for this pair alone."""
+    pairs = [make([1, 2], [3], [4], sample_index) for sample_index in range(5)]
+    planner = StepPlanner(ORPO(0.5, image_beta=0.3), Packing(12, "concatenated"), DUMMY, DUMMY, CPU)
+
+    def forward(batch: PairBatch) -> PairLogps:
+        """Sample s has log-probs -1 for the chosen answer, and -(s + 0.5) / 2 under the other image."""
+        samples, ones = torch.tensor(batch.sample_indices, dtype=torch.float), torch.ones(len(batch.sample_indices))
+        has_other = (samples != without).float()
+        return PairLogps(-ones, -2 * ones, ones, ones, ones, ones, -has_other * (samples + 0.5) / 2, has_other)
+
+    found = score(forward, [planner.share(pairs[:3]), planner.share(pairs[3:])], planner)
+    names = ["rewards/image_margins", "rewards/image_accuracies", "image_log_odds_ratio", "image_pairs_fraction"]
+    assert found.pairs.column_names[-4:] == names
+    figures = summarize(found.pairs).figures
+    for name in names[:3]:
+        values = found.pairs[name].to_pylist()
+        assert [place for place, value in enumerate(values) if value is None] == [without]
+        assert sum(value for value in values if value is not None) / 4 == pytest.approx(found.metrics[name], rel=1e-6)
+        assert figures[name].value == pytest.approx(found.metrics[name], rel=1e-6)
+        assert figures[name].pairs == 4
+        assert figures[name].low < figures[name].value < figures[name].high
+    assert figures["image_pairs_fraction"].value == pytest.approx(0.8)
+    assert figures["rewards/accuracies"].pairs == figures["image_pairs_fraction"].pairs == 5
 
 
 def test_blank_images_are_gray_and_have_as_many_tokens() -> None:

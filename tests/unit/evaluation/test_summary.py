@@ -23,6 +23,7 @@ from orpo_ray.evaluation.pair_scores import (
     read_pair_scores,
     write_pair_scores,
 )
+from orpo_ray.evaluation.statistics import mean_estimate
 from orpo_ray.evaluation.summary import Summary, doubt_between, summarize
 from orpo_ray.evaluation.table import print_evaluation
 from orpo_ray.storage.run_folder import RunFolder
@@ -100,6 +101,52 @@ def test_groups_cover_all_pairs() -> None:
     assert as_json["intervals"]["eval/grounding_gap"][0] <= summary.figures["grounding_gap"].value
 
 
+def partly(pairs: pa.Table, count: int, value: float = 1.0) -> pa.Table:
+    """Add the image preference, which the first `count` pairs do not have."""
+    rows = pairs.to_pylist()
+    margins = np.random.default_rng(3).normal(size=len(rows)).tolist()
+    image = [{"rewards/image_margins": margin, "rewards/image_accuracies": value} for margin in margins]
+    return join_workers([rows[:count], [row | more for row, more in zip(rows, image, strict=True)][count:]])
+
+
+def test_figures_of_a_part_of_the_pairs_have_intervals_and_say_how_many_pairs() -> None:
+    plain = planted(200, accuracy=0.9, exchanged=0.5)
+    pairs = partly(plain, 3)
+    summary, expected = summarize(pairs, {"kind": {each: "ab"[each % 2] for each in range(200)}}), summarize(plain)
+    margin = summary.figures["rewards/image_margins"]
+    assert margin == mean_estimate(pairs["rewards/image_margins"].drop_null().to_numpy())
+    assert margin.pairs == 197
+    assert {name: each for name, each in summary.figures.items() if "image_" not in name} == expected.figures
+    assert summary.breakdowns["length of the answers"] == expected.breakdowns["length of the answers"]
+    assert summary.partial == ["rewards/image_margins", "rewards/image_accuracies"]
+    assert summary.as_json()["interval_pairs"] == dict.fromkeys(
+        ("eval/rewards/image_margins", "eval/rewards/image_accuracies"), 197
+    )
+    for each, counted in ((summary, True), (expected, False)):
+        out = io.StringIO()
+        print_evaluation(Evaluation({"eval/pairs": 200.0}, each), Console(file=out, width=120))
+        lines = {line.split()[0]: line.split() for line in out.getvalue().splitlines() if line.strip()}
+        assert lines["eval/rewards/margins"][-2] == "to"
+        assert not counted or lines["eval/rewards/image_margins"][-1] == "197"
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_interval_of_a_fraction_that_is_always_the_same_ends_at_0_and_1(value: float) -> None:
+    figure = summarize(partly(planted(40, accuracy=0.9), 1, value)).figures["rewards/image_accuracies"]
+    assert (figure.value, figure.pairs) == (value, 39)
+    assert value in (figure.low, figure.high)
+    assert 0 <= figure.low < figure.high <= 1
+
+
+def test_a_figure_with_values_that_are_not_finite_is_left_out() -> None:
+    """Its average is not finite either; a pair that lacks the figure is another matter."""
+    rows = planted(20, accuracy=0.8).to_pylist()
+    rows[4]["nll_loss"], rows[5]["log_odds_chosen"] = float("nan"), None
+    figures = summarize(join_workers([rows])).figures
+    assert "nll_loss" not in figures
+    assert figures["log_odds_chosen"].pairs == 19
+
+
 def test_equal_lengths_make_one_group() -> None:
     rows = [row | {"chosen_tokens": 3, "rejected_tokens": 3} for row in planted(30, accuracy=0.8).to_pylist()]
     summary = summarize(join_workers([rows[20:], rows[:20]]))
@@ -151,3 +198,15 @@ def test_a_winner_chosen_on_few_pairs_is_called_noise() -> None:
     many = [planted(2000, accuracy=accuracy, seed=3) for accuracy in (0.9, 0.6)]
     assert doubt_between(("one", many[0]), ("two", many[1]), "eval/rewards/margins") is None
     assert doubt_between(("one", many[0]), ("two", many[1]), "eval/runtime") is None
+
+
+def test_models_are_told_apart_on_the_pairs_that_have_the_metric() -> None:
+    one, two = (partly(planted(16, accuracy=0.6, seed=seed), count) for seed, count in ((1, 2), (2, 3)))
+    doubt = doubt_between(("one", one), ("two", two), "eval/rewards/image_margins")
+    assert doubt is not None
+    assert "on 13 held-out pairs: their eval/rewards/image_margins differs by +0.0000" in doubt
+    only_first, only_last = (
+        one.set_column(one.num_columns - 2, "rewards/image_margins", pa.array([*values], pa.float64()))
+        for values in ([1.0] * 8 + [None] * 8, [None] * 8 + [1.0] * 8)
+    )
+    assert doubt_between(("one", only_first), ("two", only_last), "eval/rewards/image_margins") is None

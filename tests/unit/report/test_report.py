@@ -63,6 +63,21 @@ def test_languages_have_curves_and_groups(tmp_path: Path) -> None:
     assert "<bdi>العربية</bdi></th><td>40</td>" in page
 
 
+def test_metrics_that_some_pairs_lack_leave_the_report_as_it_is(tmp_path: Path) -> None:
+    """The count of pairs is shown where it is another one."""
+    run = planted_run(tmp_path)
+    before = render_report([read_run(RunFolder(str(run)))])
+    scores = pq.read_table(run / "eval_pairs.parquet")
+    margins = pa.array([None if place < 3 else place / 9 for place in range(scores.num_rows)])
+    pq.write_table(scores.append_column("rewards/image_margins", margins), run / "eval_pairs.parquet")
+    assert render_report([read_run(RunFolder(str(run)))]) == before
+    assert not re.search(r", over \d+ pairs", before)
+    exchanged = pa.array([None if place < 5 else each for place, each in enumerate(scores["exchanged/correct"])])
+    place = scores.column_names.index("exchanged/correct")
+    pq.write_table(scores.set_column(place, "exchanged/correct", exchanged), run / "eval_pairs.parquet")
+    assert ", over 75 pairs" in render_report([read_run(RunFolder(str(run)))])
+
+
 def test_pairs_that_improved_most_come_first(tmp_path: Path) -> None:
     run = read_run(RunFolder(str(planted_run(tmp_path))))
     pairs, problem = shown_pairs(run)
