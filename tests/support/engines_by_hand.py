@@ -28,6 +28,7 @@ from orpo_ray.training.engine import Engine, make_engine
 from orpo_ray.training.sharded_loading import load_for_training
 from support.engine_memory import end_engine, optimizer_of
 from support.pairs_by_hand import NORM, make_pair
+from support.trees_by_hand import all_kinds, four_answers
 from support.worker_group import worker_group
 
 FAMILY = "smolvlm"
@@ -56,6 +57,16 @@ def two_pairs(contrasted: bool = False) -> list[EncodedPair]:
     return [replace(pairs[0], other_prompt=pairs[1].prompt), pairs[1]] if contrasted else pairs
 
 
+def pairs_of(recipe: Recipe) -> list[EncodedPair]:
+    """Return a step of two pairs. If the recipe takes all pairs of ranked answers, return a step of trees, whose
+    pairs share their own images, those of the rejected answers, and those to contrast with.
+    """
+    if recipe.data.pairs_from_ranking == "best_worst":
+        return two_pairs(recipe.other_image is not None)
+    trees = [*four_answers(FAMILY), *all_kinds(FAMILY)]
+    return [replace(pair, id=str(index), sample_index=index) for index, pair in enumerate(trees)]
+
+
 class Training:
     """Model, planner and engine of a worker."""
 
@@ -67,10 +78,13 @@ class Training:
         engine: Callable[..., Engine] = make_engine,
         num_steps: int = STEPS,
     ) -> None:
-        self.model = PairModel(load_for_training(recipe, CPU), NORM)
-        pairs, self.objective = two_pairs(recipe.other_image is not None), load_objective(recipe)
-        packing = Packing(8192, self.model.layout)
-        self.planner = StepPlanner(self.objective, packing, pairs[1], pairs[1], CPU, self.model.collate)
+        cache = recipe.model.vision_cache
+        base = load_for_training(recipe, CPU)
+        self.model = PairModel(base, NORM, vision_cache=None if cache is None else Path(cache))
+        pairs, self.objective = pairs_of(recipe), load_objective(recipe)
+        shares = self.model.family.shares if recipe.data.group == "auto" else "nothing"
+        packing, dummy = Packing(8192, self.model.layout, shares=shares), two_pairs()[1]
+        self.planner = StepPlanner(self.objective, packing, dummy, dummy, CPU, self.model.collate)
         together = recipe.scaling.sequence_parallel
         if together > 1:
             self.model.group = SequenceGroup.join(together, 60.0)

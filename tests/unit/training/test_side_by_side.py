@@ -138,6 +138,27 @@ def test_a_base_in_four_bits_serves_all() -> None:
         assert_equal(together.weights(name), weights_of(training))
 
 
+@pytest.mark.parametrize(
+    "data",
+    [{}, pytest.param({"pairs_from_ranking": "all", "group": "auto"}, marks=pytest.mark.nightly)],
+    ids=["pairs", "trees"],
+)
+def test_runs_with_an_image_preference_equal_themselves_alone(data: dict[str, str]) -> None:
+    """Its weight and the anchor are a run's own, and the other images are those of all."""
+    recipes = {
+        name: recipe_of(model=LORA, orpo=orpo, optim=CALM, data=data)
+        for name, orpo in (("low", {"image_beta": 0.1}), ("high", {"image_beta": 2.0, "anchor": 1.0}))
+    }
+    alone = {name: Training(recipe, 0, 1) for name, recipe in recipes.items()}
+    together = Together(recipes)
+    for _ in range(STEPS):
+        found = together.step()
+        assert found == {name: pytest.approx(training.step(), rel=1e-5) for name, training in alone.items()}
+    assert found["high"][0] > 1.1 * found["low"][0]
+    for name, training in alone.items():
+        assert_equal(together.weights(name), weights_of(training))
+
+
 def test_held_out_pairs_are_scored_for_every_run_at_once() -> None:
     together = Together(RECIPES)
     before = together.step()
