@@ -4,7 +4,9 @@
     python benchmarks/grounding.py --reports FILE... [--plot FILE.svg] [--json]
 
 Each variant is the recipe with overrides, trained in this process on one device, without Ray. A seed changes the order
-of the pairs. The held-out pairs are scored with their own images and with exchanged ones, as by `orpo-ray evaluate`.
+of the training pairs (`data.shuffle_seed`), the adapters' first weights and dropout (`optim.seed`). In full training
+without dropout, only the order differs: all seeds start from the same weights. The held-out pairs are the same for all
+seeds. They are scored with their own images and with exchanged ones, as by `orpo-ray evaluate`.
 The second form joins the JSON of earlier commands, whose variants may have run side by side.
 """
 
@@ -33,7 +35,6 @@ from orpo_ray.data.from_recipe import encoder_of, run_data
 from orpo_ray.data.order import step_samples
 from orpo_ray.data.reading import ReadSpec, read_windows
 from orpo_ray.evaluation.evaluator import EXCHANGED, score, with_pass
-from orpo_ray.model.loading import load_model
 from orpo_ray.objective.base import load_objective
 from orpo_ray.objective.collectives import add_sums
 from orpo_ray.objective.pair_model import PairModel
@@ -41,6 +42,7 @@ from orpo_ray.objective.step_planner import StepPlanner
 from orpo_ray.processing.pixel_norm import PixelNorm
 from orpo_ray.streaming.pipeline import encode_rows
 from orpo_ray.training.optimizer import adamw, schedule
+from orpo_ray.training.sharded_loading import load_for_training
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -56,8 +58,7 @@ class Experiment:
         assert held_out is not None, "the recipe needs held-out pairs"
         self.train, self.held_out = train, held_out
         self.encoder = encoder_of(recipe).build()
-        base = load_model(recipe.model, self.device, recipe.optim.seed)
-        self.model = PairModel(base, PixelNorm.of(self.encoder.processor))
+        self.model = PairModel(load_for_training(recipe, self.device), PixelNorm.of(self.encoder.processor))
         self.objective = load_objective(recipe)
         budget = recipe.optim.tokens_per_microbatch
         self.planner = StepPlanner.of(self.objective, budget, self.encoder, self.model, self.device)
@@ -69,6 +70,7 @@ class Experiment:
         steps = -(-self.train.end_sample // per_step)
         optimizer = adamw(weights, optim)
         rates = schedule(optimizer, optim, steps)
+        torch.manual_seed(optim.seed)  # of dropout
         seconds = 0.0
         for share in shares(self.train, self.encoder, self.planner):
             started = time.perf_counter()
@@ -123,7 +125,10 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def summary(results: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Means by variant, and the differences from the first variant, seed by seed."""
+    """Means by variant, and the differences from the first variant, seed by seed.
+
+    `held_out_pairs` are those scored with their own images and with exchanged ones; several numbers if runs differ.
+    """
     base = next(iter(results))
     out: dict[str, Any] = {}
     for name, runs in results.items():
@@ -132,6 +137,10 @@ def summary(results: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
         out[name]["against"] = {
             key: interval([run[key] - plain[key] for run, plain in pairs])
             for key in ("rewards/accuracies", "grounding_gap")
+        }
+        out[name]["held_out_pairs"] = {
+            title: sorted({int(run[key]) for run in runs if key in run})
+            for title, key in (("own images", "pairs"), ("exchanged images", "grounding_pairs"))
         }
         seconds = [sum(run["training_seconds"] for run in each) for each in (runs, results[base])]
         out[name]["seconds_ratio"] = seconds[0] / seconds[1]
@@ -144,12 +153,18 @@ def train_variants(
     """Train all variants with all seeds, and return the metrics of each run by variant."""
     results: dict[str, list[dict[str, float]]] = {}
     for seed, (name, *overrides) in ((seed, variant) for variant in variants for seed in range(seeds)):
-        raw = read_mapping(recipe)
-        apply_overrides(raw, [*overrides, f"data.shuffle_seed={seed}"])
-        found = Experiment(parse_recipe(raw)).run(every, log)
-        log(f"{name}, seed {seed}: {_short(found)} in {found['training_seconds']:.0f} s")
+        found = Experiment(seeded(recipe, overrides, seed)).run(every, log)
+        scored = f"{found['pairs']:,.0f} held-out pairs"
+        log(f"{name}, seed {seed}: {_short(found)} of {scored} in {found['training_seconds']:.0f} s")
         results.setdefault(name, []).append(found)
     return results
+
+
+def seeded(recipe: Path, overrides: Sequence[str], seed: int) -> Recipe:
+    """Return the recipe of a variant with a seed, which takes the place of those that the recipe has."""
+    raw = read_mapping(recipe)
+    apply_overrides(raw, [*overrides, f"data.shuffle_seed={seed}", f"optim.seed={seed}"])
+    return parse_recipe(raw)
 
 
 def joined(reports: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[dict[str, float]]], list[Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from orpo_ray.synthesis.identity import identity_of
 from orpo_ray.synthesis.local_model import LocalModel
@@ -78,3 +79,31 @@ def test_the_agreement_of_labels_with_a_margin(tmp_path: Path, monkeypatch: pyte
         benchmark.measure(tmp_path / "set", 2.0)
     found = benchmark.measure(tmp_path / "set")
     assert found["right_chosen"]["value"] == 0.5
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_seed_changes_the_order_of_pairs_and_adapters_but_no_weight_of_a_full_training(
+    lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = load(ROOT / "benchmarks" / "grounding.py", monkeypatch)
+    overrides = ["model.lora.r=2"] if lora else []
+    orders, weights = [], []
+    for seed in (0, 1):
+        recipe = benchmark.seeded(ROOT / "recipes" / "quickstart-grounded.yaml", overrides, seed)
+        experiment = benchmark.Experiment(recipe)
+        orders.append(experiment.train.order.window(0, 0).rows[:20].tolist())
+        weights.append([weight.detach() for weight in experiment.model.parameters() if weight.requires_grad])
+        assert experiment.held_out.order.seed == 0
+    assert orders[0] != orders[1]
+    assert weights[0]
+    assert all(map(torch.equal, *weights)) is not lora
+
+
+def test_the_report_of_grounding_says_how_many_pairs_it_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = load(ROOT / "benchmarks" / "grounding.py", monkeypatch)
+    run = {"rewards/accuracies": 0.7, "grounding_gap": 0.1, "training_seconds": 2.0, "pairs": 300.0}
+    found = benchmark.summary(
+        {"plain": [run, run], "image": [run | {"grounding_pairs": 299.0}, run | {"pairs": 298.0}]}
+    )
+    assert found["plain"]["held_out_pairs"] == {"own images": [300], "exchanged images": []}
+    assert found["image"]["held_out_pairs"] == {"own images": [298, 300], "exchanged images": [299]}
