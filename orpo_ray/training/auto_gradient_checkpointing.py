@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ import torch.distributed as dist
 
 from orpo_ray.config.recipe import Recipe
 from orpo_ray.config.schema import ModelConfig
+from orpo_ray.errors import UserError
 from orpo_ray.objective.collectives import gather_rows
 from orpo_ray.planning.gpus import GIB
+
+_LOG = logging.getLogger(__name__)
 
 
 def with_checkpointing(recipe: Recipe, device: torch.device) -> ModelConfig:
@@ -45,8 +49,10 @@ def decide(recipe: Recipe, gib: float) -> str:
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             chosen = [choose_checkpointing(recipe, load_config(recipe.model)[0], gib)]
-        # Plans know fewer models than can be trained, and other workers wait for an answer.
-        except Exception:  # noqa: BLE001 - a run does not end because of an estimate
+        except UserError:  # plans do not support the model, which may train all the same
+            chosen = ["full"]
+        except Exception as error:  # noqa: BLE001 - a run does not end because of an estimate; other workers wait for it
+            _LOG.warning("model.gradient_checkpointing is full, because the memory could not be estimated: %s", error)
             chosen = ["full"]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(chosen, src=0)

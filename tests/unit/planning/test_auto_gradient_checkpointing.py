@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from orpo_ray.config.load import parse_recipe
 from orpo_ray.config.recipe import Recipe
@@ -76,6 +77,17 @@ def test_a_model_of_an_unknown_family_is_recomputed_in_full_if_it_cannot_be_esti
     with pytest.raises(UserError, match="cannot estimate a model of the family aya_vision, which is not known"):
         plan(recipe, Options())
     assert decide(recipe, 1000.0) == "full"
+
+
+def test_an_estimate_that_fails_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a library broke")
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_config", fail)
+    assert decide(recipe_of(tmp_path), 1000.0) == "full"
+    assert "could not be estimated: a library broke" in caplog.text
 
 
 @pytest.mark.parametrize(("share", "expected"), [("auto", 1.0), (1, 1.0), (0.5, 0.5), (0, 1.0)])
